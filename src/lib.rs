@@ -2,4 +2,5 @@
 #![deny(missing_docs)]
 
 pub mod error;
+pub mod kv;
 pub mod types;
