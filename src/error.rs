@@ -48,14 +48,6 @@ pub enum Error {
         /// Slots of the row.
         owned: u32,
     },
-    /// More tokens were kept than the step verified.
-    #[error("{accepted} tokens accepted where the step wrote {drafted}")]
-    AcceptedExceedsDrafted {
-        /// Tokens kept.
-        accepted: u32,
-        /// Tokens written.
-        drafted: u32,
-    },
     /// A request that could not finish even if it had the whole pool to itself.
     #[error(
         "prompt of {prompt} tokens with max_tokens {max_tokens} needs {needed} pages of {page_size} slots, the pool has \
@@ -80,6 +72,36 @@ pub enum Error {
         step: u64,
         /// What was wrong, and what to do.
         problem: String,
+    },
+    /// A logit that cannot be sampled from.
+    #[error("logits: got {value} at column {column}, expected a finite number or -inf")]
+    BadLogit {
+        /// Vocabulary column of the first offender.
+        column: usize,
+        /// `"NaN"` or `"+inf"`.
+        value: &'static str,
+    },
+    /// A row that forbids every token.
+    #[error("logits: got {columns} columns that are all -inf, expected at least one finite number")]
+    EmptyRow {
+        /// Vocabulary size of the row.
+        columns: usize,
+    },
+    /// An error of one row of a batch.
+    #[error("row {row}: {source}")]
+    AtRow {
+        /// Index of the row in the arrays passed.
+        row: usize,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
+    /// More drafts accepted than were drafted.
+    #[error("accepted: got {accepted} accepted drafts of {drafted}, expected at most {drafted}")]
+    AcceptedExceedsDrafted {
+        /// Drafts accepted.
+        accepted: u32,
+        /// Drafts verified.
+        drafted: u32,
     },
 }
 
