@@ -65,6 +65,16 @@ pub enum Error {
         /// Pages in the pool.
         total: usize,
     },
+    /// More pages were asked for than are free.
+    #[error("{needed} pages needed, {free} of {total} are free")]
+    PoolExhausted {
+        /// Pages asked for.
+        needed: usize,
+        /// Free pages.
+        free: usize,
+        /// Pages in the pool.
+        total: usize,
+    },
     /// A stage was called out of turn.
     #[error("step {step}: {problem}")]
     OutOfTurn {

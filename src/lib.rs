@@ -4,6 +4,8 @@
 pub mod draft;
 pub mod error;
 pub mod kv;
+#[cfg(feature = "python")]
+mod py;
 pub mod rng;
 pub mod schedule;
 pub mod stats;
