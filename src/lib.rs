@@ -3,7 +3,12 @@
 
 pub mod draft;
 pub mod error;
+pub mod kv;
+#[cfg(feature = "python")]
+mod py;
 pub mod rng;
+pub mod schedule;
 pub mod stats;
+pub mod step;
 pub mod types;
 pub mod verify;
