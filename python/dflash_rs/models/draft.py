@@ -292,8 +292,9 @@ class DFlashDraft(nn.Module):
             scores_own = scores_own.masked_fill(~visible_own.repeat_interleave(group, dim=0), -math.inf)
 
         weights = torch.cat((scores_context, scores_own), dim=-1).softmax(dim=-1, dtype=torch.float32)
-        own = weights[..., length:].to(v_own.dtype) @ v_own  # [b, kv, A, B*g, d]
-        out = (weights[..., :length].to(v_context.dtype).view(batch, kv, rows, length)) @ v_context.permute(0, 2, 1, 3)
+        w_context, w_own = weights.to(v_context.dtype).split((length, block_size), dim=-1)
+        own = w_own @ v_own  # [b, kv, A, B*g, d]
+        out = w_context.reshape(batch, kv, rows, length) @ v_context.permute(0, 2, 1, 3)
         out = out.view(own.shape) + own
         out = out.view(batch, kv, anchors, block_size, group, dim).permute(0, 2, 3, 1, 4, 5)
         return out.reshape(batch, anchors * block_size, kv * group * dim)
