@@ -1,0 +1,25 @@
+"""Errors raised by the Python side of dflash-rs.
+
+Every message names the argument, option or file field, what was found there and what was expected.
+Nothing is ever replaced by a default in silence.
+"""
+
+
+class DflashError(Exception):
+    """Base class of every error that dflash-rs raises on purpose."""
+
+
+class InvalidArgument(DflashError, ValueError):
+    """A caller passed a value that cannot be honoured exactly."""
+
+
+class OutOfPages(DflashError):
+    """The KV page pool cannot hold what was asked of it."""
+
+
+class CheckpointError(DflashError, ValueError):
+    """A checkpoint on disk is damaged, incomplete, or does not fit the target model."""
+
+
+class UnsupportedModel(DflashError, ValueError):
+    """The model's architecture has a part that the engine does not run exactly."""
