@@ -157,9 +157,9 @@ pub fn gumbel(seed: u64, position: u64, column: u32, domain: Domain) -> f32 {
     Stream::new(seed, position, domain).gumbel(column)
 }
 
-/// Smallest value of [`gumbel_of_word`] (words 0 and 1), rounded down.
-pub const GUMBEL_MIN: f32 = -3.0681;
-/// Largest value of [`gumbel_of_word`] (words `!0` and `!0 - 1`), rounded up.
+/// Smallest value of [`gumbel_of_word`] (words 0 to 3), rounded down.
+pub const GUMBEL_MIN: f32 = -3.0675;
+/// Largest value of [`gumbel_of_word`] (words `!3` to `!0`), rounded up.
 pub const GUMBEL_MAX: f32 = 21.4876;
 
 const LN2: f32 = std::f32::consts::LN_2;
