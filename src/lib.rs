@@ -1,5 +1,6 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
 #![deny(missing_docs)]
 
+pub mod device;
 pub mod error;
 pub mod types;
