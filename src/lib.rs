@@ -1,6 +1,7 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
 #![deny(missing_docs)]
 
+pub mod device;
 pub mod draft;
 pub mod error;
 pub mod kv;
