@@ -1,19 +1,25 @@
-"""The errors that dflash_rs raises on purpose. Anything else that escapes is a bug."""
+"""Errors raised by the Python side of dflash-rs.
 
-from __future__ import annotations
+Every message names the argument, option or file field, what was found there and what was expected.
+Nothing is ever replaced by a default in silence.
+"""
 
 
 class DflashError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base class of every error that dflash-rs raises on purpose."""
 
 
 class InvalidArgument(DflashError, ValueError):
-    """An argument outside its documented domain: the message names it, what was got and what is accepted."""
+    """A caller passed a value that cannot be honoured exactly."""
 
 
 class OutOfPages(DflashError):
-    """A request that cannot fit into the KV pool even when it runs alone."""
+    """The KV page pool cannot hold what was asked of it."""
 
 
-class CheckpointError(DflashError):
-    """A checkpoint that is missing, truncated, or does not fit the other model of the pair."""
+class CheckpointError(DflashError, ValueError):
+    """A checkpoint on disk is damaged, incomplete, or does not fit the target model."""
+
+
+class UnsupportedModel(DflashError, ValueError):
+    """The model's architecture has a part that the engine does not run exactly."""
