@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -267,15 +268,22 @@ def _bias(text: str) -> tuple[int, float]:
 
 def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     """`dflash_rs.LLM` with the options that were given; its own defaults hold for the others."""
+    plain = getattr(args, "no_draft", False)
+    if args.draft is not None and args.model is None:
+        raise InvalidArgument("--draft: got a drafter without --model; a drafter belongs to one target")
+    if args.draft is not None and plain:
+        raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
+    if args.model is not None and args.draft is None and not plain:
+        raise InvalidArgument("--model: got a target without a drafter, expected --draft PATH or --no-draft, too")
     # Set before the first import of these libraries: their progress bars would be mixed into the stream.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from dflash_rs.llm import LLM
 
-    if args.draft is not None and args.model is None:
-        raise InvalidArgument("--draft: got a drafter without --model; a drafter belongs to one target")
     names = ("model", "draft", "device", "dtype", "threads", "block_size", "page_size", "num_pages")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if plain:
+        options["draft"] = None
     return LLM(**(options | more))
 
 
@@ -392,7 +400,7 @@ def run_generate(args: argparse.Namespace) -> int:
     """`dflash-rs generate`."""
     prompts = collect_prompts(args, sys.stdin)
     params = sampling_from(args)
-    llm = make_engine(args, **({"draft": None} if args.no_draft else {}))
+    llm = make_engine(args)
     try:
         if args.json:
             outputs = llm.generate([prompt.text for prompt in prompts], params)
@@ -405,8 +413,7 @@ def run_generate(args: argparse.Namespace) -> int:
     code = OK
     for i, output in enumerate(outputs):
         if output.finish_reason == "error":
-            reason = output.metrics.get("error", "the engine gave no reason")
-            code = _complain(f"prompt {i + 1}: {reason}", FAILED)
+            code = _complain(f"prompt {i + 1}: {output.error or 'the engine gave no reason'}", FAILED)
         elif not args.quiet and not args.json:
             print(summary(output), file=sys.stderr)
     return code
@@ -440,8 +447,9 @@ def output_json(output: Any, prompt: Any) -> dict[str, Any]:
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
-        "logprobs": output.logprobs,
+        "logprobs": None if output.logprobs is None else [asdict(one) for one in output.logprobs],
         "metrics": output.metrics,
+        "error": output.error,
     }
 
 
@@ -477,7 +485,8 @@ def run_bench(args: argparse.Namespace) -> int:
     heads: list[dict[str, Any]] = []
 
     def engine(concurrency: int) -> Any:
-        llm = make_engine(args, max_running=concurrency)
+        # Without prefix reuse: every run computes its prompts itself, whichever arm ran before.
+        llm = make_engine(args, max_running=concurrency, prefix_cache=False)
         if not heads:
             heads.append(report.header(args.words, llm))
         return llm

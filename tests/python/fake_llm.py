@@ -15,6 +15,7 @@ class FakeOutput:
     finish_reason: str = "length"
     logprobs: Any = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
 
 
 @dataclass

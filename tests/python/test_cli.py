@@ -23,6 +23,8 @@ def fake(monkeypatch):
     def make(args, **more):
         names = ("model", "draft", "block_size", "threads")
         given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+        if getattr(args, "no_draft", False):
+            given["draft"] = None
         engines.append(FakeLLM(**(given | more)))
         return engines[-1]
 
@@ -170,6 +172,8 @@ def test_a_word_that_cannot_be_understood_ends_with_code_2(words, named, capsys)
         (["generate", ""], "PROMPT: got an empty text"),
         (["generate", "--prompt-file", "/nowhere/at/all"], "No such file"),
         (["bench", "--max-tokens", "1", "--prompt-file", "/nowhere/at/all"], "--max-tokens: got 1"),
+        (["generate", "x", "--max-tokens", "0"], "max_tokens: got 0"),
+        (["generate", "x", "--temperature", "-1"], "temperature: got -1.0"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_no_traceback(words, message, fake, capsys):
@@ -220,7 +224,7 @@ def test_a_failed_request_ends_with_code_1_and_its_reason(fake, monkeypatch, cap
     def generate(self, prompts, params, draft=True):
         outputs = FakeLLM._one(self, 0, prompts[0], params, True)[:1]
         outputs[0].finish_reason = "error"
-        outputs[0].metrics["error"] = "NaN logits"
+        outputs[0].error = "NaN logits"
         return list(outputs)
 
     monkeypatch.setattr(FakeLLM, "generate", generate)
@@ -263,3 +267,16 @@ def test_the_reference_suite_says_how_to_get_its_package(fake, monkeypatch, tmp_
     prompts.write_text("one\n")
     assert cli.main(["bench", "--suite", "reference", "--prompt-file", str(prompts)]) == 1
     assert "pip install --no-deps dflash==0.1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--draft", "d"], "--draft: got a drafter without --model"),
+        (["--model", "m"], "--model: got a target without a drafter"),
+        (["--model", "m", "--draft", "d", "--no-draft"], "--no-draft: got --draft, too"),
+    ],
+)
+def test_models_that_do_not_go_together_are_refused_before_anything_loads(words, message, capsys):
+    assert cli.main(["generate", "x", *words]) == 2
+    assert message in capsys.readouterr().err
