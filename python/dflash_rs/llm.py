@@ -454,7 +454,7 @@ class LLM:
             if self._draft is not None:
                 self._draft.free_kv()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> LLM:  # noqa: PYI034 (typing.Self needs Python 3.11)
         return self
 
     def __exit__(self, *exc: object) -> None:

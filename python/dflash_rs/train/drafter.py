@@ -29,7 +29,7 @@ from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_d
 class DrafterTraining:
     """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens."""
 
-    taps: str = "1,3,5,7,9"
+    taps: str = "1,3,5,7,8"
     num_layers: int = 2
     block_size: int = 8
     train_block_sizes: str = "8"
@@ -56,9 +56,10 @@ class DrafterTraining:
 
     def check(self, num_target_layers: int, vocab_size: int) -> None:
         """Raises ValueError naming the first setting that cannot work with this target."""
-        bad = [t for t in self.tap_ids if not 0 <= t < num_target_layers]
+        # The last layer's output is handed out normalised by some model code and raw by other: it is no safe tap.
+        bad = [t for t in self.tap_ids if not 0 <= t < num_target_layers - 1]
         if bad:
-            raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 1} of the target")
+            raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 2}, below the target's last")
         if min(self.block_sizes + [self.block_size]) < 2:
             raise ValueError(f"block_size: got {self.block_size}, {self.train_block_sizes}, expected at least 2")
         if not 0 <= self.mask_token_id < vocab_size:
