@@ -182,7 +182,7 @@ class LLM:
         self.dtype = _dtype(torch, dtype, self.device)
         self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
 
-        self._target = TargetModel.load(model, device=self.device, dtype=self.dtype)
+        self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype)
         self._draft = None if draft is None else load_draft(draft, self._target)
         if self._draft is not None:
             self._target.set_taps(self._draft.config.target_layer_ids)
@@ -190,17 +190,17 @@ class LLM:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.vocab_size = self._target.vocab_size
         self._bytes = token_bytes(self.tokenizer, self.vocab_size)
-        self.eos_token_ids = self._target.eos_token_ids
+        self.eos_token_ids = _eos_ids(self._target.model)
 
-        limit = self._target.max_context
+        limit = int(self._target.config.max_position_embeddings)
         if max_context > limit:
             raise InvalidArgument(f"max_context: got {max_context}, expected at most {limit}, the target's own limit")
         self.max_context = max_context or limit
         per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
         pages = self.config.pages(per_token, self.max_context, self.block_size)
-        self._target.alloc_kv(pages * page_size)
+        self._target.init_cache(pages * page_size)
         if self._draft is not None:
-            self._draft.alloc_kv(pages * page_size)
+            self._draft.init_cache(pages * page_size, page_size)
         self._core = _core.Engine(
             num_pages=pages,
             page_size=page_size,
@@ -390,12 +390,11 @@ class LLM:
         return self._draft.propose(
             plan.token_ids[first],
             plan.context_lens[rows],
-            page_table=page_table,
-            row_ids=plan.row_ids[rows],
-            page_size=self.config.page_size,
-            valid_from=plan.draft_valid_from[rows],
+            page_table,
+            plan.row_ids[rows],
+            plan.draft_valid_from[rows],
             block_size=self.block_size,
-        )
+        ).cpu().numpy()  # fmt: skip
 
     def _route(self, events: Any) -> None:
         errors = dict(events.errors)
@@ -437,22 +436,49 @@ class LLM:
     # ---- looking inside ------------------------------------------------------------------------------------------
 
     def next_token_logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Float32 logits ``[vocab_size]`` after `ids`, by the target's ordinary forward without cache or batch."""
-        return self._target.reference_logits([int(i) for i in ids])
+        """Float32 logits ``[vocab_size]`` after `ids`, by one forward over all of them, without the running requests' cache."""
+        from .models.batch import StepBatch
+
+        tokens = np.asarray([int(i) for i in ids], dtype=np.int64)
+        n = tokens.size
+        batch = StepBatch.from_arrays(
+            token_ids=tokens,
+            positions=np.arange(n),
+            slots=np.arange(n),
+            query_starts=np.array([0, n]),
+            context_lens=np.array([0]),
+            page_table=np.zeros((1, 1), dtype=np.int32),
+            row_ids=np.array([0]),
+            logit_rows=np.array([n - 1]),
+            page_size=n,
+            device=self.device,
+        )
+        with self._lock:
+            kept = self._target.caches, self._target.num_slots
+            try:
+                self._target.init_cache(n)
+                return self._target.forward(batch)[0][0].float().cpu().numpy()
+            finally:
+                self._target.caches, self._target.num_slots = kept
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: steps, seconds per stage, pages and requests, and acceptance over all requests."""
         with self._lock:
-            return {"steps": self._steps, "stage_seconds": dict(self._stage_seconds), **self._core.stats()}
+            return {
+                "steps": self._steps,
+                "stage_seconds": dict(self._stage_seconds),
+                **self._core.counts(),
+                **self._core.stats(),
+            }
 
     def close(self) -> None:
         """Aborts what is unfinished and frees the KV cache. The object cannot be used afterwards."""
         with self._lock:
             for request in list(self._active):
                 self.abort(request)
-            self._target.free_kv()
+            self._target.caches = {}
             if self._draft is not None:
-                self._draft.free_kv()
+                self._draft.free_cache()
 
     def __enter__(self) -> LLM:  # noqa: PYI034 (typing.Self needs Python 3.11)
         return self
@@ -513,6 +539,15 @@ def _logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
         top = list(zip(events.top_tokens[span].tolist(), events.top_logprobs[span].tolist(), strict=True))
         found.append(TokenLogprob(int(events.tokens[j]), float(events.logprobs[j]), top))
     return found
+
+
+def _eos_ids(model: Any) -> list[int]:
+    """End-of-text ids, from the generation settings or else the configuration."""
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
+    return []
 
 
 def _device(torch: Any, name: str) -> Any:

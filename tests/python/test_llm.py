@@ -53,7 +53,7 @@ def params(name: str, seed: int, **more) -> SamplingParams:
 def idle(engine: LLM) -> bool:
     """Whether every page is free or cached and nobody waits."""
     stats = engine.stats()
-    return stats["running"] == 0 and stats["waiting"] == 0 and stats["free_pages"] + stats["cached_pages"] == stats["num_pages"]
+    return stats["running"] == 0 and stats["waiting"] == 0 and stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
 
 
 def rounding_explains(engine: LLM, prompt: list[int], plain: list[int], other: list[int], sampling: SamplingParams) -> bool:
