@@ -364,8 +364,9 @@ class _Check:
         return worst
 
     def agrees(self, target: TargetModel) -> bool:
-        """Whether the error is rounding: 1e-4 in float32, 5e-2 in 16-bit types."""
-        return self.error(target) <= (1e-4 if target.dtype == torch.float32 else 5e-2)
+        """Whether the error is rounding. In 16-bit types two correct orders of summation differ by several percent of a
+        row's norm on an untrained model; a wrong mask, position or scale differs by the norm itself."""
+        return self.error(target) <= (1e-4 if target.dtype == torch.float32 else 0.2)
 
     def compare(self, target: TargetModel, what: str) -> None:
         if not self.agrees(target):
