@@ -24,6 +24,109 @@ pub enum Error {
         /// Elements needed.
         expected: usize,
     },
+    /// A page that nobody holds was released or shared: a double free.
+    #[error("page {page}: not held by anyone (the pool has {total} pages)")]
+    PageNotHeld {
+        /// The page.
+        page: u32,
+        /// Pages in the pool.
+        total: usize,
+    },
+    /// A row whose tenant has left.
+    #[error("row {row}: generation {generation} has left")]
+    StaleRow {
+        /// The row.
+        row: u32,
+        /// The generation asked for.
+        generation: u32,
+    },
+    /// A step would reach beyond what its row owns or can own.
+    #[error("KV slots up to {end} needed, the row has {owned}")]
+    SlotsNotOwned {
+        /// First slot beyond the step.
+        end: u32,
+        /// Slots of the row.
+        owned: u32,
+    },
+    /// A request that could not finish even if it had the whole pool to itself.
+    #[error(
+        "prompt of {prompt} tokens with max_tokens {max_tokens} needs {needed} pages of {page_size} slots, the pool has \
+         {total}: shorten the prompt, lower max_tokens or raise num_pages"
+    )]
+    OutOfPages {
+        /// Prompt tokens.
+        prompt: usize,
+        /// Output tokens allowed.
+        max_tokens: usize,
+        /// Pages its longest output needs.
+        needed: usize,
+        /// Slots per page.
+        page_size: usize,
+        /// Pages in the pool.
+        total: usize,
+    },
+    /// More pages were asked for than are free.
+    #[error("{needed} pages needed, {free} of {total} are free")]
+    PoolExhausted {
+        /// Pages asked for.
+        needed: usize,
+        /// Free pages.
+        free: usize,
+        /// Pages in the pool.
+        total: usize,
+    },
+    /// A stage was called out of turn.
+    #[error("step {step}: {problem}")]
+    OutOfTurn {
+        /// The step named by the call.
+        step: u64,
+        /// What was wrong, and what to do.
+        problem: String,
+    },
+    /// A logit that cannot be sampled from.
+    #[error("logits: got {value} at column {column}, expected a finite number or -inf")]
+    BadLogit {
+        /// Vocabulary column of the first offender.
+        column: usize,
+        /// `"NaN"` or `"+inf"`.
+        value: &'static str,
+    },
+    /// A row that forbids every token.
+    #[error("logits: got {columns} columns that are all -inf, expected at least one finite number")]
+    EmptyRow {
+        /// Vocabulary size of the row.
+        columns: usize,
+    },
+    /// An error of one row of a batch.
+    #[error("row {row}: {source}")]
+    AtRow {
+        /// Index of the row in the arrays passed.
+        row: usize,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
+    /// More drafts accepted than were drafted.
+    #[error("accepted: got {accepted} accepted drafts of {drafted}, expected at most {drafted}")]
+    AcceptedExceedsDrafted {
+        /// Drafts accepted.
+        accepted: u32,
+        /// Drafts verified.
+        drafted: u32,
+    },
+    /// Strides that let two heads of a view share elements.
+    #[error(
+        "{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap"
+    )]
+    OverlappingRows {
+        /// The array as its caller knows it.
+        name: &'static str,
+        /// Elements from one row to the next.
+        row_stride: usize,
+        /// Elements from one head to the next.
+        head_stride: usize,
+        /// Elements per head.
+        dim: usize,
+    },
 }
 
 /// Result of the core.

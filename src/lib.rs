@@ -1,5 +1,15 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
 #![deny(missing_docs)]
 
+pub mod device;
+pub mod draft;
 pub mod error;
+pub mod kv;
+#[cfg(feature = "python")]
+mod py;
+pub mod rng;
+pub mod schedule;
+pub mod stats;
+pub mod step;
 pub mod types;
+pub mod verify;

@@ -1,0 +1,60 @@
+"""Lossless DFlash speculative decoding with a Rust core.
+
+Importing this package imports neither torch nor a serving engine: names that need them are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages, UnsupportedModel
+
+if TYPE_CHECKING:
+    from dflash_rs.llm import LLM, Output, StreamEvent
+    from dflash_rs.sampling import SamplingParams
+
+_LATER = {
+    "LLM": "dflash_rs.llm",
+    "Output": "dflash_rs.llm",
+    "StreamEvent": "dflash_rs.llm",
+    "SamplingParams": "dflash_rs.sampling",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DflashError",
+    "InvalidArgument",
+    "LLM",
+    "OutOfPages",
+    "Output",
+    "SamplingParams",
+    "StreamEvent",
+    "UnsupportedModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    module = _LATER.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("dflash-rs")
+    except metadata.PackageNotFoundError:
+        # A source tree on PYTHONPATH: there is no installed version to tell.
+        return "0+uninstalled"

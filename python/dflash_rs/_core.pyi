@@ -1,0 +1,365 @@
+"""The compiled half of dflash_rs: whole-batch arrays, one crossing per stage."""
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+# --- engine -----------------------------------------------------------------------------------------------------------
+
+@final
+class Engine:
+    """Continuous batching with speculative blocks over one KV pool.
+
+    ::
+
+        engine.add(prompt, ...)
+        while engine.has_work:
+            plan = engine.plan()
+            plan.set_drafts(drafts)                 # if len(plan.draft_rows)
+            accepted = engine.accept(plan, logits)  # or accept_sampled
+            events = engine.commit(plan, accepted)
+
+    Steps are resolved in the order they were launched. Dropping a plan that was not committed calls its step off: its
+    requests go on from their last resolved token. All sizes are in tokens (KV slots) unless said otherwise.
+    ``vocabulary`` (the bytes of each token, in order of ids) is needed for stop strings only. ``depth`` is how many steps
+    may be unresolved while the next one is planned: 0, or 1 for an overlapped pipeline.
+
+    Raises ``InvalidArgument`` naming the size that is out of range (``max_batch_tokens`` must be at least
+    ``max_running``).
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_pages: int,
+        vocab_size: int,
+        page_size: int = 16,
+        max_running: int = 16,
+        max_context: int = 2048,
+        block_size: int = 8,
+        max_batch_tokens: int = 2048,
+        eos_ids: Sequence[int] = ...,
+        prefix_cache: bool = True,
+        depth: int = 0,
+        vocabulary: Sequence[bytes] | None = None,
+    ) -> Engine: ...
+    def add(
+        self,
+        prompt: Sequence[int] | NDArray[np.integer],
+        *,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] = ...,
+        stop: Sequence[bytes] = ...,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        draft: bool = True,
+    ) -> int:
+        """Queues a request and returns its number, unique for the life of the engine.
+
+        ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is an unsigned 64-bit number.
+        ``stop`` are byte strings. ``logprobs=n`` scores every token and names the ``n`` likeliest ones. ``draft=False`` never
+        verifies drafts for it; its text is the same either way.
+
+        Raises ``InvalidArgument`` naming the argument; ``OutOfPages`` when prompt and ``max_tokens`` could not fit the pool
+        even if it were empty.
+        """
+
+    def abort(self, request_id: int) -> bool:
+        """Ends a request wherever it is; there is no event for it. ``False``: it had ended already."""
+
+    def plan(self, max_block: int | None = None) -> StepPlan | None:
+        """Launches the next step with blocks of at most ``max_block`` tokens (default ``block_size``).
+
+        ``None`` when nothing can run: no request is left, or (``depth`` 1) all wait for a launched step.
+        Raises ``DflashError`` when as many steps are unresolved as ``depth`` allows.
+        """
+
+    def accept(self, plan: StepPlan, logits: NDArray[np.float32]) -> Accepted:
+        """Draws the target's tokens and walks the drafts; the GIL is released.
+
+        ``logits``: f32 ``[N, vocab_size]``, C-contiguous, raw, in the order of ``plan.logit_rows``. A row that cannot be
+        drawn from (NaN, +inf, all -inf) ends its own request with an error and nobody else's: see ``Accepted.failed``.
+        """
+
+    def accept_sampled(
+        self, plan: StepPlan, sampled: NDArray[np.int64], logprobs: NDArray[np.float32] | None = None
+    ) -> Accepted:
+        """Walks the drafts with tokens drawn elsewhere: i64 ``[N]`` in the order of ``plan.logit_rows``, scores f32 ``[N]``."""
+
+    def commit(self, plan: StepPlan, accepted: Accepted, injected: bool = True) -> Events:
+        """Resolves a step: books KV, appends tokens up to each request's stop, releases what is finished.
+
+        ``injected``: draft K/V were computed for ``accepted.commit_rows``; otherwise drafts see nothing before them.
+        """
+
+    def cancel(self, plan: StepPlan) -> None:
+        """Calls a step off: its requests go on from their last resolved token."""
+
+    def cancel_all(self) -> None:
+        """Calls every unresolved step off, as after Ctrl-C."""
+
+    def evict(self, count: int | None = None) -> int:
+        """Frees up to ``count`` cached pages that no request holds (default: all); returns how many."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, the anchor counted."""
+
+    @property
+    def page_size(self) -> int:
+        """KV slots per page."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool; the KV cache has ``num_pages * page_size`` slots."""
+
+    @property
+    def page_table(self) -> NDArray[np.int32]:
+        """The persistent page table, i32 ``[rows, max_pages_per_request]``, read-only, indexed by ``StepPlan.row_ids``.
+
+        One view stays current for the life of the engine: entry ``p`` of a row is the page of positions
+        ``p * page_size ..``; entries behind a row's pages are undefined.
+        """
+
+    def counts(self) -> dict[str, int]:
+        """``waiting``, ``running``, ``in_flight``, ``free_pages``, ``cached_pages``, ``reclaimable_pages`` (cached, held by no
+        request), ``total_pages``, ``retractions``."""
+
+    def stats(self) -> dict[str, object]:
+        """Acceptance over all requests: ``passes``, ``committed``, ``drafted``, ``accepted`` (int), ``tau`` (float, or ``None``
+        before the first pass), ``histogram`` (passes by drafts accepted), ``per_position`` (share accepted)."""
+
+@final
+class StepPlan:
+    """A launched step: ``R`` rows packed to ``T`` tokens, ``N`` of which need logits. Decoding rows come first.
+
+    The arrays are views of the plan's own memory.
+    """
+
+    @property
+    def step_id(self) -> int:
+        """Number of the step."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the step has been neither committed nor called off."""
+
+    def set_drafts(self, drafts: NDArray[np.int64]) -> None:
+        """Fills in the drafts, i64 ``[len(draft_rows), columns]``; row ``k`` uses its first ``block_len - 1`` columns.
+
+        Raises ``InvalidArgument`` for a wrong shape or a draft outside the vocabulary; no draft is set then.
+        """
+
+    @property
+    def request_ids(self) -> NDArray[np.uint64]:
+        """``[R]``: which request."""
+
+    @property
+    def row_ids(self) -> NDArray[np.int32]:
+        """``[R]``: row of the page table."""
+
+    @property
+    def query_starts(self) -> NDArray[np.int32]:
+        """``[R + 1]``: where each row's tokens start among the ``T``."""
+
+    @property
+    def context_lens(self) -> NDArray[np.int32]:
+        """``[R]``: valid KV tokens before this step, the position of the row's first token."""
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """``[T]``: tokens; -1 for drafts not set yet, and for an anchor only the device knows (``depth`` 1)."""
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """``[T]``: positions; -1 where only the device knows."""
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """``[T]``: KV slots the tokens are written to; -1 where only the device knows."""
+
+    @property
+    def logit_rows(self) -> NDArray[np.int32]:
+        """``[N]``: packed indices whose logits are needed."""
+
+    @property
+    def logit_starts(self) -> NDArray[np.int32]:
+        """``[R + 1]``: where each row's part of ``logit_rows`` starts."""
+
+    @property
+    def draft_rows(self) -> NDArray[np.int32]:
+        """``[n]``: rows with drafts, ``block_len > 1``."""
+
+    @property
+    def block_len(self) -> NDArray[np.int32]:
+        """``[R]``: tokens of the row: 1 for a plain step, the anchor and its drafts, or a chunk of prompt."""
+
+    @property
+    def is_prefill(self) -> NDArray[np.bool_]:
+        """``[R]``: whether the row is a chunk of prompt."""
+
+    @property
+    def draft_valid_from(self) -> NDArray[np.int32]:
+        """``[R]``: first position from which on the row's draft K/V are valid; a drafter masks what is before."""
+
+    @property
+    def start_known(self) -> NDArray[np.bool_]:
+        """``[R]``: whether the host knows where the row starts; always true at ``depth`` 0."""
+
+@final
+class Accepted:
+    """What a step keeps, row by row."""
+
+    @property
+    def step_id(self) -> int:
+        """Number of the step."""
+
+    @property
+    def accepted(self) -> NDArray[np.int32]:
+        """``[R]``: drafts accepted."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Tokens gained, the bonus token included; a stop is applied at commit."""
+
+    @property
+    def token_starts(self) -> NDArray[np.int32]:
+        """``[R + 1]``: where each row's tokens start."""
+
+    @property
+    def commit_rows(self) -> NDArray[np.int64]:
+        """``[M]``: packed indices whose KV and features are valid now."""
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """``[len(tokens)]``: log-softmax of the raw logits at each token, NaN where not asked for."""
+
+    @property
+    def top_starts(self) -> NDArray[np.int32]:
+        """``[len(tokens) + 1]``: where each token's alternatives start."""
+
+    @property
+    def top_tokens(self) -> NDArray[np.int64]:
+        """The likeliest tokens beside each token, falling."""
+
+    @property
+    def top_logprobs(self) -> NDArray[np.float32]:
+        """Their log-probabilities."""
+
+    @property
+    def failed(self) -> list[tuple[int, str]]:
+        """``(row, message)`` of each row whose tokens could not be drawn."""
+
+@final
+class Events:
+    """What a step meant for its requests: one entry per request that gained tokens or ended."""
+
+    @property
+    def step_id(self) -> int:
+        """Number of the step."""
+
+    @property
+    def request_ids(self) -> NDArray[np.uint64]:
+        """``[E]``: which request."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """New output tokens, nothing after a stop; a stop token itself is included."""
+
+    @property
+    def token_starts(self) -> NDArray[np.int32]:
+        """``[E + 1]``: where each request's tokens start."""
+
+    @property
+    def finish(self) -> NDArray[np.uint8]:
+        """``[E]``: 0 goes on, 1 stop token (the last one), 2 stop string, 3 length, 4 error."""
+
+    @property
+    def drafted(self) -> NDArray[np.int32]:
+        """``[E]``: drafts verified."""
+
+    @property
+    def accepted(self) -> NDArray[np.int32]:
+        """``[E]``: drafts accepted."""
+
+    @property
+    def text_ends(self) -> NDArray[np.int64]:
+        """``[E]``: output bytes certain to be text, counted from the first output token; -1 for requests without stop strings.
+
+        While a request runs, an ending that may become a stop string is held back. A stop string or stop token that ended it
+        is not counted.
+        """
+
+    @property
+    def cached_tokens(self) -> NDArray[np.int32]:
+        """``[E]``: tokens found in the prefix cache when the request last entered."""
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """``[len(tokens)]``: log-softmax of the raw logits at each token, NaN where not asked for."""
+
+    @property
+    def top_starts(self) -> NDArray[np.int32]:
+        """``[len(tokens) + 1]``: where each token's alternatives start."""
+
+    @property
+    def top_tokens(self) -> NDArray[np.int64]:
+        """The likeliest tokens beside each token, falling."""
+
+    @property
+    def top_logprobs(self) -> NDArray[np.float32]:
+        """Their log-probabilities."""
+
+    @property
+    def errors(self) -> list[tuple[int, str]]:
+        """``(request_id, message)`` of each request that ended with an error."""
+
+@final
+class PagePool:
+    """Reference-counted KV pages with a free list; every operation is O(1) per page.
+
+    Raises ``InvalidArgument`` for ``num_pages`` of 0.
+    """
+
+    def __new__(cls, num_pages: int) -> PagePool: ...
+    def alloc(self, count: int = 1) -> NDArray[np.int32]:
+        """Takes ``count`` free pages, one owner each. Raises ``OutOfPages`` and takes none when there are fewer."""
+
+    def retain(self, pages: Sequence[int] | NDArray[np.integer]) -> None:
+        """Adds an owner to each page. All or nothing; a free or unknown page is an ``InvalidArgument``."""
+
+    def release(self, pages: Sequence[int] | NDArray[np.integer]) -> None:
+        """Removes an owner from each page; a page without owners is free. All or nothing; a second free is an
+        ``InvalidArgument``."""
+
+    def owners(self, page: int) -> int:
+        """Owners of a page, 0 when it is free."""
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in all."""

@@ -1,0 +1,165 @@
+//! Best-first building: the N likeliest prefixes (DDTree, arXiv 2604.12989, section on tree construction).
+//!
+//! The expected accepted length of a tree is the sum over its nodes of the path's probability, so the best tree of N nodes
+//! is that of the N likeliest prefixes. A heap yields them in order: popping a node offers its next sibling and its first
+//! child, so the heap never holds more than N + 1 entries. O(N log N) after the drafter's top-k.
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+use crate::draft::tree::{DraftTree, check_log_prob};
+use crate::error::{Error, Result};
+use crate::types::TokenId;
+
+/// Where the children of a node come from: a factorised drafter looks at the depth alone, a path-conditioned one at the path.
+pub trait ChildSource {
+    /// The child of `parent` with the `rank`-th largest log-probability (rank 0 first), or `None` when there are no more.
+    /// For one parent ranks are asked in order. Log-probabilities fall with the rank and are at most 0.
+    fn child(&mut self, tree: &DraftTree, parent: usize, rank: usize) -> Option<(TokenId, f32)>;
+}
+
+/// Children of a factorised drafter: row `d` holds the top-K of depth `d + 1`, whatever the path.
+#[derive(Clone, Copy, Debug)]
+pub struct TopK<'a> {
+    tokens: &'a [TokenId],
+    log_probs: &'a [f32],
+    k: usize,
+}
+
+impl<'a> TopK<'a> {
+    /// `tokens` and `log_probs` are [L, K] row-major, each row by falling log-probability (nats).
+    pub fn new(tokens: &'a [TokenId], log_probs: &'a [f32], k: usize) -> Result<Self> {
+        if k == 0 || !tokens.len().is_multiple_of(k) {
+            return Err(Error::InvalidArgument {
+                name: "k",
+                got: format!("{k} for {} tokens", tokens.len()),
+                expected: "a positive divisor of their number".into(),
+            });
+        }
+        if log_probs.len() != tokens.len() {
+            return Err(Error::Length {
+                name: "log_probs",
+                got: log_probs.len(),
+                expected: tokens.len(),
+            });
+        }
+        Ok(Self {
+            tokens,
+            log_probs,
+            k,
+        })
+    }
+}
+
+impl ChildSource for TopK<'_> {
+    fn child(&mut self, tree: &DraftTree, parent: usize, rank: usize) -> Option<(TokenId, f32)> {
+        let at = tree.depths()[parent] as usize * self.k + rank;
+        (rank < self.k && at < self.tokens.len()).then(|| (self.tokens[at], self.log_probs[at]))
+    }
+}
+
+#[derive(Debug)]
+struct Candidate {
+    score: f32,
+    log_prob: f32,
+    token: TokenId,
+    depth: u32,
+    parent: u32,
+    rank: u32,
+}
+
+// Greatest first: score, then the shallower, the earlier parent, the better rank. A total order, so the tree does not
+// depend on the heap's internals and a device that merges level by level gives the same one.
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.score
+            .total_cmp(&other.score)
+            .then(other.depth.cmp(&self.depth))
+            .then(other.parent.cmp(&self.parent))
+            .then(other.rank.cmp(&self.rank))
+    }
+}
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Candidate {}
+
+impl DraftTree {
+    /// The tree of the `nodes` likeliest prefixes no deeper than `max_depth`; fewer if the source has fewer of positive
+    /// probability. The anchor does not count as one of the `nodes`.
+    ///
+    /// Ties: the shallower, then the earlier parent, then the better rank. Scores are f32 sums from the root down.
+    /// Errors: a log-probability above 0, NaN, or larger than that of the sibling before it.
+    pub fn build(
+        anchor: TokenId,
+        nodes: usize,
+        max_depth: usize,
+        source: &mut impl ChildSource,
+    ) -> Result<Self> {
+        let mut tree = Self::root(anchor);
+        let mut heap = BinaryHeap::new();
+        if max_depth > 0 {
+            offer(&mut heap, &tree, 0, 0, 0.0, source)?;
+        }
+        while tree.len() <= nodes {
+            let Some(best) = heap.pop() else { break };
+            let parent = best.parent as usize;
+            let node = tree.push(parent, best.token, best.score);
+            offer(
+                &mut heap,
+                &tree,
+                parent,
+                best.rank as usize + 1,
+                best.log_prob,
+                source,
+            )?;
+            if (best.depth as usize) < max_depth {
+                offer(&mut heap, &tree, node, 0, 0.0, source)?;
+            }
+        }
+        Ok(tree)
+    }
+}
+
+fn offer(
+    heap: &mut BinaryHeap<Candidate>,
+    tree: &DraftTree,
+    parent: usize,
+    rank: usize,
+    ceiling: f32,
+    source: &mut impl ChildSource,
+) -> Result<()> {
+    let Some((token, log_prob)) = source.child(tree, parent, rank) else {
+        return Ok(());
+    };
+    check_log_prob(log_prob)?;
+    if log_prob > ceiling {
+        return Err(Error::InvalidArgument {
+            name: "log_probs",
+            got: format!("{log_prob} at rank {rank} after {ceiling}"),
+            expected: "siblings by falling log-probability".into(),
+        });
+    }
+    if log_prob > f32::NEG_INFINITY {
+        heap.push(Candidate {
+            // -0.0 and 0.0 are one score; `+ 0.0` makes `total_cmp` agree.
+            score: tree.scores()[parent] + log_prob + 0.0,
+            log_prob,
+            token,
+            depth: tree.depths()[parent] + 1,
+            parent: parent as u32,
+            rank: rank as u32,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! Draft proposals: chains and trees, one type for both.
+//!
+//! ```text
+//!   anchor ─┬─ the ─┬─ cat ── sat          node 0 is the anchor; parents come before children
+//!           │       └─ dog                 siblings by falling probability
+//!           └─ a ──── cat                  mask row = the node itself and its ancestors, one bit per node
+//! ```
+//!
+//! A chain is the tree in which every node has one child: the same code path, bit for bit.
+
+mod build;
+mod tree;
+
+pub use build::{ChildSource, TopK};
+pub use tree::{DraftTree, NO_NODE};

@@ -1,0 +1,271 @@
+//! Prefix reuse: full pages of resolved text, found again by a hash chain.
+//!
+//! ```text
+//! root ── [page 0: tokens 0..ps] ── [page 1: tokens ps..2ps] ── ...      one node per page, a child per continuation
+//! ```
+//! Promises: a hash is only a hint, the tokens are compared; a cached page is full and never written; whoever holds a
+//! node's page holds its ancestors' pages too, so a node nobody holds has no descendant that somebody holds, and every
+//! node whose page only the cache owns can be evicted, leaves first, the least recently used leaf before others.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::error::Result;
+use crate::kv::pool::PagePool;
+use crate::types::{PageId, TokenId};
+
+/// A node of the cache: one full page of text after one particular prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(u32);
+
+#[derive(Debug)]
+struct Node {
+    parent: Option<NodeId>,
+    hash: u64,
+    /// Next node of the same hash.
+    next: Option<NodeId>,
+    tokens: Box<[TokenId]>,
+    page: PageId,
+    children: u32,
+    used: u64,
+    draft_injected: bool,
+}
+
+/// What a look-up found: one entry per page, in text order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// The node.
+    pub node: NodeId,
+    /// Its page.
+    pub page: PageId,
+    /// Whether draft K/V of the whole page were injected.
+    pub draft_injected: bool,
+}
+
+/// Outcome of [`PrefixCache::insert`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inserted {
+    /// The page is cached now, and the cache is one more owner of it.
+    Now(NodeId),
+    /// The same text is cached already, in another page.
+    Elsewhere,
+}
+
+/// The cache.
+#[derive(Debug)]
+pub struct PrefixCache {
+    page_size: usize,
+    nodes: Vec<Option<Node>>,
+    vacant: Vec<u32>,
+    index: HashMap<u64, NodeId>,
+    of_page: Vec<Option<NodeId>>,
+    /// Leaves only the cache owns, least recently used first.
+    leaves: BTreeSet<(u64, NodeId)>,
+    /// Nodes only the cache owns, leaves or not.
+    reclaimable: usize,
+    clock: u64,
+}
+
+impl PrefixCache {
+    pub(super) fn new(page_size: usize, num_pages: usize) -> Self {
+        Self {
+            page_size,
+            nodes: Vec::new(),
+            vacant: Vec::new(),
+            index: HashMap::new(),
+            of_page: vec![None; num_pages],
+            leaves: BTreeSet::new(),
+            reclaimable: 0,
+            clock: 0,
+        }
+    }
+
+    /// Cached pages.
+    pub fn len(&self) -> usize {
+        self.nodes.len() - self.vacant.len()
+    }
+
+    /// Whether nothing is cached.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Cached pages that no request holds.
+    pub fn reclaimable(&self) -> usize {
+        self.reclaimable
+    }
+
+    /// Whether the cache is an owner of `page`.
+    pub fn holds(&self, page: PageId) -> bool {
+        self.of_page.get(page.0 as usize).is_some_and(Option::is_some)
+    }
+
+    /// The text of `page` after its prefix, when it is cached.
+    pub fn text_of(&self, page: PageId) -> Option<Vec<TokenId>> {
+        let mut at = (*self.of_page.get(page.0 as usize)?)?;
+        let mut pages = vec![&*self.node(at).tokens];
+        while let Some(parent) = self.node(at).parent {
+            pages.push(&self.node(parent).tokens);
+            at = parent;
+        }
+        Some(pages.into_iter().rev().flatten().copied().collect())
+    }
+
+    /// Finds the longest cached prefix of `tokens`, at most `max_pages` pages. Nothing changes.
+    pub fn find(&self, tokens: &[TokenId], max_pages: usize, hits: &mut Vec<Hit>) {
+        hits.clear();
+        let mut parent = None;
+        for page_tokens in tokens.chunks_exact(self.page_size).take(max_pages) {
+            let Some(id) = self.child(parent, page_tokens) else { break };
+            let node = self.node(id);
+            hits.push(Hit { node: id, page: node.page, draft_injected: node.draft_injected });
+            parent = Some(id);
+        }
+    }
+
+    /// Caches a full page whose text is `tokens`, following `parent`'s text.
+    pub(super) fn insert(
+        &mut self,
+        parent: Option<NodeId>,
+        tokens: &[TokenId],
+        page: PageId,
+        draft_injected: bool,
+        pool: &mut PagePool,
+    ) -> Result<Inserted> {
+        debug_assert_eq!(tokens.len(), self.page_size);
+        if self.child(parent, tokens).is_some() {
+            return Ok(Inserted::Elsewhere);
+        }
+        pool.retain(page)?;
+        let hash = self.hash(parent, tokens);
+        let id = NodeId(self.vacant.pop().unwrap_or(self.nodes.len() as u32));
+        self.clock += 1;
+        let node = Node {
+            parent,
+            hash,
+            next: self.index.insert(hash, id),
+            tokens: tokens.into(),
+            page,
+            children: 0,
+            used: self.clock,
+            draft_injected,
+        };
+        if id.0 as usize == self.nodes.len() {
+            self.nodes.push(Some(node));
+        } else {
+            self.nodes[id.0 as usize] = Some(node);
+        }
+        self.of_page[page.0 as usize] = Some(id);
+        if let Some(parent) = parent {
+            let node = self.node_mut(parent);
+            node.children += 1;
+            // A row holds the parent, so it is not among the evictable leaves.
+            debug_assert!(!self.leaves.contains(&(self.node(parent).used, parent)));
+        }
+        Ok(Inserted::Now(id))
+    }
+
+    /// A request became an owner of a cached page.
+    pub(super) fn retained(&mut self, page: PageId, owners: u32) {
+        let Some(id) = self.of_page[page.0 as usize] else { return };
+        let used = self.node(id).used;
+        if owners == 2 {
+            self.reclaimable -= 1;
+            self.leaves.remove(&(used, id));
+        }
+        self.clock += 1;
+        self.node_mut(id).used = self.clock;
+    }
+
+    /// An owner of a page left.
+    pub(super) fn released(&mut self, page: PageId, owners: u32) {
+        let Some(id) = self.of_page[page.0 as usize] else { return };
+        if owners == 1 {
+            self.reclaimable += 1;
+            self.clock += 1;
+            self.node_mut(id).used = self.clock;
+            self.offer(id);
+        }
+    }
+
+    /// Frees up to `count` pages nobody else holds, least recently used leaves first; returns how many.
+    pub(super) fn evict(&mut self, count: usize, pool: &mut PagePool) -> Result<usize> {
+        let mut freed = 0;
+        while freed < count {
+            let Some((_, id)) = self.leaves.pop_first() else { break };
+            self.remove(id, pool)?;
+            freed += 1;
+        }
+        Ok(freed)
+    }
+
+    fn remove(&mut self, id: NodeId, pool: &mut PagePool) -> Result<()> {
+        let Some(node) = self.nodes[id.0 as usize].take() else { return Ok(()) };
+        self.vacant.push(id.0);
+        self.of_page[node.page.0 as usize] = None;
+        self.reclaimable -= 1;
+        self.unlink(node.hash, id, node.next);
+        if let Some(parent) = node.parent {
+            self.node_mut(parent).children -= 1;
+            if pool.owners(self.node(parent).page) == 1 {
+                self.offer(parent);
+            }
+        }
+        pool.release(node.page).map(|_| ())
+    }
+
+    fn unlink(&mut self, hash: u64, id: NodeId, next: Option<NodeId>) {
+        let Some(&first) = self.index.get(&hash) else { return };
+        if first == id {
+            match next {
+                Some(next) => self.index.insert(hash, next),
+                None => self.index.remove(&hash),
+            };
+            return;
+        }
+        let mut at = first;
+        while let Some(after) = self.node(at).next {
+            if after == id {
+                self.node_mut(at).next = next;
+                return;
+            }
+            at = after;
+        }
+    }
+
+    fn offer(&mut self, id: NodeId) {
+        let node = self.node(id);
+        if node.children == 0 {
+            let entry = (node.used, id);
+            self.leaves.insert(entry);
+        }
+    }
+
+    fn child(&self, parent: Option<NodeId>, tokens: &[TokenId]) -> Option<NodeId> {
+        let mut at = self.index.get(&self.hash(parent, tokens)).copied();
+        while let Some(id) = at {
+            let node = self.node(id);
+            if node.parent == parent && *node.tokens == *tokens {
+                return Some(id);
+            }
+            at = node.next;
+        }
+        None
+    }
+
+    fn hash(&self, parent: Option<NodeId>, tokens: &[TokenId]) -> u64 {
+        let mut hash = parent.map_or(0x9E37_79B9_7F4A_7C15, |id| self.node(id).hash);
+        for token in tokens {
+            hash = (hash ^ u64::from(token.0)).wrapping_mul(0xFF51_AFD7_ED55_8CCD);
+            hash ^= hash >> 32;
+        }
+        hash
+    }
+
+    fn node(&self, id: NodeId) -> &Node {
+        self.nodes[id.0 as usize].as_ref().expect("a node id held by a row, a child or the index is alive")
+    }
+
+    fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        self.nodes[id.0 as usize].as_mut().expect("a node id held by a row, a child or the index is alive")
+    }
+}

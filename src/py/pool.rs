@@ -1,0 +1,106 @@
+//! `dflash_rs.PagePool`: the page pool alone, for other engines.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use numpy::{IntoPyArray, PyArray1};
+use pyo3::prelude::*;
+
+use crate::error::Error;
+use crate::kv::PagePool as Core;
+use crate::py::errors::invalid;
+use crate::types::PageId;
+
+/// Reference-counted KV pages with a free list. All operations are O(1) per page.
+#[pyclass(frozen, module = "dflash_rs._core")]
+pub struct PagePool {
+    pool: Mutex<Core>,
+}
+
+impl PagePool {
+    fn pool(&self) -> MutexGuard<'_, Core> {
+        // Every operation leaves the pool whole, even when it fails.
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn page_ids(pages: &[i64]) -> PyResult<Vec<PageId>> {
+    pages
+        .iter()
+        .map(|&page| u32::try_from(page).map(PageId).map_err(|_| invalid("pages", page.to_string(), "page numbers")))
+        .collect()
+}
+
+#[pymethods]
+impl PagePool {
+    #[new]
+    fn new(num_pages: usize) -> PyResult<Self> {
+        Ok(Self { pool: Mutex::new(Core::new(num_pages)?) })
+    }
+
+    /// Takes `count` free pages, one owner each, or raises `OutOfPages` and takes none.
+    #[pyo3(signature = (count = 1))]
+    fn alloc<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Bound<'py, PyArray1<i32>>> {
+        let mut pool = self.pool();
+        let mut pages = Vec::with_capacity(count.min(pool.num_pages()));
+        if !pool.alloc_many(count, &mut pages) {
+            return Err(Error::PoolExhausted { needed: count, free: pool.num_free(), total: pool.num_pages() }.into());
+        }
+        Ok(pages.into_iter().map(|page| page.0 as i32).collect::<Vec<_>>().into_pyarray(py))
+    }
+
+    /// Adds an owner to each page. All or nothing: a free or unknown page is an `InvalidArgument`.
+    fn retain(&self, pages: Vec<i64>) -> PyResult<()> {
+        let pages = page_ids(&pages)?;
+        let mut pool = self.pool();
+        for (at, &page) in pages.iter().enumerate() {
+            if let Err(error) = pool.retain(page) {
+                for &done in &pages[..at] {
+                    pool.release(done)?;
+                }
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an owner from each page; pages without owners are free. All or nothing: a free or unknown page (a
+    /// second free) is an `InvalidArgument`.
+    fn release(&self, pages: Vec<i64>) -> PyResult<()> {
+        let mut pages = page_ids(&pages)?;
+        let mut pool = self.pool();
+        let total = pool.num_pages();
+        pages.sort_unstable();
+        for same in pages.chunk_by(|a, b| a == b) {
+            if (pool.owners(same[0]) as usize) < same.len() {
+                return Err(Error::PageNotHeld { page: same[0].0, total }.into());
+            }
+        }
+        // Descending, so that the lowest page is handed out first again.
+        for &page in pages.iter().rev() {
+            pool.release(page)?;
+        }
+        Ok(())
+    }
+
+    /// Owners of a page, 0 when it is free.
+    fn owners(&self, page: u32) -> u32 {
+        self.pool().owners(PageId(page))
+    }
+
+    /// Pages nobody holds.
+    #[getter]
+    fn num_free(&self) -> usize {
+        self.pool().num_free()
+    }
+
+    /// Pages in all.
+    #[getter]
+    fn num_pages(&self) -> usize {
+        self.pool().num_pages()
+    }
+
+    fn __repr__(&self) -> String {
+        let pool = self.pool();
+        format!("PagePool({} of {} pages free)", pool.num_free(), pool.num_pages())
+    }
+}

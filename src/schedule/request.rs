@@ -1,0 +1,274 @@
+//! A request's own state, and the rules that end it.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::stats::Stats;
+use crate::types::{RequestId, TokenId};
+use crate::verify::{History, Sampling};
+
+/// What a request asks for.
+#[derive(Clone, Debug)]
+pub struct Params {
+    /// The target transform.
+    pub sampling: Sampling,
+    /// Most tokens it may produce, at least 1.
+    pub max_tokens: u32,
+    /// Tokens that end it, beside the engine's end-of-text tokens.
+    pub stop_ids: Vec<TokenId>,
+    /// Byte strings that end it; needs the engine's [`Vocabulary`].
+    pub stop_strings: Vec<Vec<u8>>,
+    /// Treat end-of-text tokens like any other.
+    pub ignore_eos: bool,
+    /// `Some(n)`: score every token, and name the `n` likeliest ones beside it.
+    pub logprobs: Option<u32>,
+    /// Whether drafts may be verified for it. The text is the same either way.
+    pub draft: bool,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self {
+            sampling: Sampling::default(),
+            max_tokens: 16,
+            stop_ids: Vec::new(),
+            stop_strings: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            draft: true,
+        }
+    }
+}
+
+/// Why a request ended. The numbers are part of the Python interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Finish {
+    /// It has not.
+    Running = 0,
+    /// An end-of-text or stop token, which is the last token reported.
+    StopToken = 1,
+    /// A stop string; the token that completed it is the last one reported.
+    StopString = 2,
+    /// `max_tokens` or the engine's context limit.
+    Length = 3,
+    /// A stage failed for it; the message comes with the event.
+    Error = 4,
+}
+
+/// The bytes of every token, for stop strings.
+#[derive(Clone, Debug, Default)]
+pub struct Vocabulary {
+    ends: Vec<u32>,
+    bytes: Vec<u8>,
+}
+
+impl Vocabulary {
+    /// One entry per token id, in order.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when all entries together exceed 4 GiB.
+    pub fn new<B: AsRef<[u8]>>(tokens: impl IntoIterator<Item = B>) -> Result<Self> {
+        let mut table = Self::default();
+        for token in tokens {
+            table.bytes.extend_from_slice(token.as_ref());
+            let end = u32::try_from(table.bytes.len()).map_err(|_| Error::InvalidArgument {
+                name: "vocabulary",
+                got: format!("{} bytes", table.bytes.len()),
+                expected: "less than 4 GiB".into(),
+            })?;
+            table.ends.push(end);
+        }
+        Ok(table)
+    }
+
+    /// Tokens in the table.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether the table has no token.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    fn of(&self, token: TokenId) -> &[u8] {
+        let at = token.0 as usize;
+        let start = if at == 0 { 0 } else { self.ends[at - 1] as usize };
+        &self.bytes[start..self.ends[at] as usize]
+    }
+}
+
+/// Looks for stop strings in a growing text. Keeps only as much of it as a match may reach back.
+#[derive(Clone, Debug)]
+struct Watch {
+    vocabulary: Arc<Vocabulary>,
+    longest: usize,
+    tail: Vec<u8>,
+    total: usize,
+    /// Bytes of the text that are certainly part of the output.
+    text_end: usize,
+}
+
+impl Watch {
+    /// Appends a token's bytes; `true` when a stop string is complete. `text_end` is where it began then, otherwise
+    /// everything but the longest ending that may still become a stop string.
+    fn push(&mut self, token: TokenId, stops: &[Vec<u8>]) -> bool {
+        let fresh = self.vocabulary.of(token);
+        let keep = self.tail.len().min(self.longest - 1);
+        self.tail.drain(..self.tail.len() - keep);
+        self.tail.extend_from_slice(fresh);
+        self.total += fresh.len();
+        let base = self.total - self.tail.len();
+        // The tail before this token held no match, so whatever is found ends in the new bytes.
+        let first = stops.iter().filter_map(|stop| self.tail.windows(stop.len()).position(|window| window == stop)).min();
+        if let Some(first) = first {
+            self.text_end = base + first;
+            return true;
+        }
+        let held = (1..self.longest.min(self.tail.len() + 1))
+            .rev()
+            .find(|&len| stops.iter().any(|stop| stop.len() > len && self.tail.ends_with(&stop[..len])))
+            .unwrap_or(0);
+        self.text_end = self.total - held;
+        false
+    }
+}
+
+/// A request, queued or running.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its number.
+    pub id: RequestId,
+    /// What it asks for.
+    pub params: Params,
+    /// Prompt and resolved output.
+    pub tokens: Vec<TokenId>,
+    /// Prompt tokens.
+    pub prompt_len: usize,
+    /// Counts for the penalties; empty when there are none.
+    pub history: History,
+    /// Most tokens prompt and output may have together.
+    pub max_total: u32,
+    /// Acceptance so far.
+    pub stats: Stats,
+    /// Prompt tokens found in the prefix cache when it last entered.
+    pub cached_tokens: u32,
+    watch: Option<Watch>,
+}
+
+impl Request {
+    pub(crate) fn new(
+        id: RequestId,
+        prompt: Vec<TokenId>,
+        params: Params,
+        max_total: u32,
+        vocabulary: Option<&Arc<Vocabulary>>,
+    ) -> Self {
+        let longest = params.stop_strings.iter().map(Vec::len).max().unwrap_or(0);
+        let watch = vocabulary.filter(|_| longest > 0).map(|vocabulary| Watch {
+            vocabulary: Arc::clone(vocabulary),
+            longest,
+            tail: Vec::new(),
+            total: 0,
+            text_end: 0,
+        });
+        let history = if params.sampling.penalises() { History::new(&prompt) } else { History::default() };
+        Self {
+            id,
+            prompt_len: prompt.len(),
+            tokens: prompt,
+            params,
+            history,
+            max_total,
+            stats: Stats::new(),
+            cached_tokens: 0,
+            watch,
+        }
+    }
+
+    /// Appends a committed token; says whether the request ends with it.
+    pub(crate) fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Finish {
+        self.tokens.push(token);
+        if self.params.sampling.penalises() {
+            self.history.push(token);
+        }
+        let ends_text = !self.params.ignore_eos && eos.contains(&token);
+        if ends_text || self.params.stop_ids.contains(&token) {
+            // The stop token has no text of its own; what was held back for a stop string is text after all.
+            if let Some(watch) = &mut self.watch {
+                watch.text_end = watch.total;
+            }
+            return Finish::StopToken;
+        }
+        if let Some(watch) = &mut self.watch
+            && watch.push(token, &self.params.stop_strings)
+        {
+            return Finish::StopString;
+        }
+        if self.tokens.len() >= self.max_total as usize {
+            if let Some(watch) = &mut self.watch {
+                watch.text_end = watch.total;
+            }
+            return Finish::Length;
+        }
+        Finish::Running
+    }
+
+    /// Output bytes that are certain to be text, `None` for a request without stop strings (all of them are).
+    pub fn text_end(&self) -> Option<usize> {
+        self.watch.as_ref().map(|watch| watch.text_end)
+    }
+
+    /// Tokens produced so far.
+    pub fn output(&self) -> &[TokenId] {
+        &self.tokens[self.prompt_len..]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(stops: &[&str], max_tokens: u32) -> Request {
+        let table = Arc::new(Vocabulary::new(["a", "b", "ab", "ba", "", "abc"]).unwrap());
+        let params = Params {
+            stop_strings: stops.iter().map(|stop| stop.as_bytes().to_vec()).collect(),
+            max_tokens,
+            ..Params::default()
+        };
+        Request::new(RequestId(0), vec![TokenId(0)], params, 1 + max_tokens, Some(&table))
+    }
+
+    #[test]
+    fn a_stop_string_across_tokens_ends_the_text_before_itself() {
+        let mut request = request(&["bb"], 9);
+        assert_eq!(request.push(TokenId(2), &[]), Finish::Running);
+        assert_eq!(request.text_end(), Some(1), "the b may be the start of bb");
+        assert_eq!(request.push(TokenId(4), &[]), Finish::Running);
+        assert_eq!(request.push(TokenId(3), &[]), Finish::StopString);
+        assert_eq!(request.text_end(), Some(1));
+    }
+
+    #[test]
+    fn of_two_stop_strings_the_one_that_begins_first_cuts() {
+        let mut request = request(&["c", "bc"], 9);
+        assert_eq!(request.push(TokenId(5), &[]), Finish::StopString);
+        assert_eq!(request.text_end(), Some(1));
+    }
+
+    #[test]
+    fn text_held_back_for_a_stop_string_is_given_out_at_the_length_limit() {
+        let mut request = request(&["bb"], 1);
+        assert_eq!(request.push(TokenId(2), &[]), Finish::Length);
+        assert_eq!(request.text_end(), Some(2));
+    }
+
+    #[test]
+    fn a_stop_token_adds_no_text() {
+        let mut request = request(&["xx"], 9);
+        assert_eq!(request.push(TokenId(0), &[]), Finish::Running);
+        assert_eq!(request.push(TokenId(5), &[TokenId(5)]), Finish::StopToken);
+        assert_eq!(request.text_end(), Some(1));
+    }
+}

@@ -1,0 +1,335 @@
+//! The values that move from stage to stage, as flat arrays that a caller can look at without copying.
+//!
+//! Their buffers are lent: a value that is dropped gives them back to the engine, so a steady loop allocates nothing.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::types::TokenId;
+
+/// Where dropped values leave their buffers, and dropped plans their step number.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    plans: Mutex<Vec<PlanArrays>>,
+    accepted: Mutex<Vec<AcceptedArrays>>,
+    events: Mutex<Vec<EventArrays>>,
+    dropped: Mutex<Vec<u64>>,
+}
+
+fn with<T, R>(pool: &Mutex<T>, change: impl FnOnce(&mut T) -> R) -> R {
+    // Spare buffers and numbers are complete at every moment, so a poisoned lock is still good.
+    change(&mut pool.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+impl Shared {
+    pub(super) fn plan_arrays(&self) -> PlanArrays {
+        let mut arrays = with(&self.plans, Vec::pop).unwrap_or_default();
+        arrays.clear();
+        arrays
+    }
+
+    pub(super) fn accepted(self: &Arc<Self>, step: u64) -> Accepted {
+        let mut arrays = with(&self.accepted, Vec::pop).unwrap_or_default();
+        arrays.clear();
+        Accepted { step, arrays, failed: Vec::new(), shared: Arc::clone(self) }
+    }
+
+    pub(super) fn events(self: &Arc<Self>, step: u64) -> Events {
+        let mut arrays = with(&self.events, Vec::pop).unwrap_or_default();
+        arrays.clear();
+        Events { step, arrays, errors: Vec::new(), shared: Arc::clone(self) }
+    }
+
+    pub(super) fn dropped(&self) -> Vec<u64> {
+        with(&self.dropped, std::mem::take)
+    }
+}
+
+/// The right to resolve a step. Dropping it calls the step off.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    step: u64,
+    shared: Option<Arc<Shared>>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.shared {
+            with(&shared.dropped, |dropped| dropped.push(self.step));
+        }
+    }
+}
+
+macro_rules! arrays {
+    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $kind:ty,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Default, PartialEq)]
+        pub struct $name { $($(#[$field_doc])* pub $field: Vec<$kind>,)* }
+
+        impl $name {
+            fn clear(&mut self) { $(self.$field.clear();)* }
+        }
+    };
+}
+
+arrays! {
+    /// Layout of a step: `R` rows packed to `T` tokens, `N` of which need logits. Decoding rows come first.
+    PlanArrays {
+        /// `[R]` which request.
+        request_ids: u64,
+        /// `[R]` row of the page table.
+        row_ids: i32,
+        /// `[R + 1]` where each row's tokens start among the `T`.
+        query_starts: i32,
+        /// `[R]` valid KV tokens before this step, the position of the row's first token; a lower bound where
+        /// `start_known` is false.
+        context_lens: i32,
+        /// `[T]` tokens; -1 for drafts not set yet, and for an anchor only the device knows.
+        token_ids: i64,
+        /// `[T]` positions; -1 where only the device knows.
+        positions: i64,
+        /// `[T]` KV slots the tokens are written to; -1 where only the device knows.
+        slots: i64,
+        /// `[N]` indices among the `T` whose logits are needed.
+        logit_rows: i32,
+        /// `[R + 1]` where each row's part of `logit_rows` starts.
+        logit_starts: i32,
+        /// `[n]` rows with drafts, `block_len > 1`.
+        draft_rows: i32,
+        /// `[R]` tokens of the row: 1 for a plain step, the anchor and its drafts, or a chunk of prompt.
+        block_len: i32,
+        /// `[R]` whether the row is a chunk of prompt.
+        is_prefill: bool,
+        /// `[R]` first position from which on the row's draft K/V are valid.
+        draft_valid_from: i32,
+        /// `[R]` whether the host knows where the row starts; always true without overlap.
+        start_known: bool,
+    }
+}
+
+arrays! {
+    /// What each row of a step keeps.
+    AcceptedArrays {
+        /// `[R]` drafts accepted.
+        accepted: i32,
+        /// Tokens gained: accepted drafts and the bonus token.
+        tokens: i64,
+        /// `[R + 1]` where each row's part of `tokens` starts.
+        token_starts: i32,
+        /// `[M]` indices among the plan's `T` whose KV and features are valid now.
+        commit_rows: i64,
+        /// Log-probability (natural, raw logits) of each token; NaN where it was not asked for.
+        logprobs: f32,
+        /// `[tokens + 1]` where each token's alternatives start.
+        top_starts: i32,
+        /// The likeliest tokens beside each token of a request that asked, falling.
+        top_tokens: i64,
+        /// Their log-probabilities.
+        top_logprobs: f32,
+    }
+}
+
+arrays! {
+    /// What a step meant for its requests: one entry per request that gained tokens or ended.
+    EventArrays {
+        /// `[E]` which request.
+        request_ids: u64,
+        /// New output tokens, nothing after a stop.
+        tokens: i64,
+        /// `[E + 1]` where each request's part of `tokens` starts.
+        token_starts: i32,
+        /// `[E]` [`crate::schedule::Finish`] as a number, 0 while the request goes on.
+        finish: u8,
+        /// `[E]` drafts verified.
+        drafted: i32,
+        /// `[E]` drafts accepted.
+        accepted: i32,
+        /// `[E]` output bytes that are certain to be text, counted from the first output token; -1: all.
+        text_ends: i64,
+        /// `[E]` prompt tokens found in the prefix cache.
+        cached_tokens: i32,
+        /// Log-probability of each token; NaN where it was not asked for.
+        logprobs: f32,
+        /// `[tokens + 1]` where each token's alternatives start.
+        top_starts: i32,
+        /// The likeliest tokens beside each token, falling.
+        top_tokens: i64,
+        /// Their log-probabilities.
+        top_logprobs: f32,
+    }
+}
+
+/// A launched step. Dropping it before its commit calls the step off; its requests go on from where they were.
+#[derive(Debug)]
+pub struct StepPlan {
+    step: u64,
+    vocab_size: usize,
+    arrays: PlanArrays,
+    ticket: Option<Ticket>,
+    shared: Arc<Shared>,
+}
+
+impl StepPlan {
+    pub(super) fn new(step: u64, vocab_size: usize, arrays: PlanArrays, shared: &Arc<Shared>) -> Self {
+        let ticket = Some(Ticket { step, shared: Some(Arc::clone(shared)) });
+        Self { step, vocab_size, arrays, ticket, shared: Arc::clone(shared) }
+    }
+
+    /// Number of the step.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Its layout.
+    pub fn arrays(&self) -> &PlanArrays {
+        &self.arrays
+    }
+
+    /// Fills in the drafts. `drafts` is `[n, width]`, row-major, one row per entry of `draft_rows`; a row's first
+    /// `block_len - 1` columns are verified.
+    ///
+    /// # Errors
+    /// `Length` for a wrong number of rows, `InvalidArgument` when there are too few columns or a draft is not a token;
+    /// no draft is set then.
+    pub fn set_drafts(&mut self, drafts: &[i64], width: usize) -> Result<()> {
+        let rows = self.arrays.draft_rows.len();
+        if drafts.len() != rows * width {
+            return Err(Error::Length { name: "drafts", got: drafts.len(), expected: rows * width });
+        }
+        let arrays = &mut self.arrays;
+        let needed = |row: i32| arrays.block_len[row as usize] as usize - 1;
+        let most = arrays.draft_rows.iter().map(|&row| needed(row)).max().unwrap_or(0);
+        if width < most {
+            let expected = format!("at least {most}, the longest block less its anchor");
+            return Err(Error::InvalidArgument { name: "drafts", got: format!("{width} columns"), expected });
+        }
+        for (at, &row) in arrays.draft_rows.iter().enumerate() {
+            let used = &drafts[at * width..at * width + needed(row)];
+            if let Some(bad) = used.iter().find(|&&draft| draft < 0 || draft >= self.vocab_size as i64) {
+                return Err(Error::InvalidArgument {
+                    name: "drafts",
+                    got: format!("token {bad} for request {}", arrays.request_ids[row as usize]),
+                    expected: format!("tokens below vocab_size = {}", self.vocab_size),
+                });
+            }
+        }
+        for (at, &row) in arrays.draft_rows.iter().enumerate() {
+            let first = arrays.query_starts[row as usize] as usize + 1;
+            let len = arrays.block_len[row as usize] as usize - 1;
+            arrays.token_ids[first..first + len].copy_from_slice(&drafts[at * width..at * width + len]);
+        }
+        Ok(())
+    }
+
+    /// Whether the step has been neither committed nor called off.
+    pub fn is_open(&self) -> bool {
+        self.ticket.is_some()
+    }
+
+    pub(super) fn redeem(&mut self) -> Option<Ticket> {
+        self.ticket.take()
+    }
+
+    /// The drafts of a row.
+    pub(super) fn drafts_of(&self, row: usize, into: &mut Vec<TokenId>) -> Result<()> {
+        into.clear();
+        let first = self.arrays.query_starts[row] as usize;
+        let end = self.arrays.query_starts[row + 1] as usize;
+        for &draft in &self.arrays.token_ids[first + 1..end] {
+            if draft < 0 || draft >= self.vocab_size as i64 {
+                let problem = "drafts are missing: call set_drafts before accepting".into();
+                return Err(Error::OutOfTurn { step: self.step, problem });
+            }
+            into.push(TokenId(draft as u32));
+        }
+        Ok(())
+    }
+}
+
+impl Ticket {
+    /// Ends the right without calling the step off.
+    pub(super) fn spend(mut self) {
+        self.shared = None;
+    }
+}
+
+/// What a step keeps, row by row.
+#[derive(Debug)]
+pub struct Accepted {
+    step: u64,
+    arrays: AcceptedArrays,
+    pub(super) failed: Vec<(usize, Error)>,
+    shared: Arc<Shared>,
+}
+
+impl Accepted {
+    /// Number of the step.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The numbers.
+    pub fn arrays(&self) -> &AcceptedArrays {
+        &self.arrays
+    }
+
+    pub(super) fn arrays_mut(&mut self) -> &mut AcceptedArrays {
+        &mut self.arrays
+    }
+
+    /// Rows whose tokens could not be drawn, with the reason. Their requests end at commit, nobody else's.
+    pub fn failed(&self) -> &[(usize, Error)] {
+        &self.failed
+    }
+}
+
+/// What a step meant for its requests.
+#[derive(Debug)]
+pub struct Events {
+    step: u64,
+    arrays: EventArrays,
+    pub(super) errors: Vec<(u64, Error)>,
+    shared: Arc<Shared>,
+}
+
+impl Events {
+    /// Number of the step.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The numbers.
+    pub fn arrays(&self) -> &EventArrays {
+        &self.arrays
+    }
+
+    pub(super) fn arrays_mut(&mut self) -> &mut EventArrays {
+        &mut self.arrays
+    }
+
+    /// Requests that ended with an error, and which.
+    pub fn errors(&self) -> &[(u64, Error)] {
+        &self.errors
+    }
+}
+
+impl Drop for StepPlan {
+    fn drop(&mut self) {
+        let arrays = std::mem::take(&mut self.arrays);
+        with(&self.shared.plans, |pool| pool.push(arrays));
+    }
+}
+
+impl Drop for Accepted {
+    fn drop(&mut self) {
+        let arrays = std::mem::take(&mut self.arrays);
+        with(&self.shared.accepted, |pool| pool.push(arrays));
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let arrays = std::mem::take(&mut self.arrays);
+        with(&self.shared.events, |pool| pool.push(arrays));
+    }
+}
