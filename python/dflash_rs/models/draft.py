@@ -19,11 +19,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import step_attention
 from ..errors import InvalidArgument
+from .batch import StepBatch
+from .fused import FusedLayer, PackedLinear, RotaryTable, rotate_rows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -180,9 +184,11 @@ class DFlashDraft(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        frequencies, self._rope_factor = rope_frequencies(config)
-        self.register_buffer("_inv_freq", frequencies, persistent=False)
+        # Not a buffer: `.to(bfloat16)` would round the frequencies.
+        with torch.device("cpu"):
+            self._inv_freq, self._rope_factor = rope_frequencies(config)
         self._bound: tuple[nn.Module, nn.Module] | None = None
+        self._engine: _DraftEngine | None = None
 
     # ---- the target's two modules ----------------------------------------------------------------------------
 
@@ -208,13 +214,71 @@ class DFlashDraft(nn.Module):
     def _cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [*positions.shape, 1, head_dim]; computed in float32, then cast as the target library does."""
         with torch.autocast(positions.device.type, enabled=False):
-            angle = positions[..., None, None].float() * self._inv_freq
+            angle = positions[..., None, None].float() * self._inv_freq.to(positions.device)
             angle = torch.cat((angle, angle), dim=-1)
             return (angle.cos() * self._rope_factor).to(dtype), (angle.sin() * self._rope_factor).to(dtype)
 
     def project_features(self, features: Tensor) -> Tensor:
         """Concatenated taps [..., K*H] -> the context input shared by all layers [..., H]."""
         return self.hidden_norm(self.fc(features))
+
+    # ---- generation ------------------------------------------------------------------------------------------
+
+    def init_cache(self, num_slots: int, page_size: int) -> None:
+        """Allocates zeroed context KV for `num_slots` tokens (the target's slot ids) and lays the weights out for decoding.
+
+        Call it again after changing weights.
+        """
+        if num_slots < 1 or page_size < 1:
+            raise InvalidArgument(f"num_slots, page_size: got {num_slots}, {page_size}, expected at least 1")
+        if self._bound is None:
+            raise InvalidArgument("drafter is not bound to a target: call bind_target(embedding, lm_head) first")
+        with torch.inference_mode():
+            self._engine = _DraftEngine(self, num_slots, page_size)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of context KV one token takes over all drafter layers."""
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.fc.weight.dtype.itemsize
+
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Writes the context K and V of M committed tokens.
+
+        features [M, K*H] in `target_layer_ids` order, positions int64 [M], slots int64 [M]. Each token once, in any
+        order; a slot may be written again when its page changed hands.
+        """
+        if self._engine is None:
+            raise InvalidArgument("drafter has no cache: call init_cache(num_slots, page_size) first")
+        with torch.inference_mode():
+            self._engine.inject(features, positions, slots)
+
+    def propose(
+        self,
+        anchors,
+        lengths,
+        page_table,
+        row_ids=None,
+        valid_from=None,
+        *,
+        block_size: int | None = None,
+        reference: bool = False,
+    ) -> Tensor:
+        """Drafts int64 [n, B-1]: row i of request r is the token proposed for position lengths[r] + 1 + i.
+
+        anchors int64 [n] (their KV does not exist yet), lengths int32 [n]: committed tokens, whose context K/V have been
+        injected; page_table int32 [rows, pages] and row_ids int32 [n] (0..n-1 when None): each request's pages;
+        valid_from int32 [n]: context before that position is not there and not seen. All host arrays. `block_size` counts
+        the anchor and defaults to the checkpoint's. The mask token is never proposed. Greedy, and so independent of
+        every random draw.
+        """
+        if self._engine is None:
+            raise InvalidArgument("drafter has no cache: call init_cache(num_slots, page_size) first")
+        size = self.config.block_size if block_size is None else block_size
+        if size < 2:
+            raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
+        with torch.inference_mode():
+            return self._engine.propose(anchors, lengths, page_table, row_ids, valid_from, size, reference)
 
     # ---- training --------------------------------------------------------------------------------------------
 
@@ -298,6 +362,99 @@ class DFlashDraft(nn.Module):
         out = out.view(own.shape) + own
         out = out.view(batch, kv, anchors, block_size, group, dim).permute(0, 2, 3, 1, 4, 5)
         return out.reshape(batch, anchors * block_size, kv * group * dim)
+
+
+class _DraftEngine:
+    """Weights laid out for decoding, and the paged context cache."""
+
+    def __init__(self, draft: DFlashDraft, num_slots: int, page_size: int):
+        c = self.config = draft.config
+        self.page_size = page_size
+        embedding, lm_head = draft._bound
+        weight = draft.fc.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.embedding = embedding.weight.detach()
+        self.eps, self.hidden = c.rms_norm_eps, (c.hidden_size,)
+        self.context_norm, self.norm = draft.hidden_norm.weight.detach(), draft.norm.weight.detach()
+        self.fc = PackedLinear([draft.fc])
+        # Every layer reads the same context input, so all K and V come from one product.
+        self.context_kv = PackedLinear(
+            [proj for layer in draft.layers for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)], share=False
+        )
+        self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in draft.layers])[:, None].contiguous()
+        self.layers = [
+            FusedLayer(layer, head_dim=c.head_dim, eps=self.eps, scale=c.head_dim**-0.5, window=window, causal=causal)
+            for layer, window, causal in zip(draft.layers, c.layer_window, c.layer_causal, strict=True)
+        ]
+        self.head = PackedLinear([lm_head], share=False) if type(lm_head) is nn.Linear else lm_head
+        self.rotary = RotaryTable(lambda p: tuple(x.squeeze(-2) for x in draft._cos_sin(p, self.dtype)))
+        shape = (num_slots, c.num_key_value_heads, c.head_dim)
+        self.caches = [
+            tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv") for _ in range(c.num_hidden_layers)
+        ]
+
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        c = self.config
+        count = features.shape[0]
+        if features.ndim != 2 or features.shape[1] != c.feature_size:
+            raise InvalidArgument(f"features: got shape {list(features.shape)}, expected [M, {c.feature_size}]")
+        if positions.shape != (count,) or slots.shape != (count,):
+            raise InvalidArgument(
+                f"positions, slots: got shapes {list(positions.shape)}, {list(slots.shape)}, expected [{count}] (features)"
+            )
+        if count == 0:
+            return
+        x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
+        kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+        keys = torch.rms_norm(kv[:, :, 0], (c.head_dim,), None, self.eps).mul_(self.k_norm)
+        cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
+        keys = rotate_rows(keys, cos[:, None], sin[:, None])
+        for index, (k_cache, v_cache) in enumerate(self.caches):
+            k_cache.index_copy_(0, slots, keys[:, index])
+            v_cache.index_copy_(0, slots, kv[:, index, 1])
+
+    def propose(self, anchors, lengths, page_table, row_ids, valid_from, size: int, reference: bool) -> Tensor:
+        c = self.config
+        lengths = np.asarray(lengths, dtype=np.int32)
+        n = lengths.size
+        tokens = np.full((n, size), c.mask_token_id, dtype=np.int64)
+        tokens[:, 0] = np.asarray(anchors)
+        if n and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.embedding.shape[0]:
+            raise InvalidArgument(
+                f"anchors: got {int(tokens.min())}..{int(tokens.max())}, expected 0..{self.embedding.shape[0] - 1}"
+            )
+        if n == 0:
+            return torch.empty((0, size - 1), dtype=torch.int64, device=self.device)
+        positions = (lengths[:, None] + np.arange(size)).astype(np.int64).reshape(-1)
+        batch = StepBatch.from_arrays(
+            token_ids=tokens.reshape(-1),
+            positions=positions,
+            slots=np.zeros(n * size, dtype=np.int64),  # not written: the block's keys and values are scratch
+            query_starts=np.arange(n + 1, dtype=np.int32) * size,
+            context_lens=lengths,
+            page_table=page_table,
+            row_ids=np.arange(n, dtype=np.int32) if row_ids is None else row_ids,
+            logit_rows=np.empty(0, dtype=np.int64),
+            page_size=self.page_size,
+            device=self.device,
+        )
+        valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
+        attention = step_attention(batch, write=False, valid_from=valid_from, reference=reference)
+        cos, sin = self.rotary.lookup(batch.positions, int(positions.max()) + 1)
+        x = F.embedding(batch.token_ids, self.embedding)
+        if c.input_embedding_scale != 1.0:
+            x = x * c.input_embedding_scale
+        for layer, caches in zip(self.layers, self.caches, strict=True):
+            x = layer(x, cos, sin, attention, *caches)
+        rows = x.view(n, size, -1)[:, 1:].reshape(n * (size - 1), -1)
+        logits = self.head(torch.rms_norm(rows, self.hidden, self.norm, self.eps))
+        if c.output_multiplier != 1.0:
+            logits = logits * c.output_multiplier
+        if c.final_logit_softcapping is not None:
+            logits = torch.tanh(logits / c.final_logit_softcapping) * c.final_logit_softcapping
+        if c.mask_token_id < logits.shape[-1]:
+            logits[:, c.mask_token_id] = -math.inf
+        return logits.argmax(dim=-1).view(n, size - 1)
 
 
 def block_mask(block_size: int, causal: bool, window: int | None, device) -> Tensor | None:
