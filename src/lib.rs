@@ -1,4 +1,6 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
+//!
+#![doc = include_str!("../docs/architecture.md")]
 #![deny(missing_docs)]
 
 pub mod device;

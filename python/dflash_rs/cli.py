@@ -266,6 +266,12 @@ def _bias(text: str) -> tuple[int, float]:
 # --- what the commands share ---------------------------------------------------------------------------------------
 
 
+def quiet_libraries() -> None:
+    """Keeps the loaders' progress bars and notes out of our streams. Only works before their first import."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     """`dflash_rs.LLM` with the options that were given; its own defaults hold for the others."""
     plain = getattr(args, "no_draft", False)
@@ -275,9 +281,7 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
         raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
     if args.model is not None and args.draft is None and not plain:
         raise InvalidArgument("--model: got a target without a drafter, expected --draft PATH or --no-draft, too")
-    # Set before the first import of these libraries: their progress bars would be mixed into the stream.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     from dflash_rs.llm import LLM
 
     names = ("model", "draft", "device", "dtype", "threads", "block_size", "page_size", "num_pages")
@@ -520,6 +524,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     """`dflash-rs doctor`."""
     from dflash_rs import doctor
 
+    quiet_libraries()
     checks = doctor.examine()
     if args.json:
         print(json.dumps(doctor.to_json(checks), indent=2))

@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-OK, MISSING, BROKEN = "ok", "missing", "broken"
+# ABSENT is MISSING for what the main job does not need.
+OK, ABSENT, MISSING, BROKEN = "ok", "absent", "missing", "broken"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def examine() -> list[Check]:
         ("bundled pair", True, _assets),
         ("generation", True, _generation),
         ("matplotlib", False, lambda: _module("matplotlib", "bench", False)),
-        ("sglang", False, lambda: _sglang()),
+        ("sglang", False, _sglang),
         ("reference loop", False, _reference),
     )
     checks = []
@@ -65,7 +66,7 @@ def to_json(checks: Sequence[Check]) -> dict[str, Any]:
 def to_text(checks: Sequence[Check], paint: Callable[[str, str], str]) -> str:
     """One line per check; what to type stands under what is missing."""
     width = max(len(check.name) for check in checks)
-    style = {OK: "draft", MISSING: "own", BROKEN: "bad"}
+    style = {OK: "draft", ABSENT: "prompt", MISSING: "own", BROKEN: "bad"}
     lines = []
     for check in checks:
         mark = paint(style[check.status], f"{check.status:<8}")
@@ -126,7 +127,7 @@ def _cpu() -> Check:
 def _module(name: str, extra: str, needed: bool) -> Check:
     version = _version(name)
     if version is None or importlib.util.find_spec(name) is None:
-        return Check(name, MISSING, "not installed", f"pip install 'dflash-rs[{extra}]'", needed)
+        return Check(name, MISSING if needed else ABSENT, "not installed", f"pip install 'dflash-rs[{extra}]'", needed)
     module = importlib.import_module(name)
     detail = version
     if name == "torch":
@@ -138,12 +139,12 @@ def _module(name: str, extra: str, needed: bool) -> Check:
 
 def _gpu() -> Check:
     if importlib.util.find_spec("torch") is None:
-        return Check("gpu", MISSING, "cannot be seen without torch", "pip install 'dflash-rs[torch]'")
+        return Check("gpu", ABSENT, "cannot be seen without torch", "pip install 'dflash-rs[torch]'")
     import torch
 
     if not torch.cuda.is_available():
         why = "none found" if torch.version.cuda else "this torch is a CPU build"
-        return Check("gpu", MISSING, f"{why}; the CPU is used")
+        return Check("gpu", ABSENT, f"{why}; the CPU is used")
     free, total = torch.cuda.mem_get_info(0)
     major, minor = torch.cuda.get_device_capability(0)
     return Check(
@@ -161,7 +162,7 @@ def _kernels() -> Check:
 def _sglang() -> Check:
     version = _version("sglang")
     if version is None:
-        return Check("sglang", MISSING, "not installed; only needed for serving", "pip install sglang")
+        return Check("sglang", ABSENT, "not installed; only needed for serving", "pip install 'dflash-rs[sglang]'")
     return Check("sglang", OK, f"{version}; this build brings no plug-in for it yet")
 
 
@@ -170,7 +171,7 @@ def _reference() -> Check:
 
     version = _version("dflash")
     if version is None:
-        return Check("reference loop", MISSING, "only needed for bench --suite reference", INSTALL)
+        return Check("reference loop", ABSENT, "only needed for bench --suite reference", INSTALL)
     return Check("reference loop", OK, f"dflash {version}")
 
 
@@ -206,8 +207,6 @@ def _generation() -> Check:
         return Check(
             "generation", MISSING, f"needs {', '.join(missing)}", "pip install 'dflash-rs[torch]'", needed=True
         )
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from dflash_rs import LLM, SamplingParams
 
     llm = LLM()

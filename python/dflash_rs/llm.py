@@ -478,7 +478,7 @@ class LLM:
                 self.abort(request)
             self._target.caches = {}
             if self._draft is not None:
-                self._draft.free_cache()
+                self._draft._engine = None
 
     def __enter__(self) -> LLM:  # noqa: PYI034 (typing.Self needs Python 3.11)
         return self

@@ -283,36 +283,8 @@ def train(
 
 
 def export(draft, out: Path, notes: dict) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` (bf16) in the form of the published DFlash checkpoints."""
-    from safetensors.torch import save_file
+    """Writes the drafter as a DFlash checkpoint in bf16, with the notes of its training."""
+    from ..models.loader import save_draft
 
-    c = draft.config
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in draft.state_dict().items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "dtype": "bfloat16",
-        "block_size": c.block_size,
-        "num_target_layers": c.num_target_layers,
-        "dflash_config": {"target_layer_ids": list(c.target_layer_ids), "mask_token_id": c.mask_token_id},
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-        "hidden_act": c.hidden_act,
-        "rms_norm_eps": c.rms_norm_eps,
-        "attention_bias": c.attention_bias,
-        "attention_dropout": 0.0,
-        "max_position_embeddings": c.max_position_embeddings,
-        "layer_types": ["full_attention"] * c.num_hidden_layers,
-        "rope_parameters": dict(c.rope_parameters),
-        "rope_theta": c.rope_parameters["rope_theta"],
-        "tie_word_embeddings": True,
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_draft(draft, out, dtype=torch.bfloat16)
     (out / "training.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
