@@ -113,6 +113,20 @@ pub enum Error {
         /// Drafts verified.
         drafted: u32,
     },
+    /// Strides that let two heads of a view share elements.
+    #[error(
+        "{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap"
+    )]
+    OverlappingRows {
+        /// The array as its caller knows it.
+        name: &'static str,
+        /// Elements from one row to the next.
+        row_stride: usize,
+        /// Elements from one head to the next.
+        head_stride: usize,
+        /// Elements per head.
+        dim: usize,
+    },
 }
 
 /// Result of the core.

@@ -1,6 +1,9 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
+//!
+#![doc = include_str!("../docs/architecture.md")]
 #![deny(missing_docs)]
 
+pub mod device;
 pub mod draft;
 pub mod error;
 pub mod kv;

@@ -73,7 +73,11 @@ impl Config {
         ] {
             if !(1..=most).contains(&got) {
                 let expected = format!("1..={most}");
-                return Err(Error::InvalidArgument { name, got: got.to_string(), expected });
+                return Err(Error::InvalidArgument {
+                    name,
+                    got: got.to_string(),
+                    expected,
+                });
             }
         }
         if self.max_batch_tokens < self.max_running {
@@ -85,7 +89,11 @@ impl Config {
         }
         if self.depth > 1 {
             let got = self.depth.to_string();
-            return Err(Error::InvalidArgument { name: "depth", got, expected: "0 or 1".into() });
+            return Err(Error::InvalidArgument {
+                name: "depth",
+                got,
+                expected: "0 or 1".into(),
+            });
         }
         check_tokens("eos_ids", &self.eos_ids, self.vocab_size)
     }
@@ -97,7 +105,11 @@ impl Config {
 }
 
 /// Refuses token ids outside the vocabulary.
-pub(crate) fn check_tokens(name: &'static str, tokens: &[TokenId], vocab_size: usize) -> Result<()> {
+pub(crate) fn check_tokens(
+    name: &'static str,
+    tokens: &[TokenId],
+    vocab_size: usize,
+) -> Result<()> {
     match tokens.iter().find(|token| token.0 as usize >= vocab_size) {
         None => Ok(()),
         Some(token) => Err(Error::InvalidArgument {
@@ -190,7 +202,13 @@ impl Scheduler {
         config.validate()?;
         // A request that has left keeps its row until its launched steps are home; with spare rows nobody waits for that.
         let rows = config.max_running * (1 + config.depth);
-        let kv = Kv::new(config.num_pages, config.page_size, rows, config.row_slots(), config.prefix_cache)?;
+        let kv = Kv::new(
+            config.num_pages,
+            config.page_size,
+            rows,
+            config.row_slots(),
+            config.prefix_cache,
+        )?;
         Ok(Self {
             kv,
             waiting: VecDeque::new(),
@@ -223,7 +241,9 @@ impl Scheduler {
 
     /// Requests that run, oldest first.
     pub fn running(&self) -> impl Iterator<Item = &Running> {
-        self.order.iter().filter_map(|slot| self.rows[slot.0 as usize].as_ref())
+        self.order
+            .iter()
+            .filter_map(|slot| self.rows[slot.0 as usize].as_ref())
     }
 
     /// How many requests run.
@@ -261,9 +281,14 @@ impl Scheduler {
     /// None in a consistent state.
     pub fn schedule(&mut self, max_block: usize, step: &mut Vec<Scheduled>) -> Result<()> {
         let mut budget = self.config.max_batch_tokens;
-        let decoding = self.running().filter(|running| running.can_decode()).count();
+        let decoding = self
+            .running()
+            .filter(|running| running.can_decode())
+            .count();
         let prefilling = (!self.waiting.is_empty() && self.order.len() < self.config.max_running)
-            || self.running().any(|running| running.lo < running.prefill_end);
+            || self
+                .running()
+                .any(|running| running.lo < running.prefill_end);
         // Every decoding row has its one token for certain; drafts leave a quarter of the step to prompts that wait.
         let kept_for_prompts = if prefilling { budget / 4 } else { 0 };
         let mut drafts = budget.saturating_sub(decoding + kept_for_prompts);
@@ -295,11 +320,23 @@ impl Scheduler {
         Ok(())
     }
 
-    fn decode(&mut self, slot: SlotId, max_block: usize, step: &mut Vec<Scheduled>) -> Result<Decoded> {
-        let Some(running) = self.rows[slot.0 as usize].as_mut().filter(|running| running.can_decode()) else {
+    fn decode(
+        &mut self,
+        slot: SlotId,
+        max_block: usize,
+        step: &mut Vec<Scheduled>,
+    ) -> Result<Decoded> {
+        let Some(running) = self.rows[slot.0 as usize]
+            .as_mut()
+            .filter(|running| running.can_decode())
+        else {
             return Ok(Decoded::NothingToDo);
         };
-        let block = if running.request.params.draft { max_block as u32 } else { 1 };
+        let block = if running.request.params.draft {
+            max_block as u32
+        } else {
+            1
+        };
         let wanted = block.min(running.request.max_total - running.lo - 1);
         let mut len = wanted;
         let mut reserved = self.kv.reserve(running.key, running.hi + len, len)?;
@@ -309,9 +346,15 @@ impl Scheduler {
         }
         let Some(reservation) = reserved else {
             // A result under way narrows the bounds, or ends the request: cheaper to wait than to throw work away.
-            return Ok(if running.unresolved > 0 { Decoded::NothingToDo } else { Decoded::NoPages });
+            return Ok(if running.unresolved > 0 {
+                Decoded::NothingToDo
+            } else {
+                Decoded::NoPages
+            });
         };
-        let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
+        let launched = reservation
+            .launch(self.kv.table_mut())
+            .map_err(|failed| failed.error)?;
         step.push(Scheduled {
             launched,
             work: Work::Decode,
@@ -328,17 +371,28 @@ impl Scheduler {
     }
 
     fn prefill(&mut self, slot: SlotId, budget: usize, step: &mut Vec<Scheduled>) -> Result<usize> {
-        let Some(running) = self.rows[slot.0 as usize].as_mut() else { return Ok(0) };
-        let len = running.prefill_end.saturating_sub(running.lo).min(budget as u32);
+        let Some(running) = self.rows[slot.0 as usize].as_mut() else {
+            return Ok(0);
+        };
+        let len = running
+            .prefill_end
+            .saturating_sub(running.lo)
+            .min(budget as u32);
         if len == 0 {
             return Ok(0);
         }
         // Owned since admission, so this cannot run short.
-        let Some(reservation) = self.kv.reserve(running.key, running.lo + len, len)? else { return Ok(0) };
-        let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
+        let Some(reservation) = self.kv.reserve(running.key, running.lo + len, len)? else {
+            return Ok(0);
+        };
+        let launched = reservation
+            .launch(self.kv.table_mut())
+            .map_err(|failed| failed.error)?;
         step.push(Scheduled {
             launched,
-            work: Work::Prefill { last: running.lo + len == running.prefill_end },
+            work: Work::Prefill {
+                last: running.lo + len == running.prefill_end,
+            },
             first: running.lo,
             len,
             start_known: true,
@@ -352,10 +406,16 @@ impl Scheduler {
     }
 
     fn admit(&mut self) -> Result<Option<SlotId>> {
-        let Some(request) = self.waiting.front() else { return Ok(None) };
+        let Some(request) = self.waiting.front() else {
+            return Ok(None);
+        };
         // A page for each row that runs already, or the newcomer would have to give way at the next page boundary.
-        let Some(admitted) = self.kv.admit(&request.tokens, self.order.len())? else { return Ok(None) };
-        let Some(mut request) = self.waiting.pop_front() else { return Ok(None) };
+        let Some(admitted) = self.kv.admit(&request.tokens, self.order.len())? else {
+            return Ok(None);
+        };
+        let Some(mut request) = self.waiting.pop_front() else {
+            return Ok(None);
+        };
         request.cached_tokens = admitted.cached_tokens;
         let slot = admitted.key.slot;
         self.rows[slot.0 as usize] = Some(Running {
@@ -383,10 +443,17 @@ impl Scheduler {
 
     /// Ends a running request's residence. The one place where a request gives up its row and pages.
     pub fn leave(&mut self, slot: SlotId) -> Result<Option<Request>> {
-        let Some(running) = self.rows[slot.0 as usize].take() else { return Ok(None) };
+        let Some(running) = self.rows[slot.0 as usize].take() else {
+            return Ok(None);
+        };
         self.order.retain(|&other| other != slot);
         let valid = self.kv.table().committed(running.key)?;
-        self.kv.share(running.key, &running.request.tokens, valid, running.draft_valid_from)?;
+        self.kv.share(
+            running.key,
+            &running.request.tokens,
+            valid,
+            running.draft_valid_from,
+        )?;
         self.kv.release(running.key)?;
         Ok(Some(running.request))
     }
@@ -397,7 +464,10 @@ impl Scheduler {
             self.waiting.remove(at);
             return Ok(true);
         }
-        let slot = self.running().find(|running| running.request.id == id).map(|running| running.key.slot);
+        let slot = self
+            .running()
+            .find(|running| running.request.id == id)
+            .map(|running| running.key.slot);
         match slot {
             Some(slot) => Ok(self.leave(slot)?.is_some()),
             None => Ok(false),
@@ -415,7 +485,12 @@ impl Scheduler {
     ///
     /// # Errors
     /// `AcceptedExceedsDrafted` when `keep` is more than the row had.
-    pub fn resolve(&mut self, row: Scheduled, keep: u32, injected: bool) -> Result<Option<&mut Running>> {
+    pub fn resolve(
+        &mut self,
+        row: Scheduled,
+        keep: u32,
+        injected: bool,
+    ) -> Result<Option<&mut Running>> {
         if self.tenant(&row).is_none() {
             row.launched.cancel(self.kv.table_mut());
             return Ok(None);
@@ -424,7 +499,9 @@ impl Scheduler {
         let key = row.launched.key();
         row.launched.commit(self.kv.table_mut(), keep)?;
         let committed = self.kv.table().committed(key)?;
-        let Some(running) = self.rows[key.slot.0 as usize].as_mut() else { return Ok(None) };
+        let Some(running) = self.rows[key.slot.0 as usize].as_mut() else {
+            return Ok(None);
+        };
         running.unresolved -= 1;
         running.lo = running.lo + keep - least;
         running.hi = running.hi + keep - most;
@@ -432,7 +509,12 @@ impl Scheduler {
             running.draft_valid_from = committed;
         }
         if let Work::Prefill { .. } = row.work {
-            self.kv.share(key, &running.request.tokens, committed, running.draft_valid_from)?;
+            self.kv.share(
+                key,
+                &running.request.tokens,
+                committed,
+                running.draft_valid_from,
+            )?;
         }
         Ok(Some(running))
     }

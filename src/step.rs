@@ -22,7 +22,9 @@ use std::sync::Arc;
 pub use values::{Accepted, AcceptedArrays, EventArrays, Events, PlanArrays, StepPlan};
 
 use crate::error::{Error, Result};
-use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
+use crate::schedule::{
+    Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens,
+};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
 use crate::verify::{Sampler, top_logprobs, walk_chain};
@@ -78,8 +80,15 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` naming the size that is out of range; `Length` for a vocabulary of the wrong size.
     pub fn new(config: Config, vocabulary: Option<Vocabulary>) -> Result<Self> {
-        if let Some(vocabulary) = vocabulary.as_ref().filter(|vocabulary| vocabulary.len() != config.vocab_size) {
-            return Err(Error::Length { name: "vocabulary", got: vocabulary.len(), expected: config.vocab_size });
+        if let Some(vocabulary) = vocabulary
+            .as_ref()
+            .filter(|vocabulary| vocabulary.len() != config.vocab_size)
+        {
+            return Err(Error::Length {
+                name: "vocabulary",
+                got: vocabulary.len(),
+                expected: config.vocab_size,
+            });
         }
         Ok(Self {
             eos: config.eos_ids.clone(),
@@ -140,9 +149,18 @@ impl Engine {
     /// hold its longest output even if it were empty.
     pub fn add(&mut self, prompt: Vec<TokenId>, params: Params) -> Result<RequestId> {
         let config = self.scheduler.config();
-        let refuse = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
+        let refuse = |name, got: String, expected: String| {
+            Err(Error::InvalidArgument {
+                name,
+                got,
+                expected,
+            })
+        };
         if prompt.is_empty() || prompt.len() >= config.max_context {
-            let expected = format!("1 to {} tokens (max_context less one)", config.max_context - 1);
+            let expected = format!(
+                "1 to {} tokens (max_context less one)",
+                config.max_context - 1
+            );
             return refuse("prompt", format!("{} tokens", prompt.len()), expected);
         }
         check_tokens("prompt", &prompt, config.vocab_size)?;
@@ -152,14 +170,29 @@ impl Engine {
             return refuse("max_tokens", "0".into(), "at least 1".into());
         }
         if params.stop_strings.iter().any(Vec::is_empty) {
-            return refuse("stop", "an empty string".into(), "strings of at least one byte".into());
+            return refuse(
+                "stop",
+                "an empty string".into(),
+                "strings of at least one byte".into(),
+            );
         }
         if !params.stop_strings.is_empty() && self.vocabulary.is_none() {
             let expected = "none, or an engine with a vocabulary".into();
-            return refuse("stop", "strings for an engine without a vocabulary".into(), expected);
+            return refuse(
+                "stop",
+                "strings for an engine without a vocabulary".into(),
+                expected,
+            );
         }
-        if let Some(top) = params.logprobs.filter(|&top| top as usize > config.vocab_size) {
-            return refuse("logprobs", top.to_string(), format!("at most vocab_size = {}", config.vocab_size));
+        if let Some(top) = params
+            .logprobs
+            .filter(|&top| top as usize > config.vocab_size)
+        {
+            return refuse(
+                "logprobs",
+                top.to_string(),
+                format!("at most vocab_size = {}", config.vocab_size),
+            );
         }
         let max_total = (prompt.len() + params.max_tokens as usize).min(config.max_context) as u32;
         let id = RequestId(self.next_request);
@@ -192,7 +225,11 @@ impl Engine {
         }
         if max_block == 0 {
             let expected = "at least 1".into();
-            return Err(Error::InvalidArgument { name: "max_block", got: "0".into(), expected });
+            return Err(Error::InvalidArgument {
+                name: "max_block",
+                got: "0".into(),
+                expected,
+            });
         }
         let block = max_block.min(self.scheduler.config().block_size);
         let mut rows = self.spare_rows.pop().unwrap_or_default();
@@ -210,13 +247,21 @@ impl Engine {
         let step = self.next_step;
         self.next_step += 1;
         self.in_flight.push_back(Flight { step, rows });
-        Ok(Some(StepPlan::new(step, self.scheduler.config().vocab_size, arrays, &self.shared)))
+        Ok(Some(StepPlan::new(
+            step,
+            self.scheduler.config().vocab_size,
+            arrays,
+            &self.shared,
+        )))
     }
 
     fn lay_out(&self, row: &Scheduled, arrays: &mut PlanArrays) -> Result<()> {
         let key = row.launched.key();
         let Some(running) = self.scheduler.tenant(row) else {
-            return Err(Error::StaleRow { row: key.slot.0, generation: key.generation });
+            return Err(Error::StaleRow {
+                row: key.slot.0,
+                generation: key.generation,
+            });
         };
         let start = arrays.token_ids.len();
         let end = start + row.len as usize;
@@ -227,20 +272,29 @@ impl Engine {
         arrays.context_lens.push(row.first as i32);
         arrays.block_len.push(row.len as i32);
         arrays.is_prefill.push(row.work != Work::Decode);
-        arrays.draft_valid_from.push(running.draft_valid_from as i32);
+        arrays
+            .draft_valid_from
+            .push(running.draft_valid_from as i32);
         arrays.start_known.push(row.start_known);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
         match row.work {
             Work::Prefill { last } => {
-                let text = &running.request.tokens[row.first as usize..(row.first + row.len) as usize];
-                arrays.token_ids.extend(text.iter().map(|token| i64::from(token.0)));
+                let text =
+                    &running.request.tokens[row.first as usize..(row.first + row.len) as usize];
+                arrays
+                    .token_ids
+                    .extend(text.iter().map(|token| i64::from(token.0)));
                 if last {
                     arrays.logit_rows.push(end as i32 - 1);
                 }
             }
             Work::Decode => {
-                let anchor = row.anchor_known.then(|| running.request.tokens[row.first as usize]);
-                arrays.token_ids.push(anchor.map_or(-1, |token| i64::from(token.0)));
+                let anchor = row
+                    .anchor_known
+                    .then(|| running.request.tokens[row.first as usize]);
+                arrays
+                    .token_ids
+                    .push(anchor.map_or(-1, |token| i64::from(token.0)));
                 arrays.token_ids.resize(end, -1);
                 arrays.logit_rows.extend(start as i32..end as i32);
                 if row.len > 1 {
@@ -251,7 +305,12 @@ impl Engine {
         if row.start_known {
             let (first, last) = (i64::from(row.first), i64::from(row.first + row.len));
             arrays.positions.extend(first..last);
-            self.scheduler.kv().table().slots(key, row.first, row.first + row.len, &mut arrays.slots)?;
+            self.scheduler.kv().table().slots(
+                key,
+                row.first,
+                row.first + row.len,
+                &mut arrays.slots,
+            )?;
         } else {
             arrays.positions.resize(end, -1);
             arrays.slots.resize(end, -1);
@@ -269,19 +328,46 @@ impl Engine {
         let vocab = self.scheduler.config().vocab_size;
         let expected = plan.arrays().logit_rows.len() * vocab;
         if logits.len() != expected {
-            return Err(Error::Length { name: "logits", got: logits.len(), expected });
+            return Err(Error::Length {
+                name: "logits",
+                got: logits.len(),
+                expected,
+            });
         }
         self.accept_rows(plan, |sampler, context, drafts, token| {
-            let Context { running, first_logit, position, .. } = context;
+            let Context {
+                running,
+                first_logit,
+                position,
+                ..
+            } = context;
             let row = &logits[(first_logit + token) * vocab..(first_logit + token + 1) * vocab];
             let request = &running.request;
             let place = (position + token as u64 + 1, &drafts[..token]);
-            let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, place.1, place.0)?;
+            let drawn = sampler.draw_row(
+                row,
+                &request.params.sampling,
+                &request.history,
+                place.1,
+                place.0,
+            )?;
             let Some(top) = request.params.logprobs else {
-                return Ok(Drawn { token: drawn, logprob: f32::NAN, top: Vec::new() });
+                return Ok(Drawn {
+                    token: drawn,
+                    logprob: f32::NAN,
+                    top: Vec::new(),
+                });
             };
-            let top = if top > 0 { top_logprobs(row, top as usize)? } else { Vec::new() };
-            Ok(Drawn { token: drawn, logprob: sampler.logprob(row, drawn)?, top })
+            let top = if top > 0 {
+                top_logprobs(row, top as usize)?
+            } else {
+                Vec::new()
+            };
+            Ok(Drawn {
+                token: drawn,
+                logprob: sampler.logprob(row, drawn)?,
+                top,
+            })
         })
     }
 
@@ -290,24 +376,45 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::accept`]; `InvalidArgument` for a sampled token outside the vocabulary.
-    pub fn accept_sampled(&mut self, plan: &StepPlan, sampled: &[i64], logprobs: &[f32]) -> Result<Accepted> {
+    pub fn accept_sampled(
+        &mut self,
+        plan: &StepPlan,
+        sampled: &[i64],
+        logprobs: &[f32],
+    ) -> Result<Accepted> {
         let vocab = self.scheduler.config().vocab_size as i64;
         let expected = plan.arrays().logit_rows.len();
         if sampled.len() != expected {
-            return Err(Error::Length { name: "sampled", got: sampled.len(), expected });
+            return Err(Error::Length {
+                name: "sampled",
+                got: sampled.len(),
+                expected,
+            });
         }
         if !logprobs.is_empty() && logprobs.len() != expected {
-            return Err(Error::Length { name: "logprobs", got: logprobs.len(), expected });
+            return Err(Error::Length {
+                name: "logprobs",
+                got: logprobs.len(),
+                expected,
+            });
         }
         self.accept_rows(plan, |_, context, _, token| {
             let at = context.first_logit + token;
             let drawn = sampled[at];
             if drawn < 0 || drawn >= vocab {
                 let expected = format!("tokens below vocab_size = {vocab}");
-                return Err(Error::InvalidArgument { name: "sampled", got: format!("token {drawn}"), expected });
+                return Err(Error::InvalidArgument {
+                    name: "sampled",
+                    got: format!("token {drawn}"),
+                    expected,
+                });
             }
             let logprob = logprobs.get(at).copied().unwrap_or(f32::NAN);
-            Ok(Drawn { token: TokenId(drawn as u32), logprob, top: Vec::new() })
+            Ok(Drawn {
+                token: TokenId(drawn as u32),
+                logprob,
+                top: Vec::new(),
+            })
         })
     }
 
@@ -318,7 +425,14 @@ impl Engine {
     ) -> Result<Accepted> {
         self.call_off_dropped()?;
         self.next_to_resolve(plan)?;
-        let Self { scheduler, in_flight, shared, sampler, drafts, .. } = self;
+        let Self {
+            scheduler,
+            in_flight,
+            shared,
+            sampler,
+            drafts,
+            ..
+        } = self;
         let mut accepted = shared.accepted(plan.step());
         let layout = plan.arrays();
         for (row, scheduled) in in_flight[0].rows.iter().enumerate() {
@@ -326,12 +440,15 @@ impl Engine {
             out.token_starts.push(out.tokens.len() as i32);
             out.accepted.push(0);
             // Whoever left meanwhile gains nothing, and nothing of theirs is worth keeping.
-            let Some(running) = scheduler.tenant(scheduled) else { continue };
+            let Some(running) = scheduler.tenant(scheduled) else {
+                continue;
+            };
             let start = i64::from(layout.query_starts[row]);
             if let Work::Prefill { last } = scheduled.work {
                 drafts.clear();
                 if !last {
-                    out.commit_rows.extend(start..start + i64::from(scheduled.len));
+                    out.commit_rows
+                        .extend(start..start + i64::from(scheduled.len));
                     continue;
                 }
             } else {
@@ -389,12 +506,20 @@ impl Engine {
     ///
     /// # Errors
     /// `OutOfTurn` when an earlier step is unresolved, this one is closed, or `accepted` belongs to another step.
-    pub fn commit(&mut self, plan: &mut StepPlan, accepted: &Accepted, injected: bool) -> Result<Events> {
+    pub fn commit(
+        &mut self,
+        plan: &mut StepPlan,
+        accepted: &Accepted,
+        injected: bool,
+    ) -> Result<Events> {
         self.call_off_dropped()?;
         self.next_to_resolve(plan)?;
         if accepted.step() != plan.step() {
             let problem = format!("it was given what step {} accepted", accepted.step());
-            return Err(Error::OutOfTurn { step: plan.step(), problem });
+            return Err(Error::OutOfTurn {
+                step: plan.step(),
+                problem,
+            });
         }
         let (Some(ticket), Some(mut flight)) = (plan.redeem(), self.in_flight.pop_front()) else {
             return Err(closed(plan.step()));
@@ -404,7 +529,14 @@ impl Engine {
         let mut failed = accepted.failed().iter().peekable();
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
             let error = failed.next_if(|(at, _)| *at == row).map(|(_, error)| error);
-            self.resolve_row(row, scheduled, accepted.arrays(), injected, error, &mut events)?;
+            self.resolve_row(
+                row,
+                scheduled,
+                accepted.arrays(),
+                injected,
+                error,
+                &mut events,
+            )?;
         }
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
@@ -429,7 +561,9 @@ impl Engine {
             Work::Prefill { .. } => len,
             Work::Decode => drafts_accepted as u32 + 1,
         };
-        let Some(running) = self.scheduler.resolve(scheduled, keep, injected)? else { return Ok(()) };
+        let Some(running) = self.scheduler.resolve(scheduled, keep, injected)? else {
+            return Ok(());
+        };
         if work == (Work::Prefill { last: false }) {
             return Ok(());
         }
@@ -438,7 +572,10 @@ impl Engine {
         let out = events.arrays_mut();
         out.request_ids.push(request.id.0);
         out.token_starts.push(out.tokens.len() as i32);
-        let (first, end) = (accepted.token_starts[row] as usize, accepted.token_starts[row + 1] as usize);
+        let (first, end) = (
+            accepted.token_starts[row] as usize,
+            accepted.token_starts[row + 1] as usize,
+        );
         let mut finish = Finish::Running;
         let mut at = first;
         while at < end && finish == Finish::Running {
@@ -446,23 +583,34 @@ impl Engine {
             at += 1;
         }
         out.tokens.extend_from_slice(&accepted.tokens[first..at]);
-        out.logprobs.extend_from_slice(&accepted.logprobs[first..at]);
+        out.logprobs
+            .extend_from_slice(&accepted.logprobs[first..at]);
         let (top_first, top_end) = (accepted.top_starts[first], accepted.top_starts[at]);
         let shift = out.top_tokens.len() as i32 - top_first;
-        out.top_starts.extend(accepted.top_starts[first..at].iter().map(|start| start + shift));
+        out.top_starts.extend(
+            accepted.top_starts[first..at]
+                .iter()
+                .map(|start| start + shift),
+        );
         let top = top_first as usize..top_end as usize;
-        out.top_tokens.extend_from_slice(&accepted.top_tokens[top.clone()]);
-        out.top_logprobs.extend_from_slice(&accepted.top_logprobs[top]);
+        out.top_tokens
+            .extend_from_slice(&accepted.top_tokens[top.clone()]);
+        out.top_logprobs
+            .extend_from_slice(&accepted.top_logprobs[top]);
         let drafted = if work == Work::Decode { len - 1 } else { 0 };
         out.drafted.push(drafted as i32);
         out.accepted.push(drafts_accepted);
         out.finish.push(finish as u8);
-        out.text_ends.push(request.text_end().map_or(-1, |end| end as i64));
+        out.text_ends
+            .push(request.text_end().map_or(-1, |end| end as i64));
         out.cached_tokens.push(request.cached_tokens as i32);
         if work == Work::Decode {
             let committed = (at - first) as u32;
-            request.stats.record(drafted, drafts_accepted as u32, committed)?;
-            self.stats.record(drafted, drafts_accepted as u32, committed)?;
+            request
+                .stats
+                .record(drafted, drafts_accepted as u32, committed)?;
+            self.stats
+                .record(drafted, drafts_accepted as u32, committed)?;
         }
         if finish != Finish::Running {
             self.scheduler.leave(slot)?;
@@ -470,11 +618,20 @@ impl Engine {
         Ok(())
     }
 
-    fn fail_row(&mut self, scheduled: Scheduled, error: Option<&Error>, events: &mut Events) -> Result<()> {
+    fn fail_row(
+        &mut self,
+        scheduled: Scheduled,
+        error: Option<&Error>,
+        events: &mut Events,
+    ) -> Result<()> {
         let Some(running) = self.scheduler.tenant(&scheduled) else {
             return self.scheduler.call_off(scheduled);
         };
-        let (slot, id, cached) = (running.key.slot, running.request.id.0, running.request.cached_tokens);
+        let (slot, id, cached) = (
+            running.key.slot,
+            running.request.id.0,
+            running.request.cached_tokens,
+        );
         let text_end = running.request.text_end().map_or(-1, |end| end as i64);
         let out = events.arrays_mut();
         out.request_ids.push(id);
@@ -491,13 +648,16 @@ impl Engine {
     }
 
     /// Calls a step off: its requests go on from their last resolved token. Steps launched after it lose the rows they
-    /// share with it.
+    /// share with it. `false`: it was committed or called off already, nothing changed; an interrupt cannot know.
     ///
     /// # Errors
-    /// `OutOfTurn` when the step is closed.
-    pub fn cancel(&mut self, plan: &mut StepPlan) -> Result<()> {
-        drop(plan.redeem().ok_or_else(|| closed(plan.step()))?);
-        self.call_off_dropped()
+    /// None in a consistent state.
+    pub fn cancel(&mut self, plan: &mut StepPlan) -> Result<bool> {
+        let ticket = plan.redeem();
+        let open = ticket.is_some();
+        drop(ticket);
+        self.call_off_dropped()?;
+        Ok(open)
     }
 
     /// Calls off every unresolved step, as after an interrupt.
@@ -521,15 +681,24 @@ impl Engine {
     }
 
     fn next_to_resolve(&self, plan: &StepPlan) -> Result<()> {
-        let Some(front) = self.in_flight.front().filter(|_| plan.is_open()) else { return Err(closed(plan.step())) };
+        let Some(front) = self.in_flight.front().filter(|_| plan.is_open()) else {
+            return Err(closed(plan.step()));
+        };
         if front.step == plan.step() {
             return Ok(());
         }
-        if self.in_flight.iter().all(|flight| flight.step != plan.step()) {
+        if self
+            .in_flight
+            .iter()
+            .all(|flight| flight.step != plan.step())
+        {
             return Err(closed(plan.step()));
         }
         let problem = format!("step {} comes first: commit or cancel it", front.step);
-        Err(Error::OutOfTurn { step: plan.step(), problem })
+        Err(Error::OutOfTurn {
+            step: plan.step(),
+            problem,
+        })
     }
 
     fn call_off_dropped(&mut self) -> Result<()> {
@@ -566,5 +735,8 @@ struct Drawn {
 }
 
 fn closed(step: u64) -> Error {
-    Error::OutOfTurn { step, problem: "it is committed or called off already".into() }
+    Error::OutOfTurn {
+        step,
+        problem: "it is committed or called off already".into(),
+    }
 }

@@ -105,8 +105,8 @@ class Engine:
         ``injected``: draft K/V were computed for ``accepted.commit_rows``; otherwise drafts see nothing before them.
         """
 
-    def cancel(self, plan: StepPlan) -> None:
-        """Calls a step off: its requests go on from their last resolved token."""
+    def cancel(self, plan: StepPlan) -> bool:
+        """Calls a step off: its requests go on from their last resolved token. ``False``: it was closed already."""
 
     def cancel_all(self) -> None:
         """Calls every unresolved step off, as after Ctrl-C."""

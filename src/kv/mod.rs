@@ -56,11 +56,25 @@ impl Kv {
     ///
     /// # Errors
     /// `InvalidArgument` for sizes of 0, or a cache whose slots would not fit an `i32`.
-    pub fn new(num_pages: usize, page_size: usize, max_rows: usize, row_slots: usize, reuse: bool) -> Result<Self> {
-        for (name, got) in [("page_size", page_size), ("max_running", max_rows), ("row_slots", row_slots)] {
+    pub fn new(
+        num_pages: usize,
+        page_size: usize,
+        max_rows: usize,
+        row_slots: usize,
+        reuse: bool,
+    ) -> Result<Self> {
+        for (name, got) in [
+            ("page_size", page_size),
+            ("max_running", max_rows),
+            ("row_slots", row_slots),
+        ] {
             if got == 0 || got > i32::MAX as usize {
                 let expected = format!("1..={}", i32::MAX);
-                return Err(Error::InvalidArgument { name, got: got.to_string(), expected });
+                return Err(Error::InvalidArgument {
+                    name,
+                    got: got.to_string(),
+                    expected,
+                });
             }
         }
         if num_pages.saturating_mul(page_size) > i32::MAX as usize {
@@ -129,9 +143,16 @@ impl Kv {
             });
         }
         let mut hits = std::mem::take(&mut self.hits);
-        let reusable = if self.reuse { tokens.len().saturating_sub(1) / self.page_size } else { 0 };
+        let reusable = if self.reuse {
+            tokens.len().saturating_sub(1) / self.page_size
+        } else {
+            0
+        };
         self.cache.find(tokens, reusable, &mut hits);
-        let idle_hits = hits.iter().filter(|hit| self.pool.owners(hit.page) == 1).count();
+        let idle_hits = hits
+            .iter()
+            .filter(|hit| self.pool.owners(hit.page) == 1)
+            .count();
         let fits = self.available() - idle_hits >= total - hits.len() + spare;
         let admitted = if fits { self.table.claim() } else { None };
         let outcome = match admitted {
@@ -156,7 +177,10 @@ impl Kv {
         let taken = self.take(total - hits.len(), &mut fresh)?;
         debug_assert!(taken, "the gate counted with the same arithmetic");
         self.table.append(key, &fresh)?;
-        let undrafted = hits.iter().rposition(|hit| !hit.draft_injected).map_or(0, |at| at + 1);
+        let undrafted = hits
+            .iter()
+            .rposition(|hit| !hit.draft_injected)
+            .map_or(0, |at| at + 1);
         Ok(Admitted {
             key,
             cached_tokens: (hits.len() * self.page_size) as u32,
@@ -173,14 +197,22 @@ impl Kv {
         let row = self.table.row(key)?;
         let need = pages_for(end as usize, self.page_size);
         if need > self.table.width() {
-            return Err(Error::SlotsNotOwned { end, owned: (self.table.width() * self.page_size) as u32 });
+            return Err(Error::SlotsNotOwned {
+                end,
+                owned: (self.table.width() * self.page_size) as u32,
+            });
         }
         let fresh = need.saturating_sub(row.pages.len());
         let mut pages = Vec::new();
         if fresh > 0 && !self.take(fresh, &mut pages)? {
             return Ok(None);
         }
-        Ok(Some(Reservation::new(key, width, pages, self.pool.returns())))
+        Ok(Some(Reservation::new(
+            key,
+            width,
+            pages,
+            self.pool.returns(),
+        )))
     }
 
     fn take(&mut self, count: usize, into: &mut Vec<PageId>) -> Result<bool> {
@@ -190,7 +222,10 @@ impl Kv {
         }
         let short = count.saturating_sub(self.pool.num_free());
         let evicted = self.cache.evict(short, &mut self.pool)?;
-        debug_assert_eq!(evicted, short, "reclaimable pages are exactly the evictable ones");
+        debug_assert_eq!(
+            evicted, short,
+            "reclaimable pages are exactly the evictable ones"
+        );
         Ok(self.pool.alloc_many(count, into))
     }
 
@@ -199,7 +234,13 @@ impl Kv {
     ///
     /// # Errors
     /// `StaleRow`.
-    pub fn share(&mut self, key: RowKey, tokens: &[TokenId], valid: u32, draft_valid_from: u32) -> Result<()> {
+    pub fn share(
+        &mut self,
+        key: RowKey,
+        tokens: &[TokenId],
+        valid: u32,
+        draft_valid_from: u32,
+    ) -> Result<()> {
         if !self.reuse {
             return Ok(());
         }
@@ -210,7 +251,10 @@ impl Kv {
             let text = &tokens[first..first + self.page_size];
             let page = row.pages[row.cached];
             let injected = draft_valid_from as usize <= first;
-            match self.cache.insert(row.tip, text, page, injected, &mut self.pool)? {
+            match self
+                .cache
+                .insert(row.tip, text, page, injected, &mut self.pool)?
+            {
                 Inserted::Now(node) => {
                     row.tip = Some(node);
                     row.cached += 1;

@@ -83,7 +83,9 @@ impl PagePool {
 
     /// Takes `count` pages at once into `into`, or none at all and `false`.
     pub fn alloc_many(&mut self, count: usize, into: &mut Vec<PageId>) -> bool {
-        let Some(rest) = self.free.len().checked_sub(count) else { return false };
+        let Some(rest) = self.free.len().checked_sub(count) else {
+            return false;
+        };
         for page in self.free.drain(rest..).rev() {
             self.owners[page.0 as usize] = 1;
             into.push(page);
@@ -137,7 +139,10 @@ impl PagePool {
         let total = self.owners.len();
         match self.owners.get_mut(page.0 as usize) {
             Some(owners) if *owners > 0 => Ok(owners),
-            _ => Err(Error::PageNotHeld { page: page.0, total }),
+            _ => Err(Error::PageNotHeld {
+                page: page.0,
+                total,
+            }),
         }
     }
 }
@@ -151,7 +156,13 @@ mod tests {
         let mut pool = PagePool::new(2).unwrap();
         let page = pool.alloc().unwrap();
         assert_eq!(pool.release(page), Ok(0));
-        assert_eq!(pool.release(page), Err(Error::PageNotHeld { page: page.0, total: 2 }));
+        assert_eq!(
+            pool.release(page),
+            Err(Error::PageNotHeld {
+                page: page.0,
+                total: 2
+            })
+        );
         assert_eq!(pool.num_free(), 2);
     }
 

@@ -96,7 +96,9 @@ impl PrefixCache {
 
     /// Whether the cache is an owner of `page`.
     pub fn holds(&self, page: PageId) -> bool {
-        self.of_page.get(page.0 as usize).is_some_and(Option::is_some)
+        self.of_page
+            .get(page.0 as usize)
+            .is_some_and(Option::is_some)
     }
 
     /// The text of `page` after its prefix, when it is cached.
@@ -115,9 +117,15 @@ impl PrefixCache {
         hits.clear();
         let mut parent = None;
         for page_tokens in tokens.chunks_exact(self.page_size).take(max_pages) {
-            let Some(id) = self.child(parent, page_tokens) else { break };
+            let Some(id) = self.child(parent, page_tokens) else {
+                break;
+            };
             let node = self.node(id);
-            hits.push(Hit { node: id, page: node.page, draft_injected: node.draft_injected });
+            hits.push(Hit {
+                node: id,
+                page: node.page,
+                draft_injected: node.draft_injected,
+            });
             parent = Some(id);
         }
     }
@@ -166,7 +174,9 @@ impl PrefixCache {
 
     /// A request became an owner of a cached page.
     pub(super) fn retained(&mut self, page: PageId, owners: u32) {
-        let Some(id) = self.of_page[page.0 as usize] else { return };
+        let Some(id) = self.of_page[page.0 as usize] else {
+            return;
+        };
         let used = self.node(id).used;
         if owners == 2 {
             self.reclaimable -= 1;
@@ -178,7 +188,9 @@ impl PrefixCache {
 
     /// An owner of a page left.
     pub(super) fn released(&mut self, page: PageId, owners: u32) {
-        let Some(id) = self.of_page[page.0 as usize] else { return };
+        let Some(id) = self.of_page[page.0 as usize] else {
+            return;
+        };
         if owners == 1 {
             self.reclaimable += 1;
             self.clock += 1;
@@ -191,7 +203,9 @@ impl PrefixCache {
     pub(super) fn evict(&mut self, count: usize, pool: &mut PagePool) -> Result<usize> {
         let mut freed = 0;
         while freed < count {
-            let Some((_, id)) = self.leaves.pop_first() else { break };
+            let Some((_, id)) = self.leaves.pop_first() else {
+                break;
+            };
             self.remove(id, pool)?;
             freed += 1;
         }
@@ -199,7 +213,9 @@ impl PrefixCache {
     }
 
     fn remove(&mut self, id: NodeId, pool: &mut PagePool) -> Result<()> {
-        let Some(node) = self.nodes[id.0 as usize].take() else { return Ok(()) };
+        let Some(node) = self.nodes[id.0 as usize].take() else {
+            return Ok(());
+        };
         self.vacant.push(id.0);
         self.of_page[node.page.0 as usize] = None;
         self.reclaimable -= 1;
@@ -214,7 +230,9 @@ impl PrefixCache {
     }
 
     fn unlink(&mut self, hash: u64, id: NodeId, next: Option<NodeId>) {
-        let Some(&first) = self.index.get(&hash) else { return };
+        let Some(&first) = self.index.get(&hash) else {
+            return;
+        };
         if first == id {
             match next {
                 Some(next) => self.index.insert(hash, next),
@@ -262,10 +280,14 @@ impl PrefixCache {
     }
 
     fn node(&self, id: NodeId) -> &Node {
-        self.nodes[id.0 as usize].as_ref().expect("a node id held by a row, a child or the index is alive")
+        self.nodes[id.0 as usize]
+            .as_ref()
+            .expect("a node id held by a row, a child or the index is alive")
     }
 
     fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        self.nodes[id.0 as usize].as_mut().expect("a node id held by a row, a child or the index is alive")
+        self.nodes[id.0 as usize]
+            .as_mut()
+            .expect("a node id held by a row, a child or the index is alive")
     }
 }

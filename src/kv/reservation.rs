@@ -44,7 +44,12 @@ pub struct Launched {
 
 impl Reservation {
     pub(super) fn new(key: RowKey, width: u32, pages: Vec<PageId>, returns: Arc<Returns>) -> Self {
-        Self { key, width, pages, returns }
+        Self {
+            key,
+            width,
+            pages,
+            returns,
+        }
     }
 
     /// Pages held.
@@ -58,12 +63,24 @@ impl Reservation {
     /// [`LaunchError`] with the reservation when the row's tenant has left meanwhile.
     // The error is large because it hands the resource back; it is never on a hot path.
     #[allow(clippy::result_large_err)]
-    pub fn launch(mut self, table: &mut RequestTable) -> std::result::Result<Launched, LaunchError> {
-        if let Err(error) = table.append(self.key, &self.pages).and_then(|()| table.launched(self.key)) {
-            return Err(LaunchError { reservation: self, error });
+    pub fn launch(
+        mut self,
+        table: &mut RequestTable,
+    ) -> std::result::Result<Launched, LaunchError> {
+        if let Err(error) = table
+            .append(self.key, &self.pages)
+            .and_then(|()| table.launched(self.key))
+        {
+            return Err(LaunchError {
+                reservation: self,
+                error,
+            });
         }
         self.pages.clear();
-        Ok(Launched { key: self.key, width: self.width })
+        Ok(Launched {
+            key: self.key,
+            width: self.width,
+        })
     }
 }
 
@@ -86,7 +103,10 @@ impl Launched {
     pub fn commit(self, table: &mut RequestTable, keep: u32) -> Result<bool> {
         table.landed(self.key);
         if keep > self.width {
-            return Err(Error::AcceptedExceedsDrafted { accepted: keep, drafted: self.width });
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: keep,
+                drafted: self.width,
+            });
         }
         if !table.is_live(self.key) {
             return Ok(false);

@@ -50,7 +50,12 @@ pub struct RequestTable {
 impl RequestTable {
     pub(super) fn new(max_rows: usize, width: usize, page_size: usize) -> Self {
         Self {
-            rows: (0..max_rows).map(|_| Row { pages: Vec::with_capacity(width), ..Row::default() }).collect(),
+            rows: (0..max_rows)
+                .map(|_| Row {
+                    pages: Vec::with_capacity(width),
+                    ..Row::default()
+                })
+                .collect(),
             free: (0..max_rows as u32).rev().map(SlotId).collect(),
             flat: (0..max_rows * width).map(|_| AtomicI32::new(0)).collect(),
             width,
@@ -111,7 +116,10 @@ impl RequestTable {
         let row = self.row(key)?;
         let owned = row.pages.len() * self.page_size;
         if end as usize > owned {
-            return Err(Error::SlotsNotOwned { end, owned: owned as u32 });
+            return Err(Error::SlotsNotOwned {
+                end,
+                owned: owned as u32,
+            });
         }
         let (mut position, end) = (first as usize, end as usize);
         while position < end {
@@ -133,7 +141,10 @@ impl RequestTable {
         row.cached = 0;
         row.tip = None;
         row.diverged = false;
-        Some(RowKey { slot, generation: row.generation })
+        Some(RowKey {
+            slot,
+            generation: row.generation,
+        })
     }
 
     pub(super) fn append(&mut self, key: RowKey, pages: &[PageId]) -> Result<()> {
@@ -173,7 +184,10 @@ impl RequestTable {
         let row = Self::live(&mut self.rows, key)?;
         let owned = (row.pages.len() * page_size) as u32;
         if row.committed + keep > owned {
-            return Err(Error::SlotsNotOwned { end: row.committed + keep, owned });
+            return Err(Error::SlotsNotOwned {
+                end: row.committed + keep,
+                owned,
+            });
         }
         row.committed += keep;
         Ok(())
@@ -194,7 +208,10 @@ impl RequestTable {
     pub(super) fn row(&self, key: RowKey) -> Result<&Row> {
         match self.rows.get(key.slot.0 as usize) {
             Some(row) if row.live && row.generation == key.generation => Ok(row),
-            _ => Err(Error::StaleRow { row: key.slot.0, generation: key.generation }),
+            _ => Err(Error::StaleRow {
+                row: key.slot.0,
+                generation: key.generation,
+            }),
         }
     }
 
@@ -205,7 +222,10 @@ impl RequestTable {
     fn live(rows: &mut [Row], key: RowKey) -> Result<&mut Row> {
         match rows.get_mut(key.slot.0 as usize) {
             Some(row) if row.live && row.generation == key.generation => Ok(row),
-            _ => Err(Error::StaleRow { row: key.slot.0, generation: key.generation }),
+            _ => Err(Error::StaleRow {
+                row: key.slot.0,
+                generation: key.generation,
+            }),
         }
     }
 }

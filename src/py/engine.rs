@@ -45,7 +45,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Engine {
     // The lock is taken without the GIL, so that a thread that waits for it cannot hold up the one that has it.
-    fn with<R: Send>(&self, py: Python<'_>, stage: impl FnOnce(&mut step::Engine) -> R + Send) -> R {
+    fn with<R: Send>(
+        &self,
+        py: Python<'_>,
+        stage: impl FnOnce(&mut step::Engine) -> R + Send,
+    ) -> R {
         py.detach(|| stage(&mut locked(&self.engine)))
     }
 }
@@ -83,9 +87,12 @@ impl Engine {
             prefix_cache,
             depth,
         };
-        let vocabulary = vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
+        let vocabulary =
+            vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
         let engine = step::Engine::new(config, vocabulary.transpose()?)?;
-        Ok(Self { engine: Mutex::new(engine) })
+        Ok(Self {
+            engine: Mutex::new(engine),
+        })
     }
 
     /// Queues a request and returns its number.
@@ -153,18 +160,38 @@ impl Engine {
     #[pyo3(signature = (max_block = None))]
     fn plan(&self, py: Python<'_>, max_block: Option<usize>) -> PyResult<Option<StepPlan>> {
         let plan = self.with(py, |engine| engine.plan(max_block.unwrap_or(usize::MAX)))?;
-        Ok(plan.map(|plan| StepPlan { plan: Mutex::new(plan) }))
+        Ok(plan.map(|plan| StepPlan {
+            plan: Mutex::new(plan),
+        }))
     }
 
     /// Draws the target's tokens from `logits` (f32 `[N, vocab_size]`, C-contiguous) and walks the drafts.
-    fn accept(&self, py: Python<'_>, plan: &StepPlan, logits: PyReadonlyArray2<'_, f32>) -> PyResult<Accepted> {
+    fn accept(
+        &self,
+        py: Python<'_>,
+        plan: &StepPlan,
+        logits: PyReadonlyArray2<'_, f32>,
+    ) -> PyResult<Accepted> {
         let got = format!("shape {:?}", logits.shape());
-        let expected = [locked(&plan.plan).arrays().logit_rows.len(), self.vocab_size(py)];
+        let expected = [
+            locked(&plan.plan).arrays().logit_rows.len(),
+            self.vocab_size(py),
+        ];
         if logits.shape() != expected || !logits.is_c_contiguous() {
-            let got = if logits.is_c_contiguous() { got } else { got + ", not C-contiguous" };
-            return Err(invalid("logits", got, format!("a C-contiguous f32 array of shape {expected:?} [N, vocab_size]")));
+            let got = if logits.is_c_contiguous() {
+                got
+            } else {
+                got + ", not C-contiguous"
+            };
+            return Err(invalid(
+                "logits",
+                got,
+                format!("a C-contiguous f32 array of shape {expected:?} [N, vocab_size]"),
+            ));
         }
-        let logits = logits.as_slice().map_err(|_| invalid("logits", "a strided array", "a C-contiguous array"))?;
+        let logits = logits
+            .as_slice()
+            .map_err(|_| invalid("logits", "a strided array", "a C-contiguous array"))?;
         let accepted = self.with(py, |engine| engine.accept(&locked(&plan.plan), logits))?;
         Ok(Accepted { accepted })
     }
@@ -178,28 +205,38 @@ impl Engine {
         sampled: PyReadonlyArray1<'_, i64>,
         logprobs: Option<PyReadonlyArray1<'_, f32>>,
     ) -> PyResult<Accepted> {
-        let sampled =
-            sampled.as_slice().map_err(|_| invalid("sampled", "a strided array", "a C-contiguous i64 array"))?;
+        let sampled = sampled
+            .as_slice()
+            .map_err(|_| invalid("sampled", "a strided array", "a C-contiguous i64 array"))?;
         let logprobs = match &logprobs {
-            Some(array) => {
-                array.as_slice().map_err(|_| invalid("logprobs", "a strided array", "a C-contiguous f32 array"))?
-            }
+            Some(array) => array
+                .as_slice()
+                .map_err(|_| invalid("logprobs", "a strided array", "a C-contiguous f32 array"))?,
             None => &[],
         };
-        let accepted = self.with(py, |engine| engine.accept_sampled(&locked(&plan.plan), sampled, logprobs))?;
+        let accepted = self.with(py, |engine| {
+            engine.accept_sampled(&locked(&plan.plan), sampled, logprobs)
+        })?;
         Ok(Accepted { accepted })
     }
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.
     #[pyo3(signature = (plan, accepted, injected = true))]
-    fn commit(&self, py: Python<'_>, plan: &StepPlan, accepted: &Accepted, injected: bool) -> PyResult<Events> {
-        let events =
-            self.with(py, |engine| engine.commit(&mut locked(&plan.plan), &accepted.accepted, injected))?;
+    fn commit(
+        &self,
+        py: Python<'_>,
+        plan: &StepPlan,
+        accepted: &Accepted,
+        injected: bool,
+    ) -> PyResult<Events> {
+        let events = self.with(py, |engine| {
+            engine.commit(&mut locked(&plan.plan), &accepted.accepted, injected)
+        })?;
         Ok(Events { events })
     }
 
-    /// Calls a step off: its requests go on from their last resolved token.
-    fn cancel(&self, py: Python<'_>, plan: &StepPlan) -> PyResult<()> {
+    /// Calls a step off: its requests go on from their last resolved token. `False`: it was closed already.
+    fn cancel(&self, py: Python<'_>, plan: &StepPlan) -> PyResult<bool> {
         Ok(self.with(py, |engine| engine.cancel(&mut locked(&plan.plan)))?)
     }
 
@@ -288,7 +325,11 @@ impl Engine {
     fn __repr__(&self, py: Python<'_>) -> String {
         self.with(py, |engine| {
             let scheduler = engine.scheduler();
-            format!("Engine({} running, {} waiting)", scheduler.num_running(), scheduler.waiting().len())
+            format!(
+                "Engine({} running, {} waiting)",
+                scheduler.num_running(),
+                scheduler.waiting().len()
+            )
         })
     }
 }

@@ -26,7 +26,11 @@ impl PagePool {
 fn page_ids(pages: &[i64]) -> PyResult<Vec<PageId>> {
     pages
         .iter()
-        .map(|&page| u32::try_from(page).map(PageId).map_err(|_| invalid("pages", page.to_string(), "page numbers")))
+        .map(|&page| {
+            u32::try_from(page)
+                .map(PageId)
+                .map_err(|_| invalid("pages", page.to_string(), "page numbers"))
+        })
         .collect()
 }
 
@@ -34,7 +38,9 @@ fn page_ids(pages: &[i64]) -> PyResult<Vec<PageId>> {
 impl PagePool {
     #[new]
     fn new(num_pages: usize) -> PyResult<Self> {
-        Ok(Self { pool: Mutex::new(Core::new(num_pages)?) })
+        Ok(Self {
+            pool: Mutex::new(Core::new(num_pages)?),
+        })
     }
 
     /// Takes `count` free pages, one owner each, or raises `OutOfPages` and takes none.
@@ -43,9 +49,18 @@ impl PagePool {
         let mut pool = self.pool();
         let mut pages = Vec::with_capacity(count.min(pool.num_pages()));
         if !pool.alloc_many(count, &mut pages) {
-            return Err(Error::PoolExhausted { needed: count, free: pool.num_free(), total: pool.num_pages() }.into());
+            return Err(Error::PoolExhausted {
+                needed: count,
+                free: pool.num_free(),
+                total: pool.num_pages(),
+            }
+            .into());
         }
-        Ok(pages.into_iter().map(|page| page.0 as i32).collect::<Vec<_>>().into_pyarray(py))
+        Ok(pages
+            .into_iter()
+            .map(|page| page.0 as i32)
+            .collect::<Vec<_>>()
+            .into_pyarray(py))
     }
 
     /// Adds an owner to each page. All or nothing: a free or unknown page is an `InvalidArgument`.
@@ -72,7 +87,11 @@ impl PagePool {
         pages.sort_unstable();
         for same in pages.chunk_by(|a, b| a == b) {
             if (pool.owners(same[0]) as usize) < same.len() {
-                return Err(Error::PageNotHeld { page: same[0].0, total }.into());
+                return Err(Error::PageNotHeld {
+                    page: same[0].0,
+                    total,
+                }
+                .into());
             }
         }
         // Descending, so that the lowest page is handed out first again.
@@ -101,6 +120,10 @@ impl PagePool {
 
     fn __repr__(&self) -> String {
         let pool = self.pool();
-        format!("PagePool({} of {} pages free)", pool.num_free(), pool.num_pages())
+        format!(
+            "PagePool({} of {} pages free)",
+            pool.num_free(),
+            pool.num_pages()
+        )
     }
 }

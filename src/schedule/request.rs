@@ -94,7 +94,11 @@ impl Vocabulary {
 
     fn of(&self, token: TokenId) -> &[u8] {
         let at = token.0 as usize;
-        let start = if at == 0 { 0 } else { self.ends[at - 1] as usize };
+        let start = if at == 0 {
+            0
+        } else {
+            self.ends[at - 1] as usize
+        };
         &self.bytes[start..self.ends[at] as usize]
     }
 }
@@ -121,14 +125,25 @@ impl Watch {
         self.total += fresh.len();
         let base = self.total - self.tail.len();
         // The tail before this token held no match, so whatever is found ends in the new bytes.
-        let first = stops.iter().filter_map(|stop| self.tail.windows(stop.len()).position(|window| window == stop)).min();
+        let first = stops
+            .iter()
+            .filter_map(|stop| {
+                self.tail
+                    .windows(stop.len())
+                    .position(|window| window == stop)
+            })
+            .min();
         if let Some(first) = first {
             self.text_end = base + first;
             return true;
         }
         let held = (1..self.longest.min(self.tail.len() + 1))
             .rev()
-            .find(|&len| stops.iter().any(|stop| stop.len() > len && self.tail.ends_with(&stop[..len])))
+            .find(|&len| {
+                stops
+                    .iter()
+                    .any(|stop| stop.len() > len && self.tail.ends_with(&stop[..len]))
+            })
             .unwrap_or(0);
         self.text_end = self.total - held;
         false
@@ -173,7 +188,11 @@ impl Request {
             total: 0,
             text_end: 0,
         });
-        let history = if params.sampling.penalises() { History::new(&prompt) } else { History::default() };
+        let history = if params.sampling.penalises() {
+            History::new(&prompt)
+        } else {
+            History::default()
+        };
         Self {
             id,
             prompt_len: prompt.len(),
@@ -237,7 +256,13 @@ mod tests {
             max_tokens,
             ..Params::default()
         };
-        Request::new(RequestId(0), vec![TokenId(0)], params, 1 + max_tokens, Some(&table))
+        Request::new(
+            RequestId(0),
+            vec![TokenId(0)],
+            params,
+            1 + max_tokens,
+            Some(&table),
+        )
     }
 
     #[test]

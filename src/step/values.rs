@@ -31,13 +31,23 @@ impl Shared {
     pub(super) fn accepted(self: &Arc<Self>, step: u64) -> Accepted {
         let mut arrays = with(&self.accepted, Vec::pop).unwrap_or_default();
         arrays.clear();
-        Accepted { step, arrays, failed: Vec::new(), shared: Arc::clone(self) }
+        Accepted {
+            step,
+            arrays,
+            failed: Vec::new(),
+            shared: Arc::clone(self),
+        }
     }
 
     pub(super) fn events(self: &Arc<Self>, step: u64) -> Events {
         let mut arrays = with(&self.events, Vec::pop).unwrap_or_default();
         arrays.clear();
-        Events { step, arrays, errors: Vec::new(), shared: Arc::clone(self) }
+        Events {
+            step,
+            arrays,
+            errors: Vec::new(),
+            shared: Arc::clone(self),
+        }
     }
 
     pub(super) fn dropped(&self) -> Vec<u64> {
@@ -170,9 +180,23 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    pub(super) fn new(step: u64, vocab_size: usize, arrays: PlanArrays, shared: &Arc<Shared>) -> Self {
-        let ticket = Some(Ticket { step, shared: Some(Arc::clone(shared)) });
-        Self { step, vocab_size, arrays, ticket, shared: Arc::clone(shared) }
+    pub(super) fn new(
+        step: u64,
+        vocab_size: usize,
+        arrays: PlanArrays,
+        shared: &Arc<Shared>,
+    ) -> Self {
+        let ticket = Some(Ticket {
+            step,
+            shared: Some(Arc::clone(shared)),
+        });
+        Self {
+            step,
+            vocab_size,
+            arrays,
+            ticket,
+            shared: Arc::clone(shared),
+        }
     }
 
     /// Number of the step.
@@ -194,21 +218,40 @@ impl StepPlan {
     pub fn set_drafts(&mut self, drafts: &[i64], width: usize) -> Result<()> {
         let rows = self.arrays.draft_rows.len();
         if drafts.len() != rows * width {
-            return Err(Error::Length { name: "drafts", got: drafts.len(), expected: rows * width });
+            return Err(Error::Length {
+                name: "drafts",
+                got: drafts.len(),
+                expected: rows * width,
+            });
         }
         let arrays = &mut self.arrays;
         let needed = |row: i32| arrays.block_len[row as usize] as usize - 1;
-        let most = arrays.draft_rows.iter().map(|&row| needed(row)).max().unwrap_or(0);
+        let most = arrays
+            .draft_rows
+            .iter()
+            .map(|&row| needed(row))
+            .max()
+            .unwrap_or(0);
         if width < most {
             let expected = format!("at least {most}, the longest block less its anchor");
-            return Err(Error::InvalidArgument { name: "drafts", got: format!("{width} columns"), expected });
+            return Err(Error::InvalidArgument {
+                name: "drafts",
+                got: format!("{width} columns"),
+                expected,
+            });
         }
         for (at, &row) in arrays.draft_rows.iter().enumerate() {
             let used = &drafts[at * width..at * width + needed(row)];
-            if let Some(bad) = used.iter().find(|&&draft| draft < 0 || draft >= self.vocab_size as i64) {
+            if let Some(bad) = used
+                .iter()
+                .find(|&&draft| draft < 0 || draft >= self.vocab_size as i64)
+            {
                 return Err(Error::InvalidArgument {
                     name: "drafts",
-                    got: format!("token {bad} for request {}", arrays.request_ids[row as usize]),
+                    got: format!(
+                        "token {bad} for request {}",
+                        arrays.request_ids[row as usize]
+                    ),
                     expected: format!("tokens below vocab_size = {}", self.vocab_size),
                 });
             }
@@ -216,7 +259,8 @@ impl StepPlan {
         for (at, &row) in arrays.draft_rows.iter().enumerate() {
             let first = arrays.query_starts[row as usize] as usize + 1;
             let len = arrays.block_len[row as usize] as usize - 1;
-            arrays.token_ids[first..first + len].copy_from_slice(&drafts[at * width..at * width + len]);
+            arrays.token_ids[first..first + len]
+                .copy_from_slice(&drafts[at * width..at * width + len]);
         }
         Ok(())
     }
@@ -238,7 +282,10 @@ impl StepPlan {
         for &draft in &self.arrays.token_ids[first + 1..end] {
             if draft < 0 || draft >= self.vocab_size as i64 {
                 let problem = "drafts are missing: call set_drafts before accepting".into();
-                return Err(Error::OutOfTurn { step: self.step, problem });
+                return Err(Error::OutOfTurn {
+                    step: self.step,
+                    problem,
+                });
             }
             into.push(TokenId(draft as u32));
         }

@@ -1,0 +1,102 @@
+# make demo    build, install into .venv, and watch the bundled pair work
+# make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
+# make check   the part of it that runs nothing: formatting, lints, docs, stubs
+# make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
+# make clean   removes build outputs (make distclean: the virtual environment, too)
+#
+# Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker, and package registries. The tests run against the
+# installed wheel, never against the source tree.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: demo test check bench clean distclean lint rust-test install venv stubs python-test bench-core bench-demo bench-reference
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The first Python that is new enough; PYTHON=... on the command line overrides it.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
+
+# The source tree must not shadow the installed package, and PyO3 must build against our interpreter.
+unexport PYTHONPATH
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+export CARGO_TERM_COLOR ?= auto
+
+PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md \
+  $(shell find src python docs/architecture.md -type f -not -name '*.pyc' -not -name '*.so')
+
+demo: install
+	$(BIN)/dflash-rs generate --example 1 --max-tokens 160 --temperature 0.7 --seed 1
+	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
+
+test: lint rust-test install stubs python-test
+
+check: lint stubs
+
+lint: venv
+	cargo fmt --all --check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --lib --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+
+rust-test:
+	cargo test --locked
+
+stubs: install
+	cd $(VENV) && bin/python -m mypy.stubtest dflash_rs._core
+
+python-test: install
+	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
+	$(BIN)/python -m pytest
+
+bench: bench-core bench-demo bench-reference
+
+bench-core: install
+	cargo bench --locked
+	$(BIN)/python scripts/criterion_results.py benchmarks/results/core.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/crossing.json
+
+bench-demo: install
+	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \
+	  --json benchmarks/results/demo.json --plot docs/img/demo.png
+
+# Only the loop is wanted; its command line's data-set packages stay out.
+bench-reference: install
+	$(PIP) install --no-deps dflash==0.1.0
+	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
+
+venv: $(VENV)/.stamp-tools
+install: $(VENV)/.stamp-package
+
+$(VENV)/.stamp-venv:
+	test -n "$(PYTHON)" || { echo "No Python >= 3.10 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Installed again only when what is asked for has changed, not whenever pyproject.toml has.
+$(VENV)/.stamp-tools: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py scripts/tested-versions.txt
+	$(BIN)/python scripts/requirements.py torch bench dev > $(VENV)/requirements.new
+	if ! cmp -s $(VENV)/requirements.new $(VENV)/requirements.txt; then \
+	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements.new)"; \
+	  $(PIP) install -r $(VENV)/requirements.new; \
+	  mv $(VENV)/requirements.new $(VENV)/requirements.txt; \
+	fi
+	touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(PACKAGE_SOURCES)
+	rm -rf dist
+	$(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist
+	$(PIP) install --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+clean:
+	rm -rf target dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.stamp-package
+
+distclean: clean
+	rm -rf $(VENV)

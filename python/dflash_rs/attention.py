@@ -1,0 +1,194 @@
+"""Block attention over a paged KV cache, for packed ragged batches.
+
+    request r:  context keys  slot(j) = page_row[j / page_size] * page_size + j % page_size,  j < context_lens[r]
+                own keys      the step's tokens of r, at positions context_lens[r] ..
+
+A token sees the context of its request and its request's own tokens: the earlier ones and itself (causal, the target)
+or all of them (the drafter's block). One object is built per step, and every layer attends through it.
+
+`TorchAttention` is the reference: plain torch, any device. `step_attention` picks the host kernel of the extension
+where it applies and the reference elsewhere; both have the same `attend`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _core
+from .errors import InvalidArgument
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class TorchAttention:
+    """Reference attention of one step.
+
+    query_starts int32 [R+1], context_lens int32 [R], row_ids int32 [R] into page_table int32 [rows, pages]; slots int64
+    [T] where own K and V are written, or None when they are scratch and only serve this step; valid_from int32 [R]:
+    context keys before that position are not seen (0 when None). All host arrays, except slots (a tensor).
+    """
+
+    def __init__(
+        self,
+        *,
+        query_starts: np.ndarray,
+        context_lens: np.ndarray,
+        page_table: np.ndarray,
+        row_ids: np.ndarray,
+        page_size: int,
+        slots: Tensor | None = None,
+        valid_from: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.slots = slots
+        self.device = torch.device(device)
+        self.requests: list[tuple[int, int, int, int, Tensor | slice]] = []
+        offsets = np.arange(page_size, dtype=np.int64)
+        for r, context in enumerate(context_lens.tolist()):
+            first = 0 if valid_from is None else int(valid_from[r])
+            if not 0 <= first <= context:
+                raise InvalidArgument(f"valid_from[{r}]: got {first}, expected 0..{context} (context_lens)")
+            needed = -(-context // page_size)
+            if needed > page_table.shape[1]:
+                raise InvalidArgument(
+                    f"context_lens[{r}]: got {context}, expected at most {page_table.shape[1] * page_size}, "
+                    f"{page_table.shape[1]} pages of {page_size} slots"
+                )
+            pages = page_table[row_ids[r], :needed].astype(np.int64)
+            keys = (pages[:, None] * page_size + offsets).reshape(-1)[first:context]
+            self.requests.append((int(query_starts[r]), int(query_starts[r + 1]), context, first, self._index(keys)))
+        self._masks: dict[tuple[int, bool, int | None, int], Tensor | None] = {}
+
+    def _index(self, keys: np.ndarray) -> Tensor | slice:
+        # Consecutive slots are read in place; only scattered pages are gathered.
+        if keys.size == 0:
+            return slice(0, 0)
+        if keys[-1] - keys[0] == keys.size - 1 and (keys.size < 2 or bool((np.diff(keys) == 1).all())):
+            return slice(int(keys[0]), int(keys[-1]) + 1)
+        return torch.from_numpy(keys).to(self.device)
+
+    def _mask(self, r: int, causal: bool, window: int | None, group: int) -> Tensor | None:
+        """bool [group * n, keys], True where seen; None when everything is."""
+        key = (r, causal, window, group)
+        if key in self._masks:
+            return self._masks[key]
+        start, end, context, first, _ = self.requests[r]
+        n = end - start
+        position = torch.arange(context, context + n, device=self.device)
+        key_position = torch.arange(first, context + n, device=self.device)
+        distance = position[:, None] - key_position[None, :]
+        mask = None
+        if causal and n > 1:
+            mask = distance >= 0
+        if window is not None and context + n - first > window:
+            near = distance < window
+            if not causal:
+                near &= -distance < window
+            mask = near if mask is None else mask & near
+        if mask is not None:
+            mask = mask.repeat(group, 1)
+        self._masks[key] = mask
+        return mask
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        """q [T, heads, d], k and v [T, kv_heads, d] of this step; caches [num_slots, kv_heads, d] -> [T, heads, d].
+
+        Writes k and v to the cache first, unless they are scratch. Head h reads key head h // (heads / kv_heads).
+        A window w lets a query see keys at a distance below w.
+        """
+        heads, kv_heads = q.shape[1], k.shape[1]
+        group = heads // kv_heads
+        if self.slots is not None:
+            k_cache.index_copy_(0, self.slots, k.to(k_cache.dtype))
+            v_cache.index_copy_(0, self.slots, v.to(v_cache.dtype))
+        out = None
+        for r, (start, end, _, _, index) in enumerate(self.requests):
+            n = end - start
+            if n == 0:
+                continue
+            keys = torch.cat((k_cache[index].to(q.dtype), k[start:end])).transpose(0, 1)
+            values = torch.cat((v_cache[index].to(q.dtype), v[start:end])).transpose(0, 1)
+            # The query heads that share a key head become extra rows, so keys are never repeated.
+            rows = q[start:end].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * n, -1)
+            one = F.scaled_dot_product_attention(
+                rows[None], keys[None], values[None], attn_mask=self._mask(r, causal, window, group), scale=scale
+            )
+            one = one.view(kv_heads, group, n, -1).permute(2, 0, 1, 3).reshape(n, heads, -1)
+            if n == q.shape[0]:
+                return one
+            if out is None:
+                out = q.new_empty(q.shape[0], heads, v.shape[-1])
+            out[start:end] = one
+        return q.new_empty(0, heads, v.shape[-1]) if out is None else out
+
+
+class HostAttention:
+    """The extension's host kernel: reads and writes pages in place, and gives the same bits whatever else is in the batch.
+
+    Arguments as for `TorchAttention`, with `slots` as a host array. CPU tensors, float32 or bfloat16, keys as wide as
+    values.
+    """
+
+    def __init__(self, *, slots: np.ndarray | None, num_slots: int, threads: int, **arrays):
+        self._batch = _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
+        self._threads = threads
+
+    def attend(self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None) -> Tensor:
+        """As `TorchAttention.attend`."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        _core.paged_attention(
+            self._batch, _address(q), _address(k), _address(v), _address(k_cache), _address(v_cache), _address(out),
+            _DTYPES[q.dtype], q.shape[1], k.shape[1], q.shape[2], scale, "causal" if causal else "block", window, self._threads,
+        )  # fmt: skip
+        return out
+
+
+def _address(rows: Tensor) -> tuple[int, int, int]:
+    """Address and the row and head strides in elements of [rows, heads, dim]; the elements of a head must be adjacent."""
+    row, head, element = rows.stride()
+    if element != 1:
+        raise InvalidArgument(f"attention: got a tensor of strides {rows.stride()}, expected the last one to be 1")
+    return rows.data_ptr(), row, head
+
+
+def host_kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether the host kernel attends over such a cache; the reference does otherwise."""
+    return (
+        hasattr(_core, "paged_attention") and device.type == "cpu" and dtype in _DTYPES and key_dim == value_dim and key_dim <= 256
+    )
+
+
+def step_attention(
+    batch, *, num_slots: int, write: bool, host: bool, valid_from: np.ndarray | None = None
+) -> HostAttention | TorchAttention:
+    """The attention of one `StepBatch`: what every layer of a forward pass calls.
+
+    `write` stores the step's keys and values at `batch.slots` in caches of `num_slots`; without it they are scratch.
+    `host` picks the host kernel (see `host_kernel_serves`), else the torch reference, its oracle.
+    """
+    arrays = {
+        "query_starts": batch.query_starts,
+        "context_lens": batch.context_lens,
+        "page_table": batch.page_table,
+        "row_ids": batch.row_ids,
+        "page_size": batch.page_size,
+        "valid_from": valid_from,
+    }
+    if host:
+        slots = batch.slots_host if write else None
+        return HostAttention(slots=slots, num_slots=num_slots, threads=torch.get_num_threads(), **arrays)
+    return TorchAttention(slots=batch.slots if write else None, device=batch.token_ids.device, **arrays)

@@ -1,0 +1,239 @@
+"""What a benchmark says: a table for people, JSON for programs, a picture for the README."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dflash_rs.bench.runner import DFLASH, PLAIN, REFERENCE, Row
+from dflash_rs.errors import DflashError
+
+REPEATS_ITSELF = 0.30
+
+
+def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
+    """Where and how the numbers came about: without this a number is a rumour."""
+    info: dict[str, Any] = {
+        "command": shlex.join(["dflash-rs", *argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cpus": usable_cpus(),
+        "python": platform.python_version(),
+        "dflash_rs": version("dflash-rs"),
+        "git_commit": git_commit(Path(__file__).resolve().parent) or git_commit(Path.cwd()),
+    }
+    for package in ("torch", "transformers", "numpy"):
+        info[package] = version(package)
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        info["threads"] = torch.get_num_threads()
+        info["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    if llm is not None:
+        info["device"] = str(getattr(llm, "device", "cpu"))
+        info["dtype"] = str(getattr(llm, "dtype", "")).removeprefix("torch.")
+        info["block_size"] = getattr(llm, "block_size", None)
+    return info
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None when it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Cores this process may run on, which in a container is less than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that `folder` is checked out at, marked when there are changes; None outside a repository of ours."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        root = Path(git("rev-parse", "--show-toplevel"))
+        if not (root / "python" / "dflash_rs").is_dir():
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+COLUMNS = (
+    ("arm", lambda row: row.mode),
+    ("batch", lambda row: str(row.concurrency)),
+    ("sampling", lambda row: "greedy" if row.temperature == 0 else f"T={row.temperature:g} seeded"),
+    ("tokens/s", lambda row: f"{row.tokens_per_s:.1f}"),
+    ("speed-up", lambda row: f"{row.speedup:.2f}x"),
+    ("tau", lambda row: f"{row.tau:.2f}"),
+    ("n-gram tau", lambda row: f"{row.ngram_tau:.2f}"),
+    ("repeated 4-grams", lambda row: f"{row.repeated_4gram_share:.0%}"),
+    (
+        "same text",
+        lambda row: "-" if row.mode == PLAIN else ("yes" if row.identical_to_plain else "NO ") + f" {row.identical}",
+    ),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    cells = [[name for name, _ in COLUMNS]] + [[render(row) for _, render in COLUMNS] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader should not have to find out alone: differences, loops, a drafter that a look-up beats."""
+    lines = []
+    for row in rows:
+        where = f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}"
+        for one in row.divergences:
+            place = f"prompt {one.prompt}" + (f" ({one.source})" if one.source else "")
+            gap = "unknown" if one.logit_gap is None else f"{one.logit_gap:+.2e}"
+            lines.append(
+                f"{where}: {place} differs at token {one.position}: {one.plain_token} became {one.other_token}, "
+                f"logit gap {gap}"
+            )
+        if row.mode != PLAIN and row.repeated_4gram_share > REPEATS_ITSELF:
+            lines.append(
+                f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
+            )
+        if row.mode == DFLASH and row.ngram_tau >= row.tau:
+            lines.append(f"{where}: a look-up drafter would reach tau {row.ngram_tau:.2f}, the drafter {row.tau:.2f}")
+        if row.vs_reference is not None:
+            lines.append(f"{where}: {row.vs_reference:.2f}x the tokens/s of the {REFERENCE} loop in the same run")
+    return lines
+
+
+def profile_table(rows: Sequence[Row]) -> str:
+    """Milliseconds and share per step stage."""
+    lines = []
+    for row in rows:
+        if not row.stage_seconds or not row.steps:
+            continue
+        total = sum(row.stage_seconds.values())
+        lines.append(
+            f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}: {total:.2f} s in the step's stages per pass"
+        )
+        for stage, seconds in sorted(row.stage_seconds.items(), key=lambda item: -item[1]):
+            lines.append(f"  {stage:<10} {seconds:8.3f} s  {seconds / total if total else 0:6.1%}")
+    return "\n".join(lines)
+
+
+def write_json(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Writes {"header": ..., "rows": [...]} to `path`, `-` being standard output."""
+    text = json.dumps({"header": head, "rows": [row.to_json() for row in rows]}, indent=2, allow_nan=False)
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DflashError(f"--json {path}: {error.strerror or error}") from None
+
+
+def read_json(path: str) -> tuple[dict[str, Any], list[Row]]:
+    """The header and rows of a file written by `write_json`."""
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    names = {one.name for one in fields(Row)}
+    return data["header"], [Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]]
+
+
+def need_matplotlib() -> None:
+    """Raises before a long run rather than after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DflashError("--plot needs matplotlib: pip install 'dflash-rs[bench]'")
+
+
+def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Draws speed-up over concurrency and the acceptance histogram into `path` (format by its suffix)."""
+    need_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = [row for row in rows if row.mode == DFLASH]
+    if not drawn:
+        raise DflashError("--plot: there is no DFlash row to draw")
+    settings = sorted({row.temperature for row in drawn})
+    colours = dict(zip(settings, ("#2563a8", "#d1741f", "#3a8a4d", "#7a4fa3", "#a33b3b")))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+
+    levels = sorted({row.concurrency for row in drawn})
+    place = {level: i for i, level in enumerate(levels)}
+    width = 0.8 / len(settings)
+    for i, temperature in enumerate(settings):
+        name = "greedy" if temperature == 0 else f"T={temperature:g}, seeded"
+        mine = [row for row in drawn if row.temperature == temperature]
+        xs = [place[row.concurrency] + (i - (len(settings) - 1) / 2) * width for row in mine]
+        bars = left.bar(xs, [row.speedup for row in mine], width * 0.92, color=colours.get(temperature), label=name)
+        left.bar_label(bars, [f"{row.speedup:.2f}x" for row in mine], padding=2, fontsize=8)
+        # One histogram per setting, from the smallest batch: the drafts do not depend on the batch.
+        counts = mine[0].accept_histogram
+        total = sum(counts)
+        if total:
+            xs = [k + (i - (len(settings) - 1) / 2) * width for k in range(len(counts))]
+            right.bar(
+                xs,
+                [100 * count / total for count in counts],
+                width * 0.92,
+                color=colours.get(temperature),
+                label=f"{name}: tau {mine[0].tau:.2f} (look-up {mine[0].ngram_tau:.2f})",
+            )
+    title = "Speed-up, same text" if all(row.identical_to_plain for row in drawn) else "Speed-up (texts differ)"
+    left.axhline(1, color="#555555", linewidth=1, linestyle="--", label="plain decoding")
+    left.set_xticks(range(len(levels)), [str(level) for level in levels])
+    left.set_ylim(0, max(1.0, max(row.speedup for row in drawn)) * 1.25)
+    left.set(xlabel="requests at once", ylabel="tokens/s over plain", title=title)
+    right.set(xlabel="drafts accepted in one pass", ylabel="% of passes", title="Acceptance")
+    right.set_xticks(range(max((len(row.accept_histogram) for row in drawn), default=1)))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8, loc="upper right")
+    figure.suptitle(
+        f"{head.get('cpu', '')}, {head.get('cpus', '?')} cores, {head.get('dtype', '')}".rstrip(", "),
+        fontsize=8,
+        color="#555555",
+    )
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise DflashError(f"--plot {path}: {error}") from None
+    finally:
+        plt.close(figure)

@@ -1,0 +1,104 @@
+"""What a benchmark runs: held-out prompts and the sampling settings they are run under."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from dflash_rs.errors import DflashError, InvalidArgument
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the file it was cut from (empty when it came from nowhere in particular)."""
+
+    text: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample. Prompt i runs with `seed + i`, so that equal prompts do not share their draws."""
+
+    temperature: float
+    seed: int | None = None
+
+    @property
+    def label(self) -> str:
+        """How tables call it."""
+        return "greedy" if self.temperature == 0 else f"T={self.temperature:g} seeded"
+
+
+def held_out_prompts(limit: int | None = None) -> list[Prompt]:
+    """The bundled prompts, cut from files that neither model of the bundled pair was trained on.
+
+    Raises DflashError when the installation lacks them.
+    """
+    asset = resources.files("dflash_rs") / "assets" / "prompts.json"
+    try:
+        text = asset.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DflashError(
+            f"the bundled prompts are missing ({asset}); reinstall dflash-rs, or pass --prompt-file"
+        ) from None
+    return _take(parse_prompts(text, str(asset)), limit, str(asset))
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Prompts from a file: a JSON list, JSON lines, or plain text with one prompt per line.
+
+    JSON entries are strings or objects with "prompt" (and optionally "source").
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"prompt file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"prompt file {path}: not UTF-8 text (byte {error.start})") from None
+    return _take(parse_prompts(text, str(path)), limit, str(path))
+
+
+def parse_prompts(text: str, name: str) -> list[Prompt]:
+    """The prompts in `text`; `name` is used in messages."""
+    stripped = text.lstrip()
+    if stripped.startswith("["):
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidArgument(f"{name}: not a JSON list ({error})") from None
+        return [_prompt(entry, f"{name}: entry {i}") for i, entry in enumerate(entries)]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if stripped.startswith("{"):
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            try:
+                prompts.append(_prompt(json.loads(line), f"{name}: line {number}"))
+            except json.JSONDecodeError as error:
+                raise InvalidArgument(f"{name}: line {number} is not JSON ({error})") from None
+        return prompts
+    return [Prompt(line) for line in lines]
+
+
+def _prompt(entry: object, where: str) -> Prompt:
+    if isinstance(entry, str):
+        text, source = entry, ""
+    elif isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+        text, source = entry["prompt"], str(entry.get("source", ""))
+    else:
+        raise InvalidArgument(f'{where}: got {type(entry).__name__}, expected a string or an object with "prompt"')
+    if not text:
+        raise InvalidArgument(f"{where}: the prompt is empty")
+    return Prompt(text, source)
+
+
+def _take(prompts: Sequence[Prompt], limit: int | None, name: str) -> list[Prompt]:
+    if not prompts:
+        raise InvalidArgument(f"{name}: contains no prompt")
+    if limit is None:
+        return list(prompts)
+    if limit < 1:
+        raise InvalidArgument(f"--prompts: got {limit}, expected at least 1")
+    return list(prompts[:limit])

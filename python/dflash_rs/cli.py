@@ -1,0 +1,537 @@
+"""The command `dflash-rs`: generate, bench, train, doctor.
+
+Nothing heavy is imported before the arguments are understood: `--help` and a misspelt option answer at once.
+Results go to standard output, everything said about them to standard error, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from dflash_rs.errors import DflashError, InvalidArgument
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    it failed while running (for `bench`: also when a float32 text differs with drafting;
+       for `doctor`: when the bundled pair cannot generate)
+  2    the arguments, a prompt or a checkpoint cannot be used
+  130  interrupted with Ctrl-C"""
+
+# The extra that brings a module, for the message when it is missing.
+EXTRAS = {
+    "torch": "torch",
+    "transformers": "torch",
+    "tokenizers": "torch",
+    "safetensors": "torch",
+    "rich": "torch",
+    "matplotlib": "bench",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; never raises for what a user did."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        args.words = arguments
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").split(".")[0] not in EXTRAS:
+            return _crash(error, debug)
+        module = (error.name or "").split(".")[0]
+        return _complain(f"this needs {module}: pip install 'dflash-rs[{EXTRAS[module]}]'", FAILED)
+    except DflashError as error:
+        if debug:
+            raise
+        return _complain(str(error), BAD_INPUT if isinstance(error, ValueError) else FAILED)
+    except Exception as error:  # the last net: a defect is reported, not dumped
+        return _crash(error, debug)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"dflash-rs: error: {message}", file=sys.stderr)
+    return code
+
+
+def _crash(error: Exception, debug: bool) -> int:
+    if debug:
+        raise error
+    return _complain(f"{type(error).__name__}: {error}\nRun the same command with --debug for the traceback.", FAILED)
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line. `arguments` only decides whether the parsers of `train` are loaded."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="dflash-rs",
+        description="Lossless DFlash speculative decoding.",
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    generate = commands.add_parser(
+        "generate",
+        help="complete prompts and show which tokens were drafted",
+        description="Complete prompts with the bundled pair or with your own models.",
+        formatter_class=formatter,
+        epilog="""examples:
+  dflash-rs generate 'def fibonacci(n):' --max-tokens 64
+  dflash-rs generate --example 3 --temperature 0.7 --seed 1
+  echo 'class Stack:' | dflash-rs generate - --json
+  dflash-rs generate --model Qwen/Qwen3-4B --draft z-lab/Qwen3-4B-DFlash-b16 'Prove that 2 is prime.'
+
+"""
+        + EXIT_CODES,
+    )
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; - reads standard input")
+    generate.add_argument("--prompt-file", metavar="FILE", help="JSON list, JSON lines, or one prompt per line")
+    generate.add_argument("--example", type=_positive, metavar="N", help="the N-th bundled held-out prompt")
+    _add_engine(generate)
+    generate.add_argument("--no-draft", action="store_true", help="decode without speculation: the same text, slower")
+    _add_sampling(generate)
+    generate.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
+    generate.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: on a terminal unless NO_COLOR is set",
+    )
+    generate.add_argument("--quiet", action="store_true", help="no summary on standard error")
+    _add_debug(generate)
+    generate.set_defaults(run=run_generate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure DFlash against plain decoding",
+        description=(
+            "Measure tokens/s with and without drafting on the same engine in one run, and check that the texts agree.\n"
+            "Beside each tau stand the tau of a prompt look-up on the same outputs and their share of repeated 4-grams."
+        ),
+        formatter_class=formatter,
+        epilog="""examples:
+  dflash-rs bench --suite demo
+  dflash-rs bench --suite demo --concurrency 1,2,4,8 --json results.json --plot speedup.png
+  dflash-rs bench --suite demo --profile --temperature 0
+  dflash-rs bench --suite reference --json -      (needs: pip install --no-deps dflash==0.1.0)
+
+"""
+        + EXIT_CODES,
+    )
+    bench.add_argument("--suite", choices=("demo", "reference"), default="demo", help="default: demo")
+    bench.add_argument(
+        "--concurrency", type=_integers, default=(1,), metavar="N,N", help="requests at once; default: 1"
+    )
+    bench.add_argument(
+        "--temperature", type=_numbers, metavar="T,T", help="default: 0,0.7 (reference: 0); above 0 runs are seeded"
+    )
+    bench.add_argument("--seed", type=int, default=1, help="prompt i is sampled with seed + i; default: 1")
+    bench.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs per arm; default: 3")
+    bench.add_argument("--prompts", type=_positive, metavar="N", help="use the first N prompts; default: all")
+    bench.add_argument("--prompt-file", metavar="FILE", help="your prompts instead of the bundled held-out ones")
+    bench.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="per prompt; default: 128")
+    _add_engine(bench)
+    bench.add_argument("--json", metavar="PATH", help="write header and rows; - writes to standard output")
+    bench.add_argument("--plot", metavar="FILE.png", help="draw speed-up over concurrency and the acceptance histogram")
+    bench.add_argument("--profile", action="store_true", help="show where the step's time goes")
+    _add_debug(bench)
+    bench.set_defaults(run=run_bench)
+
+    train = commands.add_parser(
+        "train",
+        help="train a small target, or a DFlash drafter for a target",
+        description="Train a small target model, or a DFlash drafter for an existing target.",
+        formatter_class=formatter,
+        epilog="For training at large scale see docs/training.md.\n\n" + EXIT_CODES,
+    )
+    if _command(arguments) == "train":
+        from dflash_rs.train.cli import add_parsers
+
+        kinds = train.add_subparsers(metavar="WHAT", required=True)
+        add_parsers(kinds)
+        for kind in kinds.choices.values():
+            _add_debug(kind)
+    else:
+        train.set_defaults(run=lambda args: OK)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what works here, what is missing and how to get it",
+        description="Look at this machine and installation; exit code 0 when the bundled pair generates.",
+        formatter_class=formatter,
+        epilog="examples:\n  dflash-rs doctor\n  dflash-rs doctor --json\n\n" + EXIT_CODES,
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    _add_debug(doctor)
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def _command(arguments: Sequence[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from dflash_rs import __version__
+
+        print(f"dflash-rs {__version__}")
+        parser.exit(OK)
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models and engine")
+    group.add_argument("--model", metavar="PATH", help="target: folder or Hugging Face id; default: the bundled pair")
+    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
+    group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
+    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
+    group.add_argument(
+        "--block-size", type=_positive, metavar="B", help="anchor and B-1 drafts; default: the drafter's"
+    )
+    group.add_argument("--page-size", type=_positive, metavar="N", help="tokens per KV page; default: 16")
+    group.add_argument("--num-pages", type=_positive, metavar="N", help="KV pages in the pool")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (honoured exactly, with and without drafting)")
+    group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: 0")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    group.add_argument("--repetition-penalty", type=float, metavar="X")
+    group.add_argument("--presence-penalty", type=float, metavar="X")
+    group.add_argument("--frequency-penalty", type=float, metavar="X")
+    group.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be given repeatedly")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly; \\n means a new line")
+    group.add_argument("--stop-token-id", type=int, action="append", dest="stop_token_ids", metavar="ID")
+    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, with N alternatives")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected TOKEN_ID=BIAS, for example 42=-1.5") from None
+
+
+# --- what the commands share ---------------------------------------------------------------------------------------
+
+
+def quiet_libraries() -> None:
+    """Keeps the loaders' progress bars and notes out of our streams. Only works before their first import."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def make_engine(args: argparse.Namespace, **more: Any) -> Any:
+    """`dflash_rs.LLM` with the options that were given; its own defaults hold for the others."""
+    plain = getattr(args, "no_draft", False)
+    if args.draft is not None and args.model is None:
+        raise InvalidArgument("--draft: got a drafter without --model; a drafter belongs to one target")
+    if args.draft is not None and plain:
+        raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
+    if args.model is not None and args.draft is None and not plain:
+        raise InvalidArgument("--model: got a target without a drafter, expected --draft PATH or --no-draft, too")
+    quiet_libraries()
+    from dflash_rs.llm import LLM
+
+    names = ("model", "draft", "device", "dtype", "threads", "block_size", "page_size", "num_pages")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if plain:
+        options["draft"] = None
+    return LLM(**(options | more))
+
+
+def sampling_from(args: argparse.Namespace) -> Any:
+    """SamplingParams with the options that were given."""
+    from dflash_rs.sampling import SamplingParams
+
+    names = (
+        "max_tokens temperature top_k top_p min_p seed repetition_penalty presence_penalty frequency_penalty "
+        "stop_token_ids logprobs ignore_eos"
+    ).split()
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.logit_bias is not None:
+        options["logit_bias"] = dict(args.logit_bias)
+    if args.stop is not None:
+        options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop]
+    return SamplingParams(**options)
+
+
+def collect_prompts(args: argparse.Namespace, stdin: TextIO) -> list[Any]:
+    """The prompts of `generate` in the order they will be answered."""
+    from dflash_rs.bench.workloads import Prompt, held_out_prompts, read_prompts
+
+    prompts = []
+    for text in args.prompts:
+        if text == "-":
+            text = stdin.read()
+        if not text:
+            raise InvalidArgument("PROMPT: got an empty text, expected at least one character")
+        prompts.append(Prompt(text))
+    if args.prompt_file is not None:
+        prompts += read_prompts(args.prompt_file)
+    if args.example is not None:
+        examples = held_out_prompts()
+        if args.example > len(examples):
+            raise InvalidArgument(f"--example: got {args.example}, expected 1 to {len(examples)}")
+        prompts.append(examples[args.example - 1])
+    if not prompts:
+        raise InvalidArgument("PROMPT: got none, expected a text, -, --prompt-file or --example N")
+    return prompts
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+class Painter:
+    """Text with a style when colour is on: accepted drafts, the model's own tokens, the prompt, a refusal."""
+
+    STYLES = {"draft": "32", "own": "1;33", "prompt": "2", "bad": "1;31"}
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    @classmethod
+    def choose(cls, wish: str, stream: TextIO) -> Painter:
+        """`auto` follows the terminal and the NO_COLOR convention (set and not empty: no colour)."""
+        if wish != "auto":
+            return cls(wish == "always")
+        dumb = os.environ.get("TERM") == "dumb"
+        return cls(stream.isatty() and not os.environ.get("NO_COLOR") and not dumb)
+
+    def __call__(self, style: str, text: str) -> str:
+        if not self.enabled or not text:
+            return text
+        return f"\x1b[{self.STYLES[style]}m{text}\x1b[0m"
+
+    def legend(self) -> str:
+        """One line that explains the colours; empty without colour."""
+        if not self.enabled:
+            return ""
+        return f"{self('draft', 'accepted drafts')}  {self('own', 'the model itself')}  {self('prompt', 'prompt')}\n"
+
+
+def split_delta(event: Any, decode: Callable[[list[int]], str]) -> tuple[str, str]:
+    """An event's text as (accepted drafts, the model's own token); the two joined are exactly the event's text.
+
+    The event carries one text for all its tokens. Its own last token is found at the end of that text; where it is
+    not there (a character spread over two tokens, a stop string cut off) the whole text goes to the larger share.
+    """
+    own = event.token_ids[event.accepted :]
+    if not own:
+        return event.text, ""
+    if event.accepted == 0:
+        return "", event.text
+    tail = decode(list(own))
+    if tail and event.text.endswith(tail):
+        return event.text[: len(event.text) - len(tail)], tail
+    return event.text, ""
+
+
+class Ordered:
+    """Writes several interleaved streams in the order of their prompts: the first one live, the rest when it ends."""
+
+    def __init__(self, count: int, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._waiting: list[list[str]] = [[] for _ in range(count)]
+        self._done = [False] * count
+        self._turn = 0
+
+    def add(self, index: int, text: str, done: bool = False) -> None:
+        """Takes one piece of stream `index`; `done` ends it."""
+        if index == self._turn:
+            self._write(text)
+        else:
+            self._waiting[index].append(text)
+        self._done[index] = self._done[index] or done
+        while self._turn < len(self._done) and self._done[self._turn]:
+            self._turn += 1
+            if self._turn < len(self._done):
+                self._write("".join(self._waiting[self._turn]))
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """`dflash-rs generate`."""
+    prompts = collect_prompts(args, sys.stdin)
+    params = sampling_from(args)
+    llm = make_engine(args)
+    try:
+        if args.json:
+            outputs = llm.generate([prompt.text for prompt in prompts], params)
+            for prompt, output in zip(prompts, outputs):
+                print(json.dumps(output_json(output, prompt), ensure_ascii=False))
+        else:
+            outputs = stream_outputs(llm, prompts, params, Painter.choose(args.color, sys.stdout), sys.stdout)
+    finally:
+        llm.close()
+    code = OK
+    for i, output in enumerate(outputs):
+        if output.finish_reason == "error":
+            code = _complain(f"prompt {i + 1}: {output.error or 'the engine gave no reason'}", FAILED)
+        elif not args.quiet and not args.json:
+            print(summary(output), file=sys.stderr)
+    return code
+
+
+def stream_outputs(llm: Any, prompts: Sequence[Any], params: Any, paint: Painter, out: TextIO) -> list[Any]:
+    """Streams all prompts at once and writes them in order; returns the finished outputs."""
+
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    write(paint.legend())
+    ordered = Ordered(len(prompts), write)
+    finished: list[Any] = [None] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        ordered.add(i, paint("prompt", prompt.text))
+    for event in llm.stream([prompt.text for prompt in prompts], params):
+        drafted, own = split_delta(event, llm.decode)
+        ordered.add(event.index, paint("draft", drafted) + paint("own", own))
+        if event.finish_reason is not None:
+            finished[event.index] = event.output
+            ordered.add(event.index, "\n\n" if len(prompts) > 1 else "\n", done=True)
+    return finished
+
+
+def output_json(output: Any, prompt: Any) -> dict[str, Any]:
+    """An output as `generate --json` prints it."""
+    return {
+        "prompt": prompt.text,
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "logprobs": None if output.logprobs is None else [asdict(one) for one in output.logprobs],
+        "metrics": output.metrics,
+        "error": output.error,
+    }
+
+
+def summary(output: Any) -> str:
+    """One line about a finished output."""
+    m = output.metrics
+    parts = [f"{m['output_tokens']} tokens in {m['total_s']:.2f} s", f"{m['tokens_per_s']:.1f} tokens/s"]
+    if m["steps"]:
+        parts.append(f"tau {m['tau']:.2f} over {m['steps']} passes")
+    parts.append(f"first token after {1000 * m['ttft_s']:.0f} ms")
+    if m.get("seed") is not None:
+        parts.append(f"seed {m['seed']}")
+    return f"[{', '.join(parts)}; ended by {output.finish_reason}]"
+
+
+# --- bench, doctor ---------------------------------------------------------------------------------------------------
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`dflash-rs bench`."""
+    from dflash_rs.bench import report
+    from dflash_rs.bench.runner import Plan, run_demo
+    from dflash_rs.bench.workloads import Setting, held_out_prompts, read_prompts
+
+    default = (0.0,) if args.suite == "reference" else (0.0, 0.7)
+    temperatures = args.temperature or default
+    settings = tuple(Setting(t, args.seed if t > 0 else None) for t in temperatures)
+    plan = Plan(settings, args.concurrency, args.repeat, args.max_tokens, args.profile)
+    prompts = read_prompts(args.prompt_file, args.prompts) if args.prompt_file else held_out_prompts(args.prompts)
+    if args.plot is not None:
+        report.need_matplotlib()
+
+    heads: list[dict[str, Any]] = []
+
+    def engine(concurrency: int) -> Any:
+        # Without prefix reuse: every run computes its prompts itself, whichever arm ran before.
+        llm = make_engine(args, max_running=concurrency, prefix_cache=False)
+        if not heads:
+            heads.append(report.header(args.words, llm))
+        return llm
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if args.suite == "reference":
+        from dflash_rs.bench.reference import ReferenceLoop, run_reference
+
+        ReferenceLoop.require()
+        rows = run_reference(engine, ReferenceLoop.beside, prompts, plan, say)
+    else:
+        rows = run_demo(engine, prompts, plan, say)
+
+    out = sys.stderr if args.json == "-" else sys.stdout
+    print(report.table(rows), file=out)
+    for line in report.remarks(rows):
+        print(line, file=out)
+    if args.profile:
+        print(report.profile_table(rows), file=out)
+    if args.json is not None:
+        report.write_json(args.json, heads[0], rows)
+    if args.plot is not None:
+        report.plot(args.plot, heads[0], rows)
+    differs = any(not row.identical_to_plain for row in rows if row.mode != "z-lab")
+    return FAILED if differs and heads[0].get("dtype") == "float32" else OK
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """`dflash-rs doctor`."""
+    from dflash_rs import doctor
+
+    quiet_libraries()
+    checks = doctor.examine()
+    if args.json:
+        print(json.dumps(doctor.to_json(checks), indent=2))
+    else:
+        print(doctor.to_text(checks, Painter.choose("auto", sys.stdout)))
+    return OK if doctor.works(checks) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Sizes of an engine, and where the bundled pair lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from .errors import InvalidArgument
+
+# What the KV cache may take by default. A serving machine sets num_pages itself.
+_DEFAULT_KV_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes, all in tokens, pages or requests; 0 lets the engine choose.
+
+    - `page_size`: KV slots per page. `num_pages`: pages of the pool; 0 gives every running request a full context, within
+      512 MiB of KV. `max_running`: requests that run at a time, the rest wait.
+    - `max_context`: prompt and output of one request together; 0 is the target's own limit.
+    - `max_batch_tokens`: tokens of one step, prefill chunks and blocks together.
+    - `prefix_cache`: keep the pages of finished prompts for requests that begin the same way.
+    """
+
+    page_size: int = 16
+    num_pages: int = 0
+    max_running: int = 32
+    max_context: int = 0
+    max_batch_tokens: int = 1024
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_running", "max_batch_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("num_pages", "max_context"):
+            _at_least(name, getattr(self, name), 0)
+
+    def pages(self, bytes_per_token: int, max_context: int, block_size: int) -> int:
+        """Pages of the pool for KV of `bytes_per_token`."""
+        if self.num_pages:
+            return self.num_pages
+        row = -(-(max_context + block_size) // self.page_size)
+        affordable = _DEFAULT_KV_BYTES // (bytes_per_token * self.page_size)
+        return max(row, min(row * self.max_running, affordable))
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InvalidArgument(f"{name}: got {value!r}, expected an integer of at least {low}")
+
+
+def assets() -> Path:
+    """The folder of the bundled pair: ``target/``, ``draft/``, ``prompts.json``, ``MODEL_CARD.md``."""
+    return Path(str(files("dflash_rs") / "assets"))

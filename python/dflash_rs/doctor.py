@@ -1,0 +1,224 @@
+"""`dflash-rs doctor`: what works on this machine, what is missing, and the command that gets it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+# ABSENT is MISSING for what the main job does not need.
+OK, ABSENT, MISSING, BROKEN = "ok", "absent", "missing", "broken"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `needed` marks what the main job (generating with the bundled pair) cannot do without."""
+
+    name: str
+    status: str
+    detail: str
+    fix: str = ""
+    needed: bool = False
+
+
+def examine() -> list[Check]:
+    """Every check, in reading order; none of them raises."""
+    steps: Sequence[tuple[str, bool, Callable[[], Check]]] = (
+        ("python", True, _python),
+        ("dflash-rs", True, _package),
+        ("core", True, _core),
+        ("cpu", False, _cpu),
+        *[(name, True, lambda name=name: _module(name, "torch", True)) for name in _RUN_TIME],
+        ("gpu", False, _gpu),
+        ("kernels", False, _kernels),
+        ("bundled pair", True, _assets),
+        ("generation", True, _generation),
+        ("matplotlib", False, lambda: _module("matplotlib", "bench", False)),
+        ("sglang", False, _sglang),
+        ("reference loop", False, _reference),
+    )
+    checks = []
+    for name, needed, step in steps:
+        try:
+            checks.append(step())
+        except Exception as error:  # a doctor that dies of the illness helps nobody
+            checks.append(Check(name, BROKEN, f"{type(error).__name__}: {error}", needed=needed))
+    return checks
+
+
+def works(checks: Sequence[Check]) -> bool:
+    """Whether everything the main job needs is there."""
+    return all(check.status == OK for check in checks if check.needed)
+
+
+def to_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """{"works": bool, "checks": [...]}."""
+    return {"works": works(checks), "checks": [asdict(check) for check in checks]}
+
+
+def to_text(checks: Sequence[Check], paint: Callable[[str, str], str]) -> str:
+    """One line per check; what to type stands under what is missing."""
+    width = max(len(check.name) for check in checks)
+    style = {OK: "draft", ABSENT: "prompt", MISSING: "own", BROKEN: "bad"}
+    lines = []
+    for check in checks:
+        mark = paint(style[check.status], f"{check.status:<8}")
+        lines.append(f"{mark} {check.name:<{width}}  {check.detail}")
+        if check.fix:
+            lines.append(f"{'':<8} {'':<{width}}  -> {check.fix}")
+    lines.append("")
+    lines.append(
+        "The bundled pair generates here." if works(checks) else "The bundled pair does not generate here yet."
+    )
+    return "\n".join(lines)
+
+
+_RUN_TIME = ("torch", "transformers", "safetensors", "tokenizers")
+
+
+def _version(package: str) -> str | None:
+    from dflash_rs.bench.report import version
+
+    return version(package)
+
+
+def _python() -> Check:
+    return Check("python", OK, f"{platform.python_version()} ({sys.executable}), {platform.platform()}", needed=True)
+
+
+def _package() -> Check:
+    import dflash_rs
+
+    return Check("dflash-rs", OK, f"{dflash_rs.__version__} in {Path(dflash_rs.__file__).parent}", needed=True)
+
+
+def _core() -> Check:
+    if importlib.util.find_spec("dflash_rs._core") is None:
+        return Check("core", MISSING, "the compiled Rust extension is not installed", "pip install .", needed=True)
+    core = importlib.import_module("dflash_rs._core")
+    return Check("core", OK, f"Rust extension {getattr(core, '__version__', '')}".rstrip(), needed=True)
+
+
+def _cpu() -> Check:
+    from dflash_rs.bench.report import cpu_model, usable_cpus
+
+    found = []
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        ).split()
+        found = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    except (OSError, StopIteration):
+        pass
+    threads = os.environ.get("OMP_NUM_THREADS")
+    detail = f"{cpu_model()}, {usable_cpus()} cores"
+    detail += f", {' '.join(found)}" if found else ""
+    detail += f", OMP_NUM_THREADS={threads}" if threads else ""
+    return Check("cpu", OK, detail)
+
+
+def _module(name: str, extra: str, needed: bool) -> Check:
+    version = _version(name)
+    if version is None or importlib.util.find_spec(name) is None:
+        return Check(name, MISSING if needed else ABSENT, "not installed", f"pip install 'dflash-rs[{extra}]'", needed)
+    module = importlib.import_module(name)
+    detail = version
+    if name == "torch":
+        detail += f", {module.get_num_threads()} threads, " + (
+            f"CUDA {module.version.cuda} build" if module.version.cuda else "CPU build"
+        )
+    return Check(name, OK, detail, needed=needed)
+
+
+def _gpu() -> Check:
+    if importlib.util.find_spec("torch") is None:
+        return Check("gpu", ABSENT, "cannot be seen without torch", "pip install 'dflash-rs[torch]'")
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "none found" if torch.version.cuda else "this torch is a CPU build"
+        return Check("gpu", ABSENT, f"{why}; the CPU is used")
+    free, total = torch.cuda.mem_get_info(0)
+    major, minor = torch.cuda.get_device_capability(0)
+    return Check(
+        "gpu",
+        OK,
+        f"{torch.cuda.get_device_name(0)}, sm_{major}{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+    )
+
+
+def _kernels() -> Check:
+    # A fact about the build, not about the machine: acceptance and sampling run in the Rust core on the host.
+    return Check("kernels", OK, "host (Rust); this build contains no CUDA kernels")
+
+
+def _sglang() -> Check:
+    version = _version("sglang")
+    if version is None:
+        return Check("sglang", ABSENT, "not installed; only needed for serving", "pip install 'dflash-rs[sglang]'")
+    return Check("sglang", OK, f"{version}; this build brings no plug-in for it yet")
+
+
+def _reference() -> Check:
+    from dflash_rs.bench.reference import INSTALL
+
+    version = _version("dflash")
+    if version is None:
+        return Check("reference loop", ABSENT, "only needed for bench --suite reference", INSTALL)
+    return Check("reference loop", OK, f"dflash {version}")
+
+
+ASSETS = (
+    "target/config.json",
+    "target/model.safetensors",
+    "target/tokenizer.json",
+    "draft/config.json",
+    "draft/model.safetensors",
+    "prompts.json",
+    "MODEL_CARD.md",
+)
+
+
+def _assets() -> Check:
+    root = resources.files("dflash_rs") / "assets"
+    absent = [name for name in ASSETS if not (root / name).is_file()]
+    if absent:
+        return Check(
+            "bundled pair",
+            MISSING,
+            f"{', '.join(absent)} not found in {root}",
+            "pip install --force-reinstall dflash-rs",
+            needed=True,
+        )
+    size = sum(len((root / name).read_bytes()) for name in ASSETS)
+    return Check("bundled pair", OK, f"{size / 1e6:.1f} MB in {root}", needed=True)
+
+
+def _generation() -> Check:
+    missing = [name for name in _RUN_TIME if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check(
+            "generation", MISSING, f"needs {', '.join(missing)}", "pip install 'dflash-rs[torch]'", needed=True
+        )
+    from dflash_rs import LLM, SamplingParams
+
+    llm = LLM()
+    try:
+        params = SamplingParams(max_tokens=24)
+        fast = llm.generate("def main():", params)[0]
+        plain = llm.generate("def main():", params, draft=False)[0]
+    finally:
+        llm.close()
+    if list(fast.token_ids) != list(plain.token_ids):
+        return Check(
+            "generation", BROKEN, "the text changes with drafting", "dflash-rs bench --suite demo", needed=True
+        )
+    detail = f"{len(fast.token_ids)} tokens, tau {fast.metrics['tau']:.2f}, same text without drafting"
+    return Check("generation", OK, detail, needed=True)

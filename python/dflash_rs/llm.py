@@ -1,0 +1,571 @@
+"""The embedded engine: one process, any Hugging Face causal LM as target, a DFlash drafter beside it.
+
+    plan ──> propose ──> forward ──> accept ──> inject ──> commit ──> events
+    core     drafter     target      core       drafter    core       text
+
+The core (Rust) decides and books; torch runs the two models; this file only carries values from one to the other and turns
+tokens into text. Each stage is one call with whole-batch arrays.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .config import EngineConfig, assets
+from .errors import DflashError, InvalidArgument
+from .sampling import SamplingParams
+from .text import Detokenizer, token_bytes
+
+Prompt = str | Sequence[int]
+_REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
+_ABORT = 5
+
+
+@dataclass
+class TokenLogprob:
+    """One output token under the model's own softmax (raw logits): its log-probability in nats, and the likeliest tokens."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class Output:
+    """A finished request.
+
+    `text` ends before a stop string and does not show the end-of-text token; `token_ids` holds every token that was produced.
+    `finish_reason`: ``stop``, ``length``, ``abort`` or ``error`` (then `error` says why). `logprobs` is None unless asked for.
+    `metrics`: prompt_tokens, cached_prompt_tokens, output_tokens, steps (target passes after the prefill), tau (tokens per such
+    pass), accepted_per_position (share of drafted positions accepted), accept_histogram (passes by number of drafts accepted),
+    ttft_s, total_s, tokens_per_s, seed.
+    """
+
+    request_id: int
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None
+    metrics: dict[str, Any]
+    error: str | None = None
+
+
+@dataclass
+class StreamEvent:
+    """What one step added to one request.
+
+    `index` is the prompt's place in the call. `text` is the new text, `token_ids` the new tokens; the first `accepted` of them
+    were drafts. `output` comes with the last event.
+    """
+
+    index: int
+    request_id: int
+    text: str
+    token_ids: list[int]
+    accepted: int
+    finish_reason: str | None = None
+    output: Output | None = None
+
+
+class _Active:
+    """A request on its way."""
+
+    def __init__(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer):
+        self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.steps = 0
+        self.decoded = 0
+        self.cached = 0
+        self.histogram: list[int] = []
+        self.drafted_at: list[int] = []
+        self.accepted_at: list[int] = []
+        self.begin = time.perf_counter()
+        self.first = 0.0
+        self.events: deque[StreamEvent] = deque()
+        self.output: Output | None = None
+
+    def count(self, drafted: int, accepted: int, tokens: int) -> None:
+        self.steps += 1
+        self.decoded += tokens
+        _bump(self.histogram, accepted)
+        for i in range(drafted):
+            _bump(self.drafted_at, i)
+        for i in range(accepted):
+            _bump(self.accepted_at, i)
+
+    def metrics(self) -> dict[str, Any]:
+        total = time.perf_counter() - self.begin
+        accepted = self.accepted_at + [0] * (len(self.drafted_at) - len(self.accepted_at))
+        return {
+            "prompt_tokens": len(self.ids),
+            "cached_prompt_tokens": self.cached,
+            "output_tokens": len(self.token_ids),
+            "steps": self.steps,
+            "tau": self.decoded / self.steps if self.steps else 0.0,
+            "accepted_per_position": [a / d for a, d in zip(accepted, self.drafted_at, strict=True)],
+            "accept_histogram": self.histogram,
+            "ttft_s": (self.first or time.perf_counter()) - self.begin,
+            "total_s": total,
+            "tokens_per_s": len(self.token_ids) / total if total > 0 else 0.0,
+            "seed": self.seed,
+        }
+
+
+def _bump(counts: list[int], at: int) -> None:
+    counts.extend([0] * (at + 1 - len(counts)))
+    counts[at] += 1
+
+
+class LLM:
+    """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
+
+    - `model`: folder or hub name of a Hugging Face causal LM; None is the bundled pair. `draft`: folder of a DFlash checkpoint;
+      None decodes plainly; "auto" is the bundled drafter, and only goes with the bundled model.
+    - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
+      GPU). float32 makes rounding differences between block sizes as rare as they can be.
+    - `block_size`: tokens of a block, anchor included; None is the drafter's own.
+    - `threads`: torch's CPU threads for the whole process; None leaves them.
+    - the rest: see `EngineConfig`.
+
+    Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
+    from several threads; the steps are taken one at a time.
+
+    Raises InvalidArgument for a bad option, CheckpointError for a checkpoint that is damaged or does not fit its target.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        draft: str | Path | None = "auto",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        block_size: int | None = None,
+        threads: int | None = None,
+        page_size: int = 16,
+        num_pages: int = 0,
+        max_running: int = 32,
+        max_context: int = 0,
+        max_batch_tokens: int = 1024,
+        prefix_cache: bool = True,
+    ):
+        import torch
+        from transformers import AutoTokenizer
+
+        from .models.loader import load_draft
+        from .models.target import TargetModel
+
+        self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
+        if model is None:
+            model = assets() / "target"
+            draft = assets() / "draft" if draft == "auto" else draft
+        elif draft == "auto":
+            raise InvalidArgument("draft: got 'auto' with a model of your own, expected a drafter's folder, or None to decode plainly")
+        if threads is not None:
+            if not isinstance(threads, int) or threads < 1:
+                raise InvalidArgument(f"threads: got {threads!r}, expected an integer of at least 1")
+            torch.set_num_threads(threads)
+        self._torch = torch
+        self.device = _device(torch, device)
+        self.dtype = _dtype(torch, dtype, self.device)
+        self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
+
+        self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype)
+        self._draft = None if draft is None else load_draft(draft, self._target)
+        if self._draft is not None:
+            self._target.set_taps(self._draft.config.target_layer_ids)
+        self.block_size = self._pick_block(block_size)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.vocab_size = self._target.vocab_size
+        self._bytes = token_bytes(self.tokenizer, self.vocab_size)
+        self.eos_token_ids = _eos_ids(self._target.model)
+
+        limit = int(self._target.config.max_position_embeddings)
+        if max_context > limit:
+            raise InvalidArgument(f"max_context: got {max_context}, expected at most {limit}, the target's own limit")
+        self.max_context = max_context or limit
+        per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
+        pages = self.config.pages(per_token, self.max_context, self.block_size)
+        self._target.init_cache(pages * page_size)
+        if self._draft is not None:
+            self._draft.init_cache(pages * page_size, page_size)
+        self._core = _core.Engine(
+            num_pages=pages,
+            page_size=page_size,
+            max_running=max_running,
+            max_context=self.max_context,
+            block_size=self.block_size,
+            max_batch_tokens=max(max_batch_tokens, max_running),
+            vocab_size=self.vocab_size,
+            eos_ids=self.eos_token_ids,
+            prefix_cache=prefix_cache,
+            vocabulary=self._bytes,
+        )
+        self._active: dict[int, _Active] = {}
+        self._lock = threading.RLock()
+        self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
+        self._steps = 0
+
+    def _pick_block(self, block_size: int | None) -> int:
+        if self._draft is None:
+            if block_size is not None and block_size != 1:
+                raise InvalidArgument(f"block_size: got {block_size} without a drafter, expected None or 1")
+            return 1
+        own = self._draft.config.block_size
+        if block_size is None:
+            return own
+        if not isinstance(block_size, int) or not 2 <= block_size <= own:
+            raise InvalidArgument(f"block_size: got {block_size!r}, expected 2..{own} (the drafter was trained with {own})")
+        return block_size
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, as `generate` would make them."""
+        return list(self.tokenizer(text).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens are not shown."""
+        return Detokenizer(self.tokenizer, self._bytes).push([int(i) for i in ids], None, True)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, draft: bool = True
+    ) -> list[Output]:
+        """Completes prompts (strings, or lists of token ids) and returns one `Output` each, in order.
+
+        `params`: one for all or one each. `draft=False` decodes plainly on the same engine: the same text, slower. A prompt
+        that cannot be taken raises before any runs; a request that fails later comes back with ``finish_reason="error"``.
+        """
+        outputs: dict[int, Output] = {}
+        for event in self.stream(prompts, params, draft=draft):
+            if event.output is not None:
+                outputs[event.index] = event.output
+        return [outputs[i] for i in range(len(outputs))]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, draft: bool = True
+    ) -> Iterator[StreamEvent]:
+        """Like `generate`, but yields tokens as they are committed. Leaving the iterator early aborts what is unfinished."""
+        texts = _as_list(prompts)
+        options = _params_for(texts, params)
+        ids = self._submit(texts, options, draft)
+        return self._drain(ids)
+
+    def abort(self, request_id: int) -> bool:
+        """Ends a request wherever it is; its pages return. False when it is unknown or already finished."""
+        with self._lock:
+            active = self._active.get(request_id)
+            if active is None:
+                return False
+            self._core.abort(request_id)
+            self._finish(active, request_id, _ABORT, [], 0, "")
+            return True
+
+    def _submit(self, texts: list[Prompt], options: list[SamplingParams], draft: bool) -> list[int]:
+        prepared = [self._check(i, p, o) for i, (p, o) in enumerate(zip(texts, options, strict=True))]
+        ids: list[int] = []
+        with self._lock:
+            try:
+                for i, (prompt, tokens, o) in enumerate(zip(texts, prepared, options, strict=True)):
+                    seed = secrets.randbits(63) if o.seed is None else int(o.seed)
+                    request = self._core.add(tokens, **_core_params(o, seed, draft and self._draft is not None))
+                    self._active[request] = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
+                    ids.append(request)
+            except BaseException:
+                # All or nothing: a prompt that cannot be taken leaves no others behind.
+                for request in ids:
+                    self._core.abort(request)
+                    del self._active[request]
+                raise
+        return ids
+
+    def _check(self, index: int, prompt: Prompt, params: SamplingParams) -> list[int]:
+        name = f"prompts[{index}]"
+        if isinstance(prompt, str):
+            tokens = self.encode(prompt)
+        else:
+            if not all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt):
+                raise InvalidArgument(f"{name}: got {prompt!r}, expected a string or a list of token ids")
+            tokens = [int(t) for t in prompt]
+        if not tokens:
+            raise InvalidArgument(f"{name}: got an empty prompt, expected at least one token")
+        bad = next((t for t in tokens if not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise InvalidArgument(f"{name}: got token id {bad}, expected 0..{self.vocab_size - 1}")
+        for option, values in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            bad = next((t for t in values if t >= self.vocab_size), None)
+            if bad is not None:
+                raise InvalidArgument(f"{option}: got token id {bad}, expected 0..{self.vocab_size - 1}")
+        if params.stop and self._bytes is None:
+            raise InvalidArgument("stop: this tokenizer's tokens have no bytes of their own; use stop_token_ids")
+        return tokens
+
+    def _drain(self, ids: list[int]) -> Iterator[StreamEvent]:
+        waiting = {i: self._active[i] for i in ids}
+        try:
+            while waiting:
+                with self._lock:
+                    if not any(a.events for a in waiting.values()):
+                        self._step()
+                    ready = []
+                    for request, active in list(waiting.items()):
+                        ready.extend(active.events)
+                        active.events.clear()
+                        if active.output is not None:
+                            del waiting[request]
+                yield from ready
+        finally:
+            with self._lock:
+                for request in waiting:
+                    self.abort(request)
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Takes one step for whoever runs. An interruption calls the step off; the requests go on from where they were."""
+        from .models.batch import StepBatch
+
+        seconds, clock = self._stage_seconds, time.perf_counter
+        t0 = clock()
+        plan = self._core.plan()
+        if plan is None:
+            raise DflashError(f"nothing can run although {len(self._active)} requests are unfinished; this is a defect")
+        try:
+            with self._torch.inference_mode():
+                page_table = self._core.page_table
+                t1 = clock()
+                if plan.draft_rows.size:
+                    plan.set_drafts(self._propose(plan, page_table))
+                t2 = clock()
+                batch = StepBatch.from_arrays(
+                    token_ids=plan.token_ids,
+                    positions=plan.positions,
+                    slots=plan.slots,
+                    query_starts=plan.query_starts,
+                    context_lens=plan.context_lens,
+                    page_table=page_table,
+                    row_ids=plan.row_ids,
+                    logit_rows=plan.logit_rows,
+                    page_size=self.config.page_size,
+                    device=self.device,
+                )
+                logits, features = self._target.forward(batch)
+                host = logits.float().cpu().numpy()
+                t3 = clock()
+                accepted = self._core.accept(plan, host)
+                t4 = clock()
+                if self._draft is not None:
+                    rows = self._torch.from_numpy(accepted.commit_rows.copy()).to(self.device)
+                    self._draft.inject(features[rows], batch.positions[rows], batch.slots[rows])
+                t5 = clock()
+                events = self._core.commit(plan, accepted, injected=self._draft is not None)
+                t6 = clock()
+        except BaseException:
+            self._core.cancel(plan)
+            raise
+        self._route(events)
+        t7 = clock()
+        self._steps += 1
+        for name, begin, end in (
+            ("plan", t0, t1), ("draft", t1, t2), ("verify", t2, t3), ("accept", t3, t4),
+            ("inject", t4, t5), ("commit", t5, t6), ("text", t6, t7),
+        ):  # fmt: skip
+            seconds[name] += end - begin
+
+    def _propose(self, plan: Any, page_table: np.ndarray) -> np.ndarray:
+        rows = plan.draft_rows
+        first = plan.query_starts[rows]
+        return self._draft.propose(
+            plan.token_ids[first],
+            plan.context_lens[rows],
+            page_table,
+            plan.row_ids[rows],
+            plan.draft_valid_from[rows],
+            block_size=self.block_size,
+        ).cpu().numpy()  # fmt: skip
+
+    def _route(self, events: Any) -> None:
+        errors = dict(events.errors)
+        ids, tokens, starts = events.request_ids.tolist(), events.tokens.tolist(), events.token_starts.tolist()
+        finish, drafted, accepted = events.finish.tolist(), events.drafted.tolist(), events.accepted.tolist()
+        ends, cached = events.text_ends.tolist(), events.cached_tokens.tolist()
+        for e, request in enumerate(ids):
+            active = self._active.get(request)
+            if active is None:
+                continue
+            new = tokens[starts[e] : starts[e + 1]]
+            active.cached = cached[e]
+            if active.logprobs is not None:
+                active.logprobs.extend(_logprobs(events, starts[e], starts[e + 1]))
+            if active.token_ids and new:
+                active.count(drafted[e], accepted[e], len(new))
+            elif new:
+                active.first = time.perf_counter()
+            active.token_ids += new
+            final = finish[e] != 0
+            # The accepted drafts come first; a stop may have cut the block short.
+            kept = min(accepted[e], len(new))
+            piece = active.text.push(new, None if ends[e] < 0 else ends[e], final)
+            if final:
+                self._finish(active, request, finish[e], new, kept, piece, errors.get(request))
+            elif new:
+                active.events.append(StreamEvent(active.index, request, piece, new, kept))
+
+    def _finish(
+        self, active: _Active, request: int, code: int, new: list[int], accepted: int, piece: str, error: str | None = None
+    ) -> None:
+        reason = _REASONS[code]
+        active.output = Output(
+            request, active.prompt, active.text.text, active.token_ids, reason, active.logprobs, active.metrics(), error
+        )
+        active.events.append(StreamEvent(active.index, request, piece, new, accepted, reason, active.output))
+        self._active.pop(request, None)
+
+    # ---- looking inside ------------------------------------------------------------------------------------------
+
+    def next_token_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Float32 logits ``[vocab_size]`` after `ids`, by one forward over all of them, without the running requests' cache."""
+        from .models.batch import StepBatch
+
+        tokens = np.asarray([int(i) for i in ids], dtype=np.int64)
+        n = tokens.size
+        batch = StepBatch.from_arrays(
+            token_ids=tokens,
+            positions=np.arange(n),
+            slots=np.arange(n),
+            query_starts=np.array([0, n]),
+            context_lens=np.array([0]),
+            page_table=np.zeros((1, 1), dtype=np.int32),
+            row_ids=np.array([0]),
+            logit_rows=np.array([n - 1]),
+            page_size=n,
+            device=self.device,
+        )
+        with self._lock:
+            kept = self._target.caches, self._target.num_slots
+            try:
+                self._target.init_cache(n)
+                return self._target.forward(batch)[0][0].float().cpu().numpy()
+            finally:
+                self._target.caches, self._target.num_slots = kept
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start: steps, seconds per stage, pages and requests, and acceptance over all requests."""
+        with self._lock:
+            return {
+                "steps": self._steps,
+                "stage_seconds": dict(self._stage_seconds),
+                **self._core.counts(),
+                **self._core.stats(),
+            }
+
+    def close(self) -> None:
+        """Aborts what is unfinished and frees the KV cache. The object cannot be used afterwards."""
+        with self._lock:
+            for request in list(self._active):
+                self.abort(request)
+            self._target.caches = {}
+            if self._draft is not None:
+                self._draft._engine = None
+
+    def __enter__(self) -> LLM:  # noqa: PYI034 (typing.Self needs Python 3.11)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise InvalidArgument(f"prompts: got {type(prompts).__name__}, expected a string, token ids, or a list of these")
+    if len(prompts) and isinstance(prompts[0], int | np.integer):
+        return [list(prompts)]
+    return list(prompts)
+
+
+def _params_for(texts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * len(texts)
+    params = list(params)
+    if len(params) != len(texts):
+        raise InvalidArgument(f"params: got {len(params)}, expected one, or one for each of {len(texts)} prompts")
+    bad = next((p for p in params if not isinstance(p, SamplingParams)), None)
+    if bad is not None:
+        raise InvalidArgument(f"params: got {bad!r}, expected SamplingParams")
+    return params
+
+
+def _core_params(o: SamplingParams, seed: int, draft: bool) -> dict[str, Any]:
+    return {
+        "temperature": float(o.temperature),
+        "top_k": int(o.top_k),
+        "top_p": float(o.top_p),
+        "min_p": float(o.min_p),
+        "repetition_penalty": float(o.repetition_penalty),
+        "presence_penalty": float(o.presence_penalty),
+        "frequency_penalty": float(o.frequency_penalty),
+        "logit_bias": dict(o.logit_bias),
+        "seed": seed,
+        "max_tokens": int(o.max_tokens),
+        "stop_token_ids": list(o.stop_token_ids),
+        "stop": [s.encode() for s in o.stop],
+        "ignore_eos": o.ignore_eos,
+        "logprobs": o.logprobs,
+        "draft": draft,
+    }
+
+
+def _logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
+    tops = events.top_starts
+    found = []
+    for j in range(begin, end):
+        span = slice(int(tops[j]), int(tops[j + 1]))
+        top = list(zip(events.top_tokens[span].tolist(), events.top_logprobs[span].tolist(), strict=True))
+        found.append(TokenLogprob(int(events.tokens[j]), float(events.logprobs[j]), top))
+    return found
+
+
+def _eos_ids(model: Any) -> list[int]:
+    """End-of-text ids, from the generation settings or else the configuration."""
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
+    return []
+
+
+def _device(torch: Any, name: str) -> Any:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise InvalidArgument(f"device: got {name!r}, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
+        return torch.device(name)
+    raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
+
+
+def _dtype(torch: Any, name: str, device: Any) -> Any:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InvalidArgument(f"dtype: got {name!r}, expected 'auto' or one of {sorted(known)}")
+    return known[name]

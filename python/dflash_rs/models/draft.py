@@ -1,0 +1,480 @@
+"""The DFlash drafter: KV injection, block proposal, and the packed training pass.
+
+    target features  h_k[p], k in target_layer_ids        [M, K*H]
+         | fc, hidden_norm                                 once per committed token
+         v
+    x[p] --> per layer: K = RoPE_p(k_norm(Wk x)), V = Wv x   written to the paged cache, never rewritten
+
+    [anchor, MASK x (B-1)] at positions L..L+B-1
+         | per layer: RMSNorm, attention over context 0..L-1 and the block itself, SwiGLU
+         v
+    norm, the target's lm_head on rows 1..B-1: row i predicts position L+i itself
+
+Source: DFlash, arXiv 2602.06036, section 4. Block keys and values are scratch: only committed context is ever
+cached, so a rejected draft leaves nothing to undo here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import host_kernel_serves, step_attention
+from ..errors import InvalidArgument
+from .batch import StepBatch
+from .fused import FusedLayer, PackedLinear, RotaryTable, rotate_rows
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape and behaviour of a DFlash drafter, as validated by `loader.read_draft_config`.
+
+    `target_layer_ids[i] = k` taps the output of target layer k. `block_size` counts the anchor. `layer_causal` and
+    `layer_window` have one entry per drafter layer; a window of None is unbounded.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    num_target_layers: int
+    block_size: int = 16
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    hidden_act: str = "silu"
+    rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    max_position_embeddings: int = 32768
+    layer_causal: tuple[bool, ...] = ()
+    layer_window: tuple[int | None, ...] = ()
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self):
+        if not self.layer_causal:
+            object.__setattr__(self, "layer_causal", (False,) * self.num_hidden_layers)
+        if not self.layer_window:
+            object.__setattr__(self, "layer_window", (None,) * self.num_hidden_layers)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of one token's concatenated taps, K*H."""
+        return len(self.target_layer_ids) * self.hidden_size
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        # The statistics stay float32 under autocast; the scale is applied in the wider of the two types.
+        return self.weight * (y if x.dtype == torch.float32 else y.to(x.dtype))
+
+
+class DraftAttention(nn.Module):
+    """Projections of one drafter layer; q/k carry a per-head RMSNorm."""
+
+    def __init__(self, c: DraftConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_norm = RMSNorm(self.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, c.rms_norm_eps)
+
+    def query(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[..., H] -> [..., heads, head_dim], normalised and rotated; cos/sin broadcast over heads."""
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))), cos, sin)
+
+    def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., H] -> keys (normalised, rotated) and values, each [..., kv_heads, head_dim]."""
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))), cos, sin)
+        return k, self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+
+
+class DraftMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, c: DraftConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """One drafter layer; the residual stream belongs to the block, the context enters as keys and values only."""
+
+    def __init__(self, c: DraftConfig):
+        super().__init__()
+        self.self_attn = DraftAttention(c)
+        self.mlp = DraftMLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def close(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Residual, RMSNorm, SwiGLU, residual. `attended` is [..., heads*head_dim]."""
+        hidden = hidden + self.self_attn.o_proj(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout: x*cos + [-x2, x1]*sin (RoFormer, arXiv 2104.09864, as used by Qwen3)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def rope_frequencies(config: DraftConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim/2] in float32, and the factor that multiplies cos and sin."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / (float(rope["rope_theta"]) ** exponent), 1.0
+    # The scaled variants are the target library's: one definition serves target and drafter.
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if kind not in ("linear", "llama3", "yarn"):
+        raise InvalidArgument(f"rope_parameters.rope_type: got {kind!r}, expected default, linear, llama3 or yarn")
+    stand_in = Qwen3Config(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(rope),
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](stand_in, "cpu")
+    return frequencies.float(), float(factor)
+
+
+class DFlashDraft(nn.Module):
+    """A DFlash drafter bound to a target's embedding and head.
+
+    Parameter names are those of a DFlash checkpoint, so `state_dict()` is the file. The embedding and the head are the
+    target's modules, held without being registered: they are neither trained nor saved here.
+    """
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Not a buffer: `.to(bfloat16)` would round the frequencies.
+        with torch.device("cpu"):
+            self._inv_freq, self._rope_factor = rope_frequencies(config)
+        self._bound: tuple[nn.Module, nn.Module] | None = None
+        self._engine: _DraftEngine | None = None
+
+    # ---- the target's two modules ----------------------------------------------------------------------------
+
+    def bind_target(self, embedding: nn.Module, lm_head: nn.Module) -> DFlashDraft:
+        """Use the target's input embedding (its raw `weight` rows) and its output head."""
+        rows, width = embedding.weight.shape
+        if width != self.config.hidden_size:
+            raise InvalidArgument(f"embedding: width {width}, expected the drafter's hidden_size {self.config.hidden_size}")
+        if not 0 <= self.config.mask_token_id < rows:
+            raise InvalidArgument(f"mask_token_id: got {self.config.mask_token_id}, expected 0..{rows - 1}")
+        self._bound = (embedding, lm_head)  # a tuple, so that nn.Module does not adopt them
+        return self
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self._bound is None:
+            raise InvalidArgument("drafter is not bound to a target: call bind_target(embedding, lm_head) first")
+        # Raw rows: some targets scale inside the module's forward, and the drafter was trained without that.
+        rows = F.embedding(tokens, self._bound[0].weight)
+        return rows if self.config.input_embedding_scale == 1.0 else rows * self.config.input_embedding_scale
+
+    # ---- shared pieces ---------------------------------------------------------------------------------------
+
+    def _cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [*positions.shape, 1, head_dim]; computed in float32, then cast as the target library does."""
+        with torch.autocast(positions.device.type, enabled=False):
+            angle = positions[..., None, None].float() * self._inv_freq.to(positions.device)
+            angle = torch.cat((angle, angle), dim=-1)
+            return (angle.cos() * self._rope_factor).to(dtype), (angle.sin() * self._rope_factor).to(dtype)
+
+    def project_features(self, features: Tensor) -> Tensor:
+        """Concatenated taps [..., K*H] -> the context input shared by all layers [..., H]."""
+        return self.hidden_norm(self.fc(features))
+
+    # ---- generation ------------------------------------------------------------------------------------------
+
+    def alloc_kv(self, num_slots: int) -> None:
+        """Allocates zeroed context KV for `num_slots` tokens (the target's slot ids) and lays the weights out for decoding.
+
+        Call it again after changing weights.
+        """
+        if num_slots < 1:
+            raise InvalidArgument(f"num_slots: got {num_slots}, expected at least 1")
+        if self._bound is None:
+            raise InvalidArgument("drafter is not bound to a target: call bind_target(embedding, lm_head) first")
+        with torch.inference_mode():
+            self._engine = _DraftEngine(self, num_slots)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of context KV one token takes over all drafter layers."""
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.fc.weight.dtype.itemsize
+
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Writes the context K and V of M committed tokens.
+
+        features [M, K*H] in `target_layer_ids` order, positions int64 [M], slots int64 [M]. Each token once, in any
+        order; a slot may be written again when its page changed hands.
+        """
+        if self._engine is None:
+            raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
+        with torch.inference_mode():
+            self._engine.inject(features, positions, slots)
+
+    def propose(
+        self,
+        anchors,
+        lengths,
+        page_table,
+        row_ids=None,
+        *,
+        page_size: int,
+        valid_from=None,
+        block_size: int | None = None,
+    ) -> np.ndarray:
+        """Drafts int64 [n, B-1]: row i of request r is the token proposed for position lengths[r] + 1 + i.
+
+        anchors int64 [n] (their KV does not exist yet), lengths int32 [n]: committed tokens, whose context K/V have been
+        injected; page_table int32 [rows, pages] and row_ids int32 [n] (0..n-1 when None): each request's pages
+        of `page_size` slots; valid_from int32 [n]: context before that position is not there and not seen. All host arrays. `block_size` counts
+        the anchor and defaults to the checkpoint's. The mask token is never proposed. Greedy, and so independent of
+        every random draw.
+        """
+        if self._engine is None:
+            raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
+        size = self.config.block_size if block_size is None else block_size
+        if size < 2:
+            raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
+        with torch.inference_mode():
+            drafts = self._engine.propose(anchors, lengths, page_table, row_ids, page_size, valid_from, size)
+        return drafts.cpu().numpy()
+
+    # ---- training --------------------------------------------------------------------------------------------
+
+    def training_hidden(self, feats: Tensor, tokens: Tensor, anchor_idx: Tensor, block_size: int) -> Tensor:
+        """Hidden states of many blocks per sequence in one differentiable pass.
+
+        feats [b, S, K*H] float: target features of every position. tokens [b, S] int64. anchor_idx [b, A] int64 in
+        0..S-1: the index (= position) of each block's real anchor; any order, repeats allowed. Returns
+        [b, A, B, H], normalised and ready for lm_head; row i of a block predicts the token at anchor + i.
+
+        A query of block a sees the context strictly before anchor a and its own block, nothing else; the block part is
+        bidirectional unless the layer is causal (section 4.2 of the paper). Blocks may reach past S: positions continue.
+        Runs under autocast with float32 weights; softmax and norms stay float32.
+        """
+        batch, length, _ = feats.shape
+        anchors = anchor_idx.shape[1]
+        c = self.config
+        device = feats.device
+        offsets = torch.arange(block_size, device=device)
+        block_positions = anchor_idx[..., None] + offsets  # [b, A, B]
+
+        block_tokens = torch.full((batch, anchors, block_size), c.mask_token_id, dtype=torch.int64, device=device)
+        block_tokens[..., 0] = tokens.gather(1, anchor_idx)
+        hidden = self._embed(block_tokens).view(batch, anchors * block_size, c.hidden_size)
+        context = self.project_features(feats)
+
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        cos_block, sin_block = self._cos_sin(block_positions.view(batch, -1), dtype)
+        cos_context, sin_context = self._cos_sin(torch.arange(length, device=device), dtype)
+
+        for index, layer in enumerate(self.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            q = attention.query(normed, cos_block, sin_block)
+            k_block, v_block = attention.key_value(normed, cos_block, sin_block)
+            k_context, v_context = attention.key_value(context, cos_context, sin_context)
+            attended = self._packed_attention(index, q, k_context, v_context, k_block, v_block, anchor_idx, block_size)
+            hidden = layer.close(hidden, attended)
+        return self.norm(hidden).view(batch, anchors, block_size, c.hidden_size)
+
+    def _packed_attention(self, index, q, k_context, v_context, k_block, v_block, anchor_idx, block_size) -> Tensor:
+        """Attention of [b, A*B] queries over their context prefix and own block -> [b, A*B, heads*head_dim].
+
+        Keys of other blocks are never scored: the context part is one [A*B, S] product and the block part A small
+        [B, B] products, joined under one softmax. That is S + B columns per query instead of S + A*B.
+        """
+        c = self.config
+        batch, length = k_context.shape[:2]
+        anchors = anchor_idx.shape[1]
+        kv, dim = c.num_key_value_heads, c.head_dim
+        group = c.num_attention_heads // kv
+        scale = dim**-0.5
+
+        # [b, kv, A, B, g, d]: the query heads that share a key head become extra rows of the same product.
+        q = (q * scale).view(batch, anchors, block_size, kv, group, dim).permute(0, 3, 1, 2, 4, 5)
+        rows = anchors * block_size * group
+        scores_context = q.reshape(batch, kv, rows, dim) @ k_context.permute(0, 2, 3, 1)
+        blocks = (batch, anchors, block_size, kv, dim)
+        k_own = k_block.view(blocks).permute(0, 3, 1, 4, 2)  # [b, kv, A, d, B]
+        v_own = v_block.view(blocks).permute(0, 3, 1, 2, 4)  # [b, kv, A, B, d]
+        scores_own = q.reshape(batch, kv, anchors, block_size * group, dim) @ k_own
+
+        causal, window = c.layer_causal[index], c.layer_window[index]
+        column = torch.arange(length, device=q.device)
+        if window is None:
+            hidden_context = (column >= anchor_idx[..., None]).view(batch, 1, anchors, 1, length)
+        else:
+            position = anchor_idx[..., None] + torch.arange(block_size, device=q.device)  # [b, A, B]
+            hidden_context = (column >= anchor_idx[..., None, None]) | (position[..., None] - column >= window)
+            hidden_context = hidden_context.repeat_interleave(group, dim=2).view(batch, 1, anchors, -1, length)
+        scores_context = scores_context.view(batch, kv, anchors, block_size * group, length)
+        scores_context = scores_context.masked_fill(hidden_context, -math.inf)
+        visible_own = block_mask(block_size, causal, window, q.device)
+        if visible_own is not None:
+            scores_own = scores_own.masked_fill(~visible_own.repeat_interleave(group, dim=0), -math.inf)
+
+        weights = torch.cat((scores_context, scores_own), dim=-1).softmax(dim=-1, dtype=torch.float32)
+        w_context, w_own = weights.to(v_context.dtype).split((length, block_size), dim=-1)
+        own = w_own @ v_own  # [b, kv, A, B*g, d]
+        out = w_context.reshape(batch, kv, rows, length) @ v_context.permute(0, 2, 1, 3)
+        out = out.view(own.shape) + own
+        out = out.view(batch, kv, anchors, block_size, group, dim).permute(0, 2, 3, 1, 4, 5)
+        return out.reshape(batch, anchors * block_size, kv * group * dim)
+
+
+class _DraftEngine:
+    """Weights laid out for decoding, and the paged context cache."""
+
+    def __init__(self, draft: DFlashDraft, num_slots: int):
+        c = self.config = draft.config
+        self.num_slots = num_slots
+        embedding, lm_head = draft._bound
+        weight = draft.fc.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.host_kernel = host_kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
+        self.embedding = embedding.weight.detach()
+        self.eps, self.hidden = c.rms_norm_eps, (c.hidden_size,)
+        self.context_norm, self.norm = draft.hidden_norm.weight.detach(), draft.norm.weight.detach()
+        self.fc = PackedLinear([draft.fc])
+        # Every layer reads the same context input, so all K and V come from one product.
+        self.context_kv = PackedLinear(
+            [proj for layer in draft.layers for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)], share=False
+        )
+        self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in draft.layers])[:, None].contiguous()
+        self.layers = [
+            FusedLayer(layer, head_dim=c.head_dim, eps=self.eps, scale=c.head_dim**-0.5, window=window, causal=causal)
+            for layer, window, causal in zip(draft.layers, c.layer_window, c.layer_causal, strict=True)
+        ]
+        self.head = PackedLinear([lm_head], share=False) if type(lm_head) is nn.Linear else lm_head
+        self.rotary = RotaryTable(lambda p: tuple(x.squeeze(-2) for x in draft._cos_sin(p, self.dtype)))
+        shape = (num_slots, c.num_key_value_heads, c.head_dim)
+        self.caches = [
+            tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv") for _ in range(c.num_hidden_layers)
+        ]
+
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        c = self.config
+        count = features.shape[0]
+        if features.ndim != 2 or features.shape[1] != c.feature_size:
+            raise InvalidArgument(f"features: got shape {list(features.shape)}, expected [M, {c.feature_size}]")
+        if positions.shape != (count,) or slots.shape != (count,):
+            raise InvalidArgument(
+                f"positions, slots: got shapes {list(positions.shape)}, {list(slots.shape)}, expected [{count}] (features)"
+            )
+        if count == 0:
+            return
+        x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
+        kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+        keys = torch.rms_norm(kv[:, :, 0], (c.head_dim,), None, self.eps).mul_(self.k_norm)
+        cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
+        keys = rotate_rows(keys, cos[:, None], sin[:, None])
+        for index, (k_cache, v_cache) in enumerate(self.caches):
+            k_cache.index_copy_(0, slots, keys[:, index])
+            v_cache.index_copy_(0, slots, kv[:, index, 1])
+
+    def propose(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int) -> Tensor:
+        c = self.config
+        lengths = np.asarray(lengths, dtype=np.int32)
+        n = lengths.size
+        tokens = np.full((n, size), c.mask_token_id, dtype=np.int64)
+        tokens[:, 0] = np.asarray(anchors)
+        if n and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.embedding.shape[0]:
+            raise InvalidArgument(
+                f"anchors: got {int(tokens.min())}..{int(tokens.max())}, expected 0..{self.embedding.shape[0] - 1}"
+            )
+        if n == 0:
+            return torch.empty((0, size - 1), dtype=torch.int64, device=self.device)
+        positions = (lengths[:, None] + np.arange(size)).astype(np.int64).reshape(-1)
+        batch = StepBatch.from_arrays(
+            token_ids=tokens.reshape(-1),
+            positions=positions,
+            slots=np.zeros(n * size, dtype=np.int64),  # not written: the block's keys and values are scratch
+            query_starts=np.arange(n + 1, dtype=np.int32) * size,
+            context_lens=lengths,
+            page_table=page_table,
+            row_ids=np.arange(n, dtype=np.int32) if row_ids is None else row_ids,
+            logit_rows=np.empty(0, dtype=np.int64),
+            page_size=page_size,
+            device=self.device,
+        )
+        valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
+        attention = step_attention(
+            batch, num_slots=self.num_slots, write=False, host=self.host_kernel, valid_from=valid_from
+        )
+        cos, sin = self.rotary.lookup(batch.positions, int(positions.max()) + 1)
+        x = F.embedding(batch.token_ids, self.embedding)
+        if c.input_embedding_scale != 1.0:
+            x = x * c.input_embedding_scale
+        for layer, caches in zip(self.layers, self.caches, strict=True):
+            x = layer(x, cos, sin, attention, *caches)
+        rows = x.view(n, size, -1)[:, 1:].reshape(n * (size - 1), -1)
+        logits = self.head(torch.rms_norm(rows, self.hidden, self.norm, self.eps))
+        if c.output_multiplier != 1.0:
+            logits = logits * c.output_multiplier
+        if c.final_logit_softcapping is not None:
+            logits = torch.tanh(logits / c.final_logit_softcapping) * c.final_logit_softcapping
+        if c.mask_token_id < logits.shape[-1]:
+            logits[:, c.mask_token_id] = -math.inf
+        return logits.argmax(dim=-1).view(n, size - 1)
+
+
+def block_mask(block_size: int, causal: bool, window: int | None, device) -> Tensor | None:
+    """Which block keys a block query sees, bool [B, B]; None when it sees all of them.
+
+    A causal layer looks back only; a window covers positions with distance < window, on both sides when the layer is
+    not causal.
+    """
+    if not causal and window is None:
+        return None
+    distance = torch.arange(block_size, device=device)[:, None] - torch.arange(block_size, device=device)[None, :]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= distance < window
+        if not causal:
+            visible &= -distance < window
+    return visible

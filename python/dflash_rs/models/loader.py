@@ -1,0 +1,376 @@
+"""Reads and writes DFlash checkpoints, and refuses what would be misread.
+
+A checkpoint is a folder with `config.json` and `model.safetensors`, or shards listed in
+`model.safetensors.index.json`. In the configuration, keys of the nested `dflash_config` beat top-level ones. Tensor
+names may carry a `model.` prefix. Everything that can be wrong without being noticed later (a mask token or layer id
+that belongs to another target, a missing tensor, a half-copied file) is an error here that names the file and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .draft import FULL, SLIDING, DFlashDraft, DraftConfig
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+
+
+def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+    """Tapped target layers when a checkpoint names none: [N // 2] for one drafter layer, else
+    round(1 + i * (N - 4) / (n - 1)), as in the reference package."""
+    if num_draft_layers == 1:
+        return (num_target_layers // 2,)
+    span = num_target_layers - 4
+    return tuple(round(1 + i * span / (num_draft_layers - 1)) for i in range(num_draft_layers))
+
+
+class _Fields:
+    """Typed access to config.json; `dflash_config` first."""
+
+    def __init__(self, file: Path, top: dict[str, Any]):
+        nested = top.get("dflash_config") or {}
+        if not isinstance(nested, dict):
+            raise CheckpointError(f"{file}: dflash_config: got {type(nested).__name__}, expected an object")
+        self.file, self.values = file, {**top, **nested}
+
+    def fail(self, name: str, expected: str) -> CheckpointError:
+        got = repr(self.values[name]) if name in self.values else "nothing"
+        return CheckpointError(f"{self.file}: {name}: got {got}, expected {expected}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, low: int, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self.fail(name, f"an integer of at least {low}")
+        return value
+
+    def number(self, name: str, default: float | None = None, *, positive: bool = True) -> float:
+        value = self.get(name, default)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or (positive and value <= 0):
+            raise self.fail(name, "a positive number" if positive else "a finite number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.fail(name, "true or false")
+        return value
+
+
+def read_draft_config(path: str | Path) -> DraftConfig:
+    """The validated configuration of the checkpoint folder `path`. Raises CheckpointError."""
+    file = Path(path) / "config.json"
+    try:
+        top = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: not found, expected the configuration of a DFlash checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(top, dict):
+        raise CheckpointError(f"{file}: got a {type(top).__name__}, expected an object")
+    fields = _Fields(file, top)
+
+    _check_kind(fields)
+    hidden, layers = fields.integer("hidden_size", 1), fields.integer("num_hidden_layers", 1)
+    heads = fields.integer("num_attention_heads", 1)
+    kv_heads = fields.integer("num_key_value_heads", 1, heads)
+    if heads % kv_heads:
+        raise fields.fail("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
+    if fields.get("head_dim") is None and hidden % heads:
+        raise fields.fail("head_dim", f"a value, since hidden_size {hidden} is not a multiple of {heads} heads")
+    head_dim = fields.integer("head_dim", 2, hidden // heads)
+    if head_dim % 2:
+        raise fields.fail("head_dim", "an even number, for rotary embeddings")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise fields.fail("hidden_act", "'silu'")
+    vocab = fields.integer("vocab_size", 2)
+    mask = fields.integer("mask_token_id", 0)
+    if mask >= vocab:
+        raise fields.fail("mask_token_id", f"0..{vocab - 1} (vocab_size)")
+    target_layers = fields.integer("num_target_layers", 1)
+    causal, window = _layer_kinds(fields, layers)
+    softcap = fields.get("final_logit_softcapping")
+
+    return DraftConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.integer("intermediate_size", 1),
+        vocab_size=vocab,
+        target_layer_ids=_layer_ids(fields, target_layers, layers),
+        mask_token_id=mask,
+        num_target_layers=target_layers,
+        block_size=fields.integer("block_size", 2, 16),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        attention_bias=fields.boolean("attention_bias", False),
+        rope_parameters=_rope(fields),
+        max_position_embeddings=fields.integer("max_position_embeddings", 1, 32768),
+        layer_causal=causal,
+        layer_window=window,
+        input_embedding_scale=fields.number("input_embedding_scale", 1.0, positive=False),
+        output_multiplier=fields.number("output_multiplier", 1.0),
+        final_logit_softcapping=None if not softcap else fields.number("final_logit_softcapping"),
+    )
+
+
+def _check_kind(fields: _Fields) -> None:
+    names = fields.get("architectures", ["DFlashDraftModel"])
+    if not isinstance(names, list) or not names:
+        raise fields.fail("architectures", "a list of one class name")
+    second = [key for key in _DFLASH2_KEYS if fields.get(key) is not None]
+    if "DFlash2DraftModel" in names or second:
+        why = "architectures has DFlash2DraftModel" if "DFlash2DraftModel" in names else f"{second[0]} is set"
+        raise CheckpointError(
+            f"{fields.file}: {why}: DFlash 2 is not supported, its grouped dynamic convolutions (attention_conv, mlp_conv) and "
+            "its candidate selector are missing here; expected a DFlash checkpoint (DFlashDraftModel)"
+        )
+    if names != ["DFlashDraftModel"]:
+        raise fields.fail("architectures", "['DFlashDraftModel']")
+    for key in ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"):
+        if fields.get(key) is not None:
+            # Such exports count the embedding as 0, one more than a DFlash id for the same layer.
+            raise fields.fail(key, "target_layer_ids instead, where id k is the output of target layer k")
+
+
+def _layer_ids(fields: _Fields, target_layers: int, draft_layers: int) -> tuple[int, ...]:
+    ids = fields.get("target_layer_ids")
+    given = ids is not None
+    if not given:
+        ids = default_layer_ids(target_layers, draft_layers)
+    if not isinstance(ids, list | tuple) or not ids or any(isinstance(k, bool) or not isinstance(k, int) for k in ids):
+        raise fields.fail("target_layer_ids", "a list of layer numbers")
+    origin = "" if given else f" (the default for {target_layers} target and {draft_layers} drafter layers is {list(ids)})"
+    for k in ids:
+        if not 0 <= k < target_layers:
+            raise fields.fail("target_layer_ids", f"ids in 0..{target_layers - 2} of {target_layers} target layers{origin}")
+        if k == target_layers - 1:
+            raise fields.fail(
+                "target_layer_ids",
+                f"ids below {k}: the last layer's output is handed out normalised by some code and raw by other, so its meaning is "
+                f"open; are the ids off by one, with the embedding counted as 0?{origin}",
+            )
+    return tuple(ids)
+
+
+def _layer_kinds(fields: _Fields, layers: int) -> tuple[tuple[bool, ...], tuple[int | None, ...]]:
+    kinds = fields.get("layer_types")
+    use_window = fields.get("use_sliding_window")
+    if use_window is not None:
+        use_window = fields.boolean("use_sliding_window", False)
+    if kinds is None:
+        # Configurations older than layer_types: layers from max_window_layers on slide.
+        first = fields.integer("max_window_layers", 0, 28) if use_window else layers
+        kinds = [SLIDING if i >= first else FULL for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise fields.fail("layer_types", f"{layers} entries, each {FULL!r} or {SLIDING!r}")
+    causal = fields.get("is_causal")
+    if causal is not None:
+        causal = fields.boolean("is_causal", False)
+    window = None
+    if SLIDING in kinds:
+        if use_window is False:
+            raise fields.fail("use_sliding_window", f"true, since layer_types has {SLIDING!r}")
+        window = fields.integer("sliding_window", 1)
+    return (
+        tuple(kind == SLIDING if causal is None else causal for kind in kinds),
+        tuple(window if kind == SLIDING else None for kind in kinds),
+    )
+
+
+def _rope(fields: _Fields) -> dict[str, Any]:
+    """Rotary parameters in one form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    rope = fields.get(name, {})
+    if not isinstance(rope, dict):
+        raise fields.fail(name, "an object")
+    rope = dict(rope)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise fields.fail(name, "one set of parameters for all layers")
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    if rope["rope_type"] not in _ROPE_TYPES:
+        raise fields.fail(name, f"a rope_type of {', '.join(_ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise fields.fail(name, "partial_rotary_factor 1: the drafter rotates whole heads")
+    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise fields.fail("rope_theta", "a positive number, here or in rope_parameters")
+    rope["rope_theta"] = float(theta)
+    needed = {
+        "linear": ("factor",),
+        "yarn": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    for key in needed.get(rope["rope_type"], ()):
+        if not isinstance(rope.get(key), int | float):
+            raise fields.fail(name, f"a number {key!r} for rope_type {rope['rope_type']!r}")
+    return rope
+
+
+def check_against_target(path: str | Path, config: DraftConfig, target) -> None:
+    """Checks a drafter's configuration against a `TargetModel`. Raises CheckpointError naming the field."""
+    file = Path(path) / "config.json"
+    rows = int(target.embedding.weight.shape[0])
+    pairs = (
+        ("hidden_size", config.hidden_size, target.hidden_size),
+        ("num_target_layers", config.num_target_layers, target.num_layers),
+        ("vocab_size", config.vocab_size, int(target.config.vocab_size)),
+    )
+    for name, got, expected in pairs:
+        if got != expected:
+            raise CheckpointError(f"{file}: {name}: got {got}, expected the target's {expected}")
+    if config.mask_token_id >= rows:
+        raise CheckpointError(
+            f"{file}: mask_token_id: got {config.mask_token_id}, expected 0..{rows - 1}, a row of the target's embedding"
+        )
+
+
+def _tensor_files(path: Path) -> dict[Path, list[str] | None]:
+    """Safetensors files of a checkpoint and the tensors the index promises in each (None without an index)."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files: dict[Path, list[str] | None] = {}
+            for tensor, name in weight_map.items():
+                if Path(name).name != name:
+                    raise ValueError(f"shard {name!r} is not a plain file name")
+                files.setdefault(path / name, []).append(tensor)  # type: ignore[union-attr]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index ({error})") from None
+        return files
+    return {path / "model.safetensors": None}
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder, without the `model.` prefix. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file, promised in _tensor_files(Path(path)).items():
+        if not file.is_file():
+            raise CheckpointError(f"{file}: not found, expected the weights of a DFlash checkpoint")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+                missing = sorted(set(promised or ()) - set(names))
+                if missing:
+                    raise CheckpointError(f"{file}: {missing[0]}: not there, but the index places it in this shard")
+                for name in names:
+                    short = name.removeprefix("model.")
+                    if short in tensors:
+                        raise CheckpointError(f"{file}: {name}: stored twice")
+                    tensors[short] = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: damaged or truncated safetensors file ({error})") from None
+    # A derived table that some exports carry along.
+    tensors.pop("rotary_emb.inv_freq", None)
+    return tensors
+
+
+def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    convolutions = [name for name in tensors if "_conv." in name or name.startswith("candidate_selector.")]
+    if convolutions:
+        raise CheckpointError(
+            f"{path}: {convolutions[0]}: belongs to DFlash 2, which is not supported: its convolutions and candidate selector are "
+            "missing here"
+        )
+    heads = [name for name in tensors if name in ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")]
+    if heads:
+        raise CheckpointError(
+            f"{path}: {heads[0]}: a drafter with an embedding, head or vocabulary map of its own is not supported, expected one that "
+            "uses the target's"
+        )
+    for what, names in (("missing", expected.keys() - tensors.keys()), ("unexpected", tensors.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{path}: {min(names)}: {what} tensor{more}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name}: got shape {list(tensor.shape)}, expected {list(expected[name].shape)} from config.json"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name}: got {tensor.dtype}, expected a floating-point type")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name}: has values that are not finite")
+
+
+def load_draft(
+    path: str | Path, target=None, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> DFlashDraft:
+    """Loads a DFlash checkpoint folder; with a `TargetModel`, checks it against the target and binds it.
+
+    `dtype` and `device` default to the target's (float32 on the CPU without one).
+    """
+    path = Path(path)
+    config = read_draft_config(path)
+    if target is not None:
+        check_against_target(path, config, target)
+        dtype, device = dtype or target.dtype, device or target.device
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        draft = DFlashDraft(config)
+    tensors = read_tensors(path)
+    _check_tensors(path, draft.state_dict(), tensors)
+    draft.load_state_dict(tensors, assign=True)
+    draft.to(device=device or "cpu", dtype=dtype or torch.float32)
+    if target is not None:
+        draft.bind_target(target.embedding, target.lm_head)
+    return draft.eval()
+
+
+def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes `draft` as a checkpoint folder that `load_draft` and the reference package both read."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    c = draft.config
+    sliding = [window is not None for window in c.layer_window]
+    config: dict[str, Any] = {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+        "hidden_act": c.hidden_act,
+        "rms_norm_eps": c.rms_norm_eps,
+        "attention_bias": c.attention_bias,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rope_parameters": c.rope_parameters,
+        "layer_types": [SLIDING if s else FULL for s in sliding],
+        "num_target_layers": c.num_target_layers,
+        "block_size": c.block_size,
+        "dflash_config": {"mask_token_id": c.mask_token_id, "target_layer_ids": list(c.target_layer_ids)},
+        "input_embedding_scale": c.input_embedding_scale,
+        "output_multiplier": c.output_multiplier,
+        "final_logit_softcapping": c.final_logit_softcapping,
+        "dtype": str(dtype or next(draft.parameters()).dtype).removeprefix("torch."),
+    }
+    if any(sliding):
+        config |= {"use_sliding_window": True, "sliding_window": next(w for w in c.layer_window if w is not None)}
+    if c.layer_causal != tuple(sliding):
+        if len(set(c.layer_causal)) > 1:
+            raise CheckpointError(f"layer_causal: got {c.layer_causal}, expected one value for all layers or the sliding ones")
+        config["is_causal"] = c.layer_causal[0]
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Weights may share storage after `prepare`; the file must not.
+    tensors = {name: t.detach().to("cpu", dtype or t.dtype).clone().contiguous() for name, t in draft.state_dict().items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,105 @@
+"""What a request may ask for, checked before anything runs.
+
+The transform is applied in this order (the same function with and without speculation): repetition, presence and frequency
+penalties, logit bias, temperature, softmax, top-k and top-p jointly on the tempered distribution, min-p, renormalise, draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import InvalidArgument
+
+MAX_LOGPROBS = 64
+_SEEDS = 2**64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling options of one request.
+
+    - `temperature` >= 0; 0 is greedy (the lowest id wins ties), and then top_k, top_p, min_p and seed have nothing to do.
+    - `top_k` >= 0 keeps the k likeliest tokens; 0 keeps all. `top_p` in (0, 1] keeps the nucleus of the unfiltered
+      distribution. `min_p` in [0, 1] keeps tokens with p >= min_p * max p.
+    - `seed` in 0..2^64-1 fixes every draw by (seed, position): the text is then the same in any batch, with and without
+      drafting. None takes a fresh seed, reported in the output's metrics.
+    - `max_tokens` >= 1. `stop`: a string or strings that end the output and are not part of it. `stop_token_ids` end it and
+      are the last of its token_ids. `ignore_eos` treats the end-of-text token like any other.
+    - `repetition_penalty` > 0 counts prompt and output; `presence_penalty` and `frequency_penalty` in [-2, 2] count the output.
+    - `logit_bias`: token id -> finite number added to its logit.
+    - `logprobs`: None, or n >= 0: the log-probability of every output token under the model's own softmax (before the
+      transform above), and the n likeliest tokens beside it.
+
+    Raises InvalidArgument (a ValueError) naming the option, what was got and what was expected.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _real("temperature", self.temperature, 0.0, math.inf)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, _SEEDS - 1)
+        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not _is_list(stops) or not all(isinstance(s, str) and s for s in stops):
+            raise _bad("stop", self.stop, "a non-empty string or a list of them")
+        object.__setattr__(self, "stop", tuple(stops))
+        if not _is_list(self.stop_token_ids):
+            raise _bad("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0, 2**31 - 1)
+        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise _bad("logit_bias", self.logit_bias, "a mapping from token id to number")
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias (token id)", token, 0, 2**31 - 1)
+            _real(f"logit_bias[{token}]", bias, -math.inf, math.inf)
+        object.__setattr__(self, "logit_bias", {int(t): float(b) for t, b in self.logit_bias.items()})
+
+
+def _bad(name: str, got: Any, expected: str) -> InvalidArgument:
+    return InvalidArgument(f"{name}: got {got!r}, expected {expected}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    if not ok or (open_low and value == low):
+        span = f"{'above' if open_low else 'at least'} {low:g}" if high == math.inf else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        raise _bad(name, value, "a finite number" if low == -math.inf else f"a finite number {span}")
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+        raise _bad(name, value, f"an integer in {low}..{high}")

@@ -1,0 +1,187 @@
+"""What both trainings share: seeds, optimisers, learning-rate schedule, windows, resumable checkpoints, a progress line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def windows(tokens: np.ndarray, length: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Endless windows of `length` tokens, each epoch a fresh permutation at a fresh offset; `start` skips windows.
+
+    The sequence depends on `seed` alone, so a resumed run continues with the very windows it would have seen.
+    """
+    if tokens.size < 2 * length:
+        raise ValueError(f"corpus: got {tokens.size} tokens, expected at least {2 * length}")
+    epoch, seen = 0, 0
+    while True:
+        rng = np.random.default_rng((seed, epoch))
+        offset = int(rng.integers(length))
+        count = (tokens.size - offset) // length
+        order = rng.permutation(count)
+        if seen + count <= start:
+            seen += count
+        else:
+            for i in order[max(0, start - seen) :]:
+                begin = offset + int(i) * length
+                yield tokens[begin : begin + length]
+            seen += count
+        epoch += 1
+
+
+def batches(tokens: np.ndarray, length: int, size: int, seed: int, start_batch: int = 0) -> Iterator[torch.Tensor]:
+    """Endless ``int64`` batches ``[size, length]`` of `windows`."""
+    source = windows(tokens, length, seed, start_batch * size)
+    while True:
+        yield torch.from_numpy(np.stack([next(source) for _ in range(size)]).astype(np.int64))
+
+
+def trapezoid(step: int, total: int, warmup: int, decay: float) -> float:
+    """Learning-rate factor: linear warm-up, constant, linear fall to zero over the last `decay` share of the run."""
+    if step < warmup:
+        return (step + 1) / warmup
+    begin = int(total * (1 - decay))
+    return 1.0 if step < begin else max(0.0, (total - step) / max(1, total - begin))
+
+
+def cosine(step: int, total: int, warmup: int) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + float(np.cos(np.pi * min(1.0, (step - warmup) / max(1, total - warmup)))))
+
+
+class Optimizers:
+    """Muon on matrices inside the layers, AdamW on embeddings, norms and everything else.
+
+    Muon's update is rescaled to AdamW's root mean square (`match_rms_adamw`), so one learning rate serves both.
+    """
+
+    def __init__(self, module: torch.nn.Module, lr: float, weight_decay: float, matrices_outside: tuple[str, ...]):
+        matrices, rest = [], []
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                is_matrix = p.ndim == 2 and not any(part in name for part in matrices_outside)
+                (matrices if is_matrix else rest).append(p)
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+        self.lr = lr
+
+    def step(self, factor: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.lr * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one data-parallel run (``torchrun --nproc-per-node N``); a plain start is a group of one.
+
+    On a busy CPU, N processes of one thread each beat one process of N threads: they meet once a step, not once an operation.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Group:
+        """Joins the group that ``torchrun`` describes in the environment, if there is one."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(torch.distributed.get_rank(), size)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a global batch."""
+        if batch.shape[0] % self.size:
+            raise ValueError(f"batch_size: got {batch.shape[0]}, expected a multiple of the {self.size} processes")
+        return batch[self.rank :: self.size]
+
+    def average_gradients(self, module: torch.nn.Module) -> None:
+        """Replaces every gradient by its mean over the group: one exchange of one flat buffer."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        flat /= self.size
+        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes a checkpoint so that a crash at any moment leaves either the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict | None:
+    """The checkpoint at `path`, or None when there is none."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU or else the CPU; anything else must exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, expected 'cpu' or 'auto': torch sees no CUDA GPU here")
+    return torch.device(name)
+
+
+@dataclass
+class Progress:
+    """A single line on a terminal, a line every `every` seconds elsewhere."""
+
+    total: int
+    unit: str
+    every: float = 60.0
+    _begin: float = field(default_factory=time.monotonic)
+    _last: float = 0.0
+    _first: int | None = None
+
+    def show(self, done: int, text: str, force: bool = False) -> None:
+        """Reports `done` of `total` units and a free text."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._begin = done, now
+        tty = sys.stderr.isatty()
+        if not force and now - self._last < (0.5 if tty else self.every):
+            return
+        self._last = now
+        rate = (done - self._first) / max(1e-9, now - self._begin)
+        left = (self.total - done) / rate / 60 if rate > 0 else float("inf")
+        width = 24
+        full = int(width * min(1.0, done / max(1, self.total)))
+        bar = "#" * full + "." * (width - full)
+        line = f"[{bar}] {done}/{self.total} {self.unit}  {rate:.2f}/s  {left:.0f} min left  {text}"
+        print(("\r\x1b[K" if tty else "") + line, end="" if tty else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,102 @@
+"""Training sequences for a drafter: what the target itself would write after prompts from the corpus.
+
+A drafter meets its target's own text at run time, so it must be trained on it (DFlash, arXiv 2602.06036, section 4.2). Prompts
+are random windows of the *training* files; the responses are sampled at several temperatures above zero, because greedy text of
+a small model repeats itself. Work is cut into shards that are written whole, so an interrupted run continues at the next shard.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .common import Progress
+
+
+@dataclass(frozen=True)
+class ResponseSettings:
+    """How many sequences, how long (tokens, prompt included), and how they are sampled."""
+
+    sequences: int = 20_000
+    seq_len: int = 256
+    min_prompt: int = 16
+    max_prompt: int = 64
+    temperatures: str = "0.4,0.6,0.8,1.0"
+    batch_size: int = 128
+    seed: int = 1
+
+    def check(self) -> None:
+        if not 1 <= self.min_prompt <= self.max_prompt < self.seq_len:
+            raise ValueError(
+                f"min_prompt, max_prompt: got {self.min_prompt}, {self.max_prompt}, "
+                f"expected 1 <= min_prompt <= max_prompt < seq_len={self.seq_len}"
+            )
+        if not all(t > 0 for t in self.temperature_list):
+            raise ValueError(f"temperatures: got {self.temperatures!r}, expected values above 0")
+
+    @property
+    def temperature_list(self) -> list[float]:
+        return [float(t) for t in self.temperatures.split(",")]
+
+
+def generate(target: Path, data: Path, out: Path, settings: ResponseSettings) -> None:
+    """Writes ``out/shard-NNNNN.npy`` (``uint16 [batch_size, seq_len]``) until `sequences` are there.
+
+    `target` is a model folder, `data` a corpus folder (`corpus.prepare`). A shard depends on the seed and its own number only.
+    """
+    from dflash_rs import LLM, SamplingParams
+
+    settings.check()
+    out.mkdir(parents=True, exist_ok=True)
+    described = out / "settings.json"
+    if described.exists() and json.loads(described.read_text()) != asdict(settings):
+        raise ValueError(f"out: {out} holds responses made with other settings; choose another folder")
+    described.write_text(json.dumps(asdict(settings)))
+
+    tokens = np.load(data / "train.npy")
+    shards = -(-settings.sequences // settings.batch_size)
+    missing = [i for i in range(shards) if not (out / f"shard-{i:05}.npy").exists()]
+    if not missing:
+        return
+    llm = LLM(
+        model=str(target),
+        draft=None,
+        max_running=settings.batch_size,
+        num_pages=settings.batch_size * (settings.seq_len // 16 + 2),
+        page_size=16,
+        max_batch_tokens=settings.batch_size * settings.max_prompt,
+        prefix_cache=False,
+    )
+    progress = Progress(shards, "shards", every=30)
+    for i in missing:
+        rng = np.random.default_rng((settings.seed, i))
+        lengths = rng.integers(settings.min_prompt, settings.max_prompt + 1, settings.batch_size)
+        starts = rng.integers(0, tokens.size - settings.max_prompt, settings.batch_size)
+        prompts = [tokens[s : s + n].astype(np.int64).tolist() for s, n in zip(starts, lengths, strict=True)]
+        params = [
+            SamplingParams(
+                temperature=settings.temperature_list[j % len(settings.temperature_list)],
+                seed=int(rng.integers(2**31)),
+                max_tokens=settings.seq_len - len(prompt),
+                ignore_eos=True,
+            )
+            for j, prompt in enumerate(prompts)
+        ]
+        outputs = llm.generate(prompts, params)
+        rows = np.asarray([p + o.token_ids for p, o in zip(prompts, outputs, strict=True)], dtype=np.uint16)
+        temporary = out / "shard.tmp.npy"
+        np.save(temporary, rows)
+        temporary.rename(out / f"shard-{i:05}.npy")
+        progress.show(i + 1, f"{rows.size * (i + 1):,} tokens")
+    llm.close()
+
+
+def load(folder: Path) -> np.ndarray:
+    """All finished shards as one ``uint16 [n, seq_len]`` array, in order."""
+    shards = sorted(folder.glob("shard-?????.npy"))
+    if not shards:
+        raise ValueError(f"responses: no shard-*.npy in {folder}; run `dflash-rs train responses` first")
+    return np.concatenate([np.load(s) for s in shards])

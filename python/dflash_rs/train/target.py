@@ -1,0 +1,240 @@
+"""Training a small target: a Qwen3-architecture language model on Python source.
+
+The recipe: Muon + AdamW, constant learning rate with a linear fall over the last third, output projections scaled by
+``1/sqrt(2 L)`` at the start. Optionally the run begins with fewer layers and inserts identity layers part-way (their output
+projections are zero, so the function is unchanged at that moment): the early steps then cost a fraction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from . import corpus
+from .common import Group, Optimizers, Progress, batches, load_checkpoint, pick_device, save_checkpoint, trapezoid
+
+_EVAL_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class TargetTraining:
+    """Everything that determines a run; written beside the weights. Lengths in tokens, `tokens` is the whole budget."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 10
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    start_layers: int = 0
+    grow_at: float = 0.5
+    tokens: int = 20_000_000
+    seq_len: int = 256
+    batch_size: int = 16
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    decay: float = 0.35
+    seed: int = 0
+    max_position_embeddings: int = 1024
+    init_from: str = ""
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.seq_len * self.batch_size)
+
+    def layers_at(self, step: int) -> int:
+        growing = self.start_layers and step < int(self.steps * self.grow_at)
+        return self.start_layers if growing else self.num_layers
+
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that cannot work."""
+        if self.steps < 1:
+            raise ValueError(f"tokens: got {self.tokens}, expected at least one batch ({self.seq_len * self.batch_size})")
+        if self.start_layers and self.num_layers % self.start_layers:
+            raise ValueError(f"start_layers: got {self.start_layers}, expected a divisor of num_layers={self.num_layers}")
+        if not 0 < self.grow_at < 1:
+            raise ValueError(f"grow_at: got {self.grow_at}, expected a share in (0, 1)")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of num_heads={self.num_heads}")
+
+
+def build(settings: TargetTraining, num_layers: int):
+    """A freshly initialised model with `num_layers` layers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=settings.max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=corpus.END_OF_TEXT_ID,
+        pad_token_id=corpus.END_OF_TEXT_ID,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(settings.seed)
+    model = Qwen3ForCausalLM(config)
+    scale = 1 / math.sqrt(2 * settings.num_layers)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(scale)
+            layer.mlp.down_proj.weight.mul_(scale)
+    return model
+
+
+def grow(model, settings: TargetTraining):
+    """The same function with more layers: after each old layer, copies of it whose output projections are zero."""
+    old = model.model.layers
+    factor = settings.num_layers // len(old)
+    new = build(settings, settings.num_layers)
+    with torch.no_grad():
+        new.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+        new.model.norm.load_state_dict(model.model.norm.state_dict())
+        for i, layer in enumerate(new.model.layers):
+            layer.load_state_dict(old[i // factor].state_dict())
+            if i % factor:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+    return new
+
+
+def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy in nats of ``int64 [b, S]`` tokens."""
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    logits = model.lm_head(hidden).float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model, tokens: np.ndarray, seq_len: int, limit: int | None = None) -> float:
+    """Mean cross-entropy in nats over consecutive windows of held-out tokens, the same ones every time."""
+    count = tokens.size // seq_len
+    picks = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
+    device = next(model.parameters()).device
+    losses = []
+    for i in range(0, len(picks), 16):
+        rows = np.stack([tokens[j * seq_len : (j + 1) * seq_len] for j in picks[i : i + 16]])
+        losses.append((float(loss_of(model, torch.from_numpy(rows.astype(np.int64)).to(device))), len(rows)))
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
+def _optimizers(model, settings: TargetTraining) -> Optimizers:
+    return Optimizers(model, settings.lr, settings.weight_decay, matrices_outside=("embed_tokens", "lm_head"))
+
+
+def train(
+    settings: TargetTraining,
+    data: Path,
+    out: Path,
+    device: str = "auto",
+    save_every: int = 200,
+    autocast: bool | None = None,
+) -> dict:
+    """Trains to the end of the budget, resuming from ``out/checkpoint.pt`` when it is there; returns the report.
+
+    `data` is a folder written by `corpus.prepare`. Writes bf16 safetensors, tokenizer, ``training.json`` (settings and report).
+    `autocast` runs the matrix products in bf16; the default does so on a GPU only.
+    """
+    settings.check()
+    where = pick_device(device)
+    autocast = where.type == "cuda" if autocast is None else autocast
+    group = Group.join(where)
+    tokens = np.load(data / "train.npy")
+    held_out = np.load(data / "held_out.npy")
+    torch.manual_seed(settings.seed)
+
+    path = out / "checkpoint.pt"
+    state = load_checkpoint(path)
+    if state is not None:
+        if state["settings"] != asdict(settings):
+            raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
+        step, history = state["step"], state["history"]
+        model = build(settings, state["num_layers"])
+        model.load_state_dict(state["model"])
+        model.to(where)
+        optimizers = _optimizers(model, settings)
+        optimizers.load_state_dict(state["optimizers"])
+    else:
+        step, history = 0, []
+        model = build(settings, settings.layers_at(0))
+        if settings.init_from:
+            from transformers import AutoModelForCausalLM
+
+            model.load_state_dict(AutoModelForCausalLM.from_pretrained(settings.init_from).state_dict())
+        model.to(where)
+        optimizers = _optimizers(model, settings)
+
+    progress = Progress(settings.steps, "steps")
+    source = batches(tokens, settings.seq_len, settings.batch_size, settings.seed, step)
+    running = None
+    while step < settings.steps:
+        if len(model.model.layers) != settings.layers_at(step):
+            model = grow(model.cpu(), settings).to(where)
+            optimizers = _optimizers(model, settings)
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, group.share(next(source)).to(where))
+        loss.backward()
+        group.average_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(trapezoid(step, settings.steps, settings.warmup_steps, settings.decay))
+        step += 1
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
+        running = value if running is None else 0.98 * running + 0.02 * value
+        if group.leads and (step % save_every == 0 or step == settings.steps):
+            history.append(
+                {
+                    "step": step,
+                    "train_loss": running,
+                    "held_out_loss": held_out_loss(model, held_out, settings.seq_len, _EVAL_WINDOWS),
+                }
+            )
+            save_checkpoint(
+                path,
+                {
+                    "settings": asdict(settings),
+                    "step": step,
+                    "history": history,
+                    "num_layers": len(model.model.layers),
+                    "model": model.state_dict(),
+                    "optimizers": optimizers.state_dict(),
+                },
+            )
+        last = f"  held out {history[-1]['held_out_loss']:.3f}" if history else ""
+        if group.leads:
+            progress.show(step, f"loss {running:.3f}{last}", force=step % save_every == 0)
+
+    report = {
+        "held_out_loss": held_out_loss(model, held_out, settings.seq_len),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_seen": settings.steps * settings.seq_len * settings.batch_size,
+        "history": history,
+    }
+    if group.leads:
+        export(model, data / "tokenizer", out, {"settings": asdict(settings), "report": report})
+    return report
+
+
+def export(model, tokenizer_folder: Path, out: Path, notes: dict) -> None:
+    """Writes the model as bf16 safetensors with its tokenizer and the notes of its training."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    model = model.to("cpu", torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=corpus.END_OF_TEXT_ID, pad_token_id=corpus.END_OF_TEXT_ID)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")

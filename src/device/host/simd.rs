@@ -1,0 +1,491 @@
+//! Sixteen lanes of f32, three ways: AVX-512, a pair of AVX2 registers, or plain arrays.
+//!
+//! Promise: every instruction set gives the same bits. All of them do the same IEEE operations (fused multiply-add included) in the
+//! same order, lane by lane, so a machine without AVX computes the text that a machine with it computes. `[f32; 16]` is the
+//! definition, the other two are tested against it.
+//!
+//! # Safety
+//! The vector types below are named in one place, [`dispatch`], which hands them to a routine only after the processor said that it
+//! has the instructions. Everything that takes a `Lanes` type is `inline(always)`, so it is compiled inside that function.
+//! Memory is touched through references of the exact size only, or through [`KeyChunk`], whose constructors own the argument.
+
+use super::view::KeyChunk;
+
+/// Lanes of a vector, and keys of a chunk.
+pub(super) const LANES: usize = 16;
+
+/// The instruction set a kernel runs with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Arrays of sixteen floats; the compiler vectorises them for whatever it targets (NEON on aarch64).
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F.
+    Avx512,
+}
+
+impl Isa {
+    /// The widest set this processor has.
+    pub fn detect() -> Self {
+        *Self::available()
+            .last()
+            .expect("the portable set is always there")
+    }
+
+    /// Every set this processor can run, narrowest first.
+    pub fn available() -> Vec<Self> {
+        #[allow(unused_mut)]
+        let mut sets = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                sets.push(Self::Avx2);
+                if is_x86_feature_detected!("avx512f") {
+                    sets.push(Self::Avx512);
+                }
+            }
+        }
+        sets
+    }
+}
+
+/// A computation written once for any lanes.
+pub(super) trait Routine {
+    /// Runs it; implementations are `inline(always)`.
+    fn run<L: Lanes>(self);
+}
+
+/// Runs `routine` with the vectors of `isa`.
+///
+/// # Panics
+/// When the processor lacks `isa`; [`Isa::available`] lists what it has.
+pub(super) fn dispatch<R: Routine>(isa: Isa, routine: R) {
+    match isa {
+        Isa::Portable => routine.run::<[f32; LANES]>(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            #[target_feature(enable = "avx2,fma")]
+            fn run<R: Routine>(routine: R) {
+                routine.run::<x86::Pair>();
+            }
+            assert!(
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+                "no AVX2 here"
+            );
+            // SAFETY: the line above.
+            unsafe { run(routine) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            #[target_feature(enable = "avx512f,avx2,fma")]
+            fn run<R: Routine>(routine: R) {
+                routine.run::<x86::Wide>();
+            }
+            assert!(is_x86_feature_detected!("avx512f"), "no AVX-512 here");
+            assert!(
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+                "no AVX2 here"
+            );
+            // SAFETY: the lines above.
+            unsafe { run(routine) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx2 | Isa::Avx512 => panic!("{isa:?} is an x86 instruction set"),
+    }
+}
+
+/// Sixteen f32 values.
+pub(super) trait Lanes: Copy {
+    /// Rows, and vectors of the head, whose sums fit the registers together.
+    const ROWS: usize;
+    /// See `ROWS`; 2 or 4.
+    const VECTORS: usize;
+
+    fn splat(x: f32) -> Self;
+    fn load(x: &[f32; LANES]) -> Self;
+    fn store(self, out: &mut [f32; LANES]);
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    /// The larger of the two; `other` where they do not compare.
+    fn max(self, other: Self) -> Self;
+    /// Adds the low bits of `n` to the exponents: `self * 2^n` for n in the low nine bits of `n`'s pattern.
+    fn add_exponent(self, n: Self) -> Self;
+    /// Zero in the lanes where `x < limit`.
+    fn zero_where_below(self, x: Self, limit: f32) -> Self;
+    /// The sixteen dot products of `q` (whole vectors, zero-padded) with the keys of a chunk.
+    /// Per key: lane-wise fused multiply-adds along the head, then a tree over distances 8, 4, 2, 1.
+    fn dots(q: &[f32], keys: &KeyChunk<'_>) -> Self;
+
+    /// 2^x for x <= 0, to about one unit in the last place; exactly 0 below 2^-125.
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        // Adding 1.5 * 2^23 leaves round(x) in the low bits of the sum.
+        let magic = Self::splat(12_582_912.0);
+        let shifted = self.add(magic);
+        let f = self.sub(shifted.sub(magic));
+        // Taylor of 2^f on [-1/2, 1/2], degree 7: truncation below 6e-9.
+        let mut p = Self::splat(1.525_273_4e-5);
+        for c in [
+            1.540_353e-4,
+            1.333_355_8e-3,
+            9.618_129e-3,
+            5.550_411e-2,
+            2.402_265e-1,
+            std::f32::consts::LN_2,
+            1.0,
+        ] {
+            p = p.mul_add(f, Self::splat(c));
+        }
+        p.add_exponent(shifted).zero_where_below(self, -125.0)
+    }
+
+    /// Sum of the lanes: a tree over distances 8, 4, 2, 1.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut x = [0.0; LANES];
+        self.store(&mut x);
+        tree_sum(x)
+    }
+
+    /// Largest lane.
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        let mut x = [0.0; LANES];
+        self.store(&mut x);
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+#[inline(always)]
+fn tree_sum(mut x: [f32; LANES]) -> f32 {
+    for distance in [8, 4, 2, 1] {
+        for i in 0..distance {
+            x[i] += x[i + distance];
+        }
+    }
+    x[0]
+}
+
+#[inline(always)]
+fn vector(x: &[f32], index: usize) -> &[f32; LANES] {
+    x[index * LANES..(index + 1) * LANES]
+        .try_into()
+        .expect("sixteen elements")
+}
+
+impl Lanes for [f32; LANES] {
+    const ROWS: usize = 1;
+    const VECTORS: usize = 2;
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(x: &[f32; LANES]) -> Self {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32; LANES]) {
+        *out = self;
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] + other[i])
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] - other[i])
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] * other[i])
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        std::array::from_fn(|i| self[i].mul_add(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        std::array::from_fn(|i| {
+            if self[i] > other[i] {
+                self[i]
+            } else {
+                other[i]
+            }
+        })
+    }
+    #[inline(always)]
+    fn add_exponent(self, n: Self) -> Self {
+        std::array::from_fn(|i| {
+            f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23))
+        })
+    }
+    #[inline(always)]
+    fn zero_where_below(self, x: Self, limit: f32) -> Self {
+        std::array::from_fn(|i| if x[i] < limit { 0.0 } else { self[i] })
+    }
+    #[inline(always)]
+    fn dots(q: &[f32], keys: &KeyChunk<'_>) -> Self {
+        std::array::from_fn(|key| {
+            let mut acc = [0.0; LANES];
+            for d in 0..keys.vectors() {
+                acc = keys.vector(key, d).mul_add(*vector(q, d), acc);
+            }
+            tree_sum(acc)
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! Every `unsafe` block here is an intrinsic whose instruction set [`super::dispatch`] has checked, or a load or store of
+    //! exactly the array that its reference points to.
+    use super::{KeyChunk, LANES, Lanes, vector};
+    use std::arch::x86_64::*;
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Wide(__m512);
+
+    /// Sums of sixteen vectors, one per lane, each as a tree over distances 8, 4, 2, 1. Every step halves two vectors into one, so
+    /// the whole costs 15 additions and 30 shuffles instead of 64 and 64.
+    #[inline(always)]
+    fn transpose_sum(acc: [__m512; 16]) -> __m512 {
+        // SAFETY: see the module.
+        unsafe {
+            // Vector `i` of the tree belongs to key 4 * (i % 4) + i / 4: the order in which the shuffles deliver the lanes.
+            let at = |i: usize| acc[4 * (i % 4) + i / 4];
+            let eight: [__m512; 8] = std::array::from_fn(|i| {
+                let (a, b) = (at(2 * i), at(2 * i + 1));
+                _mm512_add_ps(
+                    _mm512_shuffle_f32x4(a, b, 0b01_00_01_00),
+                    _mm512_shuffle_f32x4(a, b, 0b11_10_11_10),
+                )
+            });
+            let four: [__m512; 4] = std::array::from_fn(|i| {
+                let (a, b) = (eight[2 * i], eight[2 * i + 1]);
+                _mm512_add_ps(
+                    _mm512_shuffle_f32x4(a, b, 0b10_00_10_00),
+                    _mm512_shuffle_f32x4(a, b, 0b11_01_11_01),
+                )
+            });
+            let two: [__m512; 2] = std::array::from_fn(|i| {
+                let (a, b) = (
+                    _mm512_castps_pd(four[2 * i]),
+                    _mm512_castps_pd(four[2 * i + 1]),
+                );
+                _mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                )
+            });
+            _mm512_add_ps(
+                _mm512_shuffle_ps(two[0], two[1], 0b10_00_10_00),
+                _mm512_shuffle_ps(two[0], two[1], 0b11_01_11_01),
+            )
+        }
+    }
+
+    impl Lanes for Wide {
+        const ROWS: usize = 4;
+        const VECTORS: usize = 4;
+        #[inline(always)]
+        fn splat(x: f32) -> Self {
+            Self(unsafe { _mm512_set1_ps(x) })
+        }
+        #[inline(always)]
+        fn load(x: &[f32; LANES]) -> Self {
+            Self(unsafe { _mm512_loadu_ps(x.as_ptr()) })
+        }
+        #[inline(always)]
+        fn store(self, out: &mut [f32; LANES]) {
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            Self(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            Self(unsafe { _mm512_sub_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul_add(self, a: Self, b: Self) -> Self {
+            Self(unsafe { _mm512_fmadd_ps(self.0, a.0, b.0) })
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            Self(unsafe { _mm512_max_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn add_exponent(self, n: Self) -> Self {
+            unsafe {
+                let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(n.0));
+                Self(_mm512_castsi512_ps(_mm512_add_epi32(
+                    _mm512_castps_si512(self.0),
+                    n,
+                )))
+            }
+        }
+        #[inline(always)]
+        fn zero_where_below(self, x: Self, limit: f32) -> Self {
+            unsafe {
+                let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x.0, _mm512_set1_ps(limit));
+                Self(_mm512_mask_mov_ps(self.0, below, _mm512_setzero_ps()))
+            }
+        }
+        #[inline(always)]
+        fn dots(q: &[f32], keys: &KeyChunk<'_>) -> Self {
+            // All sixteen accumulators live in registers; the keys are memory operands.
+            let mut acc = [unsafe { _mm512_setzero_ps() }; LANES];
+            for d in 0..keys.vectors() {
+                let q = Self::load(vector(q, d));
+                for (key, a) in acc.iter_mut().enumerate() {
+                    *a = Self::load(keys.vector(key, d)).mul_add(q, Self(*a)).0;
+                }
+            }
+            Self(transpose_sum(acc))
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Pair(__m256, __m256);
+
+    impl Lanes for Pair {
+        const ROWS: usize = 2;
+        const VECTORS: usize = 2;
+        #[inline(always)]
+        fn splat(x: f32) -> Self {
+            let x = unsafe { _mm256_set1_ps(x) };
+            Self(x, x)
+        }
+        #[inline(always)]
+        fn load(x: &[f32; LANES]) -> Self {
+            unsafe {
+                Self(
+                    _mm256_loadu_ps(x.as_ptr()),
+                    _mm256_loadu_ps(x.as_ptr().add(8)),
+                )
+            }
+        }
+        #[inline(always)]
+        fn store(self, out: &mut [f32; LANES]) {
+            unsafe {
+                _mm256_storeu_ps(out.as_mut_ptr(), self.0);
+                _mm256_storeu_ps(out.as_mut_ptr().add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_add_ps(self.0, other.0),
+                    _mm256_add_ps(self.1, other.1),
+                )
+            }
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_sub_ps(self.0, other.0),
+                    _mm256_sub_ps(self.1, other.1),
+                )
+            }
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_mul_ps(self.0, other.0),
+                    _mm256_mul_ps(self.1, other.1),
+                )
+            }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: Self, b: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_fmadd_ps(self.0, a.0, b.0),
+                    _mm256_fmadd_ps(self.1, a.1, b.1),
+                )
+            }
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_max_ps(self.0, other.0),
+                    _mm256_max_ps(self.1, other.1),
+                )
+            }
+        }
+        #[inline(always)]
+        fn add_exponent(self, n: Self) -> Self {
+            let half = |x, n| unsafe {
+                let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(n));
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n))
+            };
+            Self(half(self.0, n.0), half(self.1, n.1))
+        }
+        #[inline(always)]
+        fn zero_where_below(self, x: Self, limit: f32) -> Self {
+            let half = |value, x| unsafe {
+                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(limit)), value)
+            };
+            Self(half(self.0, x.0), half(self.1, x.1))
+        }
+        #[inline(always)]
+        fn dots(q: &[f32], keys: &KeyChunk<'_>) -> Self {
+            unsafe {
+                // Distance 8 of the tree is the sum of the two halves; the rest halves two vectors into one, as above.
+                // Four keys at a time: sixteen would need twice the registers there are.
+                let mut eight = [_mm256_setzero_ps(); LANES];
+                for first in (0..LANES).step_by(4) {
+                    let mut acc = [Self::splat(0.0); 4];
+                    for d in 0..keys.vectors() {
+                        let q = Self::load(vector(q, d));
+                        for (i, a) in acc.iter_mut().enumerate() {
+                            *a = Self::load(keys.vector(first + i, d)).mul_add(q, *a);
+                        }
+                    }
+                    for (i, a) in acc.iter().enumerate() {
+                        eight[first + i] = _mm256_add_ps(a.0, a.1);
+                    }
+                }
+                let half = |base: usize| {
+                    let at = |i: usize| eight[base + 4 * (i % 2) + i / 2];
+                    let four: [__m256; 4] = std::array::from_fn(|i| {
+                        let (a, b) = (at(2 * i), at(2 * i + 1));
+                        _mm256_add_ps(
+                            _mm256_permute2f128_ps(a, b, 0x20),
+                            _mm256_permute2f128_ps(a, b, 0x31),
+                        )
+                    });
+                    let two: [__m256; 2] = std::array::from_fn(|i| {
+                        let (a, b) = (
+                            _mm256_castps_pd(four[2 * i]),
+                            _mm256_castps_pd(four[2 * i + 1]),
+                        );
+                        _mm256_add_ps(
+                            _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                            _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
+                        )
+                    });
+                    _mm256_add_ps(
+                        _mm256_shuffle_ps(two[0], two[1], 0b10_00_10_00),
+                        _mm256_shuffle_ps(two[0], two[1], 0b11_01_11_01),
+                    )
+                };
+                Self(half(0), half(8))
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The per-token work of a step, behind one trait: attention over the paged cache, and the drafter's K/V injection.
+//!
+//! [`host`] is both the engine's implementation on a CPU and the reference that device kernels are tested against. A step's indices
+//! are checked once, into an [`AttentionBatch`]; after that a layer is one call.
+
+pub mod batch;
+pub mod host;
+
+pub use batch::{AttentionBatch, BatchArrays};
+pub use host::view::{Bf16, Element, Layout, Rows, RowsMut};
+
+use crate::error::Result;
+
+/// Which keys of its own block a token sees. Every mode sees the context `valid_from..context_len`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// Tokens before it and itself: verification of a chain, prefill, plain decoding.
+    Causal,
+    /// All tokens of the block: the drafter's denoising pass.
+    Block,
+    /// Its ancestors and itself, by [`BatchArrays::ancestors`]: verification of a tree.
+    Ancestors,
+}
+
+/// Everything of a layer's attention that is not an array.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionParams {
+    /// Factor on `q . k`; usually `head_dim^-1/2`.
+    pub scale: f32,
+    /// Visibility inside the block.
+    pub mask: Mask,
+    /// Sliding window `W`: a token at position `p` sees key `j` only if `p - j < W`, and for [`Mask::Block`] also `j - p < W`.
+    pub window: Option<usize>,
+}
+
+/// The arrays of one layer. `T` packed tokens, `Hq` query heads in groups over `Hkv` key heads, `D` elements per head.
+#[derive(Debug)]
+pub struct AttentionTensors<'a, E> {
+    /// `[T, Hq, D]` queries, positions already rotated in.
+    pub q: Rows<'a, E>,
+    /// `[T, Hkv, D]` keys of this step.
+    pub k: Rows<'a, E>,
+    /// `[T, Hkv, D]` values of this step.
+    pub v: Rows<'a, E>,
+    /// `[num_slots, Hkv, D]`; this step's keys are written to the batch's slots.
+    pub k_cache: RowsMut<'a, E>,
+    /// `[num_slots, Hkv, D]`; this step's values are written to the batch's slots.
+    pub v_cache: RowsMut<'a, E>,
+    /// `[T, Hq, D]` result.
+    pub out: RowsMut<'a, E>,
+}
+
+/// The kernels of a device.
+pub trait Kernels {
+    /// Writes this step's K and V to the batch's slots, if it has any, and attends: for every token and head
+    /// `softmax(scale * q . K^T) V` over the keys that [`Mask`] and window leave visible.
+    ///
+    /// A row's result depends on its own query and its visible keys and values in order, bit for bit: not on the other requests, on the
+    /// length of its block, on where a key lives, or on the number of threads.
+    ///
+    /// # Errors
+    /// Shapes that do not fit the batch or each other.
+    fn block_attention<E: Element>(
+        &self,
+        batch: &AttentionBatch,
+        params: &AttentionParams,
+        tensors: AttentionTensors<'_, E>,
+    ) -> Result<()>;
+}

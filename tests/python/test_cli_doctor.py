@@ -1,0 +1,37 @@
+"""The doctor's verdict and its words, without looking at this machine's models."""
+
+from __future__ import annotations
+
+import json
+
+from dflash_rs import cli, doctor
+from dflash_rs.doctor import ABSENT, BROKEN, MISSING, OK, Check
+
+
+def test_only_what_the_main_job_needs_decides(monkeypatch, capsys):
+    fine = [Check("core", OK, "there", needed=True), Check("sglang", ABSENT, "not installed", "pip install x")]
+    monkeypatch.setattr(doctor, "examine", lambda: fine)
+    assert cli.main(["doctor"]) == 0
+    assert "-> pip install x" in capsys.readouterr().out
+    for status in (MISSING, BROKEN):
+        monkeypatch.setattr(doctor, "examine", lambda s=status: [*fine, Check("torch", s, "no", needed=True)])
+        assert cli.main(["doctor", "--json"]) == 1
+        report = json.loads(capsys.readouterr().out)
+        assert report["works"] is False and report["checks"][-1]["status"] == status
+
+
+def test_a_check_that_dies_is_a_finding_and_the_rest_are_made(monkeypatch):
+    def die():
+        raise RuntimeError("no such driver")
+
+    monkeypatch.setattr(doctor, "_gpu", die)
+    monkeypatch.setattr(doctor, "_generation", lambda: Check("generation", OK, "24 tokens", needed=True))
+    found = {check.name: check for check in doctor.examine()}
+    assert found["gpu"].status == BROKEN and "no such driver" in found["gpu"].detail
+    assert {"python", "cpu", "torch", "bundled pair", "sglang", "reference loop"} <= set(found)
+
+
+def test_a_missing_module_comes_with_the_command_that_gets_it():
+    check = doctor._module("no_module_of_this_name", "torch", True)
+    assert (check.status, check.fix) == (MISSING, "pip install 'dflash-rs[torch]'")
+    assert doctor._module("no_module_of_this_name", "bench", False).status == ABSENT

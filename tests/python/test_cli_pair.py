@@ -1,0 +1,145 @@
+"""The installed command with the bundled pair, from the outside: text, exit codes, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.pair
+
+PROMPT = "def parse_header(line):\n"
+
+
+def dflash(*words: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "dflash_rs", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
+        **options,
+    )
+
+
+def generated(*words: str) -> dict:
+    done = dflash("generate", "--json", PROMPT, "--max-tokens", "48", *words)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8", "--seed", "4", "--top-p", "0.95"]])
+def test_the_text_is_the_same_with_and_without_drafting(sampling):
+    fast, plain = generated(*sampling), generated("--no-draft", *sampling)
+    assert fast["token_ids"] == plain["token_ids"] and fast["text"] == plain["text"]
+    assert fast["metrics"]["steps"] < plain["metrics"]["steps"]
+
+
+def test_a_streamed_completion_is_the_generated_one():
+    text = generated()["text"]
+    done = dflash("generate", PROMPT, "--max-tokens", "48")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == PROMPT + text + "\n"
+    assert "tau" in done.stderr
+
+
+def test_json_carries_log_probabilities_when_asked():
+    entries = generated("--logprobs", "2")["logprobs"]
+    assert len(entries) == 48
+    assert all(one["logprob"] <= 0 and len(one["top"]) == 2 for one in entries)
+
+
+def test_doctor_finds_that_the_pair_generates():
+    done = dflash("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["works"], done.stdout
+    found = {check["name"]: check for check in report["checks"]}
+    assert "same text without drafting" in found["generation"]["detail"]
+    assert all(check["detail"] for check in report["checks"])
+
+
+def test_bench_says_same_text_and_writes_every_key(tmp_path):
+    path = tmp_path / "rows.json"
+    words = "bench --suite demo --prompts 3 --max-tokens 24 --repeat 1 --concurrency 1,3 --profile".split()
+    done = dflash(*words, "--json", str(path), "--plot", str(tmp_path / "plot.png"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(path.read_text())
+    assert len(data["rows"]) == 8
+    assert all(row["identical_to_plain"] and row["identical_to_first_concurrency"] for row in data["rows"])
+    assert all(row["tau"] > 1 for row in data["rows"] if row["mode"] == "dflash")
+    assert all(sum(row["stage_seconds"].values()) > 0 for row in data["rows"])
+    assert data["header"]["dtype"] == "float32" and data["header"]["torch"]
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_ctrl_c_in_mid_generation_ends_with_code_130_and_no_traceback():
+    words = ["generate", PROMPT, "--max-tokens", "1500", "--ignore-eos", "--temperature", "1", "--seed", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dflash_rs", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    # The prompt is echoed before the model starts; more than it means that tokens are coming.
+    begun = process.stdout.read(len(PROMPT) + 8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert len(begun) == len(PROMPT) + 8
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    words = ["generate", PROMPT, "--max-tokens", "1500", "--ignore-eos", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dflash_rs", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert process.stderr.read() == ""
+
+
+@pytest.fixture
+def pair(tmp_path) -> Path:
+    """A copy of the bundled pair that may be damaged."""
+    shutil.copytree(str(resources.files("dflash_rs") / "assets"), tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+def test_a_copy_of_the_pair_named_by_path_gives_the_same_text(pair):
+    words = ("--model", str(pair / "target"), "--draft", str(pair / "draft"))
+    assert generated(*words)["token_ids"] == generated()["token_ids"]
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+def test_a_truncated_checkpoint_is_refused_with_code_2_and_no_traceback(pair, which):
+    weights = pair / which / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    done = dflash("generate", PROMPT, "--model", str(pair / "target"), "--draft", str(pair / "draft"))
+    assert done.returncode == 2, done.stderr
+    assert str(weights) in done.stderr or "model.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_does_not_exist_is_refused_with_code_2(tmp_path):
+    done = dflash("generate", PROMPT, "--model", str(tmp_path / "nowhere"), "--no-draft")
+    assert done.returncode == 2, done.stderr
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_prompt_that_can_never_fit_is_refused():
+    done = dflash("generate", PROMPT * 20, "--num-pages", "1", "--page-size", "4")
+    assert done.returncode in (1, 2), done.stdout
+    assert "error" in done.stderr and "Traceback" not in done.stderr

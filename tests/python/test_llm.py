@@ -1,0 +1,314 @@
+"""The embedded engine on the bundled pair: what a user of `LLM` is promised."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import dflash_rs  # noqa: E402
+from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams  # noqa: E402
+from dflash_rs.config import assets  # noqa: E402
+
+PROMPTS = [p["prompt"] for p in json.loads((assets() / "prompts.json").read_text())]
+LENGTH = 40
+
+SAMPLING = {
+    "greedy": {},
+    "seeded": {"temperature": 0.8},
+    "hot": {"temperature": 1.3},
+    "top_k": {"temperature": 0.8, "top_k": 20},
+    "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "min_p": {"temperature": 0.8, "min_p": 0.05},
+    "all_filters": {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+    "greedy_penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    "seeded_penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2},
+    "bias": {"temperature": 0.8, "logit_bias": {17: 2.0, 300: -4.0, 5: 1.5}},
+}
+
+
+@pytest.fixture(scope="module", params=[1, 16], ids=["page1", "page16"])
+def llm(request):
+    torch.set_num_threads(1)
+    with LLM(page_size=request.param, device="cpu", num_pages=16 * 256 // request.param * 2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def one():
+    torch.set_num_threads(1)
+    with LLM(device="cpu") as engine:
+        yield engine
+
+
+def params(name: str, seed: int, **more) -> SamplingParams:
+    return SamplingParams(seed=seed, max_tokens=LENGTH, ignore_eos=True, **(SAMPLING[name] | more))
+
+
+def idle(engine: LLM) -> bool:
+    """Whether every page is free or cached and nobody waits."""
+    stats = engine.stats()
+    return stats["running"] == 0 and stats["waiting"] == 0 and stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
+
+
+def rounding_explains(engine: LLM, prompt: list[int], plain: list[int], other: list[int], sampling: SamplingParams) -> bool:
+    """Whether the first difference is one that an error of 1e-4 in the logits would make."""
+    at = next(i for i, (a, b) in enumerate(itertools.zip_longest(plain, other)) if a != b)
+    logits = engine.next_token_logits(prompt + plain[:at])
+    rng = np.random.default_rng(0)
+    drawn = set()
+    for _ in range(64):
+        noisy = (logits + rng.normal(scale=1e-4, size=logits.shape)).astype(np.float32)
+        drawn.add(dflash_rs.verify.sample_row(noisy, sampling, prompt=prompt, output=plain[:at]))
+    return {plain[at], other[at]} <= drawn
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_text_is_the_same_with_and_without_drafting(llm, name, batch):
+    prompts = [llm.encode(p) for p in (PROMPTS * 2)[: max(batch, 3)]]
+    options = [params(name, seed=i) for i in range(len(prompts))]
+    if batch == 1:
+        fast = [llm.generate([p], o)[0] for p, o in zip(prompts, options, strict=True)]
+        plain = [llm.generate([p], o, draft=False)[0] for p, o in zip(prompts, options, strict=True)]
+    else:
+        fast = llm.generate(prompts, options)
+        plain = llm.generate(prompts, options, draft=False)
+    assert all(len(o.token_ids) == LENGTH for o in plain)
+    for prompt, a, b, o in zip(prompts, plain, fast, options, strict=True):
+        assert a.token_ids == b.token_ids or rounding_explains(llm, prompt, a.token_ids, b.token_ids, o)
+    assert sum(o.metrics["steps"] for o in fast) < sum(o.metrics["steps"] for o in plain), "drafting saved no pass at all"
+    assert all(o.metrics["tau"] == 1.0 for o in plain)
+    assert idle(llm)
+
+
+@pytest.mark.parametrize("name", ["greedy", "seeded_penalties"])
+def test_a_request_says_the_same_alone_and_in_company(one, name):
+    prompts = [one.encode(p) for p in PROMPTS[:6]]
+    options = [params(name, seed=i) for i in range(6)]
+    together = one.generate(prompts, options)
+    for prompt, o, expected in zip(prompts, options, together, strict=True):
+        alone = one.generate([prompt], o)[0]
+        assert alone.token_ids == expected.token_ids or rounding_explains(
+            one, prompt, expected.token_ids, alone.token_ids, o
+        )
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+def test_the_block_size_does_not_change_the_text(one, block_size):
+    prompts = [one.encode(p) for p in PROMPTS[:4]]
+    options = [params("seeded", seed=i) for i in range(4)]
+    with LLM(device="cpu", block_size=block_size) as other:
+        for prompt, o, a, b in zip(prompts, options, one.generate(prompts, options), other.generate(prompts, options), strict=True):
+            assert a.token_ids == b.token_ids or rounding_explains(one, prompt, a.token_ids, b.token_ids, o)
+
+
+def test_greedy_is_what_transformers_says(one):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(assets() / "target", dtype=torch.float32)
+    ids = one.encode(PROMPTS[0])
+    ours = one.generate([ids], params("greedy", 0))[0].token_ids
+    with torch.inference_mode():
+        theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=LENGTH, eos_token_id=None)
+    theirs = theirs[0, len(ids) :].tolist()
+    assert ours == theirs or rounding_explains(one, ids, theirs, ours, params("greedy", 0))
+
+
+def test_a_shared_prefix_is_reused_and_changes_nothing(one):
+    prompt = one.encode(PROMPTS[1] + PROMPTS[2])
+    first = one.generate([prompt], params("seeded", 3))[0]
+    again = one.generate([prompt], params("seeded", 3))[0]
+    assert again.metrics["cached_prompt_tokens"] >= 16
+    assert again.token_ids == first.token_ids
+
+
+def test_tiny_pool_retracts_and_still_says_the_same():
+    prompts = PROMPTS[:6]
+    options = [params("seeded", seed=i) for i in range(6)]
+    with LLM(device="cpu", page_size=4, num_pages=60, max_running=6, max_context=160) as small, LLM(device="cpu") as roomy:
+        tight, free = small.generate(prompts, options), roomy.generate(prompts, options)
+        assert small.stats()["retractions"] > 0, "the pool was not tight enough to test anything"
+        for prompt, o, a, b in zip(prompts, options, free, tight, strict=True):
+            assert a.token_ids == b.token_ids or rounding_explains(roomy, roomy.encode(prompt), a.token_ids, b.token_ids, o)
+        assert idle(small)
+
+
+def test_the_stream_adds_up_to_the_output(one):
+    texts, tokens, final = {}, {}, {}
+    for event in one.stream(PROMPTS[:3], params("seeded", 5)):
+        texts[event.index] = texts.get(event.index, "") + event.text
+        tokens.setdefault(event.index, []).extend(event.token_ids)
+        assert 0 <= event.accepted <= len(event.token_ids)
+        if event.output is not None:
+            final[event.index] = event.output
+    assert sorted(final) == [0, 1, 2]
+    for i, output in final.items():
+        assert texts[i] == output.text == one.decode(tokens[i])
+        assert tokens[i] == output.token_ids
+
+
+def test_leaving_a_stream_early_returns_its_pages_and_harms_nobody(one):
+    expected = one.generate(PROMPTS[1], params("greedy", 0))[0].token_ids
+    other = one.stream(PROMPTS[1], params("greedy", 0))
+    got = list(next(other).token_ids)
+    stream = one.stream(PROMPTS[:4], params("greedy", 0))
+    next(stream)
+    stream.close()
+    for event in other:
+        got += event.token_ids
+    assert got == expected
+    assert idle(one)
+
+
+def test_abort_in_mid_generation_ends_that_request_only(one):
+    expected = one.generate(PROMPTS[:2], params("greedy", 0))
+    ended = {}
+    seen = 0
+    for event in one.stream(PROMPTS[:2], params("greedy", 0)):
+        seen += 1
+        if event.index == 0 and seen > 4 and 0 not in ended:
+            assert one.abort(event.request_id) or event.output is not None
+        if event.output is not None:
+            ended[event.index] = event.output
+    assert ended[0].finish_reason == "abort"
+    assert ended[0].token_ids == expected[0].token_ids[: len(ended[0].token_ids)]
+    assert ended[1].token_ids == expected[1].token_ids
+    assert not one.abort(ended[1].request_id)
+    assert idle(one)
+
+
+def test_an_interrupt_in_the_middle_of_a_step_loses_nothing(one, monkeypatch):
+    expected = one.generate(PROMPTS[0], params("seeded", 2))[0].token_ids
+    forward, calls = one._target.forward, itertools.count()
+
+    def interrupted(batch):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    monkeypatch.setattr(one._target, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.generate(PROMPTS[0], params("seeded", 2))
+    assert idle(one)
+    assert one.generate(PROMPTS[0], params("seeded", 2))[0].token_ids == expected
+
+
+def test_nan_logits_end_their_request_and_spare_the_others(one, monkeypatch):
+    expected = one.generate(PROMPTS[:3], params("greedy", 0))
+    forward, calls = one._target.forward, itertools.count()
+
+    def poisoned(batch):
+        logits, features = forward(batch)
+        if next(calls) == 2:
+            logits = logits.clone()
+            logits[0, 7] = math.nan
+        return logits, features
+
+    monkeypatch.setattr(one._target, "forward", poisoned)
+    outputs = one.generate(PROMPTS[:3], params("greedy", 0))
+    failed = [o for o in outputs if o.finish_reason == "error"]
+    assert len(failed) == 1 and "NaN" in failed[0].error
+    for output, good in zip(outputs, expected, strict=True):
+        if output.finish_reason != "error":
+            assert output.token_ids == good.token_ids
+    assert idle(one)
+
+
+def test_a_stop_string_ends_the_text_before_itself(one):
+    whole = one.generate(PROMPTS[0], params("greedy", 0))[0].text
+    stop = whole[len(whole) // 2 :][:3]
+    for draft in (True, False):
+        output = one.generate(PROMPTS[0], params("greedy", 0, stop=stop), draft=draft)[0]
+        assert output.finish_reason == "stop"
+        assert output.text == whole[: whole.index(stop)]
+
+
+def test_a_stop_token_ends_the_output_and_nothing_follows(one):
+    whole = one.generate(PROMPTS[0], params("greedy", 0))[0].token_ids
+    stop = whole[LENGTH // 2]
+    for draft in (True, False):
+        output = one.generate(PROMPTS[0], params("greedy", 0, stop_token_ids=[stop]), draft=draft)[0]
+        assert output.token_ids == whole[: whole.index(stop) + 1]
+        assert output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 9])
+def test_exactly_max_tokens_are_produced(one, length):
+    for output in one.generate(PROMPTS[:4], SamplingParams(max_tokens=length, ignore_eos=True)):
+        assert len(output.token_ids) == length
+        assert output.finish_reason == "length"
+
+
+def test_logprobs_are_those_of_the_models_own_softmax(one):
+    ids = one.encode(PROMPTS[0])
+    o = SamplingParams(temperature=0.8, top_k=20, seed=1, max_tokens=12, logprobs=3, ignore_eos=True)
+    fast, plain = one.generate([ids], o)[0], one.generate([ids], o, draft=False)[0]
+    assert [x.token_id for x in fast.logprobs] == fast.token_ids == plain.token_ids
+    for i, entry in enumerate(fast.logprobs):
+        logits = one.next_token_logits(ids + fast.token_ids[:i]).astype(np.float64)
+        logs = logits - np.logaddexp.reduce(logits)
+        assert entry.logprob == pytest.approx(logs[entry.token_id], abs=1e-3)
+        assert [t for t, _ in entry.top] == np.argsort(-logs, kind="stable")[:3].tolist()
+        assert entry.logprob == pytest.approx(plain.logprobs[i].logprob, abs=1e-3)
+
+
+def test_metrics_count_what_happened(one):
+    output = one.generate(PROMPTS[0], params("greedy", 0))[0]
+    m = output.metrics
+    assert m["output_tokens"] == LENGTH and m["prompt_tokens"] == len(one.encode(PROMPTS[0]))
+    assert sum(m["accept_histogram"]) == m["steps"]
+    assert m["tau"] == pytest.approx((LENGTH - 1) / m["steps"])
+    assert all(0 <= share <= 1 for share in m["accepted_per_position"])
+
+
+def test_an_unseeded_request_reports_a_seed_that_reproduces_it(one):
+    first = one.generate(PROMPTS[0], SamplingParams(temperature=1.0, max_tokens=16))[0]
+    again = one.generate(PROMPTS[0], SamplingParams(temperature=1.0, max_tokens=16, seed=first.metrics["seed"]))[0]
+    other = one.generate(PROMPTS[0], SamplingParams(temperature=1.0, max_tokens=16))[0]
+    assert again.token_ids == first.token_ids
+    assert other.metrics["seed"] != first.metrics["seed"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "empty prompt"), ([], "empty prompt"), ([4096], "token id 4096"), ([-1], "token id -1"), ([1, "a"], "expected a string")],
+)
+def test_a_bad_prompt_is_named_and_leaves_nothing_behind(one, prompt, message):
+    with pytest.raises(InvalidArgument, match=message):
+        one.generate([PROMPTS[0], prompt], params("greedy", 0))
+    assert idle(one)
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_numbers():
+    with LLM(device="cpu", num_pages=4, page_size=4, max_running=1) as small:
+        with pytest.raises(OutOfPages, match=r"\d+ pages"):
+            small.generate([list(range(5, 60))], SamplingParams(max_tokens=8))
+        assert idle(small)
+        assert len(small.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}, {"min_p": 2.0},
+        {"seed": -1}, {"max_tokens": 0}, {"stop": ""}, {"stop": [""]}, {"repetition_penalty": 0.0}, {"presence_penalty": 3.0},
+        {"logit_bias": {-1: 0.0}}, {"logit_bias": {1: math.inf}}, {"logprobs": 1000}, {"ignore_eos": 1}, {"stop_token_ids": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_bad_sampling_option_is_an_error_that_names_it(options):
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        SamplingParams(**options)
+
+
+def test_a_drafter_is_never_dropped_in_silence():
+    with pytest.raises(InvalidArgument, match="draft"):
+        LLM(model=assets() / "target")
+    with pytest.raises(InvalidArgument, match="block_size"):
+        LLM(draft=None, block_size=8)

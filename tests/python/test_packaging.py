@@ -1,0 +1,132 @@
+"""What the package consists of: light import, metadata, names, size, and what `make` asks pip for."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_importing_the_package_loads_neither_torch_nor_a_serving_engine():
+    code = (
+        "import sys, dflash_rs\n"
+        "heavy = {'torch', 'transformers', 'sglang', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    import dflash_rs
+
+    for name in dflash_rs.__all__:
+        assert getattr(dflash_rs, name) is not None
+        assert name in dir(dflash_rs)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import dflash_rs
+
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        dflash_rs.nothing_like_this  # noqa: B018
+
+
+def test_errors_are_one_family_and_bad_arguments_are_value_errors():
+    from dflash_rs import CheckpointError, DflashError, InvalidArgument, OutOfPages
+
+    assert issubclass(InvalidArgument, ValueError) and not issubclass(OutOfPages, ValueError)
+    assert all(issubclass(kind, DflashError) for kind in (InvalidArgument, OutOfPages, CheckpointError))
+
+
+def test_versions_agree_everywhere():
+    project = script("requirements").load(ROOT / "Cargo.toml")
+    version = project["package"]["version"]
+    assert metadata.version("dflash-rs") == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_installed_metadata_names_the_command_the_extras_and_only_numpy():
+    installed = metadata.distribution("dflash-rs")
+    assert {"torch", "sglang", "bench", "dev"} <= set(installed.metadata.get_all("Provides-Extra"))
+    core = [line for line in installed.requires if "extra ==" not in line]
+    assert len(core) == 1 and core[0].startswith("numpy")
+    commands = [point for point in installed.entry_points if point.group == "console_scripts"]
+    assert [(point.name, point.value) for point in commands] == [("dflash-rs", "dflash_rs.cli:main")]
+    assert any(str(path).endswith("LICENSE") for path in installed.files)
+    assert any(str(path).endswith("py.typed") for path in installed.files)
+
+
+@pytest.mark.pair
+def test_the_bundled_pair_is_complete_and_small():
+    from dflash_rs.doctor import ASSETS
+
+    root = resources.files("dflash_rs") / "assets"
+    sizes = [len((root / name).read_bytes()) for name in ASSETS]
+    assert all(sizes) and sum(sizes) < 24e6
+
+
+LISTING = """torch (2.15.0)
+Available versions: 2.15.0, 2.14.1+cpu, 2.13.0+cpu, 2.13.0, 1.13.0
+  INSTALLED: 2.13.0
+"""
+
+
+def test_a_cpu_build_of_the_tested_torch_is_preferred():
+    requirements = script("requirements")
+    versions = requirements.offered(LISTING)
+    assert versions[0] == "2.15.0" and len(versions) == 5
+    assert requirements.cpu_build(versions, "2.13.0") == "2.13.0+cpu"
+
+
+def test_another_cpu_build_is_better_than_none():
+    requirements = script("requirements")
+    assert requirements.cpu_build(["2.10.0+cpu", "2.9.1+cpu", "2.8.0+cpu", "1.13.0+cpu"], "2.13.0") == "2.10.0+cpu"
+    assert requirements.cpu_build(["2.8.0+cpu", "1.13.0+cpu", "2.13.0"], "2.13.0") is None
+    assert requirements.cpu_build([], "2.13.0") is None
+
+
+def test_requirements_follow_the_project_file_and_the_tested_versions():
+    requirements = script("requirements")
+    project = {
+        "project": {
+            "dependencies": ["numpy>=1"],
+            "optional-dependencies": {"torch": ["torch>=2.9,<3", "rich>=13"], "dev": ["rich>=13", "ruff>=0.1"]},
+        }
+    }
+    pinned = {"torch": "2.13.0", "ruff": "0.5"}
+    assert requirements.requirements(project, ["torch", "dev"], pinned, []) == [
+        "numpy>=1",
+        "torch==2.13.0",
+        "rich>=13",
+        "ruff==0.5",
+    ]
+    assert "torch==2.13.0+cpu" in requirements.requirements(project, ["torch"], pinned, ["2.13.0+cpu"])
+
+
+def test_every_tested_version_is_inside_the_range_that_users_get():
+    from packaging.requirements import Requirement
+
+    requirements = script("requirements")
+    project = requirements.load(ROOT / "pyproject.toml")["project"]
+    ranges = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    pinned = requirements.pins(ROOT / "scripts" / "tested-versions.txt")
+    checked = 0
+    for requirement in map(Requirement, ranges):
+        if requirement.name in pinned:
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+            checked += 1
+    assert checked >= len(pinned)
