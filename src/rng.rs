@@ -103,36 +103,32 @@ impl Stream {
         philox4x32_10(counter, self.key)[(column & 3) as usize]
     }
 
-    /// The words of columns `first .. first + out.len()`; `first` is a multiple of four.
-    #[inline]
-    pub fn fill_words(&self, first: u32, out: &mut [u32]) {
+    /// The words of the `4 N` columns from `first` on (a multiple of four): `[w][i]` is that of column `first + 4 i + w`.
+    #[inline(always)]
+    pub(crate) fn lanes<const N: usize>(&self, first: u32) -> [[u32; N]; 4] {
         debug_assert_eq!(first & 3, 0);
+        let mut x = [
+            [0u32; N],
+            [self.position[0]; N],
+            [self.position[1]; N],
+            [self.domain; N],
+        ];
+        for (i, lane) in x[0].iter_mut().enumerate() {
+            *lane = (first >> 2).wrapping_add(i as u32);
+        }
+        rounds(&mut x, self.key);
+        x
+    }
+
+    /// The words of columns `first .. first + out.len()`; `first` is a multiple of four.
+    #[inline(always)]
+    pub fn fill_words(&self, first: u32, out: &mut [u32]) {
         const N: usize = 8;
-        let mut block = first >> 2;
-        for chunk in out.chunks_mut(4 * N) {
-            let mut x = [
-                [0u32; N],
-                [self.position[0]; N],
-                [self.position[1]; N],
-                [self.domain; N],
-            ];
-            for (i, lane) in x[0].iter_mut().enumerate() {
-                *lane = block.wrapping_add(i as u32);
+        for (i, chunk) in out.chunks_mut(4 * N).enumerate() {
+            let words = self.lanes::<N>(first.wrapping_add((4 * N * i) as u32));
+            for (j, word) in chunk.iter_mut().enumerate() {
+                *word = words[j & 3][j >> 2];
             }
-            rounds(&mut x, self.key);
-            if let Ok(whole) = <&mut [u32; 4 * N]>::try_from(&mut *chunk) {
-                for i in 0..N {
-                    whole[4 * i] = x[0][i];
-                    whole[4 * i + 1] = x[1][i];
-                    whole[4 * i + 2] = x[2][i];
-                    whole[4 * i + 3] = x[3][i];
-                }
-            } else {
-                for (j, word) in chunk.iter_mut().enumerate() {
-                    *word = x[j & 3][j >> 2];
-                }
-            }
-            block = block.wrapping_add(N as u32);
         }
     }
 

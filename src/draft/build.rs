@@ -58,6 +58,50 @@ impl ChildSource for TopK<'_> {
     }
 }
 
+/// The top `k` of each row of `log_probs`, [L, `vocab`] row-major, as [L, k] tokens and log-probabilities for [`TopK`]: by
+/// falling log-probability, lowest id first among equals. No row is sorted as a whole.
+pub fn top_k(log_probs: &[f32], vocab: usize, k: usize) -> Result<(Vec<TokenId>, Vec<f32>)> {
+    if vocab == 0 || !log_probs.len().is_multiple_of(vocab) {
+        let expected = format!("a multiple of vocab = {vocab} elements, vocab at least 1");
+        return Err(Error::InvalidArgument {
+            name: "log_probs",
+            got: log_probs.len().to_string(),
+            expected,
+        });
+    }
+    if k == 0 || k > vocab {
+        let expected = format!("1 to vocab = {vocab}");
+        return Err(Error::InvalidArgument {
+            name: "k",
+            got: k.to_string(),
+            expected,
+        });
+    }
+    let mut tokens = Vec::with_capacity(log_probs.len() / vocab * k);
+    let mut best = Vec::with_capacity(tokens.capacity());
+    let mut order: Vec<u32> = Vec::with_capacity(vocab);
+    for row in log_probs.chunks(vocab) {
+        for &log_prob in row {
+            check_log_prob(log_prob)?;
+        }
+        // `+ 0.0`: both zeros are one value.
+        let falling = |&a: &u32, &b: &u32| {
+            (row[b as usize] + 0.0)
+                .total_cmp(&(row[a as usize] + 0.0))
+                .then(a.cmp(&b))
+        };
+        order.clear();
+        order.extend(0..vocab as u32);
+        if k < vocab {
+            order.select_nth_unstable_by(k - 1, falling);
+        }
+        order[..k].sort_unstable_by(falling);
+        tokens.extend(order[..k].iter().map(|&id| TokenId(id)));
+        best.extend(order[..k].iter().map(|&id| row[id as usize]));
+    }
+    Ok((tokens, best))
+}
+
 #[derive(Debug)]
 struct Candidate {
     score: f32,

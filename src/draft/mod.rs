@@ -11,5 +11,5 @@
 mod build;
 mod tree;
 
-pub use build::{ChildSource, TopK};
+pub use build::{ChildSource, TopK, top_k};
 pub use tree::{DraftTree, NO_NODE};

@@ -1,9 +1,12 @@
 //! The Python face: thin classes over the core, one crossing per stage, whole-batch NumPy arrays.
 
+mod arrays;
 mod buffers;
 mod engine;
 mod errors;
 mod pool;
+mod tree;
+mod verify;
 
 /// The compiled half of `dflash_rs`.
 #[pyo3::pymodule]
@@ -12,6 +15,10 @@ mod _core {
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
     use super::pool::PagePool;
+    #[pymodule_export]
+    use super::tree::DraftTree;
+    #[pymodule_export]
+    use super::verify::{gumbel, sample_rows, top_logprobs, verify_block, verify_token, walk};
 
     /// Version of the compiled core.
     #[pymodule_export]

@@ -1,6 +1,7 @@
 //! Row primitives that vectorise and give the same bits on every device: maxima, exponentials, order-free sums.
 
 use crate::error::{Error, Result};
+use crate::verify::wide::{Routine, widest};
 
 /// Columns per block of the skip list: the largest logit of each block lets later passes step over it.
 pub(crate) const BLOCK: usize = 64;
@@ -12,24 +13,18 @@ pub(crate) const NEGLIGIBLE: f32 = -29.0;
 /// NaN and +inf are errors naming the column; so is a row of nothing but -inf.
 pub(crate) fn scan(row: &[f32], maxima: &mut Vec<f32>) -> Result<f32> {
     maxima.clear();
-    maxima.reserve(row.len().div_ceil(BLOCK));
-    let mut top = f32::NEG_INFINITY;
-    for (b, block) in row.chunks(BLOCK).enumerate() {
-        let (max, bad) = block_max(block);
-        if bad {
-            let (at, x) = block
-                .iter()
-                .enumerate()
-                .find(|(_, x)| is_bad(**x))
-                .unwrap_or((0, &f32::NAN));
-            let value = if x.is_nan() { "NaN" } else { "+inf" };
-            return Err(Error::BadLogit {
-                column: b * BLOCK + at,
-                value,
-            });
-        }
-        maxima.push(max);
-        top = if max > top { max } else { top };
+    maxima.resize(row.len().div_ceil(BLOCK), f32::NEG_INFINITY);
+    let (top, bad) = widest(Scan { row, maxima });
+    if bad {
+        let (column, x) = row
+            .iter()
+            .enumerate()
+            .find(|(_, x)| is_bad(**x))
+            .unwrap_or((0, &f32::NAN));
+        return Err(Error::BadLogit {
+            column,
+            value: if x.is_nan() { "NaN" } else { "+inf" },
+        });
     }
     if top == f32::NEG_INFINITY {
         return Err(Error::EmptyRow { columns: row.len() });
@@ -37,13 +32,35 @@ pub(crate) fn scan(row: &[f32], maxima: &mut Vec<f32>) -> Result<f32> {
     Ok(top)
 }
 
+struct Scan<'a> {
+    row: &'a [f32],
+    maxima: &'a mut [f32],
+}
+
+impl Routine for Scan<'_> {
+    type Output = (f32, bool);
+
+    #[inline(always)]
+    fn run(self) -> (f32, bool) {
+        let (mut top, mut any_bad) = (f32::NEG_INFINITY, false);
+        for (block, out) in self.row.chunks(BLOCK).zip(self.maxima) {
+            let (max, bad) = block_max(block);
+            *out = max;
+            top = if max > top { max } else { top };
+            any_bad |= bad;
+        }
+        (top, any_bad)
+    }
+}
+
 #[inline(always)]
 fn is_bad(x: f32) -> bool {
     x.is_nan() || x == f32::INFINITY
 }
 
+/// Largest value, and whether any is NaN or +inf.
 #[inline(always)]
-fn block_max(block: &[f32]) -> (f32, bool) {
+pub(crate) fn block_max(block: &[f32]) -> (f32, bool) {
     const LANES: usize = 16;
     let mut max = [f32::NEG_INFINITY; LANES];
     let mut bad = [0u32; LANES];
@@ -119,23 +136,50 @@ pub(crate) fn weight(x: f32) -> u64 {
 
 /// Sum of [`weight`] of `x * scale - top` over the row, in units of 2^-40 of the likeliest token.
 pub(crate) fn mass(row: &[f32], maxima: &[f32], scale: f32, top: f32) -> u64 {
-    let mut total = 0u64;
-    for (block, &max) in row.chunks(BLOCK).zip(maxima) {
-        if max * scale - top < NEGLIGIBLE {
-            continue;
-        }
-        let mut sums = [0u64; 8];
-        let chunks = block.chunks_exact(8);
-        let rest = chunks.remainder();
-        for chunk in chunks {
-            for i in 0..8 {
-                sums[i] += weight(chunk[i] * scale - top);
+    widest(Mass {
+        row,
+        maxima,
+        scale,
+        top,
+    })
+}
+
+struct Mass<'a> {
+    row: &'a [f32],
+    maxima: &'a [f32],
+    scale: f32,
+    top: f32,
+}
+
+impl Routine for Mass<'_> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn run(self) -> u64 {
+        let Self {
+            row,
+            maxima,
+            scale,
+            top,
+        } = self;
+        let mut total = 0u64;
+        for (block, &max) in row.chunks(BLOCK).zip(maxima) {
+            if max * scale - top < NEGLIGIBLE {
+                continue;
             }
+            let mut sums = [0u64; 8];
+            let chunks = block.chunks_exact(8);
+            let rest = chunks.remainder();
+            for chunk in chunks {
+                for i in 0..8 {
+                    sums[i] += weight(chunk[i] * scale - top);
+                }
+            }
+            total += sums.iter().sum::<u64>()
+                + rest.iter().map(|&x| weight(x * scale - top)).sum::<u64>();
         }
-        total +=
-            sums.iter().sum::<u64>() + rest.iter().map(|&x| weight(x * scale - top)).sum::<u64>();
+        total
     }
-    total
 }
 
 /// log-sum-exp of a row, nats.

@@ -21,6 +21,7 @@ mod sample;
 mod sampling;
 pub mod token;
 mod walk;
+mod wide;
 
 pub use ratio::{Coins, GivenCoins, KeyedCoins, Verdict};
 pub use sample::{Sampled, Sampler, top_logprobs};

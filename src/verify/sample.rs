@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::rng::{Domain, GUMBEL_MAX, Stream, gumbel_of_word, ln};
 use crate::types::TokenId;
 use crate::verify::filter::{self, Tempered};
-use crate::verify::math::{BLOCK, first_of, log_sum_exp, order_key, scan};
+use crate::verify::math::{BLOCK, block_max, first_of, log_sum_exp, order_key, scan};
+use crate::verify::wide::{Routine, widest};
 use crate::verify::{History, Sampling};
 
 /// A drawn token with its score.
@@ -112,7 +113,11 @@ impl Sampler {
         };
         let stream = Stream::new(sampling.seed, position, Domain::Draw);
         let id = if sampling.top_k == 0 && sampling.top_p >= 1.0 {
-            draw_all(tempered, floor, &stream)
+            widest(DrawAll {
+                row: tempered,
+                floor,
+                stream,
+            })
         } else {
             filter::keep(
                 tempered,
@@ -232,49 +237,74 @@ fn draw_kept(row: Tempered, kept: &[u32], stream: &Stream) -> u32 {
     best.id
 }
 
-fn draw_all(row: Tempered, floor: f32, stream: &Stream) -> u32 {
-    let mut best = Best {
-        score: f32::NEG_INFINITY,
-        id: u32::MAX,
-    };
-    // The likeliest block first: its winner is a bar that most other blocks cannot reach.
-    let first = row
-        .maxima
-        .iter()
-        .position(|&m| m * row.scale == row.top)
-        .unwrap_or(0);
-    draw_block(row, first, floor, stream, &mut best);
-    for b in 0..row.maxima.len() {
-        let max = row.maxima[b] * row.scale;
-        // Strictly below, so that a tie with a lower id is still seen. Rounding is monotone, so the bound is exact.
-        if b == first || max + GUMBEL_MAX < best.score || max - row.top < floor {
-            continue;
-        }
-        draw_block(row, b, floor, stream, &mut best);
-    }
-    best.id
+// The draw over all columns at or above the floor.
+struct DrawAll<'a> {
+    row: Tempered<'a>,
+    floor: f32,
+    stream: Stream,
 }
+
+impl Routine for DrawAll<'_> {
+    type Output = u32;
+
+    #[inline(always)]
+    fn run(self) -> u32 {
+        let Self { row, floor, stream } = self;
+        let mut best = Best {
+            score: f32::NEG_INFINITY,
+            id: u32::MAX,
+        };
+        // The likeliest block first: its winner is a bar that most other blocks cannot reach.
+        let first = row
+            .maxima
+            .iter()
+            .position(|&m| m * row.scale == row.top)
+            .unwrap_or(0);
+        for b in std::iter::once(first).chain(0..row.maxima.len()) {
+            let max = row.maxima[b] * row.scale;
+            // Strictly below, so that a tie with a lower id is still seen. Rounding is monotone, so the bound is exact.
+            if max + GUMBEL_MAX < best.score || max - row.top < floor {
+                continue;
+            }
+            draw_block(row, b, floor, &stream, &mut best);
+        }
+        best.id
+    }
+}
+
+// Above twice the error of a Gumbel number: a smaller word has no larger number than this beyond that of a larger word.
+const SLACK: f32 = 1e-5;
 
 #[inline(always)]
 fn draw_block(row: Tempered, b: usize, floor: f32, stream: &Stream, best: &mut Best) {
     let start = b * BLOCK;
     let logits = &row.row[start..row.row.len().min(start + BLOCK)];
-    let mut words = [0u32; BLOCK];
-    stream.fill_words(start as u32, &mut words);
+    let words = stream.lanes::<{ BLOCK / 4 }>(start as u32);
+    // Two logarithms per column cost several times what its word does, and few blocks can win once their words are known.
+    let mut largest = words[0];
+    for lane in &words[1..] {
+        for (a, &b) in largest.iter_mut().zip(lane) {
+            *a = if b > *a { b } else { *a };
+        }
+    }
+    let largest = largest.iter().fold(0, |a, &b| if b > a { b } else { a });
+    if row.maxima[b] * row.scale + (gumbel_of_word(largest) + SLACK) < best.score {
+        return;
+    }
     let mut scores = [f32::NEG_INFINITY; BLOCK];
-    let mut max = f32::NEG_INFINITY;
-    for ((score, &x), &word) in scores.iter_mut().zip(logits).zip(&words) {
+    for (score, &x) in scores.iter_mut().zip(logits) {
         let t = x * row.scale;
-        let s = t + gumbel_of_word(word);
         *score = if t - row.top >= floor {
-            s
+            t
         } else {
             f32::NEG_INFINITY
         };
     }
-    for &s in &scores {
-        max = if s > max { s } else { max };
+    let numbers = words.map(|lane| lane.map(|word| gumbel_of_word(word)));
+    for (i, score) in scores.iter_mut().enumerate() {
+        *score += numbers[i & 3][i >> 2];
     }
+    let (max, _) = block_max(&scores);
     if max >= best.score
         && max > f32::NEG_INFINITY
         && let Some(at) = scores.iter().position(|&s| s == max)
