@@ -198,9 +198,9 @@ class LLM:
         self.max_context = max_context or limit
         per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
         pages = self.config.pages(per_token, self.max_context, self.block_size)
-        self._target.init_cache(pages * page_size)
+        self._target.alloc_kv(pages * page_size)
         if self._draft is not None:
-            self._draft.init_cache(pages * page_size, page_size)
+            self._draft.alloc_kv(pages * page_size)
         self._core = _core.Engine(
             num_pages=pages,
             page_size=page_size,
@@ -392,9 +392,10 @@ class LLM:
             plan.context_lens[rows],
             page_table,
             plan.row_ids[rows],
-            plan.draft_valid_from[rows],
+            page_size=self.config.page_size,
+            valid_from=plan.draft_valid_from[rows],
             block_size=self.block_size,
-        ).cpu().numpy()  # fmt: skip
+        )
 
     def _route(self, events: Any) -> None:
         errors = dict(events.errors)
@@ -456,7 +457,7 @@ class LLM:
         with self._lock:
             kept = self._target.caches, self._target.num_slots
             try:
-                self._target.init_cache(n)
+                self._target.alloc_kv(n)
                 return self._target.forward(batch)[0][0].float().cpu().numpy()
             finally:
                 self._target.caches, self._target.num_slots = kept
