@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _core
 from .errors import InvalidArgument
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class TorchAttention:
@@ -133,19 +136,59 @@ class TorchAttention:
         return q.new_empty(0, heads, v.shape[-1]) if out is None else out
 
 
-def step_attention(batch, *, write: bool, valid_from: np.ndarray | None = None, reference: bool = False):
+class HostAttention:
+    """The extension's host kernel: reads and writes pages in place, and gives the same bits whatever else is in the batch.
+
+    Arguments as for `TorchAttention`, with `slots` as a host array. CPU tensors, float32 or bfloat16, keys as wide as
+    values.
+    """
+
+    def __init__(self, *, slots: np.ndarray | None, num_slots: int, threads: int, **arrays):
+        self._batch = _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
+        self._threads = threads
+
+    def attend(self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None) -> Tensor:
+        """As `TorchAttention.attend`."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        _core.paged_attention(
+            self._batch, _address(q), _address(k), _address(v), _address(k_cache), _address(v_cache), _address(out),
+            _DTYPES[q.dtype], q.shape[1], k.shape[1], q.shape[2], scale, "causal" if causal else "block", window, self._threads,
+        )  # fmt: skip
+        return out
+
+
+def _address(rows: Tensor) -> tuple[int, int, int]:
+    """Address and the row and head strides in elements of [rows, heads, dim]; the elements of a head must be adjacent."""
+    row, head, element = rows.stride()
+    if element != 1:
+        raise InvalidArgument(f"attention: got a tensor of strides {rows.stride()}, expected the last one to be 1")
+    return rows.data_ptr(), row, head
+
+
+def host_kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether the host kernel attends over such a cache; the reference does otherwise."""
+    return (
+        hasattr(_core, "paged_attention") and device.type == "cpu" and dtype in _DTYPES and key_dim == value_dim and key_dim <= 256
+    )
+
+
+def step_attention(
+    batch, *, num_slots: int, write: bool, host: bool, valid_from: np.ndarray | None = None
+) -> HostAttention | TorchAttention:
     """The attention of one `StepBatch`: what every layer of a forward pass calls.
 
-    `write` stores the step's keys and values at `batch.slots`; without it they are scratch. `reference` forces the
-    torch version, which is the oracle of the host kernel.
+    `write` stores the step's keys and values at `batch.slots` in caches of `num_slots`; without it they are scratch.
+    `host` picks the host kernel (see `host_kernel_serves`), else the torch reference, its oracle.
     """
-    return TorchAttention(
-        query_starts=batch.query_starts,
-        context_lens=batch.context_lens,
-        page_table=batch.page_table,
-        row_ids=batch.row_ids,
-        page_size=batch.page_size,
-        slots=batch.slots if write else None,
-        valid_from=valid_from,
-        device=batch.token_ids.device,
-    )
+    arrays = {
+        "query_starts": batch.query_starts,
+        "context_lens": batch.context_lens,
+        "page_table": batch.page_table,
+        "row_ids": batch.row_ids,
+        "page_size": batch.page_size,
+        "valid_from": valid_from,
+    }
+    if host:
+        slots = batch.slots_host if write else None
+        return HostAttention(slots=slots, num_slots=num_slots, threads=torch.get_num_threads(), **arrays)
+    return TorchAttention(slots=batch.slots if write else None, device=batch.token_ids.device, **arrays)

@@ -96,10 +96,10 @@ class Pages:
 def greedy_loop(target: TargetModel, draft: DFlashDraft | None, prompt: list[int], count: int, page_size: int, block: int):
     """Greedy generation of `count` tokens for one request: token ids, and the drafts of every step."""
     pages = Pages(1, len(prompt) + count + block + 1, page_size)
-    target.init_cache(pages.num_slots)
+    target.alloc_kv(pages.num_slots)
     if draft is not None:
         target.set_taps(draft.config.target_layer_ids)
-        draft.init_cache(pages.num_slots, page_size)
+        draft.alloc_kv(pages.num_slots)
     tokens, committed, all_drafts = list(prompt), 0, []
     step = pages.batch([(0, 0, prompt)], logit_rows=[len(prompt) - 1])
     logits, features = target.forward(step)
@@ -113,7 +113,7 @@ def greedy_loop(target: TargetModel, draft: DFlashDraft | None, prompt: list[int
             return tokens[: len(prompt) + count], all_drafts
         drafts = []
         if draft is not None:
-            drafts = draft.propose([tokens[-1]], [committed], pages.table, block_size=block)[0].tolist()
+            drafts = draft.propose([tokens[-1]], [committed], pages.table, page_size=page_size, block_size=block)[0].tolist()
             all_drafts.append(drafts)
         step = pages.batch([(0, committed, [tokens[-1], *drafts])])
         logits, features = target.forward(step)

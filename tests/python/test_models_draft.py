@@ -79,15 +79,15 @@ def test_drafts_equal_those_of_the_reference_package(variant, page_size, tmp_pat
     ])  # fmt: skip
 
     pages = Pages(3, 32, page_size)
-    draft.init_cache(pages.num_slots, page_size)
+    draft.alloc_kv(pages.num_slots)
     for row, (n, f) in enumerate(zip(lengths, features, strict=True)):
         positions = np.arange(n)
         for part in (slice(0, n // 2), slice(n // 2, n)):
             draft.inject(f[part], torch.from_numpy(positions[part]), torch.from_numpy(pages.slots(row, positions[part])))
-    assert torch.equal(draft.propose(anchors, lengths, pages.table), expected)
+    assert np.array_equal(draft.propose(anchors, lengths, pages.table, page_size=page_size), expected)
     # Any order, any subset of the rows.
-    picked = draft.propose([96, 4], [9, 1], pages.table, [2, 0])
-    assert torch.equal(picked, expected[[2, 0]])
+    picked = draft.propose([96, 4], [9, 1], pages.table, [2, 0], page_size=page_size)
+    assert np.array_equal(picked, expected[[2, 0]])
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -132,13 +132,13 @@ def test_training_blocks_equal_the_drafts_made_at_the_same_anchors(variant):
     trained = logits.argmax(-1)
 
     pages = Pages(2, 24, 4)
-    draft.init_cache(pages.num_slots, 4)
+    draft.alloc_kv(pages.num_slots)
     for row in range(2):
         positions = np.arange(20)
         draft.inject(features[row], torch.from_numpy(positions), torch.from_numpy(pages.slots(row, positions)))
         for column, anchor in enumerate(anchors[row].tolist()):
-            drafts = draft.propose([int(tokens[row, anchor])], [anchor], pages.table, [row])
-            assert torch.equal(drafts[0], trained[row, column])
+            drafts = draft.propose([int(tokens[row, anchor])], [anchor], pages.table, [row], page_size=4)
+            assert np.array_equal(drafts[0], trained[row, column])
 
 
 def test_a_training_block_sees_nothing_at_or_after_its_anchor_and_no_other_block():
@@ -172,42 +172,42 @@ def test_the_mask_token_is_never_drafted():
         head.bias.zero_()
         head.bias[MASK] = 1e6
     draft.bind_target(embedding, head)
-    draft.init_cache(32, 4)
-    drafts = draft.propose([3], [0], np.zeros((1, 8), dtype=np.int32))
-    assert drafts.shape == (1, 5) and not bool((drafts == MASK).any())
+    draft.alloc_kv(32)
+    drafts = draft.propose([3], [0], np.zeros((1, 8), dtype=np.int32), page_size=4)
+    assert drafts.shape == (1, 5) and not (drafts == MASK).any()
 
 
 def test_context_before_valid_from_is_not_seen():
     draft = bound(random_draft())
     pages = Pages(1, 16, 4)
-    draft.init_cache(pages.num_slots, 4)
+    draft.alloc_kv(pages.num_slots)
     positions = torch.arange(10)
     slots = torch.from_numpy(pages.slots(0, np.arange(10)))
     features = torch.randn(10, 3 * HIDDEN)
     draft.inject(features, positions, slots)
-    seen = draft.propose([9], [10], pages.table, valid_from=[6])
+    seen = draft.propose([9], [10], pages.table, page_size=4, valid_from=[6])
     features[:6] = 50.0
     draft.inject(features, positions, slots)
-    assert torch.equal(draft.propose([9], [10], pages.table, valid_from=[6]), seen)
-    assert not torch.equal(draft.propose([9], [10], pages.table), seen)
+    assert np.array_equal(draft.propose([9], [10], pages.table, page_size=4, valid_from=[6]), seen)
+    assert not np.array_equal(draft.propose([9], [10], pages.table, page_size=4), seen)
 
 
 def test_bad_arguments_are_named():
     draft = random_draft()
     with pytest.raises(InvalidArgument, match="bind_target"):
-        draft.init_cache(16, 4)
+        draft.alloc_kv(16)
     bound(draft)
-    with pytest.raises(InvalidArgument, match="init_cache"):
-        draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32))
-    draft.init_cache(16, 4)
+    with pytest.raises(InvalidArgument, match="alloc_kv"):
+        draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)
+    draft.alloc_kv(16)
     with pytest.raises(InvalidArgument, match=r"features: got shape \[2, 7\], expected \[M, 144\]"):
         draft.inject(torch.zeros(2, 7), torch.arange(2), torch.arange(2))
     with pytest.raises(InvalidArgument, match="block_size: got 1"):
-        draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), block_size=1)
+        draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4, block_size=1)
     with pytest.raises(InvalidArgument, match="anchors: got 1..97, expected 0..96"):
-        draft.propose([97], [0], np.zeros((1, 4), dtype=np.int32))
+        draft.propose([97], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)
     with pytest.raises(InvalidArgument, match="context_lens"):
-        draft.propose([3], [17], np.zeros((1, 4), dtype=np.int32))
+        draft.propose([3], [17], np.zeros((1, 4), dtype=np.int32), page_size=4)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_ragged_chunked_batches_give_the_models_own_logits_and_features(make, pa
     assert target.path == ("fused" if fused and make in FUSED else "modules")
     target.set_taps(taps)
     pages = Pages(3, 40, page_size)
-    target.init_cache(pages.num_slots)
+    target.alloc_kv(pages.num_slots)
     logits, features = [[], [], []], [[], [], []]
     # Prefill chunks, single decode rows and blocks of several requests share the steps.
     for step in ([(0, 0, 16), (1, 0, 2)], [(0, 16, 30), (2, 0, 10), (1, 2, 3)], [(2, 10, 18), (0, 30, 37), (1, 3, 5)]):
@@ -118,7 +118,7 @@ def test_bfloat16_is_as_close_to_the_exact_logits_as_the_models_own_forward(fuse
     target = TargetModel(qwen3_target().to(torch.bfloat16), fused=fused)
     assert target.path == ("fused" if fused else "modules")
     pages = Pages(1, 32, 4)
-    target.init_cache(pages.num_slots)
+    target.alloc_kv(pages.num_slots)
     logits, features = target.forward(pages.batch([(0, 0, tokens)]))
     assert features is None
     assert float((logits.float() - exact).norm()) <= 1.25 * float((own - exact).norm())
@@ -130,7 +130,7 @@ def test_only_the_asked_rows_reach_the_head(make):
     [(expected, _)] = own_forward(make, [tokens])
     target = TargetModel(make())
     pages = Pages(1, 16, 4)
-    target.init_cache(pages.num_slots)
+    target.alloc_kv(pages.num_slots)
     logits, _ = target.forward(pages.batch([(0, 0, tokens)], logit_rows=[9, 3]))
     torch.testing.assert_close(logits, expected[[9, 3]], atol=2e-4, rtol=2e-4)
 
@@ -140,7 +140,7 @@ def test_a_rejected_tail_leaves_no_trace_once_its_slots_are_written_again():
     [(expected, _)] = own_forward(qwen3_target, [tokens])
     target = TargetModel(qwen3_target())
     pages = Pages(1, 32, 4)
-    target.init_cache(pages.num_slots)
+    target.alloc_kv(pages.num_slots)
     target.forward(pages.batch([(0, 0, tokens[:10])]))
     target.forward(pages.batch([(0, 10, [3, 3, 3, 3, 3])]))
     logits, _ = target.forward(pages.batch([(0, 10, tokens[10:])]))
@@ -160,7 +160,7 @@ def test_the_last_layer_and_layers_out_of_range_cannot_be_tapped():
 
 def test_a_forward_without_a_cache_says_what_to_call():
     target = TargetModel(qwen3_target())
-    with pytest.raises(InvalidArgument, match="init_cache"):
+    with pytest.raises(InvalidArgument, match="alloc_kv"):
         target.forward(Pages(1, 8, 4).batch([(0, 0, [1, 2])]))
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import step_attention
+from ..attention import host_kernel_serves, step_attention
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable, rotate_rows
@@ -224,17 +224,17 @@ class DFlashDraft(nn.Module):
 
     # ---- generation ------------------------------------------------------------------------------------------
 
-    def init_cache(self, num_slots: int, page_size: int) -> None:
+    def alloc_kv(self, num_slots: int) -> None:
         """Allocates zeroed context KV for `num_slots` tokens (the target's slot ids) and lays the weights out for decoding.
 
         Call it again after changing weights.
         """
-        if num_slots < 1 or page_size < 1:
-            raise InvalidArgument(f"num_slots, page_size: got {num_slots}, {page_size}, expected at least 1")
+        if num_slots < 1:
+            raise InvalidArgument(f"num_slots: got {num_slots}, expected at least 1")
         if self._bound is None:
             raise InvalidArgument("drafter is not bound to a target: call bind_target(embedding, lm_head) first")
         with torch.inference_mode():
-            self._engine = _DraftEngine(self, num_slots, page_size)
+            self._engine = _DraftEngine(self, num_slots)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -249,7 +249,7 @@ class DFlashDraft(nn.Module):
         order; a slot may be written again when its page changed hands.
         """
         if self._engine is None:
-            raise InvalidArgument("drafter has no cache: call init_cache(num_slots, page_size) first")
+            raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
         with torch.inference_mode():
             self._engine.inject(features, positions, slots)
 
@@ -259,26 +259,27 @@ class DFlashDraft(nn.Module):
         lengths,
         page_table,
         row_ids=None,
-        valid_from=None,
         *,
+        page_size: int,
+        valid_from=None,
         block_size: int | None = None,
-        reference: bool = False,
-    ) -> Tensor:
+    ) -> np.ndarray:
         """Drafts int64 [n, B-1]: row i of request r is the token proposed for position lengths[r] + 1 + i.
 
         anchors int64 [n] (their KV does not exist yet), lengths int32 [n]: committed tokens, whose context K/V have been
-        injected; page_table int32 [rows, pages] and row_ids int32 [n] (0..n-1 when None): each request's pages;
-        valid_from int32 [n]: context before that position is not there and not seen. All host arrays. `block_size` counts
+        injected; page_table int32 [rows, pages] and row_ids int32 [n] (0..n-1 when None): each request's pages
+        of `page_size` slots; valid_from int32 [n]: context before that position is not there and not seen. All host arrays. `block_size` counts
         the anchor and defaults to the checkpoint's. The mask token is never proposed. Greedy, and so independent of
         every random draw.
         """
         if self._engine is None:
-            raise InvalidArgument("drafter has no cache: call init_cache(num_slots, page_size) first")
+            raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
         size = self.config.block_size if block_size is None else block_size
         if size < 2:
             raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
         with torch.inference_mode():
-            return self._engine.propose(anchors, lengths, page_table, row_ids, valid_from, size, reference)
+            drafts = self._engine.propose(anchors, lengths, page_table, row_ids, page_size, valid_from, size)
+        return drafts.cpu().numpy()
 
     # ---- training --------------------------------------------------------------------------------------------
 
@@ -367,12 +368,13 @@ class DFlashDraft(nn.Module):
 class _DraftEngine:
     """Weights laid out for decoding, and the paged context cache."""
 
-    def __init__(self, draft: DFlashDraft, num_slots: int, page_size: int):
+    def __init__(self, draft: DFlashDraft, num_slots: int):
         c = self.config = draft.config
-        self.page_size = page_size
+        self.num_slots = num_slots
         embedding, lm_head = draft._bound
         weight = draft.fc.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.host_kernel = host_kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
         self.embedding = embedding.weight.detach()
         self.eps, self.hidden = c.rms_norm_eps, (c.hidden_size,)
         self.context_norm, self.norm = draft.hidden_norm.weight.detach(), draft.norm.weight.detach()
@@ -413,7 +415,7 @@ class _DraftEngine:
             k_cache.index_copy_(0, slots, keys[:, index])
             v_cache.index_copy_(0, slots, kv[:, index, 1])
 
-    def propose(self, anchors, lengths, page_table, row_ids, valid_from, size: int, reference: bool) -> Tensor:
+    def propose(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int) -> Tensor:
         c = self.config
         lengths = np.asarray(lengths, dtype=np.int32)
         n = lengths.size
@@ -435,11 +437,13 @@ class _DraftEngine:
             page_table=page_table,
             row_ids=np.arange(n, dtype=np.int32) if row_ids is None else row_ids,
             logit_rows=np.empty(0, dtype=np.int64),
-            page_size=self.page_size,
+            page_size=page_size,
             device=self.device,
         )
         valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
-        attention = step_attention(batch, write=False, valid_from=valid_from, reference=reference)
+        attention = step_attention(
+            batch, num_slots=self.num_slots, write=False, host=self.host_kernel, valid_from=valid_from
+        )
         cos, sin = self.rotary.lookup(batch.positions, int(positions.max()) + 1)
         x = F.embedding(batch.token_ids, self.embedding)
         if c.input_embedding_scale != 1.0:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import step_attention
+from ..attention import host_kernel_serves, step_attention
 from ..errors import InvalidArgument, UnsupportedModel
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable
@@ -125,6 +125,7 @@ class TargetModel:
 
     `model` is a transformers `...ForCausalLM`, put in eval mode and switched to our attention: it must not be used for
     anything else afterwards. `path` names which forward runs: "fused" or "modules"; `path_reason` says why.
+    `host_kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
     """
 
     def __init__(self, model: nn.Module, *, fused: bool = True, self_check: bool = True):
@@ -143,13 +144,14 @@ class TargetModel:
         self.taps: tuple[int, ...] = ()
         self._hooks: list = []
         self._tapped: dict[int, Tensor] = {}
-        self._reference = False
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_slots = 0
         with torch.inference_mode():
             check = _Check(self) if self_check else None
             model.set_attn_implementation(ATTENTION_NAME)
             self.kv_layers = self._probe()
+            shapes = {(kv.key_dim, kv.value_dim) for kv in self.kv_layers.values()}
+            self.host_kernel = all(host_kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
             self._fused, self.path_reason = None, "turned off"
             if check is not None:
                 check.compare(self, "modules")
@@ -172,6 +174,20 @@ class TargetModel:
     def path(self) -> str:
         """Which forward runs: "fused" or "modules"."""
         return "modules" if self._fused is None else "fused"
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, from the generation configuration or else the model's; may be empty."""
+        for source in (getattr(self.model, "generation_config", None), self.config):
+            ids = getattr(source, "eos_token_id", None)
+            if ids is not None:
+                return tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]))
+        return ()
+
+    @property
+    def max_context(self) -> int:
+        """Positions the model was made for, prompt and output together."""
+        return int(self.config.max_position_embeddings)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -224,7 +240,7 @@ class TargetModel:
 
         return hook
 
-    def init_cache(self, num_slots: int) -> None:
+    def alloc_kv(self, num_slots: int) -> None:
         """Allocates zeroed KV for `num_slots` tokens, [num_slots, kv_heads, dim] per layer and kind."""
         if num_slots < 1:
             raise InvalidArgument(f"num_slots: got {num_slots}, expected at least 1")
@@ -244,9 +260,9 @@ class TargetModel:
         verification alike; row i's features are the concatenated outputs of the tapped layers at token i.
         """
         if not self.caches:
-            raise InvalidArgument("cache: not allocated, call init_cache(num_slots) first")
+            raise InvalidArgument("cache: not allocated, call alloc_kv(num_slots) first")
         with torch.inference_mode():
-            attention = step_attention(batch, write=True, reference=self._reference)
+            attention = step_attention(batch, num_slots=self.num_slots, write=True, host=self.host_kernel)
             if self._fused is not None:
                 return self._fused.forward(batch, attention, self.caches, self.taps)
             output = self.model(
@@ -331,7 +347,7 @@ class _Check:
             self.expected.append(out.logits[0].float())
 
     def _run(self, target: TargetModel) -> list[Tensor]:
-        target.init_cache(32)
+        target.alloc_kv(32)
         pages = np.array([[7, 2, 5], [9, 0, 0], [1, 12, 0]], dtype=np.int32)
         got: list[list[Tensor]] = [[] for _ in self.lengths]
         spans = ([(0, 0, 4), (1, 0, 1)], [(2, 0, 1), (0, 4, 6)], [(2, 1, 4)])

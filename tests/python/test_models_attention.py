@@ -1,0 +1,107 @@
+"""The host kernel behind the Python dispatch, against the torch reference."""
+
+import numpy as np
+import pytest
+import torch
+from models_helpers import HIDDEN, VOCAB, Pages, qwen3_target, random_draft
+
+from dflash_rs import _core
+from dflash_rs.attention import TorchAttention, step_attention
+from dflash_rs.errors import InvalidArgument
+from dflash_rs.models.target import TargetModel
+
+needs_kernel = pytest.mark.skipif(
+    not hasattr(_core, "paged_attention"), reason="the extension was built without its host attention kernel"
+)
+
+
+def dense(q, keys, values, scale, visible):
+    """Attention of one request from its definition. q [n, heads, d], keys and values [m, kv_heads, d]."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = torch.einsum("nhd,mhd->hnm", q.double(), keys.double()) * scale
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hnm,mhd->nhd", weights, values.double())
+
+
+@pytest.mark.parametrize("host", [pytest.param(True, marks=needs_kernel), False], ids=["host", "torch"])
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 5), (False, 4)])
+@pytest.mark.parametrize("page_size", [1, 8])
+def test_attention_over_pages_follows_its_definition(page_size, causal, window, write, host):
+    pages = Pages(3, 24, page_size)
+    contexts, counts, first = [13, 0, 7], [4, 3, 1], [2, 0, 0]
+    batch = pages.batch([(r, c, [0] * n) for r, (c, n) in enumerate(zip(contexts, counts, strict=True))])
+    generator = torch.Generator().manual_seed(1)
+    caches = torch.randn(2, pages.num_slots, 2, 8, generator=generator)
+    q, k, v = (torch.randn(8, heads, 8, generator=generator) for heads in (6, 2, 2))
+    valid_from = np.array(first, dtype=np.int32)
+    expected = []
+    for r, (context, n) in enumerate(zip(contexts, counts, strict=True)):
+        rows = slice(batch.query_starts[r], batch.query_starts[r + 1])
+        slots = torch.from_numpy(pages.slots(r, np.arange(context)))
+        keys, values = torch.cat((caches[0][slots], k[rows])), torch.cat((caches[1][slots], v[rows]))
+        distance = torch.arange(context, context + n)[:, None] - torch.arange(context + n)[None]
+        visible = (torch.arange(context + n) >= first[r]).expand_as(distance).clone()
+        if causal:
+            visible &= distance >= 0
+        if window is not None:
+            visible &= distance.abs() < window
+        expected.append(dense(q[rows], keys, values, 0.3, visible))
+    before = caches.clone()
+    attention = step_attention(batch, num_slots=pages.num_slots, write=write, host=host, valid_from=valid_from)
+    got = attention.attend(q, k, v, caches[0], caches[1], scale=0.3, causal=causal, window=window)
+    torch.testing.assert_close(got.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+    if write:
+        before[0][batch.slots], before[1][batch.slots] = k, v
+    assert torch.equal(caches, before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_target_gives_the_same_logits_with_either_attention(fused, dtype):
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 30).tolist()
+    results = []
+    for host in (True, False):
+        target = TargetModel(qwen3_target().to(dtype), fused=fused)
+        assert target.host_kernel
+        target.host_kernel = host
+        pages = Pages(2, 32, 4)
+        target.alloc_kv(pages.num_slots)
+        target.forward(pages.batch([(1, 0, tokens[:21]), (0, 0, tokens[:3])]))
+        results.append(target.forward(pages.batch([(0, 3, [5]), (1, 21, tokens[21:])]))[0].float())
+    tolerance = 1e-3 if dtype == torch.float32 else 0.2
+    assert float((results[0] - results[1]).norm() / results[1].norm()) < tolerance
+
+
+@needs_kernel
+def test_a_drafter_gives_the_same_drafts_with_either_attention():
+    model = qwen3_target()
+    draft = random_draft(layer_causal=(True, False), layer_window=(7, None))
+    draft.bind_target(model.get_input_embeddings(), model.lm_head)
+    pages = Pages(1, 32, 4)
+    drafts = []
+    for host in (True, False):
+        draft.alloc_kv(pages.num_slots)
+        draft._engine.host_kernel = host
+        positions = np.arange(19)
+        features = torch.randn(19, 3 * HIDDEN, generator=torch.Generator().manual_seed(2))
+        draft.inject(features, torch.from_numpy(positions), torch.from_numpy(pages.slots(0, positions)))
+        drafts.append(draft.propose([9], [19], pages.table, page_size=4))
+    assert np.array_equal(*drafts)
+
+
+def test_a_context_that_outgrows_its_pages_is_an_error():
+    arrays = {
+        "query_starts": np.array([0, 1], dtype=np.int32),
+        "page_table": np.zeros((1, 2), dtype=np.int32),
+        "row_ids": np.zeros(1, dtype=np.int32),
+        "page_size": 4,
+    }
+    with pytest.raises(InvalidArgument, match=r"context_lens\[0\]: got 9, expected at most 8"):
+        TorchAttention(context_lens=np.array([9], dtype=np.int32), **arrays)
+    with pytest.raises(InvalidArgument, match=r"valid_from\[0\]: got 5, expected 0..3"):
+        TorchAttention(
+            context_lens=np.array([3], dtype=np.int32), valid_from=np.array([5], dtype=np.int32), **arrays
+        )  # fmt: skip
