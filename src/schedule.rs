@@ -281,14 +281,12 @@ impl Scheduler {
     /// None in a consistent state.
     pub fn schedule(&mut self, max_block: usize, step: &mut Vec<Scheduled>) -> Result<()> {
         let mut budget = self.config.max_batch_tokens;
-        let decoding = self
-            .running()
-            .filter(|running| running.can_decode())
-            .count();
-        let prefilling = (!self.waiting.is_empty() && self.order.len() < self.config.max_running)
-            || self
-                .running()
-                .any(|running| running.lo < running.prefill_end);
+        let waits = !self.waiting.is_empty() && self.order.len() < self.config.max_running;
+        let (mut decoding, mut prefilling) = (0, waits);
+        for running in self.running() {
+            decoding += usize::from(running.can_decode());
+            prefilling |= running.lo < running.prefill_end;
+        }
         // Every decoding row has its one token for certain; drafts leave a quarter of the step to prompts that wait.
         let kept_for_prompts = if prefilling { budget / 4 } else { 0 };
         let mut drafts = budget.saturating_sub(decoding + kept_for_prompts);

@@ -467,13 +467,21 @@ impl Engine {
             let kept = (out.tokens.len(), out.top_tokens.len());
             let walked = walk_chain(drafts, |token| {
                 let drawn = draw(sampler, &context, drafts, token)?;
-                out.tokens.push(i64::from(drawn.token.0));
-                out.logprobs.push(drawn.logprob);
-                out.top_starts.push(out.top_tokens.len() as i32);
+                // Scores are rare: what nobody asked for is filled in at the end.
+                if !drawn.logprob.is_nan() {
+                    out.logprobs.resize(out.tokens.len(), f32::NAN);
+                    out.logprobs.push(drawn.logprob);
+                }
+                if !drawn.top.is_empty() {
+                    out.top_starts
+                        .resize(out.tokens.len(), out.top_tokens.len() as i32);
+                    out.top_starts.push(out.top_tokens.len() as i32);
+                }
                 for (token, logprob) in drawn.top {
                     out.top_tokens.push(i64::from(token.0));
                     out.top_logprobs.push(logprob);
                 }
+                out.tokens.push(i64::from(drawn.token.0));
                 Ok(drawn.token)
             });
             match walked {
@@ -497,7 +505,9 @@ impl Engine {
         }
         let out = accepted.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
-        out.top_starts.push(out.top_tokens.len() as i32);
+        out.logprobs.resize(out.tokens.len(), f32::NAN);
+        out.top_starts
+            .resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
         Ok(accepted)
     }
 
@@ -540,7 +550,8 @@ impl Engine {
         }
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
-        out.top_starts.push(out.top_tokens.len() as i32);
+        out.top_starts
+            .resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
         self.spare_rows.push(flight.rows);
         Ok(events)
     }
@@ -585,18 +596,17 @@ impl Engine {
         out.tokens.extend_from_slice(&accepted.tokens[first..at]);
         out.logprobs
             .extend_from_slice(&accepted.logprobs[first..at]);
-        let (top_first, top_end) = (accepted.top_starts[first], accepted.top_starts[at]);
-        let shift = out.top_tokens.len() as i32 - top_first;
-        out.top_starts.extend(
-            accepted.top_starts[first..at]
-                .iter()
-                .map(|start| start + shift),
-        );
-        let top = top_first as usize..top_end as usize;
-        out.top_tokens
-            .extend_from_slice(&accepted.top_tokens[top.clone()]);
-        out.top_logprobs
-            .extend_from_slice(&accepted.top_logprobs[top]);
+        if !accepted.top_tokens.is_empty() {
+            let starts = &accepted.top_starts[first..=at];
+            let shift = out.top_tokens.len() as i32 - starts[0];
+            out.top_starts
+                .extend(starts[..at - first].iter().map(|start| start + shift));
+            let top = starts[0] as usize..starts[at - first] as usize;
+            out.top_tokens
+                .extend_from_slice(&accepted.top_tokens[top.clone()]);
+            out.top_logprobs
+                .extend_from_slice(&accepted.top_logprobs[top]);
+        }
         let drafted = if work == Work::Decode { len - 1 } else { 0 };
         out.drafted.push(drafted as i32);
         out.accepted.push(drafts_accepted);

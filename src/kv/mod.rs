@@ -207,12 +207,8 @@ impl Kv {
         if fresh > 0 && !self.take(fresh, &mut pages)? {
             return Ok(None);
         }
-        Ok(Some(Reservation::new(
-            key,
-            width,
-            pages,
-            self.pool.returns(),
-        )))
+        let returns = (!pages.is_empty()).then(|| self.pool.returns());
+        Ok(Some(Reservation::new(key, width, pages, returns)))
     }
 
     fn take(&mut self, count: usize, into: &mut Vec<PageId>) -> Result<bool> {

@@ -22,7 +22,8 @@ pub struct Reservation {
     key: RowKey,
     width: u32,
     pages: Vec<PageId>,
-    returns: Arc<Returns>,
+    /// `None` when there is nothing to give back, which is most steps.
+    returns: Option<Arc<Returns>>,
 }
 
 /// A launch that could not happen, with the reservation given back.
@@ -43,7 +44,12 @@ pub struct Launched {
 }
 
 impl Reservation {
-    pub(super) fn new(key: RowKey, width: u32, pages: Vec<PageId>, returns: Arc<Returns>) -> Self {
+    pub(super) fn new(
+        key: RowKey,
+        width: u32,
+        pages: Vec<PageId>,
+        returns: Option<Arc<Returns>>,
+    ) -> Self {
         Self {
             key,
             width,
@@ -86,7 +92,9 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.returns.push(&mut self.pages);
+        if let Some(returns) = &self.returns {
+            returns.push(&mut self.pages);
+        }
     }
 }
 

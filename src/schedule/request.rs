@@ -165,6 +165,8 @@ pub struct Request {
     pub history: History,
     /// Most tokens prompt and output may have together.
     pub max_total: u32,
+    /// Whether `history` is kept: something penalises.
+    penalised: bool,
     /// Acceptance so far.
     pub stats: Stats,
     /// Prompt tokens found in the prefix cache when it last entered.
@@ -188,7 +190,8 @@ impl Request {
             total: 0,
             text_end: 0,
         });
-        let history = if params.sampling.penalises() {
+        let penalised = params.sampling.penalises();
+        let history = if penalised {
             History::new(&prompt)
         } else {
             History::default()
@@ -199,6 +202,7 @@ impl Request {
             tokens: prompt,
             params,
             history,
+            penalised,
             max_total,
             stats: Stats::new(),
             cached_tokens: 0,
@@ -209,7 +213,7 @@ impl Request {
     /// Appends a committed token; says whether the request ends with it.
     pub(crate) fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Finish {
         self.tokens.push(token);
-        if self.params.sampling.penalises() {
+        if self.penalised {
             self.history.push(token);
         }
         let ends_text = !self.params.ignore_eos && eos.contains(&token);
