@@ -434,8 +434,8 @@ impl Life {
             );
             assert!(running.draft_valid_from as usize <= committed);
             // Rejecting everything for ever never grows a row: surplus is bounded by the steps under way.
-            let reach = running.request.tokens.len()
-                + (self.config.depth + 1) * self.config.block_size;
+            let reach =
+                running.request.tokens.len() + (self.config.depth + 1) * self.config.block_size;
             assert!(pages.len() <= pages_for(reach, self.config.page_size));
             let mut hash = 1;
             for (position, token) in running.request.tokens[..committed].iter().enumerate() {
