@@ -127,6 +127,32 @@ pub enum Error {
         /// Elements per head.
         dim: usize,
     },
+    /// The address of an array with elements is zero.
+    #[error("{name}: null pointer, expected the address of {elements} elements")]
+    NullPointer {
+        /// The array as its caller knows it.
+        name: &'static str,
+        /// Elements that would be touched.
+        elements: usize,
+    },
+    /// An address that no element of the type can have.
+    #[error("{name}: address {address:#x} is not aligned to {alignment} bytes")]
+    MisalignedPointer {
+        /// The array as its caller knows it.
+        name: &'static str,
+        /// The address.
+        address: usize,
+        /// Bytes.
+        alignment: usize,
+    },
+    /// An array that is written shares memory with another one.
+    #[error("{name}: overlaps {other}, expected memory of its own")]
+    AliasedPointer {
+        /// The array that is written.
+        name: &'static str,
+        /// The array it shares memory with.
+        other: &'static str,
+    },
 }
 
 /// Result of the core.

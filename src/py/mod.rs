@@ -3,6 +3,7 @@
 mod buffers;
 mod engine;
 mod errors;
+mod host;
 mod pool;
 
 /// The compiled half of `dflash_rs`.
@@ -10,6 +11,8 @@ mod pool;
 mod _core {
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, StepPlan};
+    #[pymodule_export]
+    use super::host::{AttentionBatch, paged_attention};
     #[pymodule_export]
     use super::pool::PagePool;
 

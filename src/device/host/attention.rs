@@ -274,17 +274,20 @@ impl<E: Element> Routine for Share<'_, E> {
             // Kept between calls: a fresh quarter of a megabyte would be page faults in every layer.
             static SCRATCH: RefCell<Scratch> = RefCell::default();
         }
-        SCRATCH.with_borrow_mut(|scratch| match self.next {
-            None => self
-                .tiles
-                .iter()
-                .for_each(|tile| attend::<L, E>(self.layer, tile, scratch)),
-            Some(next) => {
-                while let Some(tile) = self.tiles.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    attend::<L, E>(self.layer, tile, scratch);
+        let mut scratch = SCRATCH.take();
+        match self.next {
+            None => {
+                for tile in self.tiles {
+                    attend::<L, E>(self.layer, tile, &mut scratch);
                 }
             }
-        });
+            Some(next) => {
+                while let Some(tile) = self.tiles.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    attend::<L, E>(self.layer, tile, &mut scratch);
+                }
+            }
+        }
+        SCRATCH.set(scratch);
     }
 }
 
@@ -637,10 +640,17 @@ fn accumulate_block<L: Lanes, const R: usize, const D: usize>(
 ) {
     let width = values.vectors() * LANES;
     let at = |row: usize, d: usize| row * width + (first + d) * LANES;
-    let mut sums: [[L; D]; R] =
-        std::array::from_fn(|row| std::array::from_fn(|d| L::load(sixteen(acc, at(row, d)))));
+    let mut sums = [[L::splat(0.0); D]; R];
+    for (row, sums) in sums.iter_mut().enumerate() {
+        for (d, sum) in sums.iter_mut().enumerate() {
+            *sum = L::load(sixteen(acc, at(row, d)));
+        }
+    }
     for key in seen.start..seen.end.min(LANES) {
-        let value: [L; D] = std::array::from_fn(|d| L::load(values.vector(key, first + d)));
+        let mut value = [L::splat(0.0); D];
+        for (d, value) in value.iter_mut().enumerate() {
+            *value = L::load(values.vector(key, first + d));
+        }
         for (sums, weights) in sums.iter_mut().zip(weights) {
             let weight = L::splat(weights[key]);
             for (sum, value) in sums.iter_mut().zip(value) {
