@@ -1,7 +1,9 @@
 //! What one step attends to: a packed ragged batch over a paged cache, checked once and used by every layer.
 //!
-//!     request r        page row r: [p0 p1 p2 ..]              packed tokens of r
-//!     keys 0 .. L-1    slot(j) = p[j / page] * page + j % page   keys L .. L+n-1
+//! ```text
+//! request r        page row r: [p0 p1 p2 ..]              packed tokens of r
+//! keys 0 .. L-1    slot(j) = p[j / page] * page + j % page   keys L .. L+n-1
+//! ```
 //!
 //! A value of this type is the proof that every index in it is in range, so the kernels do not look again.
 
