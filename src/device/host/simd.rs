@@ -28,9 +28,7 @@ pub enum Isa {
 impl Isa {
     /// The widest set this processor has.
     pub fn detect() -> Self {
-        *Self::available()
-            .last()
-            .expect("the portable set is always there")
+        *Self::available().last().expect("the portable set is always there")
     }
 
     /// Every set this processor can run, narrowest first.
@@ -210,19 +208,11 @@ impl Lanes for [f32; LANES] {
     }
     #[inline(always)]
     fn max(self, other: Self) -> Self {
-        std::array::from_fn(|i| {
-            if self[i] > other[i] {
-                self[i]
-            } else {
-                other[i]
-            }
-        })
+        std::array::from_fn(|i| if self[i] > other[i] { self[i] } else { other[i] })
     }
     #[inline(always)]
     fn add_exponent(self, n: Self) -> Self {
-        std::array::from_fn(|i| {
-            f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23))
-        })
+        std::array::from_fn(|i| f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23)))
     }
     #[inline(always)]
     fn zero_where_below(self, x: Self, limit: f32) -> Self {
@@ -273,10 +263,7 @@ mod x86 {
                 )
             });
             let two: [__m512; 2] = std::array::from_fn(|i| {
-                let (a, b) = (
-                    _mm512_castps_pd(four[2 * i]),
-                    _mm512_castps_pd(four[2 * i + 1]),
-                );
+                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
                 _mm512_add_ps(
                     _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                     _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
@@ -328,10 +315,7 @@ mod x86 {
         fn add_exponent(self, n: Self) -> Self {
             unsafe {
                 let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(n.0));
-                Self(_mm512_castsi512_ps(_mm512_add_epi32(
-                    _mm512_castps_si512(self.0),
-                    n,
-                )))
+                Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), n)))
             }
         }
         #[inline(always)]
@@ -368,12 +352,7 @@ mod x86 {
         }
         #[inline(always)]
         fn load(x: &[f32; LANES]) -> Self {
-            unsafe {
-                Self(
-                    _mm256_loadu_ps(x.as_ptr()),
-                    _mm256_loadu_ps(x.as_ptr().add(8)),
-                )
-            }
+            unsafe { Self(_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
         }
         #[inline(always)]
         fn store(self, out: &mut [f32; LANES]) {
@@ -384,48 +363,23 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_add_ps(self.0, other.0),
-                    _mm256_add_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_sub_ps(self.0, other.0),
-                    _mm256_sub_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_mul_ps(self.0, other.0),
-                    _mm256_mul_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul_add(self, a: Self, b: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_fmadd_ps(self.0, a.0, b.0),
-                    _mm256_fmadd_ps(self.1, a.1, b.1),
-                )
-            }
+            unsafe { Self(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
         }
         #[inline(always)]
         fn max(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_max_ps(self.0, other.0),
-                    _mm256_max_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn add_exponent(self, n: Self) -> Self {
@@ -437,9 +391,8 @@ mod x86 {
         }
         #[inline(always)]
         fn zero_where_below(self, x: Self, limit: f32) -> Self {
-            let half = |value, x| unsafe {
-                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(limit)), value)
-            };
+            let half =
+                |value, x| unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(limit)), value) };
             Self(half(self.0, x.0), half(self.1, x.1))
         }
         #[inline(always)]
@@ -464,16 +417,10 @@ mod x86 {
                     let at = |i: usize| eight[base + 4 * (i % 2) + i / 2];
                     let four: [__m256; 4] = std::array::from_fn(|i| {
                         let (a, b) = (at(2 * i), at(2 * i + 1));
-                        _mm256_add_ps(
-                            _mm256_permute2f128_ps(a, b, 0x20),
-                            _mm256_permute2f128_ps(a, b, 0x31),
-                        )
+                        _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))
                     });
                     let two: [__m256; 2] = std::array::from_fn(|i| {
-                        let (a, b) = (
-                            _mm256_castps_pd(four[2 * i]),
-                            _mm256_castps_pd(four[2 * i + 1]),
-                        );
+                        let (a, b) = (_mm256_castps_pd(four[2 * i]), _mm256_castps_pd(four[2 * i + 1]));
                         _mm256_add_ps(
                             _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
                             _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
