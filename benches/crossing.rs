@@ -65,12 +65,7 @@ impl Batch {
     }
 
     fn has_room(&self) -> bool {
-        let longest = self
-            .engine
-            .scheduler()
-            .running()
-            .map(|row| row.bounds().1)
-            .max();
+        let longest = self.engine.scheduler().running().map(|row| row.bounds().1).max();
         self.engine.scheduler().num_running() == self.size
             && longest.is_some_and(|hi| (hi as usize) < CONTEXT - 2 * BLOCK)
     }
@@ -78,10 +73,7 @@ impl Batch {
     fn step(&mut self) {
         let mut plan = self.engine.plan(BLOCK).unwrap().unwrap();
         plan.set_drafts(&self.drafts, BLOCK - 1).unwrap();
-        let accepted = self
-            .engine
-            .accept_sampled(&plan, &self.sampled, &[])
-            .unwrap();
+        let accepted = self.engine.accept_sampled(&plan, &self.sampled, &[]).unwrap();
         black_box(self.engine.commit(&mut plan, &accepted, true).unwrap());
     }
 }

@@ -29,13 +29,38 @@ fn row(vocab: usize, seed: u64) -> Vec<f32> {
 
 fn sample_row(c: &mut Criterion) {
     let settings = [
-        ("greedy", Sampling { temperature: 0.0, ..Sampling::default() }),
-        ("temperature", Sampling { temperature: 0.7, ..Sampling::default() }),
+        (
+            "greedy",
+            Sampling {
+                temperature: 0.0,
+                ..Sampling::default()
+            },
+        ),
+        (
+            "temperature",
+            Sampling {
+                temperature: 0.7,
+                ..Sampling::default()
+            },
+        ),
         (
             "top-k top-p min-p",
-            Sampling { temperature: 0.7, top_k: 50, top_p: 0.95, min_p: 0.02, ..Sampling::default() },
+            Sampling {
+                temperature: 0.7,
+                top_k: 50,
+                top_p: 0.95,
+                min_p: 0.02,
+                ..Sampling::default()
+            },
         ),
-        ("top-p", Sampling { temperature: 1.0, top_p: 0.95, ..Sampling::default() }),
+        (
+            "top-p",
+            Sampling {
+                temperature: 1.0,
+                top_p: 0.95,
+                ..Sampling::default()
+            },
+        ),
     ];
     let history = History::default();
     for vocab in [4096, 151_936] {
@@ -59,7 +84,9 @@ fn sample_row(c: &mut Criterion) {
                 sampler.draw_row(black_box(&flat), &settings[1].1, &history, &[], position)
             })
         });
-        group.bench_function("logprob", |b| b.iter(|| sampler.logprob(black_box(&logits), TokenId(3))));
+        group.bench_function("logprob", |b| {
+            b.iter(|| sampler.logprob(black_box(&logits), TokenId(3)))
+        });
         group.finish();
     }
 }
@@ -72,15 +99,25 @@ fn batch(c: &mut Criterion) {
     let mut group = c.benchmark_group("batch 256x16");
     for (name, temperature) in [("greedy", 0.0), ("temperature", 0.7)] {
         let history = History::default();
-        let sampling = |request: usize| Sampling { temperature, seed: request as u64, ..Sampling::default() };
+        let sampling = |request: usize| Sampling {
+            temperature,
+            seed: request as u64,
+            ..Sampling::default()
+        };
         let mut sampler = Sampler::new();
         let coins = Stream::new(5, 5, Domain::Draft);
         let proposals: Vec<Vec<TokenId>> = (0..requests)
             .map(|r| {
                 (0..drafts)
                     .map(|i| {
-                        let right = sampler.draw_row(row_of(r, i), &sampling(r), &history, &[], i as u64).unwrap();
-                        if coins.uniform((r * 16 + i) as u32) < 0.8 { right } else { TokenId(right.0 ^ 1) }
+                        let right = sampler
+                            .draw_row(row_of(r, i), &sampling(r), &history, &[], i as u64)
+                            .unwrap();
+                        if coins.uniform((r * 16 + i) as u32) < 0.8 {
+                            right
+                        } else {
+                            TokenId(right.0 ^ 1)
+                        }
                     })
                     .collect()
             })
@@ -105,7 +142,9 @@ fn batch(c: &mut Criterion) {
     let proposal = vec![TokenId(0); drafts];
     group.bench_function("walk of rows drawn elsewhere", |b| {
         b.iter(|| {
-            let walks = says.iter().map(|row| walk_chain(black_box(&proposal), |i| Ok(row[i])).unwrap());
+            let walks = says
+                .iter()
+                .map(|row| walk_chain(black_box(&proposal), |i| Ok(row[i])).unwrap());
             walks.map(|w| w.accepted).sum::<u32>()
         })
     });
@@ -116,8 +155,12 @@ fn tree(c: &mut Criterion) {
     let (depth, k) = (15usize, 64usize);
     let stream = Stream::new(3, 3, Domain::Draft);
     let tokens: Vec<TokenId> = (0..depth * k).map(|i| TokenId(i as u32)).collect();
-    let mut log_probs: Vec<f32> = (0..depth * k).map(|i| (stream.uniform(i as u32).max(1e-6)).ln() as f32 * 4.0).collect();
-    log_probs.chunks_mut(k).for_each(|row| row.sort_by(|a, b| b.total_cmp(a)));
+    let mut log_probs: Vec<f32> = (0..depth * k)
+        .map(|i| (stream.uniform(i as u32).max(1e-6)).ln() as f32 * 4.0)
+        .collect();
+    log_probs
+        .chunks_mut(k)
+        .for_each(|row| row.sort_by(|a, b| b.total_cmp(a)));
     let mut group = c.benchmark_group("tree");
     for nodes in [64, 256] {
         group.bench_function(BenchmarkId::new("build and masks", nodes), |b| {

@@ -114,9 +114,7 @@ pub enum Error {
         drafted: u32,
     },
     /// Strides that let two heads of a view share elements.
-    #[error(
-        "{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap"
-    )]
+    #[error("{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap")]
     OverlappingRows {
         /// The array as its caller knows it.
         name: &'static str,

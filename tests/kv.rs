@@ -29,8 +29,7 @@ fn prefilled(kv: &mut Kv, tokens: &[TokenId], injected: bool) -> Admitted {
     } else {
         tokens.len() as u32
     };
-    kv.share(row.key, tokens, tokens.len() as u32, valid_from)
-        .unwrap();
+    kv.share(row.key, tokens, tokens.len() as u32, valid_from).unwrap();
     row
 }
 
@@ -41,15 +40,9 @@ fn a_dropped_reservation_gives_its_pages_back_from_any_thread() {
     let reservation = kv.reserve(row.key, 12, 9).unwrap().unwrap();
     assert_eq!(reservation.pages().len(), 2);
     assert_eq!(kv.available(), 1);
-    std::thread::spawn(move || drop(reservation))
-        .join()
-        .unwrap();
+    std::thread::spawn(move || drop(reservation)).join().unwrap();
     assert_eq!(kv.available(), 3);
-    assert_eq!(
-        kv.table().allocated(row.key),
-        Ok(4),
-        "the row never had them"
-    );
+    assert_eq!(kv.table().allocated(row.key), Ok(4), "the row never had them");
 }
 
 #[test]
@@ -58,10 +51,7 @@ fn running_short_is_none_and_changes_nothing() {
     let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
     let held = kv.reserve(row.key, 12, 8).unwrap().unwrap();
     for _ in 0..2 {
-        assert!(
-            kv.reserve(row.key, 8, 4).unwrap().is_some(),
-            "one more page is free"
-        );
+        assert!(kv.reserve(row.key, 8, 4).unwrap().is_some(), "one more page is free");
         assert!(kv.reserve(row.key, 9, 5).unwrap().is_none(), "two are not");
         assert_eq!(kv.admit(&text(50..58), 0).unwrap(), None);
         assert_eq!(kv.available(), 1);
@@ -181,11 +171,7 @@ fn eviction_takes_the_least_recently_used_leaf_and_never_what_a_request_holds() 
             .is_some_and(|row| row.cached_tokens == 4),
         "its leaf was the oldest"
     );
-    assert_eq!(
-        kv.evict(9),
-        Ok(2),
-        "the reader's page stays, the shortfall is told"
-    );
+    assert_eq!(kv.evict(9), Ok(2), "the reader's page stays, the shortfall is told");
     assert_eq!(kv.cache().len(), 1);
 }
 

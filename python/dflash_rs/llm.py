@@ -85,6 +85,7 @@ class _Active:
         self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer
     ):
         self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
+        self.drafts = False
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.steps = 0
@@ -294,10 +295,11 @@ class LLM:
             try:
                 for i, (prompt, tokens, o) in enumerate(zip(texts, prepared, options, strict=True)):
                     seed = secrets.randbits(63) if o.seed is None else int(o.seed)
-                    request = self._core.add(tokens, **_core_params(o, seed, draft and self._draft is not None))
-                    self._active[request] = _Active(
-                        i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes)
-                    )
+                    drafts = draft and self._draft is not None
+                    request = self._core.add(tokens, **_core_params(o, seed, drafts))
+                    active = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
+                    active.drafts = drafts
+                    self._active[request] = active
                     ids.append(request)
             except BaseException:
                 # All or nothing: a prompt that cannot be taken leaves no others behind.
@@ -382,11 +384,13 @@ class LLM:
                 t3 = clock()
                 accepted = self._core.accept(plan, host)
                 t4 = clock()
-                if self._draft is not None:
+                # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
+                inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
+                if inject:
                     rows = self._torch.from_numpy(accepted.commit_rows.copy()).to(self.device)
                     self._draft.inject(features[rows], batch.positions[rows], batch.slots[rows])
                 t5 = clock()
-                events = self._core.commit(plan, accepted, injected=self._draft is not None)
+                events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()
         except BaseException:
             self._core.cancel(plan)

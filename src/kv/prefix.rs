@@ -101,9 +101,7 @@ impl PrefixCache {
 
     /// Whether the cache is an owner of `page`.
     pub fn holds(&self, page: PageId) -> bool {
-        self.of_page
-            .get(page.0 as usize)
-            .is_some_and(Option::is_some)
+        self.of_page.get(page.0 as usize).is_some_and(Option::is_some)
     }
 
     /// The text of `page` after its prefix, when it is cached.

@@ -44,12 +44,7 @@ pub struct Launched {
 }
 
 impl Reservation {
-    pub(super) fn new(
-        key: RowKey,
-        width: u32,
-        pages: Vec<PageId>,
-        returns: Option<Arc<Returns>>,
-    ) -> Self {
+    pub(super) fn new(key: RowKey, width: u32, pages: Vec<PageId>, returns: Option<Arc<Returns>>) -> Self {
         Self {
             key,
             width,
@@ -69,10 +64,7 @@ impl Reservation {
     /// [`LaunchError`] with the reservation when the row's tenant has left meanwhile.
     // The error is large because it hands the resource back; it is never on a hot path.
     #[allow(clippy::result_large_err)]
-    pub fn launch(
-        mut self,
-        table: &mut RequestTable,
-    ) -> std::result::Result<Launched, LaunchError> {
+    pub fn launch(mut self, table: &mut RequestTable) -> std::result::Result<Launched, LaunchError> {
         if let Err(error) = table
             .append(self.key, &self.pages)
             .and_then(|()| table.launched(self.key))

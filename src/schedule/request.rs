@@ -94,11 +94,7 @@ impl Vocabulary {
 
     fn of(&self, token: TokenId) -> &[u8] {
         let at = token.0 as usize;
-        let start = if at == 0 {
-            0
-        } else {
-            self.ends[at - 1] as usize
-        };
+        let start = if at == 0 { 0 } else { self.ends[at - 1] as usize };
         &self.bytes[start..self.ends[at] as usize]
     }
 }
@@ -127,11 +123,7 @@ impl Watch {
         // The tail before this token held no match, so whatever is found ends in the new bytes.
         let first = stops
             .iter()
-            .filter_map(|stop| {
-                self.tail
-                    .windows(stop.len())
-                    .position(|window| window == stop)
-            })
+            .filter_map(|stop| self.tail.windows(stop.len()).position(|window| window == stop))
             .min();
         if let Some(first) = first {
             self.text_end = base + first;
@@ -260,13 +252,7 @@ mod tests {
             max_tokens,
             ..Params::default()
         };
-        Request::new(
-            RequestId(0),
-            vec![TokenId(0)],
-            params,
-            1 + max_tokens,
-            Some(&table),
-        )
+        Request::new(RequestId(0), vec![TokenId(0)], params, 1 + max_tokens, Some(&table))
     }
 
     #[test]

@@ -114,14 +114,7 @@ impl Sampler {
         let id = if sampling.top_k == 0 && sampling.top_p >= 1.0 {
             draw_all(tempered, floor, &stream)
         } else {
-            filter::keep(
-                tempered,
-                sampling.top_k as usize,
-                sampling.top_p,
-                floor,
-                packed,
-                kept,
-            );
+            filter::keep(tempered, sampling.top_k as usize, sampling.top_p, floor, packed, kept);
             draw_kept(tempered, kept, &stream)
         };
         Ok(TokenId(id))
@@ -175,13 +168,7 @@ fn not_a_column(name: &'static str, token: TokenId, columns: usize) -> Error {
 
 // Sparse edits on a copy: each reads the raw logit, so their order does not matter and a path token simply overwrites
 // what the history wrote.
-fn edit(
-    logits: &[f32],
-    sampling: &Sampling,
-    history: &History,
-    path: &[TokenId],
-    out: &mut Vec<f32>,
-) -> Result<()> {
+fn edit(logits: &[f32], sampling: &Sampling, history: &History, path: &[TokenId], out: &mut Vec<f32>) -> Result<()> {
     out.clear();
     out.extend_from_slice(logits);
     if sampling.penalises() {
@@ -238,11 +225,7 @@ fn draw_all(row: Tempered, floor: f32, stream: &Stream) -> u32 {
         id: u32::MAX,
     };
     // The likeliest block first: its winner is a bar that most other blocks cannot reach.
-    let first = row
-        .maxima
-        .iter()
-        .position(|&m| m * row.scale == row.top)
-        .unwrap_or(0);
+    let first = row.maxima.iter().position(|&m| m * row.scale == row.top).unwrap_or(0);
     draw_block(row, first, floor, stream, &mut best);
     for b in 0..row.maxima.len() {
         let max = row.maxima[b] * row.scale;
@@ -266,11 +249,7 @@ fn draw_block(row: Tempered, b: usize, floor: f32, stream: &Stream, best: &mut B
     for ((score, &x), &word) in scores.iter_mut().zip(logits).zip(&words) {
         let t = x * row.scale;
         let s = t + gumbel_of_word(word);
-        *score = if t - row.top >= floor {
-            s
-        } else {
-            f32::NEG_INFINITY
-        };
+        *score = if t - row.top >= floor { s } else { f32::NEG_INFINITY };
     }
     for &s in &scores {
         max = if s > max { s } else { max };
