@@ -9,8 +9,7 @@
 
 use crate::device::host::HostKernels;
 use crate::device::{
-    self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask,
-    Rows, RowsMut,
+    self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
 };
 use crate::error::Error;
 use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
@@ -25,13 +24,7 @@ pub(super) struct Pointer(usize, i64, i64);
 
 impl Pointer {
     /// The checked layout of `rows x heads x dim` elements of `E`.
-    fn layout<E>(
-        &self,
-        name: &'static str,
-        rows: usize,
-        heads: usize,
-        dim: usize,
-    ) -> Result<Layout, Error> {
+    fn layout<E>(&self, name: &'static str, rows: usize, heads: usize, dim: usize) -> Result<Layout, Error> {
         let stride = |stride: i64| {
             usize::try_from(stride).map_err(|_| Error::InvalidArgument {
                 name,
@@ -91,13 +84,7 @@ struct Checked<E> {
 }
 
 impl<E: Element> Checked<E> {
-    fn new(
-        name: &'static str,
-        pointer: Pointer,
-        rows: usize,
-        heads: usize,
-        dim: usize,
-    ) -> Result<Self, Error> {
+    fn new(name: &'static str, pointer: Pointer, rows: usize, heads: usize, dim: usize) -> Result<Self, Error> {
         let layout = pointer.layout::<E>(name, rows, heads, dim)?;
         Ok(Self {
             name,
@@ -137,10 +124,7 @@ impl<E: Element> Checked<E> {
     }
 }
 
-fn contiguous<'a, T: numpy::Element>(
-    name: &'static str,
-    array: &'a PyReadonlyArray1<'_, T>,
-) -> PyResult<&'a [T]> {
+fn contiguous<'a, T: numpy::Element>(name: &'static str, array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
     array.as_slice().map_err(|_| not_contiguous(name).into())
 }
 
@@ -161,10 +145,7 @@ impl AttentionBatch {
     #[new]
     #[pyo3(signature = (query_starts, context_lens, page_table, row_ids, page_size, num_slots, slots=None, valid_from=None,
                         ancestors=None))]
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "the arrays of a step, by keyword"
-    )]
+    #[allow(clippy::too_many_arguments, reason = "the arrays of a step, by keyword")]
     fn new(
         query_starts: PyReadonlyArray1<'_, i32>,
         context_lens: PyReadonlyArray1<'_, i32>,
@@ -183,18 +164,13 @@ impl AttentionBatch {
         let arrays = BatchArrays {
             query_starts: contiguous("query_starts", &query_starts)?,
             context_lens: contiguous("context_lens", &context_lens)?,
-            page_table: page_table
-                .as_slice()
-                .map_err(|_| not_contiguous("page_table"))?,
+            page_table: page_table.as_slice().map_err(|_| not_contiguous("page_table"))?,
             table_width: page_table.shape()[1],
             row_ids: contiguous("row_ids", &row_ids)?,
             page_size,
             num_slots,
             slots: slots.as_ref().map(|s| contiguous("slots", s)).transpose()?,
-            valid_from: valid_from
-                .as_ref()
-                .map(|v| contiguous("valid_from", v))
-                .transpose()?,
+            valid_from: valid_from.as_ref().map(|v| contiguous("valid_from", v)).transpose()?,
             ancestors: masks.map_err(|_| not_contiguous("ancestors"))?,
         };
         Ok(Self(device::AttentionBatch::new(arrays)?))
@@ -243,11 +219,7 @@ pub(super) fn paged_attention(
         batch: &batch.get().0,
         arrays: [q, k, v, k_cache, v_cache, out],
         heads: (num_q_heads, num_kv_heads, head_dim),
-        params: AttentionParams {
-            scale,
-            mask,
-            window,
-        },
+        params: AttentionParams { scale, mask, window },
         kernels: HostKernels::default().with_threads(threads),
     };
     match dtype {
@@ -298,10 +270,7 @@ impl Call<'_> {
             out: out.rows_mut(),
         };
         let Self {
-            batch,
-            params,
-            kernels,
-            ..
+            batch, params, kernels, ..
         } = self;
         let work = batch.pairs() * q_heads * dim;
         if work < DETACH_WORK {

@@ -99,13 +99,7 @@ fn check<E: Element>(
     params: &AttentionParams,
     tensors: &AttentionTensors<'_, E>,
 ) -> Result<()> {
-    let invalid = |name, got: String, expected: String| {
-        Err(Error::InvalidArgument {
-            name,
-            got,
-            expected,
-        })
-    };
+    let invalid = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
     let q = tensors.q.layout();
     let (kv_heads, dim) = (tensors.k.layout().heads, q.dim);
     if dim == 0 || dim > MAX_HEAD_DIM {
@@ -122,18 +116,8 @@ fn check<E: Element>(
         ("q", q, batch.tokens, q.heads),
         ("k", tensors.k.layout(), batch.tokens, kv_heads),
         ("v", tensors.v.layout(), batch.tokens, kv_heads),
-        (
-            "k_cache",
-            tensors.k_cache.layout(),
-            batch.num_slots,
-            kv_heads,
-        ),
-        (
-            "v_cache",
-            tensors.v_cache.layout(),
-            batch.num_slots,
-            kv_heads,
-        ),
+        ("k_cache", tensors.k_cache.layout(), batch.num_slots, kv_heads),
+        ("v_cache", tensors.v_cache.layout(), batch.num_slots, kv_heads),
         ("out", tensors.out.layout(), batch.tokens, q.heads),
     ];
     for (name, layout, rows, heads) in shapes {
@@ -149,11 +133,7 @@ fn check<E: Element>(
         return invalid("scale", params.scale.to_string(), "a finite number".into());
     }
     if params.mask == Mask::Ancestors && batch.ancestors.is_none() {
-        return invalid(
-            "mask",
-            "Ancestors".into(),
-            "a batch made with ancestors".into(),
-        );
+        return invalid("mask", "Ancestors".into(), "a batch made with ancestors".into());
     }
     Ok(())
 }
@@ -161,9 +141,7 @@ fn check<E: Element>(
 fn store<E: Element>(new: &Rows<'_, E>, slots: &[usize], cache: &mut RowsMut<'_, E>) {
     for (token, &slot) in slots.iter().enumerate() {
         for head in 0..new.layout().heads {
-            cache
-                .row_mut(slot, head)
-                .copy_from_slice(new.row(token, head));
+            cache.row_mut(slot, head).copy_from_slice(new.row(token, head));
         }
     }
 }
@@ -196,9 +174,7 @@ impl<E: Element> Layer<'_, E> {
         let mut tiles = Vec::new();
         for (index, request) in self.batch.requests.iter().enumerate() {
             let width = (request.context + request.len).next_multiple_of(LANES);
-            let queries = (TILE_SCORES / (group * width).max(1))
-                .min(TILE_ROWS / group)
-                .max(1);
+            let queries = (TILE_SCORES / (group * width).max(1)).min(TILE_ROWS / group).max(1);
             for kv_head in 0..self.k.layout().heads {
                 for first in (0..request.len).step_by(queries) {
                     tiles.push(Tile {
@@ -223,9 +199,7 @@ impl<E: Element> Layer<'_, E> {
             Mask::Block => (request.context + request.len).min(position.saturating_add(window)),
         };
         Visible {
-            start: request
-                .valid_from
-                .max((position + 1).saturating_sub(window)),
+            start: request.valid_from.max((position + 1).saturating_sub(window)),
             end,
         }
     }
@@ -323,13 +297,7 @@ impl<E: Element> Source<'_, E> {
 
     /// Positions `first..first + 16`, of which those below `end` exist. `first` is a multiple of sixteen.
     #[inline(always)]
-    fn chunk<'b>(
-        &'b self,
-        first: usize,
-        end: usize,
-        buffer: &'b mut [f32],
-        vectors: usize,
-    ) -> KeyChunk<'b> {
+    fn chunk<'b>(&'b self, first: usize, end: usize, buffer: &'b mut [f32], vectors: usize) -> KeyChunk<'b> {
         let context = self.request.context;
         if self.cache.layout().dim.is_multiple_of(LANES) {
             if first + LANES <= context
@@ -352,11 +320,7 @@ impl<E: Element> Source<'_, E> {
             } else if position < context {
                 widen(self.cache.row(self.slot(position), self.head), row);
             } else {
-                widen(
-                    self.new
-                        .row(self.request.start + position - context, self.head),
-                    row,
-                );
+                widen(self.new.row(self.request.start + position - context, self.head), row);
             }
         }
         KeyChunk::packed(buffer, vectors)
@@ -364,12 +328,7 @@ impl<E: Element> Source<'_, E> {
 
     /// Tokens `first..first + 16` of the block.
     #[inline(always)]
-    fn block_chunk<'b>(
-        &'b self,
-        first: usize,
-        buffer: &'b mut [f32],
-        vectors: usize,
-    ) -> KeyChunk<'b> {
+    fn block_chunk<'b>(&'b self, first: usize, buffer: &'b mut [f32], vectors: usize) -> KeyChunk<'b> {
         for (token, row) in (first..).zip(buffer.chunks_exact_mut(vectors * LANES)) {
             if token < self.request.len {
                 widen(self.new.row(self.request.start + token, self.head), row);
@@ -395,9 +354,7 @@ fn sixteen(x: &[f32], at: usize) -> &[f32; LANES] {
 
 #[inline(always)]
 fn sixteen_mut(x: &mut [f32], at: usize) -> &mut [f32; LANES] {
-    (&mut x[at..at + LANES])
-        .try_into()
-        .expect("sixteen elements")
+    (&mut x[at..at + LANES]).try_into().expect("sixteen elements")
 }
 
 #[inline(always)]
@@ -433,11 +390,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
         .map(|v| v.chunks().start)
         .min()
         .expect("a tile has queries");
-    let end = visible
-        .iter()
-        .map(|v| v.end)
-        .max()
-        .expect("a tile has queries");
+    let end = visible.iter().map(|v| v.end).max().expect("a tile has queries");
     // Positions up to here are keys of their own; a tree's tokens are not, two of them can share a position.
     let linear_end = if ancestors.is_some() {
         end.min(request.context)
@@ -493,9 +446,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
             for row in 0..rows {
                 let mut dots = [0.0; LANES];
                 L::dots(&q[row * width..(row + 1) * width], &keys).store(&mut dots);
-                for (key, position) in
-                    path(ancestors, request, tile.queries.start + row / group, first)
-                {
+                for (key, position) in path(ancestors, request, tile.queries.start + row / group, first) {
                     if position >= visible[row / group].start {
                         scores[row * stride + position - start] = dots[key];
                     }
@@ -539,9 +490,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
         for first in (0..request.len).step_by(LANES) {
             let values = values.block_chunk(first, chunk, vectors);
             for row in 0..rows {
-                for (key, position) in
-                    path(ancestors, request, tile.queries.start + row / group, first)
-                {
+                for (key, position) in path(ancestors, request, tile.queries.start + row / group, first) {
                     if position >= visible[row / group].start {
                         let weight = scores[row * stride + position - start];
                         let acc = &mut acc[row * width..(row + 1) * width];
@@ -555,9 +504,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
     for (row, acc) in acc.chunks_exact_mut(width).enumerate() {
         let inverse = L::splat(q[row * width]);
         for d in (0..width).step_by(LANES) {
-            L::load(sixteen(acc, d))
-                .mul(inverse)
-                .store(sixteen_mut(acc, d));
+            L::load(sixteen(acc, d)).mul(inverse).store(sixteen_mut(acc, d));
         }
         let token = request.start + tile.queries.start + row / group;
         // SAFETY: a token and head belong to one tile, and one thread runs a tile.
@@ -668,8 +615,7 @@ fn accumulate_block<L: Lanes, const R: usize, const D: usize>(
 #[inline(always)]
 fn add_scaled<L: Lanes>(weight: f32, values: &KeyChunk<'_>, key: usize, acc: &mut [f32]) {
     for d in 0..values.vectors() {
-        let sum = L::load(values.vector(key, d))
-            .mul_add(L::splat(weight), L::load(sixteen(acc, d * LANES)));
+        let sum = L::load(values.vector(key, d)).mul_add(L::splat(weight), L::load(sixteen(acc, d * LANES)));
         sum.store(sixteen_mut(acc, d * LANES));
     }
 }

@@ -29,9 +29,7 @@ pub enum Isa {
 impl Isa {
     /// The widest set this processor has.
     pub fn detect() -> Self {
-        *Self::available()
-            .last()
-            .expect("the portable set is always there")
+        *Self::available().last().expect("the portable set is always there")
     }
 
     /// Every set this processor can run, narrowest first.
@@ -211,19 +209,11 @@ impl Lanes for [f32; LANES] {
     }
     #[inline(always)]
     fn max(self, other: Self) -> Self {
-        std::array::from_fn(|i| {
-            if self[i] > other[i] {
-                self[i]
-            } else {
-                other[i]
-            }
-        })
+        std::array::from_fn(|i| if self[i] > other[i] { self[i] } else { other[i] })
     }
     #[inline(always)]
     fn add_exponent(self, n: Self) -> Self {
-        std::array::from_fn(|i| {
-            f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23))
-        })
+        std::array::from_fn(|i| f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23)))
     }
     #[inline(always)]
     fn zero_where_below(self, x: Self, limit: f32) -> Self {
@@ -272,10 +262,7 @@ mod x86 {
             }
             let mut two = [acc[0]; 2];
             for (i, sum) in two.iter_mut().enumerate() {
-                let (a, b) = (
-                    _mm512_castps_pd(four[2 * i]),
-                    _mm512_castps_pd(four[2 * i + 1]),
-                );
+                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
                 let low = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
                 *sum = _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
             }
@@ -323,10 +310,7 @@ mod x86 {
         fn add_exponent(self, n: Self) -> Self {
             unsafe {
                 let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(n.0));
-                Self(_mm512_castsi512_ps(_mm512_add_epi32(
-                    _mm512_castps_si512(self.0),
-                    n,
-                )))
+                Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), n)))
             }
         }
         #[inline(always)]
@@ -366,10 +350,7 @@ mod x86 {
             }
             let mut two = [eight[0]; 2];
             for (i, sum) in two.iter_mut().enumerate() {
-                let (a, b) = (
-                    _mm256_castps_pd(four[2 * i]),
-                    _mm256_castps_pd(four[2 * i + 1]),
-                );
+                let (a, b) = (_mm256_castps_pd(four[2 * i]), _mm256_castps_pd(four[2 * i + 1]));
                 let low = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
                 *sum = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
             }
@@ -388,12 +369,7 @@ mod x86 {
         }
         #[inline(always)]
         fn load(x: &[f32; LANES]) -> Self {
-            unsafe {
-                Self(
-                    _mm256_loadu_ps(x.as_ptr()),
-                    _mm256_loadu_ps(x.as_ptr().add(8)),
-                )
-            }
+            unsafe { Self(_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
         }
         #[inline(always)]
         fn store(self, out: &mut [f32; LANES]) {
@@ -404,48 +380,23 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_add_ps(self.0, other.0),
-                    _mm256_add_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_sub_ps(self.0, other.0),
-                    _mm256_sub_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_mul_ps(self.0, other.0),
-                    _mm256_mul_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul_add(self, a: Self, b: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_fmadd_ps(self.0, a.0, b.0),
-                    _mm256_fmadd_ps(self.1, a.1, b.1),
-                )
-            }
+            unsafe { Self(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
         }
         #[inline(always)]
         fn max(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_max_ps(self.0, other.0),
-                    _mm256_max_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn add_exponent(self, n: Self) -> Self {
