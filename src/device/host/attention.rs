@@ -3,9 +3,11 @@
 //! A tile is one request, one key head, and a few queries with all the query heads of the group, so that every key and value is
 //! loaded once for all of them:
 //!
-//!     scores[row][key] = q . k      sixteen keys at a time, in place in the cache where sixteen of them lie evenly spaced
-//!     softmax                       max, exponentials, sum over the row
-//!     acc[row] += w * v             key after key
+//! ```text
+//! scores[row][key] = q . k      sixteen keys at a time, in place in the cache where sixteen of them lie evenly spaced
+//! softmax                       max, exponentials, sum over the row
+//! acc[row] += w * v             key after key
+//! ```
 //!
 //! Scores of a whole row are kept (4 bytes per key and row) instead of a running softmax: no rescaling, and the order of every
 //! sum is a function of the key's position alone. That order is the promise of `Kernels::block_attention`: a dot product runs along
