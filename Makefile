@@ -58,8 +58,9 @@ bench: bench-core bench-demo bench-reference
 
 bench-core: install
 	cargo bench --locked
-	$(BIN)/python scripts/criterion_results.py benchmarks/results/core.json
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/crossing.json
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json .benchmarks/crossing.json
+	$(BIN)/python scripts/collect_results.py target/criterion .benchmarks/crossing.json benchmarks/results/core.json
 
 bench-demo: install
 	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \

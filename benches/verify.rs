@@ -128,13 +128,7 @@ fn batch(c: &mut Criterion) {
                 for (r, proposal) in proposals.iter().enumerate() {
                     let sampling = sampling(r);
                     let walk = walk_chain(proposal, |i| {
-                        sampler.draw_row(
-                            row_of(r, i),
-                            &sampling,
-                            &history,
-                            &proposal[..i],
-                            i as u64,
-                        )
+                        sampler.draw_row(row_of(r, i), &sampling, &history, &proposal[..i], i as u64)
                     });
                     committed += walk.unwrap().accepted + 1;
                 }
@@ -143,11 +137,7 @@ fn batch(c: &mut Criterion) {
         });
     }
     let says: Vec<Vec<TokenId>> = (0..requests)
-        .map(|r| {
-            (0..16)
-                .map(|i| TokenId(((r * i) % 13 == 12) as u32))
-                .collect()
-        })
+        .map(|r| (0..16).map(|i| TokenId(((r * i) % 13 == 12) as u32)).collect())
         .collect();
     let proposal = vec![TokenId(0); drafts];
     group.bench_function("walk of rows drawn elsewhere", |b| {

@@ -114,9 +114,7 @@ pub enum Error {
         drafted: u32,
     },
     /// Strides that let two heads of a view share elements.
-    #[error(
-        "{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap"
-    )]
+    #[error("{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap")]
     OverlappingRows {
         /// The array as its caller knows it.
         name: &'static str,
@@ -126,6 +124,32 @@ pub enum Error {
         head_stride: usize,
         /// Elements per head.
         dim: usize,
+    },
+    /// The address of an array with elements is zero.
+    #[error("{name}: null pointer, expected the address of {elements} elements")]
+    NullPointer {
+        /// The array as its caller knows it.
+        name: &'static str,
+        /// Elements that would be touched.
+        elements: usize,
+    },
+    /// An address that no element of the type can have.
+    #[error("{name}: address {address:#x} is not aligned to {alignment} bytes")]
+    MisalignedPointer {
+        /// The array as its caller knows it.
+        name: &'static str,
+        /// The address.
+        address: usize,
+        /// Bytes.
+        alignment: usize,
+    },
+    /// An array that is written shares memory with another one.
+    #[error("{name}: overlaps {other}, expected memory of its own")]
+    AliasedPointer {
+        /// The array that is written.
+        name: &'static str,
+        /// The array it shares memory with.
+        other: &'static str,
     },
 }
 

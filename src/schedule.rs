@@ -105,11 +105,7 @@ impl Config {
 }
 
 /// Refuses token ids outside the vocabulary.
-pub(crate) fn check_tokens(
-    name: &'static str,
-    tokens: &[TokenId],
-    vocab_size: usize,
-) -> Result<()> {
+pub(crate) fn check_tokens(name: &'static str, tokens: &[TokenId], vocab_size: usize) -> Result<()> {
     match tokens.iter().find(|token| token.0 as usize >= vocab_size) {
         None => Ok(()),
         Some(token) => Err(Error::InvalidArgument {
@@ -241,9 +237,7 @@ impl Scheduler {
 
     /// Requests that run, oldest first.
     pub fn running(&self) -> impl Iterator<Item = &Running> {
-        self.order
-            .iter()
-            .filter_map(|slot| self.rows[slot.0 as usize].as_ref())
+        self.order.iter().filter_map(|slot| self.rows[slot.0 as usize].as_ref())
     }
 
     /// How many requests run.
@@ -281,14 +275,12 @@ impl Scheduler {
     /// None in a consistent state.
     pub fn schedule(&mut self, max_block: usize, step: &mut Vec<Scheduled>) -> Result<()> {
         let mut budget = self.config.max_batch_tokens;
-        let decoding = self
-            .running()
-            .filter(|running| running.can_decode())
-            .count();
-        let prefilling = (!self.waiting.is_empty() && self.order.len() < self.config.max_running)
-            || self
-                .running()
-                .any(|running| running.lo < running.prefill_end);
+        let waits = !self.waiting.is_empty() && self.order.len() < self.config.max_running;
+        let (mut decoding, mut prefilling) = (0, waits);
+        for running in self.running() {
+            decoding += usize::from(running.can_decode());
+            prefilling |= running.lo < running.prefill_end;
+        }
         // Every decoding row has its one token for certain; drafts leave a quarter of the step to prompts that wait.
         let kept_for_prompts = if prefilling { budget / 4 } else { 0 };
         let mut drafts = budget.saturating_sub(decoding + kept_for_prompts);
@@ -320,12 +312,7 @@ impl Scheduler {
         Ok(())
     }
 
-    fn decode(
-        &mut self,
-        slot: SlotId,
-        max_block: usize,
-        step: &mut Vec<Scheduled>,
-    ) -> Result<Decoded> {
+    fn decode(&mut self, slot: SlotId, max_block: usize, step: &mut Vec<Scheduled>) -> Result<Decoded> {
         let Some(running) = self.rows[slot.0 as usize]
             .as_mut()
             .filter(|running| running.can_decode())
@@ -352,9 +339,7 @@ impl Scheduler {
                 Decoded::NoPages
             });
         };
-        let launched = reservation
-            .launch(self.kv.table_mut())
-            .map_err(|failed| failed.error)?;
+        let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
         step.push(Scheduled {
             launched,
             work: Work::Decode,
@@ -374,10 +359,7 @@ impl Scheduler {
         let Some(running) = self.rows[slot.0 as usize].as_mut() else {
             return Ok(0);
         };
-        let len = running
-            .prefill_end
-            .saturating_sub(running.lo)
-            .min(budget as u32);
+        let len = running.prefill_end.saturating_sub(running.lo).min(budget as u32);
         if len == 0 {
             return Ok(0);
         }
@@ -385,9 +367,7 @@ impl Scheduler {
         let Some(reservation) = self.kv.reserve(running.key, running.lo + len, len)? else {
             return Ok(0);
         };
-        let launched = reservation
-            .launch(self.kv.table_mut())
-            .map_err(|failed| failed.error)?;
+        let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
         step.push(Scheduled {
             launched,
             work: Work::Prefill {
@@ -448,12 +428,8 @@ impl Scheduler {
         };
         self.order.retain(|&other| other != slot);
         let valid = self.kv.table().committed(running.key)?;
-        self.kv.share(
-            running.key,
-            &running.request.tokens,
-            valid,
-            running.draft_valid_from,
-        )?;
+        self.kv
+            .share(running.key, &running.request.tokens, valid, running.draft_valid_from)?;
         self.kv.release(running.key)?;
         Ok(Some(running.request))
     }
@@ -485,12 +461,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// `AcceptedExceedsDrafted` when `keep` is more than the row had.
-    pub fn resolve(
-        &mut self,
-        row: Scheduled,
-        keep: u32,
-        injected: bool,
-    ) -> Result<Option<&mut Running>> {
+    pub fn resolve(&mut self, row: Scheduled, keep: u32, injected: bool) -> Result<Option<&mut Running>> {
         if self.tenant(&row).is_none() {
             row.launched.cancel(self.kv.table_mut());
             return Ok(None);
@@ -509,12 +480,8 @@ impl Scheduler {
             running.draft_valid_from = committed;
         }
         if let Work::Prefill { .. } = row.work {
-            self.kv.share(
-                key,
-                &running.request.tokens,
-                committed,
-                running.draft_valid_from,
-            )?;
+            self.kv
+                .share(key, &running.request.tokens, committed, running.draft_valid_from)?;
         }
         Ok(Some(running))
     }

@@ -92,9 +92,7 @@ impl Stats {
     pub fn acceptance_per_position(&self) -> Vec<f64> {
         let positions = self.drafted_histogram.len().saturating_sub(1);
         (0..positions)
-            .map(|i| {
-                above(&self.accepted_histogram, i) as f64 / above(&self.drafted_histogram, i) as f64
-            })
+            .map(|i| above(&self.accepted_histogram, i) as f64 / above(&self.drafted_histogram, i) as f64)
             .collect()
     }
 }
@@ -107,11 +105,7 @@ fn bump(histogram: &mut Vec<u64>, at: usize, by: u64) {
 }
 
 fn weighted(histogram: &[u64]) -> u64 {
-    histogram
-        .iter()
-        .enumerate()
-        .map(|(value, &n)| value as u64 * n)
-        .sum()
+    histogram.iter().enumerate().map(|(value, &n)| value as u64 * n).sum()
 }
 
 // Passes whose value exceeds `i`.

@@ -22,9 +22,7 @@ use std::sync::Arc;
 pub use values::{Accepted, AcceptedArrays, EventArrays, Events, PlanArrays, StepPlan};
 
 use crate::error::{Error, Result};
-use crate::schedule::{
-    Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens,
-};
+use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
 use crate::verify::{Sampler, top_logprobs, walk_chain};
@@ -149,18 +147,9 @@ impl Engine {
     /// hold its longest output even if it were empty.
     pub fn add(&mut self, prompt: Vec<TokenId>, params: Params) -> Result<RequestId> {
         let config = self.scheduler.config();
-        let refuse = |name, got: String, expected: String| {
-            Err(Error::InvalidArgument {
-                name,
-                got,
-                expected,
-            })
-        };
+        let refuse = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
         if prompt.is_empty() || prompt.len() >= config.max_context {
-            let expected = format!(
-                "1 to {} tokens (max_context less one)",
-                config.max_context - 1
-            );
+            let expected = format!("1 to {} tokens (max_context less one)", config.max_context - 1);
             return refuse("prompt", format!("{} tokens", prompt.len()), expected);
         }
         check_tokens("prompt", &prompt, config.vocab_size)?;
@@ -170,24 +159,13 @@ impl Engine {
             return refuse("max_tokens", "0".into(), "at least 1".into());
         }
         if params.stop_strings.iter().any(Vec::is_empty) {
-            return refuse(
-                "stop",
-                "an empty string".into(),
-                "strings of at least one byte".into(),
-            );
+            return refuse("stop", "an empty string".into(), "strings of at least one byte".into());
         }
         if !params.stop_strings.is_empty() && self.vocabulary.is_none() {
             let expected = "none, or an engine with a vocabulary".into();
-            return refuse(
-                "stop",
-                "strings for an engine without a vocabulary".into(),
-                expected,
-            );
+            return refuse("stop", "strings for an engine without a vocabulary".into(), expected);
         }
-        if let Some(top) = params
-            .logprobs
-            .filter(|&top| top as usize > config.vocab_size)
-        {
+        if let Some(top) = params.logprobs.filter(|&top| top as usize > config.vocab_size) {
             return refuse(
                 "logprobs",
                 top.to_string(),
@@ -272,29 +250,20 @@ impl Engine {
         arrays.context_lens.push(row.first as i32);
         arrays.block_len.push(row.len as i32);
         arrays.is_prefill.push(row.work != Work::Decode);
-        arrays
-            .draft_valid_from
-            .push(running.draft_valid_from as i32);
+        arrays.draft_valid_from.push(running.draft_valid_from as i32);
         arrays.start_known.push(row.start_known);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
         match row.work {
             Work::Prefill { last } => {
-                let text =
-                    &running.request.tokens[row.first as usize..(row.first + row.len) as usize];
-                arrays
-                    .token_ids
-                    .extend(text.iter().map(|token| i64::from(token.0)));
+                let text = &running.request.tokens[row.first as usize..(row.first + row.len) as usize];
+                arrays.token_ids.extend(text.iter().map(|token| i64::from(token.0)));
                 if last {
                     arrays.logit_rows.push(end as i32 - 1);
                 }
             }
             Work::Decode => {
-                let anchor = row
-                    .anchor_known
-                    .then(|| running.request.tokens[row.first as usize]);
-                arrays
-                    .token_ids
-                    .push(anchor.map_or(-1, |token| i64::from(token.0)));
+                let anchor = row.anchor_known.then(|| running.request.tokens[row.first as usize]);
+                arrays.token_ids.push(anchor.map_or(-1, |token| i64::from(token.0)));
                 arrays.token_ids.resize(end, -1);
                 arrays.logit_rows.extend(start as i32..end as i32);
                 if row.len > 1 {
@@ -305,12 +274,10 @@ impl Engine {
         if row.start_known {
             let (first, last) = (i64::from(row.first), i64::from(row.first + row.len));
             arrays.positions.extend(first..last);
-            self.scheduler.kv().table().slots(
-                key,
-                row.first,
-                row.first + row.len,
-                &mut arrays.slots,
-            )?;
+            self.scheduler
+                .kv()
+                .table()
+                .slots(key, row.first, row.first + row.len, &mut arrays.slots)?;
         } else {
             arrays.positions.resize(end, -1);
             arrays.slots.resize(end, -1);
@@ -344,13 +311,7 @@ impl Engine {
             let row = &logits[(first_logit + token) * vocab..(first_logit + token + 1) * vocab];
             let request = &running.request;
             let place = (position + token as u64 + 1, &drafts[..token]);
-            let drawn = sampler.draw_row(
-                row,
-                &request.params.sampling,
-                &request.history,
-                place.1,
-                place.0,
-            )?;
+            let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, place.1, place.0)?;
             let Some(top) = request.params.logprobs else {
                 return Ok(Drawn {
                     token: drawn,
@@ -376,12 +337,7 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::accept`]; `InvalidArgument` for a sampled token outside the vocabulary.
-    pub fn accept_sampled(
-        &mut self,
-        plan: &StepPlan,
-        sampled: &[i64],
-        logprobs: &[f32],
-    ) -> Result<Accepted> {
+    pub fn accept_sampled(&mut self, plan: &StepPlan, sampled: &[i64], logprobs: &[f32]) -> Result<Accepted> {
         let vocab = self.scheduler.config().vocab_size as i64;
         let expected = plan.arrays().logit_rows.len();
         if sampled.len() != expected {
@@ -447,8 +403,7 @@ impl Engine {
             if let Work::Prefill { last } = scheduled.work {
                 drafts.clear();
                 if !last {
-                    out.commit_rows
-                        .extend(start..start + i64::from(scheduled.len));
+                    out.commit_rows.extend(start..start + i64::from(scheduled.len));
                     continue;
                 }
             } else {
@@ -467,13 +422,20 @@ impl Engine {
             let kept = (out.tokens.len(), out.top_tokens.len());
             let walked = walk_chain(drafts, |token| {
                 let drawn = draw(sampler, &context, drafts, token)?;
-                out.tokens.push(i64::from(drawn.token.0));
-                out.logprobs.push(drawn.logprob);
-                out.top_starts.push(out.top_tokens.len() as i32);
+                // Scores are rare: what nobody asked for is filled in at the end.
+                if !drawn.logprob.is_nan() {
+                    out.logprobs.resize(out.tokens.len(), f32::NAN);
+                    out.logprobs.push(drawn.logprob);
+                }
+                if !drawn.top.is_empty() {
+                    out.top_starts.resize(out.tokens.len(), out.top_tokens.len() as i32);
+                    out.top_starts.push(out.top_tokens.len() as i32);
+                }
                 for (token, logprob) in drawn.top {
                     out.top_tokens.push(i64::from(token.0));
                     out.top_logprobs.push(logprob);
                 }
+                out.tokens.push(i64::from(drawn.token.0));
                 Ok(drawn.token)
             });
             match walked {
@@ -497,7 +459,8 @@ impl Engine {
         }
         let out = accepted.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
-        out.top_starts.push(out.top_tokens.len() as i32);
+        out.logprobs.resize(out.tokens.len(), f32::NAN);
+        out.top_starts.resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
         Ok(accepted)
     }
 
@@ -506,12 +469,7 @@ impl Engine {
     ///
     /// # Errors
     /// `OutOfTurn` when an earlier step is unresolved, this one is closed, or `accepted` belongs to another step.
-    pub fn commit(
-        &mut self,
-        plan: &mut StepPlan,
-        accepted: &Accepted,
-        injected: bool,
-    ) -> Result<Events> {
+    pub fn commit(&mut self, plan: &mut StepPlan, accepted: &Accepted, injected: bool) -> Result<Events> {
         self.call_off_dropped()?;
         self.next_to_resolve(plan)?;
         if accepted.step() != plan.step() {
@@ -529,18 +487,11 @@ impl Engine {
         let mut failed = accepted.failed().iter().peekable();
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
             let error = failed.next_if(|(at, _)| *at == row).map(|(_, error)| error);
-            self.resolve_row(
-                row,
-                scheduled,
-                accepted.arrays(),
-                injected,
-                error,
-                &mut events,
-            )?;
+            self.resolve_row(row, scheduled, accepted.arrays(), injected, error, &mut events)?;
         }
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
-        out.top_starts.push(out.top_tokens.len() as i32);
+        out.top_starts.resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
         self.spare_rows.push(flight.rows);
         Ok(events)
     }
@@ -583,34 +534,26 @@ impl Engine {
             at += 1;
         }
         out.tokens.extend_from_slice(&accepted.tokens[first..at]);
-        out.logprobs
-            .extend_from_slice(&accepted.logprobs[first..at]);
-        let (top_first, top_end) = (accepted.top_starts[first], accepted.top_starts[at]);
-        let shift = out.top_tokens.len() as i32 - top_first;
-        out.top_starts.extend(
-            accepted.top_starts[first..at]
-                .iter()
-                .map(|start| start + shift),
-        );
-        let top = top_first as usize..top_end as usize;
-        out.top_tokens
-            .extend_from_slice(&accepted.top_tokens[top.clone()]);
-        out.top_logprobs
-            .extend_from_slice(&accepted.top_logprobs[top]);
+        out.logprobs.extend_from_slice(&accepted.logprobs[first..at]);
+        if !accepted.top_tokens.is_empty() {
+            let starts = &accepted.top_starts[first..=at];
+            let shift = out.top_tokens.len() as i32 - starts[0];
+            out.top_starts
+                .extend(starts[..at - first].iter().map(|start| start + shift));
+            let top = starts[0] as usize..starts[at - first] as usize;
+            out.top_tokens.extend_from_slice(&accepted.top_tokens[top.clone()]);
+            out.top_logprobs.extend_from_slice(&accepted.top_logprobs[top]);
+        }
         let drafted = if work == Work::Decode { len - 1 } else { 0 };
         out.drafted.push(drafted as i32);
         out.accepted.push(drafts_accepted);
         out.finish.push(finish as u8);
-        out.text_ends
-            .push(request.text_end().map_or(-1, |end| end as i64));
+        out.text_ends.push(request.text_end().map_or(-1, |end| end as i64));
         out.cached_tokens.push(request.cached_tokens as i32);
         if work == Work::Decode {
             let committed = (at - first) as u32;
-            request
-                .stats
-                .record(drafted, drafts_accepted as u32, committed)?;
-            self.stats
-                .record(drafted, drafts_accepted as u32, committed)?;
+            request.stats.record(drafted, drafts_accepted as u32, committed)?;
+            self.stats.record(drafted, drafts_accepted as u32, committed)?;
         }
         if finish != Finish::Running {
             self.scheduler.leave(slot)?;
@@ -618,20 +561,11 @@ impl Engine {
         Ok(())
     }
 
-    fn fail_row(
-        &mut self,
-        scheduled: Scheduled,
-        error: Option<&Error>,
-        events: &mut Events,
-    ) -> Result<()> {
+    fn fail_row(&mut self, scheduled: Scheduled, error: Option<&Error>, events: &mut Events) -> Result<()> {
         let Some(running) = self.scheduler.tenant(&scheduled) else {
             return self.scheduler.call_off(scheduled);
         };
-        let (slot, id, cached) = (
-            running.key.slot,
-            running.request.id.0,
-            running.request.cached_tokens,
-        );
+        let (slot, id, cached) = (running.key.slot, running.request.id.0, running.request.cached_tokens);
         let text_end = running.request.text_end().map_or(-1, |end| end as i64);
         let out = events.arrays_mut();
         out.request_ids.push(id);
@@ -687,11 +621,7 @@ impl Engine {
         if front.step == plan.step() {
             return Ok(());
         }
-        if self
-            .in_flight
-            .iter()
-            .all(|flight| flight.step != plan.step())
-        {
+        if self.in_flight.iter().all(|flight| flight.step != plan.step()) {
             return Err(closed(plan.step()));
         }
         let problem = format!("step {} comes first: commit or cancel it", front.step);

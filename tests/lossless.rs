@@ -45,10 +45,7 @@ fn block_accepts_at_least_as_many_as_token_in_expectation_and_sometimes_more() {
         let drafter = Model::random(vocab, g, &mut numbers);
         let (_, t) = law_of_round(&target, &drafter, g, |_| g, by_token);
         let (_, b) = law_of_round(&target, &drafter, g, |_| g, by_block);
-        assert!(
-            b >= t - EXACT,
-            "V={vocab} g={g} seed={seed}: block {b} < token {t}"
-        );
+        assert!(b >= t - EXACT, "V={vocab} g={g} seed={seed}: block {b} < token {t}");
         if g == 1 {
             assert!((b - t).abs() < EXACT, "one draft: block {b}, token {t}");
         }
@@ -77,10 +74,7 @@ fn equal_distributions_accept_everything() {
         let model = Model::random(vocab, g + 1, &mut Numbers::new(300 + seed));
         for verify in [by_token as Verifier, by_block] {
             let (law, expected) = law_of_round(&model, &model, g, |_| g, verify);
-            assert!(
-                (expected - g as f64).abs() < EXACT,
-                "accepted {expected} of {g}"
-            );
+            assert!((expected - g as f64).abs() < EXACT, "accepted {expected} of {g}");
             assert!(distance(&law, &model.law(g + 1)) < EXACT);
         }
     }
@@ -135,29 +129,18 @@ fn a_policy_that_peeks_at_the_draft_it_drops_is_caught() {
         let (law, _) = law_of_round(&model, &model, 1, |x| usize::from(x[0] == 0), verify);
         let first_is_a = law[0] + law[1];
         assert!((first_is_a - 0.75).abs() < EXACT, "Pr(a) = {first_is_a}");
-        assert!(
-            distance(&law, &model.law(2)) > 0.1,
-            "the oracle must see it"
-        );
+        assert!(distance(&law, &model.law(2)) > 0.1, "the oracle must see it");
     }
 }
 
 #[test]
 fn the_oracle_catches_verifiers_that_are_wrong_in_the_known_ways() {
     // The residual without the scale P[tau].
-    fn unscaled_residual(
-        p: &[f64],
-        q: &[f64],
-        v: usize,
-        x: &[TokenId],
-        c: &mut Branches,
-    ) -> Verdict {
+    fn unscaled_residual(p: &[f64], q: &[f64], v: usize, x: &[TokenId], c: &mut Branches) -> Verdict {
         let mut verdict = by_block(p, q, v, x, c);
         let t = verdict.accepted as usize;
         if t < x.len() {
-            let w: Vec<f64> = (0..v)
-                .map(|i| (p[t * v + i] - q[t * v + i]).max(0.0))
-                .collect();
+            let w: Vec<f64> = (0..v).map(|i| (p[t * v + i] - q[t * v + i]).max(0.0)).collect();
             if w.iter().any(|&w| w > 0.0) {
                 verdict.last = TokenId(dflash_rs::verify::Coins::pick(c, &w) as u32);
             }
@@ -264,26 +247,18 @@ fn the_tree_walk_keeps_the_target_law_and_is_optimal_at_every_depth() {
                 let node = walk.path.last().map_or(0, |&n| n as usize);
                 let mut out = plain(&tree.path_tokens(node));
                 assert_eq!(out.len(), walk.path.len());
-                reach[..=out.len()]
-                    .iter_mut()
-                    .for_each(|r| *r += probability);
+                reach[..=out.len()].iter_mut().for_each(|r| *r += probability);
                 out.push(walk.bonus.0 as usize);
                 spread(&mut law, &all, &target, &out, probability);
             },
         );
-        assert!(
-            distance(&law, &target.law(depth + 1)) < EXACT,
-            "seed {seed}"
-        );
+        assert!(distance(&law, &target.law(depth + 1)) < EXACT, "seed {seed}");
         for (d, r) in reach.iter().enumerate() {
             let inside: f64 = (0..tree.len())
                 .filter(|&n| tree.depths()[n] as usize == d)
                 .map(|n| target.probability(&plain(&tree.path_tokens(n)), 0))
                 .sum();
-            assert!(
-                (r - inside).abs() < EXACT,
-                "seed {seed}, depth {d}: {r} of {inside}"
-            );
+            assert!((r - inside).abs() < EXACT, "seed {seed}, depth {d}: {r} of {inside}");
         }
     }
 }

@@ -8,14 +8,7 @@ use dflash_rs::types::TokenId;
 use dflash_rs::verify::{GivenCoins, KeyedCoins, Verdict, block, token};
 use proptest::prelude::*;
 
-fn both(
-    p: &[f64],
-    q: &[f64],
-    vocab: usize,
-    drafts: &[u32],
-    accept: &[f64],
-    last: f64,
-) -> [Verdict; 2] {
+fn both(p: &[f64], q: &[f64], vocab: usize, drafts: &[u32], accept: &[f64], last: f64) -> [Verdict; 2] {
     let x: Vec<TokenId> = drafts.iter().copied().map(TokenId).collect();
     let coins = || GivenCoins::new(accept, last, x.len()).unwrap();
     [
@@ -110,11 +103,7 @@ fn the_last_token_has_mass_at_every_vocabulary_boundary() {
                     block::verify(&p, &q, v, &x, &mut coins).unwrap(),
                 ] {
                     assert_eq!(verdict.accepted, 0);
-                    assert!(
-                        (verdict.last.0 as usize) < live,
-                        "V = {v}: {}",
-                        verdict.last.0
-                    );
+                    assert!((verdict.last.0 as usize) < live, "V = {v}: {}", verdict.last.0);
                 }
             }
         }

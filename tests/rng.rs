@@ -1,8 +1,6 @@
 //! The generator's bits are a contract: a device that repeats the documented arithmetic must meet these very numbers.
 
-use dflash_rs::rng::{
-    Domain, GUMBEL_MAX, GUMBEL_MIN, Stream, gumbel, gumbel_of_word, ln, philox4x32_10,
-};
+use dflash_rs::rng::{Domain, GUMBEL_MAX, GUMBEL_MIN, Stream, gumbel, gumbel_of_word, ln, philox4x32_10};
 use proptest::prelude::*;
 
 #[test]
@@ -41,10 +39,7 @@ fn the_key_lands_in_the_documented_counter_words() {
     // Coin 10 is columns 20 (high) and 21 (low), 53 bits of them.
     let bits = (u64::from(block[0]) << 32 | u64::from(block[1])) >> 11;
     assert_eq!(stream.uniform(10), bits as f64 / 2f64.powi(53));
-    assert_eq!(
-        gumbel(seed, position, 22, Domain::Accept),
-        gumbel_of_word(block[2])
-    );
+    assert_eq!(gumbel(seed, position, 22, Domain::Accept), gumbel_of_word(block[2]));
 }
 
 // ln(-ln u) in f64, with the symmetric grid u = k / 2^31.
@@ -121,10 +116,7 @@ fn ln_is_accurate_for_every_exponent() {
             let x = 2f32.powi(e) * (1.0 + step as f32 / 500.0);
             let exact = f64::from(x).ln();
             let error = (f64::from(ln(x)) - exact).abs();
-            assert!(
-                error <= 2e-7 * exact.abs().max(1.0),
-                "ln({x:e}): error {error:e}"
-            );
+            assert!(error <= 2e-7 * exact.abs().max(1.0), "ln({x:e}): error {error:e}");
         }
     }
 }
@@ -134,10 +126,7 @@ fn moments_of_a_million_gumbel_numbers_are_those_of_the_distribution() {
     let n = 1_000_000u32;
     let mut words = vec![0; n as usize];
     Stream::new(7, 3, Domain::Draw).fill_words(0, &mut words);
-    let g: Vec<f64> = words
-        .iter()
-        .map(|&w| f64::from(gumbel_of_word(w)))
-        .collect();
+    let g: Vec<f64> = words.iter().map(|&w| f64::from(gumbel_of_word(w))).collect();
     let mean = g.iter().sum::<f64>() / f64::from(n);
     let variance = g.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / f64::from(n);
     // Standard errors: 0.0013 and about 0.0035.

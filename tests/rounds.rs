@@ -97,12 +97,7 @@ fn generate<C: Coins>(
     text[1..=len].to_vec()
 }
 
-fn z_of(
-    model: &Markov,
-    len: usize,
-    sequences: u64,
-    mut text: impl FnMut(u64) -> Vec<usize>,
-) -> f64 {
+fn z_of(model: &Markov, len: usize, sequences: u64, mut text: impl FnMut(u64) -> Vec<usize>) -> f64 {
     let law = model.law(len);
     let mut counts = vec![0; law.len()];
     for seed in 0..sequences {
@@ -117,27 +112,15 @@ const PLAUSIBLE: f64 = 4.0;
 #[test]
 fn rounds_with_fresh_coins_have_the_target_law() {
     let models = [
-        (
-            "p = .5, q = .85, g = 3",
-            Markov::flat(&[0.5, 0.5], &[0.85, 0.15]),
-            3,
-            6,
-        ),
-        (
-            "p = .2, q = .6, g = 2",
-            Markov::flat(&[0.2, 0.8], &[0.6, 0.4]),
-            2,
-            8,
-        ),
+        ("p = .5, q = .85, g = 3", Markov::flat(&[0.5, 0.5], &[0.85, 0.15]), 3, 6),
+        ("p = .2, q = .6, g = 2", Markov::flat(&[0.2, 0.8], &[0.6, 0.4]), 2, 8),
         ("random, V = 3, g = 3", Markov::random(3, 1), 3, 6),
         ("random, V = 3, g = 2", Markov::random(3, 2), 2, 6),
     ];
     for (name, model, g, len) in &models {
         for level in [Level::Token, Level::Block] {
             let z = z_of(model, *len, 12_000, |seed| {
-                generate(model, seed, *g, *len, level, |start| {
-                    KeyedCoins::new(seed, start)
-                })
+                generate(model, seed, *g, *len, level, |start| KeyedCoins::new(seed, start))
             });
             assert!(
                 z.abs() < PLAUSIBLE,
@@ -208,13 +191,7 @@ fn draw(model: &Markov, sampler: &mut Sampler, seed: u64, context: &[usize]) -> 
         ..Sampling::default()
     };
     sampler
-        .draw_row(
-            &logits,
-            &sampling,
-            &History::default(),
-            &[],
-            context.len() as u64,
-        )
+        .draw_row(&logits, &sampling, &History::default(), &[], context.len() as u64)
         .unwrap()
 }
 
@@ -261,9 +238,7 @@ fn keyed_and_given_coins_draw_the_last_token_in_proportion_to_its_weight() {
     for seed in 0..20_000 {
         keyed[KeyedCoins::new(seed, 1).pick(&weights)] += 1;
         let u = numbers.uniform();
-        given[dflash_rs::verify::GivenCoins::new(&[], u, 0)
-            .unwrap()
-            .pick(&weights)] += 1;
+        given[dflash_rs::verify::GivenCoins::new(&[], u, 0).unwrap().pick(&weights)] += 1;
     }
     for counts in [keyed, given] {
         assert!(chi_square_z(&counts, &law).abs() < PLAUSIBLE, "{counts:?}");

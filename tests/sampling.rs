@@ -66,13 +66,7 @@ fn kept(l: &[f32], s: &Sampling) -> Option<Vec<usize>> {
     Some(keep)
 }
 
-fn reference(
-    logits: &[f32],
-    s: &Sampling,
-    prompt: &[u32],
-    output: &[u32],
-    position: u64,
-) -> Option<u32> {
+fn reference(logits: &[f32], s: &Sampling, prompt: &[u32], output: &[u32], position: u64) -> Option<u32> {
     let l = edited(logits, s, prompt, output);
     let best = |scores: &mut dyn Iterator<Item = (usize, f32)>| {
         scores.fold((usize::MAX, f32::NEG_INFINITY), |best, (id, x)| {
@@ -128,22 +122,17 @@ fn any_sampling() -> impl Strategy<Value = Sampling> {
         ],
         any::<u64>(),
     )
-        .prop_map(
-            |(temperature, top_k, top_p, min_p, rp, pp, fp, bias, seed)| Sampling {
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty: rp,
-                presence_penalty: pp,
-                frequency_penalty: fp,
-                logit_bias: bias
-                    .map(|(t, b)| (TokenId(t as u32), b))
-                    .into_iter()
-                    .collect(),
-                seed,
-            },
-        )
+        .prop_map(|(temperature, top_k, top_p, min_p, rp, pp, fp, bias, seed)| Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty: rp,
+            presence_penalty: pp,
+            frequency_penalty: fp,
+            logit_bias: bias.map(|(t, b)| (TokenId(t as u32), b)).into_iter().collect(),
+            seed,
+        })
 }
 
 fn any_logits() -> impl Strategy<Value = Vec<f32>> {
@@ -215,9 +204,7 @@ proptest! {
 fn wide_rows_with_skipped_blocks_draw_what_a_full_scan_draws() {
     for (v, spread) in [(4096, 3.0), (4096, 30.0), (8193, 8.0), (151_936, 5.0)] {
         let mut numbers = Numbers::new(v as u64);
-        let mut logits: Vec<f32> = (0..v)
-            .map(|_| ((numbers.uniform() - 0.5) * spread) as f32)
-            .collect();
+        let mut logits: Vec<f32> = (0..v).map(|_| ((numbers.uniform() - 0.5) * spread) as f32).collect();
         logits[v / 3] += spread as f32;
         for seed in 0..4 {
             let s = Sampling {
@@ -237,11 +224,7 @@ fn wide_rows_with_skipped_blocks_draw_what_a_full_scan_draws() {
                 ..s
             };
             if let Some(expected) = reference(&logits, &s, &[], &[], 9) {
-                assert_eq!(
-                    plain(&logits, &s, 9),
-                    expected,
-                    "V = {v}, seed {seed}, filtered"
-                );
+                assert_eq!(plain(&logits, &s, 9), expected, "V = {v}, seed {seed}, filtered");
             }
         }
     }
@@ -274,10 +257,7 @@ fn top_k_and_top_p_apply_jointly_and_the_draw_follows_the_renormalised_rest() {
 fn draws_follow_the_tempered_distribution() {
     let logits = [1.0f32, 0.0, -1.0, 2.0, -3.0, 0.5, f32::NEG_INFINITY];
     for temperature in [0.5, 1.0, 2.0] {
-        let w: Vec<f64> = logits
-            .iter()
-            .map(|&l| f64::from(l / temperature).exp())
-            .collect();
+        let w: Vec<f64> = logits.iter().map(|&l| f64::from(l / temperature).exp()).collect();
         let law: Vec<f64> = w.iter().map(|x| x / w.iter().sum::<f64>()).collect();
         let mut counts = [0u64; 7];
         for seed in 0..40_000 {
@@ -291,10 +271,7 @@ fn draws_follow_the_tempered_distribution() {
                 5,
             ) as usize] += 1;
         }
-        assert!(
-            chi_square_z(&counts, &law).abs() < 4.0,
-            "T = {temperature}: {counts:?}"
-        );
+        assert!(chi_square_z(&counts, &law).abs() < 4.0, "T = {temperature}: {counts:?}");
     }
 }
 
@@ -449,11 +426,7 @@ fn rows_that_cannot_be_sampled_are_errors_naming_the_column() {
             top_k: 5,
             ..Sampling::default()
         };
-        for (at, value, name) in [
-            (0, f32::NAN, "NaN"),
-            (70, f32::NAN, "NaN"),
-            (99, f32::INFINITY, "+inf"),
-        ] {
+        for (at, value, name) in [(0, f32::NAN, "NaN"), (70, f32::NAN, "NaN"), (99, f32::INFINITY, "+inf")] {
             let mut row = vec![0.5f32; 100];
             row[at] = value;
             assert_eq!(
@@ -503,18 +476,12 @@ fn tokens_that_are_no_columns_are_refused_wherever_they_come_from() {
         name(sampler.draw_row(&[0.0; 4], &s, &history(&[4], &[]), &[], 0)),
         "history"
     );
-    assert_eq!(
-        name(sampler.draw_row(&[0.0; 4], &s, &none, &ids(&[4]), 0)),
-        "path"
-    );
+    assert_eq!(name(sampler.draw_row(&[0.0; 4], &s, &none, &ids(&[4]), 0)), "path");
     let s = Sampling {
         logit_bias: vec![(TokenId(4), 1.0)],
         ..Sampling::default()
     };
-    assert_eq!(
-        name(sampler.draw_row(&[0.0; 4], &s, &none, &[], 0)),
-        "logit_bias"
-    );
+    assert_eq!(name(sampler.draw_row(&[0.0; 4], &s, &none, &[], 0)), "logit_bias");
     assert_eq!(
         name(sampler.logprob(&[0.0; 4], TokenId(4)).map(|_| TokenId(0))),
         "token"
@@ -557,13 +524,7 @@ fn parameters_outside_their_domain_are_refused_by_name() {
         ("top_p", Sampling { top_p: 0.0, ..ok() }),
         ("top_p", Sampling { top_p: 1.5, ..ok() }),
         ("top_p", Sampling { top_p: nan, ..ok() }),
-        (
-            "min_p",
-            Sampling {
-                min_p: -0.1,
-                ..ok()
-            },
-        ),
+        ("min_p", Sampling { min_p: -0.1, ..ok() }),
         ("min_p", Sampling { min_p: nan, ..ok() }),
         (
             "repetition_penalty",

@@ -15,10 +15,7 @@ fn tau_counts_the_bonus_and_plain_passes() {
     assert_eq!(stats.tau(), Some(7.0 / 4.0));
     assert_eq!(stats.acceptance_rate(), Some(5.0 / 9.0));
     assert_eq!(stats.histogram(), [2, 0, 1, 1]);
-    assert_eq!(
-        stats.acceptance_per_position(),
-        [2.0 / 3.0, 2.0 / 3.0, 1.0 / 3.0]
-    );
+    assert_eq!(stats.acceptance_per_position(), [2.0 / 3.0, 2.0 / 3.0, 1.0 / 3.0]);
 }
 
 #[test]

@@ -153,15 +153,11 @@ proptest! {
 #[test]
 fn masks_grow_a_word_every_64_nodes() {
     for (drafts, words) in [(0, 1), (63, 1), (64, 2), (127, 2), (128, 3)] {
-        let tree =
-            DraftTree::chain(ANCHOR, &vec![TokenId(3); drafts], &vec![-0.1; drafts]).unwrap();
+        let tree = DraftTree::chain(ANCHOR, &vec![TokenId(3); drafts], &vec![-0.1; drafts]).unwrap();
         assert_eq!(tree.mask_words(), words, "{drafts} drafts");
         assert_eq!(tree.masks().len(), (drafts + 1) * words);
         let last = &tree.masks()[drafts * words..];
-        assert_eq!(
-            last.iter().map(|w| w.count_ones()).sum::<u32>() as usize,
-            drafts + 1
-        );
+        assert_eq!(last.iter().map(|w| w.count_ones()).sum::<u32>() as usize, drafts + 1);
     }
 }
 
@@ -170,12 +166,7 @@ fn a_path_conditioned_source_is_asked_about_the_path() {
     // After token 7 comes only 8, after token 9 only 10: the children follow the parent, not the depth.
     struct ByPath;
     impl ChildSource for ByPath {
-        fn child(
-            &mut self,
-            tree: &DraftTree,
-            parent: usize,
-            rank: usize,
-        ) -> Option<(TokenId, f32)> {
+        fn child(&mut self, tree: &DraftTree, parent: usize, rank: usize) -> Option<(TokenId, f32)> {
             let children: &[(u32, f32)] = match tree.path_tokens(parent).last().map(|t| t.0) {
                 None => &[(7, -0.1), (9, -0.2)],
                 Some(7) => &[(8, -0.3)],
@@ -203,13 +194,7 @@ fn sources_that_break_their_contract_are_refused_by_name() {
     ] {
         let error = build(&log_probs).unwrap_err();
         assert!(
-            matches!(
-                error,
-                Error::InvalidArgument {
-                    name: "log_probs",
-                    ..
-                }
-            ),
+            matches!(error, Error::InvalidArgument { name: "log_probs", .. }),
             "{error}"
         );
         assert!(error.to_string().contains(got), "{error}");

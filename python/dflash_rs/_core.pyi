@@ -19,7 +19,7 @@ class Engine:
         engine.add(prompt, ...)
         while engine.has_work:
             plan = engine.plan()
-            plan.set_drafts(drafts)                 # if len(plan.draft_rows)
+            plan.set_drafts(drafts)  # if len(plan.draft_rows)
             accepted = engine.accept(plan, logits)  # or accept_sampled
             events = engine.commit(plan, accepted)
 

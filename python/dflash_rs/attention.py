@@ -147,7 +147,9 @@ class HostAttention:
         self._batch = _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
         self._threads = threads
 
-    def attend(self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None) -> Tensor:
+    def attend(
+        self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None
+    ) -> Tensor:
         """As `TorchAttention.attend`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _core.paged_attention(
@@ -168,7 +170,11 @@ def _address(rows: Tensor) -> tuple[int, int, int]:
 def host_kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Whether the host kernel attends over such a cache; the reference does otherwise."""
     return (
-        hasattr(_core, "paged_attention") and device.type == "cpu" and dtype in _DTYPES and key_dim == value_dim and key_dim <= 256
+        hasattr(_core, "paged_attention")
+        and device.type == "cpu"
+        and dtype in _DTYPES
+        and key_dim == value_dim
+        and key_dim <= 256
     )
 
 

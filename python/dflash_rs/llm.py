@@ -81,8 +81,11 @@ class StreamEvent:
 class _Active:
     """A request on its way."""
 
-    def __init__(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer):
+    def __init__(
+        self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer
+    ):
         self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
+        self.drafts = False
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.steps = 0
@@ -172,7 +175,9 @@ class LLM:
             model = assets() / "target"
             draft = assets() / "draft" if draft == "auto" else draft
         elif draft == "auto":
-            raise InvalidArgument("draft: got 'auto' with a model of your own, expected a drafter's folder, or None to decode plainly")
+            raise InvalidArgument(
+                "draft: got 'auto' with a model of your own, expected a drafter's folder, or None to decode plainly"
+            )
         if threads is not None:
             if not isinstance(threads, int) or threads < 1:
                 raise InvalidArgument(f"threads: got {threads!r}, expected an integer of at least 1")
@@ -190,17 +195,17 @@ class LLM:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.vocab_size = self._target.vocab_size
         self._bytes = token_bytes(self.tokenizer, self.vocab_size)
-        self.eos_token_ids = _eos_ids(self._target.model)
+        self.eos_token_ids = list(self._target.eos_token_ids)
 
-        limit = int(self._target.config.max_position_embeddings)
+        limit = self._target.max_context
         if max_context > limit:
             raise InvalidArgument(f"max_context: got {max_context}, expected at most {limit}, the target's own limit")
         self.max_context = max_context or limit
         per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
         pages = self.config.pages(per_token, self.max_context, self.block_size)
-        self._target.init_cache(pages * page_size)
+        self._target.alloc_kv(pages * page_size)
         if self._draft is not None:
-            self._draft.init_cache(pages * page_size, page_size)
+            self._draft.alloc_kv(pages * page_size)
         self._core = _core.Engine(
             num_pages=pages,
             page_size=page_size,
@@ -227,7 +232,9 @@ class LLM:
         if block_size is None:
             return own
         if not isinstance(block_size, int) or not 2 <= block_size <= own:
-            raise InvalidArgument(f"block_size: got {block_size!r}, expected 2..{own} (the drafter was trained with {own})")
+            raise InvalidArgument(
+                f"block_size: got {block_size!r}, expected 2..{own} (the drafter was trained with {own})"
+            )
         return block_size
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -241,7 +248,11 @@ class LLM:
         return Detokenizer(self.tokenizer, self._bytes).push([int(i) for i in ids], None, True)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, draft: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        draft: bool = True,
     ) -> list[Output]:
         """Completes prompts (strings, or lists of token ids) and returns one `Output` each, in order.
 
@@ -255,7 +266,11 @@ class LLM:
         return [outputs[i] for i in range(len(outputs))]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, draft: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        draft: bool = True,
     ) -> Iterator[StreamEvent]:
         """Like `generate`, but yields tokens as they are committed. Leaving the iterator early aborts what is unfinished."""
         texts = _as_list(prompts)
@@ -280,8 +295,11 @@ class LLM:
             try:
                 for i, (prompt, tokens, o) in enumerate(zip(texts, prepared, options, strict=True)):
                     seed = secrets.randbits(63) if o.seed is None else int(o.seed)
-                    request = self._core.add(tokens, **_core_params(o, seed, draft and self._draft is not None))
-                    self._active[request] = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
+                    drafts = draft and self._draft is not None
+                    request = self._core.add(tokens, **_core_params(o, seed, drafts))
+                    active = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
+                    active.drafts = drafts
+                    self._active[request] = active
                     ids.append(request)
             except BaseException:
                 # All or nothing: a prompt that cannot be taken leaves no others behind.
@@ -366,11 +384,13 @@ class LLM:
                 t3 = clock()
                 accepted = self._core.accept(plan, host)
                 t4 = clock()
-                if self._draft is not None:
+                # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
+                inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
+                if inject:
                     rows = self._torch.from_numpy(accepted.commit_rows.copy()).to(self.device)
                     self._draft.inject(features[rows], batch.positions[rows], batch.slots[rows])
                 t5 = clock()
-                events = self._core.commit(plan, accepted, injected=self._draft is not None)
+                events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()
         except BaseException:
             self._core.cancel(plan)
@@ -392,9 +412,10 @@ class LLM:
             plan.context_lens[rows],
             page_table,
             plan.row_ids[rows],
-            plan.draft_valid_from[rows],
+            page_size=self.config.page_size,
+            valid_from=plan.draft_valid_from[rows],
             block_size=self.block_size,
-        ).cpu().numpy()  # fmt: skip
+        )
 
     def _route(self, events: Any) -> None:
         errors = dict(events.errors)
@@ -424,7 +445,14 @@ class LLM:
                 active.events.append(StreamEvent(active.index, request, piece, new, kept))
 
     def _finish(
-        self, active: _Active, request: int, code: int, new: list[int], accepted: int, piece: str, error: str | None = None
+        self,
+        active: _Active,
+        request: int,
+        code: int,
+        new: list[int],
+        accepted: int,
+        piece: str,
+        error: str | None = None,
     ) -> None:
         reason = _REASONS[code]
         active.output = Output(
@@ -456,7 +484,7 @@ class LLM:
         with self._lock:
             kept = self._target.caches, self._target.num_slots
             try:
-                self._target.init_cache(n)
+                self._target.alloc_kv(n)
                 return self._target.forward(batch)[0][0].float().cpu().numpy()
             finally:
                 self._target.caches, self._target.num_slots = kept
@@ -491,7 +519,9 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence | np.ndarray):
-        raise InvalidArgument(f"prompts: got {type(prompts).__name__}, expected a string, token ids, or a list of these")
+        raise InvalidArgument(
+            f"prompts: got {type(prompts).__name__}, expected a string, token ids, or a list of these"
+        )
     if len(prompts) and isinstance(prompts[0], int | np.integer):
         return [list(prompts)]
     return list(prompts)
@@ -539,15 +569,6 @@ def _logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
         top = list(zip(events.top_tokens[span].tolist(), events.top_logprobs[span].tolist(), strict=True))
         found.append(TokenLogprob(int(events.tokens[j]), float(events.logprobs[j]), top))
     return found
-
-
-def _eos_ids(model: Any) -> list[int]:
-    """End-of-text ids, from the generation settings or else the configuration."""
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
-    return []
 
 
 def _device(torch: Any, name: str) -> Any:

@@ -96,7 +96,11 @@ def _is_list(value: Any) -> bool:
 def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
     ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
     if not ok or (open_low and value == low):
-        span = f"{'above' if open_low else 'at least'} {low:g}" if high == math.inf else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        span = (
+            f"{'above' if open_low else 'at least'} {low:g}"
+            if high == math.inf
+            else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        )
         raise _bad(name, value, "a finite number" if low == -math.inf else f"a finite number {span}")
 
 

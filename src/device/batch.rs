@@ -1,7 +1,9 @@
 //! What one step attends to: a packed ragged batch over a paged cache, checked once and used by every layer.
 //!
-//!     request r        page row r: [p0 p1 p2 ..]              packed tokens of r
-//!     keys 0 .. L-1    slot(j) = p[j / page] * page + j % page   keys L .. L+n-1
+//! ```text
+//! request r        page row r: [p0 p1 p2 ..]              packed tokens of r
+//! keys 0 .. L-1    slot(j) = p[j / page] * page + j % page   keys L .. L+n-1
+//! ```
 //!
 //! A value of this type is the proof that every index in it is in range, so the kernels do not look again.
 
@@ -103,13 +105,7 @@ impl AttentionBatch {
             num_slots,
             ..
         } = arrays;
-        let bad = |name, got: String, expected: String| {
-            Err(Error::InvalidArgument {
-                name,
-                got,
-                expected,
-            })
-        };
+        let bad = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
         if page_size == 0 {
             return bad("page_size", "0".into(), "at least 1".into());
         }
@@ -121,10 +117,7 @@ impl AttentionBatch {
             );
         }
         let count = query_starts.len() - 1;
-        for (name, got) in [
-            ("context_lens", context_lens.len()),
-            ("row_ids", row_ids.len()),
-        ] {
+        for (name, got) in [("context_lens", context_lens.len()), ("row_ids", row_ids.len())] {
             if got != count {
                 return Err(Error::Length {
                     name,
@@ -191,8 +184,7 @@ impl AttentionBatch {
                 );
             };
             let valid_from = arrays.valid_from.map_or(0, |v| v[r]);
-            let Some(valid_from) = usize::try_from(valid_from).ok().filter(|&v| v <= context)
-            else {
+            let Some(valid_from) = usize::try_from(valid_from).ok().filter(|&v| v <= context) else {
                 return bad(
                     "valid_from",
                     format!("{valid_from} at index {r}"),
@@ -203,9 +195,7 @@ impl AttentionBatch {
             for index in 0..needed {
                 let page = page_table[row * table_width + index];
                 let used = page_size.min(context - index * page_size);
-                let first = usize::try_from(page)
-                    .ok()
-                    .and_then(|page| page.checked_mul(page_size));
+                let first = usize::try_from(page).ok().and_then(|page| page.checked_mul(page_size));
                 if first.is_none_or(|first| first + used > num_slots) {
                     return bad(
                         "page_table",
@@ -257,10 +247,7 @@ impl AttentionBatch {
 
     /// Query-key pairs of one head if nothing were masked: the size of the work.
     pub fn pairs(&self) -> usize {
-        self.requests
-            .iter()
-            .map(|r| r.len * (r.context + r.len))
-            .sum()
+        self.requests.iter().map(|r| r.len * (r.context + r.len)).sum()
     }
 }
 
@@ -286,12 +273,7 @@ pub(crate) fn checked_slots(slots: &[i64], tokens: usize, num_slots: usize) -> R
     slots.iter().enumerate().map(check).collect()
 }
 
-fn checked_ancestors(
-    bits: &[u64],
-    words: usize,
-    tokens: usize,
-    requests: &[Request],
-) -> Result<Ancestors> {
+fn checked_ancestors(bits: &[u64], words: usize, tokens: usize, requests: &[Request]) -> Result<Ancestors> {
     if bits.len() != tokens * words {
         return Err(Error::Length {
             name: "ancestors",
@@ -314,13 +296,10 @@ fn checked_ancestors(
             );
         }
         for i in 0..request.len {
-            let row =
-                |i: usize| &bits[(request.start + i) * words..(request.start + i + 1) * words];
+            let row = |i: usize| &bits[(request.start + i) * words..(request.start + i + 1) * words];
             let mut before = row(i).to_vec();
             before[i / 64] &= !(1 << (i % 64));
-            let parent = (0..words * 64)
-                .rev()
-                .find(|&j| before[j / 64] >> (j % 64) & 1 == 1);
+            let parent = (0..words * 64).rev().find(|&j| before[j / 64] >> (j % 64) & 1 == 1);
             // One's ancestors are the parent's ancestors and the parent, which is the highest of them; by induction this closes the
             // set and puts parents before children.
             let expected = match parent {
@@ -336,9 +315,7 @@ fn checked_ancestors(
             if before != expected || row(i)[i / 64] >> (i % 64) & 1 == 0 {
                 return bad(
                     format!("{:x?} for packed token {}", row(i), request.start + i),
-                    format!(
-                        "its own bit {i} and exactly the bits of its highest other token, its parent"
-                    ),
+                    format!("its own bit {i} and exactly the bits of its highest other token, its parent"),
                 );
             }
         }

@@ -43,11 +43,7 @@ impl<'a> TopK<'a> {
                 expected: tokens.len(),
             });
         }
-        Ok(Self {
-            tokens,
-            log_probs,
-            k,
-        })
+        Ok(Self { tokens, log_probs, k })
     }
 }
 
@@ -144,12 +140,7 @@ impl DraftTree {
     ///
     /// Ties: the shallower, then the earlier parent, then the better rank. Scores are f32 sums from the root down.
     /// Errors: a log-probability above 0, NaN, or larger than that of the sibling before it.
-    pub fn build(
-        anchor: TokenId,
-        nodes: usize,
-        max_depth: usize,
-        source: &mut impl ChildSource,
-    ) -> Result<Self> {
+    pub fn build(anchor: TokenId, nodes: usize, max_depth: usize, source: &mut impl ChildSource) -> Result<Self> {
         let mut tree = Self::root(anchor);
         let mut heap = BinaryHeap::new();
         if max_depth > 0 {
@@ -159,14 +150,7 @@ impl DraftTree {
             let Some(best) = heap.pop() else { break };
             let parent = best.parent as usize;
             let node = tree.push(parent, best.token, best.score);
-            offer(
-                &mut heap,
-                &tree,
-                parent,
-                best.rank as usize + 1,
-                best.log_prob,
-                source,
-            )?;
+            offer(&mut heap, &tree, parent, best.rank as usize + 1, best.log_prob, source)?;
             if (best.depth as usize) < max_depth {
                 offer(&mut heap, &tree, node, 0, 0.0, source)?;
             }

@@ -149,8 +149,7 @@ impl DraftTree {
 
     /// The child of `node` that carries `token`.
     pub fn child_with(&self, node: usize, token: TokenId) -> Option<usize> {
-        self.children(node)
-            .find(|&child| self.tokens[child] == token)
+        self.children(node).find(|&child| self.tokens[child] == token)
     }
 
     /// Drafts from depth 1 down to `node`, in order; empty for the anchor.

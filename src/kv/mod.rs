@@ -56,13 +56,7 @@ impl Kv {
     ///
     /// # Errors
     /// `InvalidArgument` for sizes of 0, or a cache whose slots would not fit an `i32`.
-    pub fn new(
-        num_pages: usize,
-        page_size: usize,
-        max_rows: usize,
-        row_slots: usize,
-        reuse: bool,
-    ) -> Result<Self> {
+    pub fn new(num_pages: usize, page_size: usize, max_rows: usize, row_slots: usize, reuse: bool) -> Result<Self> {
         for (name, got) in [
             ("page_size", page_size),
             ("max_running", max_rows),
@@ -149,10 +143,7 @@ impl Kv {
             0
         };
         self.cache.find(tokens, reusable, &mut hits);
-        let idle_hits = hits
-            .iter()
-            .filter(|hit| self.pool.owners(hit.page) == 1)
-            .count();
+        let idle_hits = hits.iter().filter(|hit| self.pool.owners(hit.page) == 1).count();
         let fits = self.available() - idle_hits >= total - hits.len() + spare;
         let admitted = if fits { self.table.claim() } else { None };
         let outcome = match admitted {
@@ -177,10 +168,7 @@ impl Kv {
         let taken = self.take(total - hits.len(), &mut fresh)?;
         debug_assert!(taken, "the gate counted with the same arithmetic");
         self.table.append(key, &fresh)?;
-        let undrafted = hits
-            .iter()
-            .rposition(|hit| !hit.draft_injected)
-            .map_or(0, |at| at + 1);
+        let undrafted = hits.iter().rposition(|hit| !hit.draft_injected).map_or(0, |at| at + 1);
         Ok(Admitted {
             key,
             cached_tokens: (hits.len() * self.page_size) as u32,
@@ -207,12 +195,8 @@ impl Kv {
         if fresh > 0 && !self.take(fresh, &mut pages)? {
             return Ok(None);
         }
-        Ok(Some(Reservation::new(
-            key,
-            width,
-            pages,
-            self.pool.returns(),
-        )))
+        let returns = (!pages.is_empty()).then(|| self.pool.returns());
+        Ok(Some(Reservation::new(key, width, pages, returns)))
     }
 
     fn take(&mut self, count: usize, into: &mut Vec<PageId>) -> Result<bool> {
@@ -222,10 +206,7 @@ impl Kv {
         }
         let short = count.saturating_sub(self.pool.num_free());
         let evicted = self.cache.evict(short, &mut self.pool)?;
-        debug_assert_eq!(
-            evicted, short,
-            "reclaimable pages are exactly the evictable ones"
-        );
+        debug_assert_eq!(evicted, short, "reclaimable pages are exactly the evictable ones");
         Ok(self.pool.alloc_many(count, into))
     }
 
@@ -234,13 +215,7 @@ impl Kv {
     ///
     /// # Errors
     /// `StaleRow`.
-    pub fn share(
-        &mut self,
-        key: RowKey,
-        tokens: &[TokenId],
-        valid: u32,
-        draft_valid_from: u32,
-    ) -> Result<()> {
+    pub fn share(&mut self, key: RowKey, tokens: &[TokenId], valid: u32, draft_valid_from: u32) -> Result<()> {
         if !self.reuse {
             return Ok(());
         }
@@ -251,10 +226,7 @@ impl Kv {
             let text = &tokens[first..first + self.page_size];
             let page = row.pages[row.cached];
             let injected = draft_valid_from as usize <= first;
-            match self
-                .cache
-                .insert(row.tip, text, page, injected, &mut self.pool)?
-            {
+            match self.cache.insert(row.tip, text, page, injected, &mut self.pool)? {
                 Inserted::Now(node) => {
                     row.tip = Some(node);
                     row.cached += 1;

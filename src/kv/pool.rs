@@ -139,10 +139,7 @@ impl PagePool {
         let total = self.owners.len();
         match self.owners.get_mut(page.0 as usize) {
             Some(owners) if *owners > 0 => Ok(owners),
-            _ => Err(Error::PageNotHeld {
-                page: page.0,
-                total,
-            }),
+            _ => Err(Error::PageNotHeld { page: page.0, total }),
         }
     }
 }
@@ -156,13 +153,7 @@ mod tests {
         let mut pool = PagePool::new(2).unwrap();
         let page = pool.alloc().unwrap();
         assert_eq!(pool.release(page), Ok(0));
-        assert_eq!(
-            pool.release(page),
-            Err(Error::PageNotHeld {
-                page: page.0,
-                total: 2
-            })
-        );
+        assert_eq!(pool.release(page), Err(Error::PageNotHeld { page: page.0, total: 2 }));
         assert_eq!(pool.num_free(), 2);
     }
 

@@ -63,6 +63,9 @@ pub struct PrefixCache {
     /// Nodes only the cache owns, leaves or not.
     reclaimable: usize,
     clock: u64,
+    /// Every hash is the same.
+    #[cfg(test)]
+    collide: bool,
 }
 
 impl PrefixCache {
@@ -76,6 +79,8 @@ impl PrefixCache {
             leaves: BTreeSet::new(),
             reclaimable: 0,
             clock: 0,
+            #[cfg(test)]
+            collide: false,
         }
     }
 
@@ -96,9 +101,7 @@ impl PrefixCache {
 
     /// Whether the cache is an owner of `page`.
     pub fn holds(&self, page: PageId) -> bool {
-        self.of_page
-            .get(page.0 as usize)
-            .is_some_and(Option::is_some)
+        self.of_page.get(page.0 as usize).is_some_and(Option::is_some)
     }
 
     /// The text of `page` after its prefix, when it is cached.
@@ -271,6 +274,10 @@ impl PrefixCache {
     }
 
     fn hash(&self, parent: Option<NodeId>, tokens: &[TokenId]) -> u64 {
+        #[cfg(test)]
+        if self.collide {
+            return 0;
+        }
         let mut hash = parent.map_or(0x9E37_79B9_7F4A_7C15, |id| self.node(id).hash);
         for token in tokens {
             hash = (hash ^ u64::from(token.0)).wrapping_mul(0xFF51_AFD7_ED55_8CCD);
@@ -289,5 +296,53 @@ impl PrefixCache {
         self.nodes[id.0 as usize]
             .as_mut()
             .expect("a node id held by a row, a child or the index is alive")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(ids: &[u32]) -> Vec<TokenId> {
+        ids.iter().copied().map(TokenId).collect()
+    }
+
+    #[test]
+    fn texts_with_the_same_hash_are_told_apart_and_evicted_one_by_one() {
+        let mut pool = PagePool::new(4).unwrap();
+        let mut cache = PrefixCache::new(2, 4);
+        cache.collide = true;
+        let pages: Vec<PageId> = (0..4).map(|_| pool.alloc().unwrap()).collect();
+        let mut add = |cache: &mut PrefixCache, parent, text: &[u32], page| match cache
+            .insert(parent, &tokens(text), page, true, &mut pool)
+            .unwrap()
+        {
+            Inserted::Now(node) => node,
+            Inserted::Elsewhere => panic!("{text:?} is not cached yet"),
+        };
+        let first = add(&mut cache, None, &[1, 2], pages[0]);
+        let other = add(&mut cache, None, &[3, 4], pages[1]);
+        add(&mut cache, Some(first), &[3, 4], pages[2]);
+        add(&mut cache, Some(other), &[1, 2], pages[3]);
+        let find = |cache: &PrefixCache, text: &[u32]| -> Vec<PageId> {
+            let mut hits = Vec::new();
+            cache.find(&tokens(text), 9, &mut hits);
+            hits.iter().map(|hit| hit.page).collect()
+        };
+        assert_eq!(find(&cache, &[1, 2, 3, 4]), [pages[0], pages[2]]);
+        assert_eq!(find(&cache, &[3, 4, 1, 2]), [pages[1], pages[3]]);
+        assert_eq!(find(&cache, &[1, 2, 1, 2]), [pages[0]]);
+        for &page in pages.iter().rev() {
+            let owners = pool.release(page).unwrap();
+            cache.released(page, owners);
+        }
+        // Leaves first, the one let go of longest ago before the other.
+        for (gone, left) in [(3, vec![pages[0], pages[2]]), (2, vec![pages[0]])] {
+            assert_eq!(cache.evict(1, &mut pool), Ok(1));
+            assert_eq!(pool.owners(pages[gone]), 0);
+            assert_eq!(find(&cache, &[1, 2, 3, 4]), left);
+        }
+        assert_eq!(cache.evict(9, &mut pool), Ok(2));
+        assert!(cache.is_empty() && pool.num_free() == 4);
     }
 }

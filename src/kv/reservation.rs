@@ -22,7 +22,8 @@ pub struct Reservation {
     key: RowKey,
     width: u32,
     pages: Vec<PageId>,
-    returns: Arc<Returns>,
+    /// `None` when there is nothing to give back, which is most steps.
+    returns: Option<Arc<Returns>>,
 }
 
 /// A launch that could not happen, with the reservation given back.
@@ -43,7 +44,7 @@ pub struct Launched {
 }
 
 impl Reservation {
-    pub(super) fn new(key: RowKey, width: u32, pages: Vec<PageId>, returns: Arc<Returns>) -> Self {
+    pub(super) fn new(key: RowKey, width: u32, pages: Vec<PageId>, returns: Option<Arc<Returns>>) -> Self {
         Self {
             key,
             width,
@@ -63,10 +64,7 @@ impl Reservation {
     /// [`LaunchError`] with the reservation when the row's tenant has left meanwhile.
     // The error is large because it hands the resource back; it is never on a hot path.
     #[allow(clippy::result_large_err)]
-    pub fn launch(
-        mut self,
-        table: &mut RequestTable,
-    ) -> std::result::Result<Launched, LaunchError> {
+    pub fn launch(mut self, table: &mut RequestTable) -> std::result::Result<Launched, LaunchError> {
         if let Err(error) = table
             .append(self.key, &self.pages)
             .and_then(|()| table.launched(self.key))
@@ -86,7 +84,9 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.returns.push(&mut self.pages);
+        if let Some(returns) = &self.returns {
+            returns.push(&mut self.pages);
+        }
     }
 }
 

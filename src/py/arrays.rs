@@ -2,8 +2,8 @@
 
 use numpy::ndarray::Dimension;
 use numpy::{
-    Element, PyArray, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray, PyUntypedArray,
-    PyUntypedArrayMethods, dtype,
+    Element, PyArray, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray, PyUntypedArray, PyUntypedArrayMethods,
+    dtype,
 };
 use pyo3::prelude::*;
 
@@ -18,11 +18,7 @@ pub(super) fn describe(object: &Bound<'_, PyAny>) -> String {
             } else {
                 ", not C-contiguous"
             };
-            format!(
-                "a {} array of shape {:?}{strided}",
-                array.dtype(),
-                array.shape()
-            )
+            format!("a {} array of shape {:?}{strided}", array.dtype(), array.shape())
         }
         Err(_) => object
             .get_type()
@@ -60,12 +56,7 @@ pub(super) fn holds<T: Element>(object: &Bound<'_, PyAny>) -> bool {
 }
 
 /// Refuses an array of another shape; `meaning` says what the sizes stand for.
-pub(super) fn shaped(
-    name: &'static str,
-    got: &[usize],
-    expected: &[usize],
-    meaning: &str,
-) -> PyResult<()> {
+pub(super) fn shaped(name: &'static str, got: &[usize], expected: &[usize], meaning: &str) -> PyResult<()> {
     if got == expected {
         return Ok(());
     }

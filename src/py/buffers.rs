@@ -16,10 +16,7 @@ use pyo3::prelude::*;
 ///
 /// # Safety
 /// `data` must live, unmoved, as long as `owner` does (module documentation).
-pub(super) unsafe fn view<'py, T: Element>(
-    data: &[T],
-    owner: Bound<'py, PyAny>,
-) -> Bound<'py, PyArray1<T>> {
+pub(super) unsafe fn view<'py, T: Element>(data: &[T], owner: Bound<'py, PyAny>) -> Bound<'py, PyArray1<T>> {
     // SAFETY: passed on to the caller.
     unsafe { PyArray1::borrow_from_array(&ArrayView1::from(data), owner) }
 }

@@ -45,11 +45,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Engine {
     // The lock is taken without the GIL, so that a thread that waits for it cannot hold up the one that has it.
-    fn with<R: Send>(
-        &self,
-        py: Python<'_>,
-        stage: impl FnOnce(&mut step::Engine) -> R + Send,
-    ) -> R {
+    fn with<R: Send>(&self, py: Python<'_>, stage: impl FnOnce(&mut step::Engine) -> R + Send) -> R {
         py.detach(|| stage(&mut locked(&self.engine)))
     }
 }
@@ -87,8 +83,7 @@ impl Engine {
             prefix_cache,
             depth,
         };
-        let vocabulary =
-            vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
+        let vocabulary = vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
         let engine = step::Engine::new(config, vocabulary.transpose()?)?;
         Ok(Self {
             engine: Mutex::new(engine),
@@ -160,23 +155,13 @@ impl Engine {
     #[pyo3(signature = (max_block = None))]
     fn plan(&self, py: Python<'_>, max_block: Option<usize>) -> PyResult<Option<StepPlan>> {
         let plan = self.with(py, |engine| engine.plan(max_block.unwrap_or(usize::MAX)))?;
-        Ok(plan.map(|plan| StepPlan {
-            plan: Mutex::new(plan),
-        }))
+        Ok(plan.map(|plan| StepPlan { plan: Mutex::new(plan) }))
     }
 
     /// Draws the target's tokens from `logits` (f32 `[N, vocab_size]`, C-contiguous) and walks the drafts.
-    fn accept(
-        &self,
-        py: Python<'_>,
-        plan: &StepPlan,
-        logits: PyReadonlyArray2<'_, f32>,
-    ) -> PyResult<Accepted> {
+    fn accept(&self, py: Python<'_>, plan: &StepPlan, logits: PyReadonlyArray2<'_, f32>) -> PyResult<Accepted> {
         let got = format!("shape {:?}", logits.shape());
-        let expected = [
-            locked(&plan.plan).arrays().logit_rows.len(),
-            self.vocab_size(py),
-        ];
+        let expected = [locked(&plan.plan).arrays().logit_rows.len(), self.vocab_size(py)];
         if logits.shape() != expected || !logits.is_c_contiguous() {
             let got = if logits.is_c_contiguous() {
                 got
@@ -222,13 +207,7 @@ impl Engine {
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.
     #[pyo3(signature = (plan, accepted, injected = true))]
-    fn commit(
-        &self,
-        py: Python<'_>,
-        plan: &StepPlan,
-        accepted: &Accepted,
-        injected: bool,
-    ) -> PyResult<Events> {
+    fn commit(&self, py: Python<'_>, plan: &StepPlan, accepted: &Accepted, injected: bool) -> PyResult<Events> {
         let events = self.with(py, |engine| {
             engine.commit(&mut locked(&plan.plan), &accepted.accepted, injected)
         })?;

@@ -18,9 +18,7 @@ static CLASSES: PyOnceLock<Classes> = PyOnceLock::new();
 fn classes(py: Python<'_>) -> PyResult<&Classes> {
     CLASSES.get_or_try_init(py, || {
         let module = py.import("dflash_rs.errors")?;
-        let class = |name: &str| -> PyResult<Py<PyType>> {
-            Ok(module.getattr(name)?.cast_into::<PyType>()?.unbind())
-        };
+        let class = |name: &str| -> PyResult<Py<PyType>> { Ok(module.getattr(name)?.cast_into::<PyType>()?.unbind()) };
         Ok(Classes {
             base: class("DflashError")?,
             invalid_argument: class("InvalidArgument")?,
@@ -35,9 +33,7 @@ impl From<Error> for PyErr {
             Ok(classes) => {
                 let class = match error {
                     Error::OutOfPages { .. } | Error::PoolExhausted { .. } => &classes.out_of_pages,
-                    Error::OutOfTurn { .. }
-                    | Error::StaleRow { .. }
-                    | Error::SlotsNotOwned { .. } => &classes.base,
+                    Error::OutOfTurn { .. } | Error::StaleRow { .. } | Error::SlotsNotOwned { .. } => &classes.base,
                     _ => &classes.invalid_argument,
                 };
                 PyErr::from_type(class.bind(py).clone(), error.to_string())
@@ -48,11 +44,7 @@ impl From<Error> for PyErr {
 }
 
 /// `InvalidArgument` for what the bindings themselves find wrong.
-pub(super) fn invalid(
-    name: &'static str,
-    got: impl Into<String>,
-    expected: impl Into<String>,
-) -> PyErr {
+pub(super) fn invalid(name: &'static str, got: impl Into<String>, expected: impl Into<String>) -> PyErr {
     Error::InvalidArgument {
         name,
         got: got.into(),
@@ -65,13 +57,9 @@ pub(super) fn invalid(
 pub(super) fn token_ids(name: &'static str, ids: &[i64]) -> PyResult<Vec<crate::types::TokenId>> {
     ids.iter()
         .map(|&id| {
-            u32::try_from(id).map(crate::types::TokenId).map_err(|_| {
-                invalid(
-                    name,
-                    format!("token {id}"),
-                    "token ids of at least 0 that fit 32 bits",
-                )
-            })
+            u32::try_from(id)
+                .map(crate::types::TokenId)
+                .map_err(|_| invalid(name, format!("token {id}"), "token ids of at least 0 that fit 32 bits"))
         })
         .collect()
 }

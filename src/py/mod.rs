@@ -4,6 +4,7 @@ mod arrays;
 mod buffers;
 mod engine;
 mod errors;
+mod host;
 mod pool;
 mod tree;
 mod verify;
@@ -13,6 +14,8 @@ mod verify;
 mod _core {
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, StepPlan};
+    #[pymodule_export]
+    use super::host::{AttentionBatch, paged_attention};
     #[pymodule_export]
     use super::pool::PagePool;
     #[pymodule_export]

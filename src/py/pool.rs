@@ -87,11 +87,7 @@ impl PagePool {
         pages.sort_unstable();
         for same in pages.chunk_by(|a, b| a == b) {
             if (pool.owners(same[0]) as usize) < same.len() {
-                return Err(Error::PageNotHeld {
-                    page: same[0].0,
-                    total,
-                }
-                .into());
+                return Err(Error::PageNotHeld { page: same[0].0, total }.into());
             }
         }
         // Descending, so that the lowest page is handed out first again.
@@ -120,10 +116,6 @@ impl PagePool {
 
     fn __repr__(&self) -> String {
         let pool = self.pool();
-        format!(
-            "PagePool({} of {} pages free)",
-            pool.num_free(),
-            pool.num_pages()
-        )
+        format!("PagePool({} of {} pages free)", pool.num_free(), pool.num_pages())
     }
 }

@@ -64,29 +64,18 @@ impl DraftTree {
     ) -> PyResult<Self> {
         let tokens = array::<i64, Ix2>("tokens", tokens, "[L, K]")?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, K]")?;
-        shaped(
-            "log_probs",
-            log_probs.shape(),
-            tokens.shape(),
-            "[L, K], that of tokens",
-        )?;
+        shaped("log_probs", log_probs.shape(), tokens.shape(), "[L, K], that of tokens")?;
         let [depth, k] = [tokens.shape()[0], tokens.shape()[1]];
         let anchor = anchor_id(anchor)?;
         let tokens = token_ids("tokens", tokens.as_slice()?)?;
         let log_probs = log_probs.as_slice()?;
-        let tree = py
-            .detach(|| Core::build(anchor, nodes, depth, &mut TopK::new(&tokens, log_probs, k)?))?;
+        let tree = py.detach(|| Core::build(anchor, nodes, depth, &mut TopK::new(&tokens, log_probs, k)?))?;
         Ok(Self { tree })
     }
 
     /// The `nodes` likeliest prefixes from whole rows of log-probabilities, f32 `[L, V]`.
     #[staticmethod]
-    fn from_log_probs(
-        py: Python<'_>,
-        anchor: i64,
-        log_probs: &Bound<'_, PyAny>,
-        nodes: usize,
-    ) -> PyResult<Self> {
+    fn from_log_probs(py: Python<'_>, anchor: i64, log_probs: &Bound<'_, PyAny>, nodes: usize) -> PyResult<Self> {
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, V]")?;
         let [depth, vocab] = [log_probs.shape()[0], log_probs.shape()[1]];
         if vocab == 0 {
@@ -109,11 +98,7 @@ impl DraftTree {
 
     /// A chain: one child per node.
     #[staticmethod]
-    fn chain(
-        anchor: i64,
-        drafts: &Bound<'_, PyAny>,
-        log_probs: &Bound<'_, PyAny>,
-    ) -> PyResult<Self> {
+    fn chain(anchor: i64, drafts: &Bound<'_, PyAny>, log_probs: &Bound<'_, PyAny>) -> PyResult<Self> {
         let drafts = array::<i64, Ix1>("drafts", drafts, "[g]")?;
         let log_probs = array::<f32, Ix1>("log_probs", log_probs, "[g]")?;
         let tree = Core::chain(
@@ -195,20 +180,12 @@ impl DraftTree {
     }
 
     /// Drafts from depth 1 down to `node`, i64.
-    fn path_tokens<'py>(
-        &self,
-        py: Python<'py>,
-        node: usize,
-    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+    fn path_tokens<'py>(&self, py: Python<'py>, node: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
         Ok(ids(py, &self.tree.path_tokens(self.node(node)?)))
     }
 
     /// Walks with tokens drawn at every node, i64 `[n]`: accepted nodes and the bonus token.
-    fn walk<'py>(
-        &self,
-        py: Python<'py>,
-        sampled: &Bound<'py, PyAny>,
-    ) -> PyResult<(Bound<'py, PyArray1<i32>>, u32)> {
+    fn walk<'py>(&self, py: Python<'py>, sampled: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyArray1<i32>>, u32)> {
         let sampled = array::<i64, Ix1>("sampled", sampled, "[n]")?;
         shaped(
             "sampled",

@@ -9,9 +9,7 @@ use crate::py::arrays::{array, describe, holds, shaped};
 use crate::py::errors::{invalid, token_ids};
 use crate::rng::{Domain, Stream, gumbel_of_word};
 use crate::types::TokenId;
-use crate::verify::{
-    self, GivenCoins, History, KeyedCoins, Sampler, Sampling, Verdict, walk_chain,
-};
+use crate::verify::{self, GivenCoins, History, KeyedCoins, Sampler, Sampling, Verdict, walk_chain};
 
 type Accepted<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>);
 type Scored<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
@@ -56,10 +54,7 @@ pub fn walk<'py>(
         for (row, &length) in lengths.iter().enumerate() {
             let length = length as usize;
             let drafts = token_ids("drafts", &drafts[row * g..row * g + length])?;
-            let sampled = token_ids(
-                "sampled",
-                &sampled[row * (g + 1)..row * (g + 1) + length + 1],
-            )?;
+            let sampled = token_ids("sampled", &sampled[row * (g + 1)..row * (g + 1) + length + 1])?;
             let walk = walk_chain(&drafts, |i| Ok(sampled[i]))?;
             walks.0.push(walk.accepted as i32);
             walks.1.push(i64::from(walk.bonus.0));
@@ -90,31 +85,20 @@ struct CoinArguments<'a, 'py> {
 
 impl CoinArguments<'_, '_> {
     fn check(&self, rows: usize, g: usize) -> PyResult<Coins> {
-        match (
-            self.seeds,
-            self.round_starts,
-            self.accept_coins,
-            self.last_coins,
-        ) {
+        match (self.seeds, self.round_starts, self.accept_coins, self.last_coins) {
             (Some(seeds), Some(starts), None, None) => {
                 let seeds = array::<u64, Ix1>("seeds", seeds, "[R]")?;
                 let starts = array::<u64, Ix1>("round_starts", starts, "[R]")?;
                 shaped("seeds", seeds.shape(), &[rows], "[R]")?;
                 shaped("round_starts", starts.shape(), &[rows], "[R]")?;
-                Ok(Coins::Keyed(
-                    seeds.as_slice()?.to_vec(),
-                    starts.as_slice()?.to_vec(),
-                ))
+                Ok(Coins::Keyed(seeds.as_slice()?.to_vec(), starts.as_slice()?.to_vec()))
             }
             (None, None, Some(accept), Some(last)) => {
                 let accept = array::<f64, Ix2>("accept_coins", accept, "[R, g]")?;
                 let last = array::<f64, Ix1>("last_coins", last, "[R]")?;
                 shaped("accept_coins", accept.shape(), &[rows, g], "[R, g]")?;
                 shaped("last_coins", last.shape(), &[rows], "[R]")?;
-                Ok(Coins::Given(
-                    accept.as_slice()?.to_vec(),
-                    last.as_slice()?.to_vec(),
-                ))
+                Ok(Coins::Given(accept.as_slice()?.to_vec(), last.as_slice()?.to_vec()))
             }
             (seeds, starts, accept, last) => {
                 let names = ["seeds", "round_starts", "accept_coins", "last_coins"];
@@ -151,12 +135,7 @@ fn ratio<'py, T: Element + Copy + Into<f64> + Sync>(
     let drafts = array::<i64, Ix2>("drafts", drafts, "[R, g]")?;
     let [rows, g] = [drafts.shape()[0], drafts.shape()[1]];
     let vocab = p.shape()[2];
-    shaped(
-        "p",
-        p.shape(),
-        &[rows, g + 1, vocab],
-        "[R, g + 1, V] for drafts [R, g]",
-    )?;
+    shaped("p", p.shape(), &[rows, g + 1, vocab], "[R, g + 1, V] for drafts [R, g]")?;
     shaped(
         "q",
         q.shape(),
@@ -173,18 +152,11 @@ fn ratio<'py, T: Element + Copy + Into<f64> + Sync>(
                 let q = &q[row * g * vocab..(row + 1) * g * vocab];
                 let x = &ids[row * g..(row + 1) * g];
                 let verdict = match &coins {
-                    Coins::Keyed(seeds, starts) => verdict(
-                        level,
-                        p,
-                        q,
-                        vocab,
-                        x,
-                        &mut KeyedCoins::new(seeds[row], starts[row]),
-                    ),
-                    Coins::Given(accept, last) => {
-                        GivenCoins::new(&accept[row * g..(row + 1) * g], last[row], g)
-                            .and_then(|mut coins| verdict(level, p, q, vocab, x, &mut coins))
+                    Coins::Keyed(seeds, starts) => {
+                        verdict(level, p, q, vocab, x, &mut KeyedCoins::new(seeds[row], starts[row]))
                     }
+                    Coins::Given(accept, last) => GivenCoins::new(&accept[row * g..(row + 1) * g], last[row], g)
+                        .and_then(|mut coins| verdict(level, p, q, vocab, x, &mut coins)),
                 };
                 // The core counts the rows of one request; here the request comes first.
                 verdict.map_err(|source| Error::AtRow {
@@ -340,11 +312,7 @@ pub fn sample_rows<'py>(
 
 /// The `n` likeliest tokens of one raw row, f32 `[V]`, with their log-softmax.
 #[pyfunction]
-pub fn top_logprobs<'py>(
-    py: Python<'py>,
-    logits: &Bound<'py, PyAny>,
-    n: usize,
-) -> PyResult<Scored<'py>> {
+pub fn top_logprobs<'py>(py: Python<'py>, logits: &Bound<'py, PyAny>, n: usize) -> PyResult<Scored<'py>> {
     let logits = array::<f32, Ix1>("logits", logits, "[V]")?;
     let best = verify::top_logprobs(logits.as_slice()?, n)?;
     let tokens: Vec<i64> = best.iter().map(|(token, _)| i64::from(token.0)).collect();

@@ -94,11 +94,7 @@ impl Vocabulary {
 
     fn of(&self, token: TokenId) -> &[u8] {
         let at = token.0 as usize;
-        let start = if at == 0 {
-            0
-        } else {
-            self.ends[at - 1] as usize
-        };
+        let start = if at == 0 { 0 } else { self.ends[at - 1] as usize };
         &self.bytes[start..self.ends[at] as usize]
     }
 }
@@ -127,11 +123,7 @@ impl Watch {
         // The tail before this token held no match, so whatever is found ends in the new bytes.
         let first = stops
             .iter()
-            .filter_map(|stop| {
-                self.tail
-                    .windows(stop.len())
-                    .position(|window| window == stop)
-            })
+            .filter_map(|stop| self.tail.windows(stop.len()).position(|window| window == stop))
             .min();
         if let Some(first) = first {
             self.text_end = base + first;
@@ -165,6 +157,8 @@ pub struct Request {
     pub history: History,
     /// Most tokens prompt and output may have together.
     pub max_total: u32,
+    /// Whether `history` is kept: something penalises.
+    penalised: bool,
     /// Acceptance so far.
     pub stats: Stats,
     /// Prompt tokens found in the prefix cache when it last entered.
@@ -188,7 +182,8 @@ impl Request {
             total: 0,
             text_end: 0,
         });
-        let history = if params.sampling.penalises() {
+        let penalised = params.sampling.penalises();
+        let history = if penalised {
             History::new(&prompt)
         } else {
             History::default()
@@ -199,6 +194,7 @@ impl Request {
             tokens: prompt,
             params,
             history,
+            penalised,
             max_total,
             stats: Stats::new(),
             cached_tokens: 0,
@@ -209,7 +205,7 @@ impl Request {
     /// Appends a committed token; says whether the request ends with it.
     pub(crate) fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Finish {
         self.tokens.push(token);
-        if self.params.sampling.penalises() {
+        if self.penalised {
             self.history.push(token);
         }
         let ends_text = !self.params.ignore_eos && eos.contains(&token);
@@ -256,13 +252,7 @@ mod tests {
             max_tokens,
             ..Params::default()
         };
-        Request::new(
-            RequestId(0),
-            vec![TokenId(0)],
-            params,
-            1 + max_tokens,
-            Some(&table),
-        )
+        Request::new(RequestId(0), vec![TokenId(0)], params, 1 + max_tokens, Some(&table))
     }
 
     #[test]

@@ -180,12 +180,7 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    pub(super) fn new(
-        step: u64,
-        vocab_size: usize,
-        arrays: PlanArrays,
-        shared: &Arc<Shared>,
-    ) -> Self {
+    pub(super) fn new(step: u64, vocab_size: usize, arrays: PlanArrays, shared: &Arc<Shared>) -> Self {
         let ticket = Some(Ticket {
             step,
             shared: Some(Arc::clone(shared)),
@@ -226,12 +221,7 @@ impl StepPlan {
         }
         let arrays = &mut self.arrays;
         let needed = |row: i32| arrays.block_len[row as usize] as usize - 1;
-        let most = arrays
-            .draft_rows
-            .iter()
-            .map(|&row| needed(row))
-            .max()
-            .unwrap_or(0);
+        let most = arrays.draft_rows.iter().map(|&row| needed(row)).max().unwrap_or(0);
         if width < most {
             let expected = format!("at least {most}, the longest block less its anchor");
             return Err(Error::InvalidArgument {
@@ -242,16 +232,10 @@ impl StepPlan {
         }
         for (at, &row) in arrays.draft_rows.iter().enumerate() {
             let used = &drafts[at * width..at * width + needed(row)];
-            if let Some(bad) = used
-                .iter()
-                .find(|&&draft| draft < 0 || draft >= self.vocab_size as i64)
-            {
+            if let Some(bad) = used.iter().find(|&&draft| draft < 0 || draft >= self.vocab_size as i64) {
                 return Err(Error::InvalidArgument {
                     name: "drafts",
-                    got: format!(
-                        "token {bad} for request {}",
-                        arrays.request_ids[row as usize]
-                    ),
+                    got: format!("token {bad} for request {}", arrays.request_ids[row as usize]),
                     expected: format!("tokens below vocab_size = {}", self.vocab_size),
                 });
             }
@@ -259,8 +243,7 @@ impl StepPlan {
         for (at, &row) in arrays.draft_rows.iter().enumerate() {
             let first = arrays.query_starts[row as usize] as usize + 1;
             let len = arrays.block_len[row as usize] as usize - 1;
-            arrays.token_ids[first..first + len]
-                .copy_from_slice(&drafts[at * width..at * width + len]);
+            arrays.token_ids[first..first + len].copy_from_slice(&drafts[at * width..at * width + len]);
         }
         Ok(())
     }

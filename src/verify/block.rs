@@ -29,11 +29,7 @@ pub fn verify<T: Copy + Into<f64>>(
     reach.push(1.0f64);
     for (i, &x) in drafts.iter().enumerate() {
         let (p, q) = (rows.p(i, x), rows.q(i, x));
-        reach.push(if q > 0.0 {
-            (reach[i] * (p / q)).min(1.0)
-        } else {
-            0.0
-        });
+        reach.push(if q > 0.0 { (reach[i] * (p / q)).min(1.0) } else { 0.0 });
     }
     // From the back, so that the costly Z is computed only until the first success; h <= P spares most failures.
     let accepted = (1..=g)

@@ -15,14 +15,7 @@ pub(crate) struct Tempered<'a> {
 }
 
 /// Fills `kept` with the ids that pass top-k (0 = off), top-p (1 = off) and the floor `x - top >= floor`.
-pub(crate) fn keep(
-    row: Tempered,
-    top_k: usize,
-    top_p: f32,
-    floor: f32,
-    packed: &mut Vec<u64>,
-    kept: &mut Vec<u32>,
-) {
+pub(crate) fn keep(row: Tempered, top_k: usize, top_p: f32, floor: f32, packed: &mut Vec<u64>, kept: &mut Vec<u32>) {
     // The nucleus ends where the mass before a token reaches the limit. Integer masses: the order of summation is free.
     let limit = if top_p < 1.0 {
         let total = mass(row.row, row.maxima, row.scale, row.top);
@@ -33,11 +26,7 @@ pub(crate) fn keep(
     let mut depth = 3.0f32;
     loop {
         let exhausted = -depth <= floor || depth > 200.0;
-        let threshold = if exhausted {
-            floor.max(f32::MIN)
-        } else {
-            -depth
-        };
+        let threshold = if exhausted { floor.max(f32::MIN) } else { -depth };
         let gathered = gather(row, threshold, packed);
         if exhausted || (top_k > 0 && packed.len() >= top_k) || gathered >= limit {
             break;

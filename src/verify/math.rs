@@ -77,9 +77,7 @@ pub(crate) fn block_max(block: &[f32]) -> (f32, bool) {
         max[0] = if x > max[0] { x } else { max[0] };
         bad[0] |= u32::from(is_bad(x));
     }
-    let top = max
-        .iter()
-        .fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    let top = max.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
     (top, bad.iter().any(|&b| b != 0))
 }
 
@@ -101,13 +99,7 @@ const LN2_HIGH: f32 = 0.693_359_4;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
 const ROUND: f32 = 12_582_912.0;
-const EXP: [f32; 5] = [
-    0.5,
-    0.166_665_18,
-    0.041_666_206,
-    0.008_368_896,
-    0.001_395_05,
-];
+const EXP: [f32; 5] = [0.5, 0.166_665_18, 0.041_666_206, 0.008_368_896, 0.001_395_05];
 
 /// `exp(x)` for `x <= 0` with IEEE f32 additions and multiplications only, relative error below 2e-7; arguments below -40
 /// give exp(-40).
@@ -175,8 +167,7 @@ impl Routine for Mass<'_> {
                     sums[i] += weight(chunk[i] * scale - top);
                 }
             }
-            total += sums.iter().sum::<u64>()
-                + rest.iter().map(|&x| weight(x * scale - top)).sum::<u64>();
+            total += sums.iter().sum::<u64>() + rest.iter().map(|&x| weight(x * scale - top)).sum::<u64>();
         }
         total
     }
@@ -191,9 +182,5 @@ pub(crate) fn log_sum_exp(row: &[f32], maxima: &[f32], top: f32) -> f64 {
 #[inline(always)]
 pub(crate) fn order_key(x: f32) -> u32 {
     let bits = (x + 0.0).to_bits();
-    if bits >> 31 == 1 {
-        !bits
-    } else {
-        bits | 0x8000_0000
-    }
+    if bits >> 31 == 1 { !bits } else { bits | 0x8000_0000 }
 }

@@ -51,9 +51,7 @@ impl Coins for KeyedCoins {
 
     // Gumbel-max over ln(weight): no prefix sum, so a device that reduces in another order draws the same token.
     fn pick(&mut self, weights: &[f64]) -> usize {
-        let heaviest = weights
-            .iter()
-            .fold(0.0f64, |a, &b| if b > a { b } else { a });
+        let heaviest = weights.iter().fold(0.0f64, |a, &b| if b > a { b } else { a });
         let mut words = [0u32; 64];
         let (mut best, mut best_id) = (f32::NEG_INFINITY, usize::MAX);
         for (b, block) in weights.chunks(64).enumerate() {
@@ -153,11 +151,7 @@ impl<'a, T: Copy + Into<f64>> Rows<'a, T> {
         }
         for (name, got, expected) in [("p", p.len(), (g + 1) * vocab), ("q", q.len(), g * vocab)] {
             if got != expected {
-                return Err(Error::Length {
-                    name,
-                    got,
-                    expected,
-                });
+                return Err(Error::Length { name, got, expected });
             }
         }
         if let Some(x) = drafts.iter().find(|x| x.0 as usize >= vocab) {
@@ -183,11 +177,7 @@ impl<'a, T: Copy + Into<f64>> Rows<'a, T> {
                         "a negative or NaN entry".into()
                     };
                     let expected = "probabilities that sum to 1 (within 1e-3)".into();
-                    let source = Box::new(Error::InvalidArgument {
-                        name,
-                        got,
-                        expected,
-                    });
+                    let source = Box::new(Error::InvalidArgument { name, got, expected });
                     return Err(Error::AtRow { row, source });
                 }
             }

@@ -119,14 +119,7 @@ impl Sampler {
                 stream,
             })
         } else {
-            filter::keep(
-                tempered,
-                sampling.top_k as usize,
-                sampling.top_p,
-                floor,
-                packed,
-                kept,
-            );
+            filter::keep(tempered, sampling.top_k as usize, sampling.top_p, floor, packed, kept);
             draw_kept(tempered, kept, &stream)
         };
         Ok(TokenId(id))
@@ -180,13 +173,7 @@ fn not_a_column(name: &'static str, token: TokenId, columns: usize) -> Error {
 
 // Sparse edits on a copy: each reads the raw logit, so their order does not matter and a path token simply overwrites
 // what the history wrote.
-fn edit(
-    logits: &[f32],
-    sampling: &Sampling,
-    history: &History,
-    path: &[TokenId],
-    out: &mut Vec<f32>,
-) -> Result<()> {
+fn edit(logits: &[f32], sampling: &Sampling, history: &History, path: &[TokenId], out: &mut Vec<f32>) -> Result<()> {
     out.clear();
     out.extend_from_slice(logits);
     if sampling.penalises() {
@@ -255,11 +242,7 @@ impl Routine for DrawAll<'_> {
             id: u32::MAX,
         };
         // The likeliest block first: its winner is a bar that most other blocks cannot reach.
-        let first = row
-            .maxima
-            .iter()
-            .position(|&m| m * row.scale == row.top)
-            .unwrap_or(0);
+        let first = row.maxima.iter().position(|&m| m * row.scale == row.top).unwrap_or(0);
         for b in std::iter::once(first).chain(0..row.maxima.len()) {
             let max = row.maxima[b] * row.scale;
             // Strictly below, so that a tie with a lower id is still seen. Rounding is monotone, so the bound is exact.
@@ -294,11 +277,7 @@ fn draw_block(row: Tempered, b: usize, floor: f32, stream: &Stream, best: &mut B
     let mut scores = [f32::NEG_INFINITY; BLOCK];
     for (score, &x) in scores.iter_mut().zip(logits) {
         let t = x * row.scale;
-        *score = if t - row.top >= floor {
-            t
-        } else {
-            f32::NEG_INFINITY
-        };
+        *score = if t - row.top >= floor { t } else { f32::NEG_INFINITY };
     }
     let numbers = words.map(|lane| lane.map(|word| gumbel_of_word(word)));
     for (i, score) in scores.iter_mut().enumerate() {

@@ -61,11 +61,7 @@ impl Sampling {
     pub fn validate(&self, vocab: usize) -> Result<()> {
         let t = self.temperature;
         if !(t == 0.0 || (t >= 1e-5 && t.is_finite())) {
-            return refuse(
-                "temperature",
-                t,
-                "0 (greedy) or a finite number of at least 1e-5",
-            );
+            return refuse("temperature", t, "0 (greedy) or a finite number of at least 1e-5");
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return refuse("top_p", self.top_p, "a number in (0, 1]");
@@ -75,18 +71,10 @@ impl Sampling {
         }
         let r = self.repetition_penalty;
         if !(r > 0.0 && r.is_finite()) {
-            return refuse(
-                "repetition_penalty",
-                r,
-                "a finite number above 0 (1 is off)",
-            );
+            return refuse("repetition_penalty", r, "a finite number above 0 (1 is off)");
         }
         if !self.presence_penalty.is_finite() {
-            return refuse(
-                "presence_penalty",
-                self.presence_penalty,
-                "a finite number (0 is off)",
-            );
+            return refuse("presence_penalty", self.presence_penalty, "a finite number (0 is off)");
         }
         if !self.frequency_penalty.is_finite() {
             return refuse(
@@ -131,9 +119,7 @@ impl Sampling {
 
     /// Whether the counts of [`History`] matter.
     pub fn penalises(&self) -> bool {
-        self.repetition_penalty != 1.0
-            || self.presence_penalty != 0.0
-            || self.frequency_penalty != 0.0
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
     /// The penalised logit of a token that was seen `output` times in the output and, if that is zero, in the prompt.

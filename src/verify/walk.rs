@@ -27,10 +27,7 @@ pub struct TreeWalk {
 
 /// Walks a chain. `draw(i)` draws the target's token of row `i`: row 0 belongs to the anchor, row `i` to draft `i - 1`.
 /// It is called for rows `0..=accepted`, once each and in order.
-pub fn walk_chain(
-    drafts: &[TokenId],
-    mut draw: impl FnMut(usize) -> Result<TokenId>,
-) -> Result<Walk> {
+pub fn walk_chain(drafts: &[TokenId], mut draw: impl FnMut(usize) -> Result<TokenId>) -> Result<Walk> {
     for (i, &draft) in drafts.iter().enumerate() {
         let drawn = draw(i)?;
         if drawn != draft {
@@ -49,10 +46,7 @@ pub fn walk_chain(
 
 /// Walks a tree. `draw(node)` draws the target's token after `node` (node 0 is the anchor). It is called once for the anchor
 /// and once for each accepted node, from the root down.
-pub fn walk_tree(
-    tree: &DraftTree,
-    mut draw: impl FnMut(usize) -> Result<TokenId>,
-) -> Result<TreeWalk> {
+pub fn walk_tree(tree: &DraftTree, mut draw: impl FnMut(usize) -> Result<TokenId>) -> Result<TreeWalk> {
     let mut path = Vec::new();
     let mut node = 0;
     loop {

@@ -160,11 +160,7 @@ impl Branches {
     }
 
     fn probability(&self) -> f64 {
-        self.script
-            .iter()
-            .zip(&self.options)
-            .map(|(&c, o)| o[c])
-            .product()
+        self.script.iter().zip(&self.options).map(|(&c, o)| o[c]).product()
     }
 
     // The next script in lexical order; false when all are done.
@@ -234,12 +230,8 @@ pub fn law_of_round(
             continue;
         }
         let n = length(&drafts).min(g);
-        let p: Vec<f64> = (0..=n)
-            .flat_map(|i| target.row(&drafts[..i]).to_vec())
-            .collect();
-        let q: Vec<f64> = (0..n)
-            .flat_map(|i| drafter.row(&drafts[..i]).to_vec())
-            .collect();
+        let p: Vec<f64> = (0..=n).flat_map(|i| target.row(&drafts[..i]).to_vec()).collect();
+        let q: Vec<f64> = (0..n).flat_map(|i| drafter.row(&drafts[..i]).to_vec()).collect();
         let ids = tokens(&drafts[..n]);
         Branches::explore(
             |coins| verify(&p, &q, vocab, &ids, coins),
@@ -265,10 +257,7 @@ pub fn spread(law: &mut [f64], all: &[Vec<usize>], target: &Model, out: &[usize]
 }
 
 pub fn distance(a: &[f64], b: &[f64]) -> f64 {
-    a.iter()
-        .zip(b)
-        .map(|(x, y)| (x - y).abs())
-        .fold(0.0, f64::max)
+    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
 }
 
 /// Pearson's statistic minus its mean, in its standard deviations: about N(0, 1) when counts follow the law.
@@ -280,10 +269,7 @@ pub fn chi_square_z(counts: &[u64], law: &[f64]) -> f64 {
     for (&count, &p) in counts.iter().zip(law) {
         let expected = p * n as f64;
         if expected < 5.0 {
-            assert!(
-                p > 0.0 || count == 0,
-                "an impossible output was produced {count} times"
-            );
+            assert!(p > 0.0 || count == 0, "an impossible output was produced {count} times");
             pooled_count += count as f64;
             pooled_law += p;
         } else {

@@ -55,7 +55,7 @@ class FakeLLM:
         return "".join(map(chr, ids))
 
     def stats(self) -> dict[str, Any]:
-        return {"stage_seconds": dict(self._stages)}
+        return {"stage_seconds": dict(self._stages), "steps": 10 * len(self.calls)}
 
     def next_token_logits(self, ids: list[int]) -> dict[int, float]:
         return _Logits(len(ids))

@@ -74,7 +74,9 @@ class Pages:
 
     def slots(self, row: int, positions) -> np.ndarray:
         positions = np.asarray(positions, dtype=np.int64)
-        return self.table[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+        return (
+            self.table[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+        )
 
     def batch(self, spans: list[tuple[int, int, list[int]]], logit_rows=None) -> StepBatch:
         """spans: (row, first position, token ids), packed in order."""
@@ -93,7 +95,9 @@ class Pages:
         )
 
 
-def greedy_loop(target: TargetModel, draft: DFlashDraft | None, prompt: list[int], count: int, page_size: int, block: int):
+def greedy_loop(
+    target: TargetModel, draft: DFlashDraft | None, prompt: list[int], count: int, page_size: int, block: int
+):
     """Greedy generation of `count` tokens for one request: token ids, and the drafts of every step."""
     pages = Pages(1, len(prompt) + count + block + 1, page_size)
     target.alloc_kv(pages.num_slots)
@@ -113,7 +117,9 @@ def greedy_loop(target: TargetModel, draft: DFlashDraft | None, prompt: list[int
             return tokens[: len(prompt) + count], all_drafts
         drafts = []
         if draft is not None:
-            drafts = draft.propose([tokens[-1]], [committed], pages.table, page_size=page_size, block_size=block)[0].tolist()
+            drafts = draft.propose([tokens[-1]], [committed], pages.table, page_size=page_size, block_size=block)[
+                0
+            ].tolist()
             all_drafts.append(drafts)
         step = pages.batch([(0, committed, [tokens[-1], *drafts])])
         logits, features = target.forward(step)

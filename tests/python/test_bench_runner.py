@@ -82,7 +82,8 @@ def test_a_profile_reports_each_stage_per_pass():
     rows, _ = demo(Plan((GREEDY,), repeat=2, max_tokens=4, profile=True))
     assert rows[0].stage_seconds == {"draft": 0.0, "verify": 1.0}
     assert rows[1].stage_seconds == {"draft": 0.5, "verify": 1.0}
-    assert "verify" in report.profile_table(rows)
+    assert [row.engine_steps for row in rows] == [10.0, 10.0]
+    assert "10 steps of 150.00 ms" in report.profile_table(rows)
 
 
 @pytest.mark.parametrize(

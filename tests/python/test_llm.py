@@ -27,7 +27,12 @@ SAMPLING = {
     "min_p": {"temperature": 0.8, "min_p": 0.05},
     "all_filters": {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
     "greedy_penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    "seeded_penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2},
+    "seeded_penalties": {
+        "temperature": 0.8,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.2,
+    },
     "bias": {"temperature": 0.8, "logit_bias": {17: 2.0, 300: -4.0, 5: 1.5}},
 }
 
@@ -53,10 +58,16 @@ def params(name: str, seed: int, **more) -> SamplingParams:
 def idle(engine: LLM) -> bool:
     """Whether every page is free or cached and nobody waits."""
     stats = engine.stats()
-    return stats["running"] == 0 and stats["waiting"] == 0 and stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
+    return (
+        stats["running"] == 0
+        and stats["waiting"] == 0
+        and stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
+    )
 
 
-def rounding_explains(engine: LLM, prompt: list[int], plain: list[int], other: list[int], sampling: SamplingParams) -> bool:
+def rounding_explains(
+    engine: LLM, prompt: list[int], plain: list[int], other: list[int], sampling: SamplingParams
+) -> bool:
     """Whether the first difference is one that an error of 1e-4 in the logits would make."""
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(plain, other)) if a != b)
     logits = engine.next_token_logits(prompt + plain[:at])
@@ -82,7 +93,9 @@ def test_the_text_is_the_same_with_and_without_drafting(llm, name, batch):
     assert all(len(o.token_ids) == LENGTH for o in plain)
     for prompt, a, b, o in zip(prompts, plain, fast, options, strict=True):
         assert a.token_ids == b.token_ids or rounding_explains(llm, prompt, a.token_ids, b.token_ids, o)
-    assert sum(o.metrics["steps"] for o in fast) < sum(o.metrics["steps"] for o in plain), "drafting saved no pass at all"
+    assert sum(o.metrics["steps"] for o in fast) < sum(o.metrics["steps"] for o in plain), (
+        "drafting saved no pass at all"
+    )
     assert all(o.metrics["tau"] == 1.0 for o in plain)
     assert idle(llm)
 
@@ -104,7 +117,9 @@ def test_the_block_size_does_not_change_the_text(one, block_size):
     prompts = [one.encode(p) for p in PROMPTS[:4]]
     options = [params("seeded", seed=i) for i in range(4)]
     with LLM(device="cpu", block_size=block_size) as other:
-        for prompt, o, a, b in zip(prompts, options, one.generate(prompts, options), other.generate(prompts, options), strict=True):
+        for prompt, o, a, b in zip(
+            prompts, options, one.generate(prompts, options), other.generate(prompts, options), strict=True
+        ):
             assert a.token_ids == b.token_ids or rounding_explains(one, prompt, a.token_ids, b.token_ids, o)
 
 
@@ -131,11 +146,16 @@ def test_a_shared_prefix_is_reused_and_changes_nothing(one):
 def test_tiny_pool_retracts_and_still_says_the_same():
     prompts = PROMPTS[:6]
     options = [params("seeded", seed=i) for i in range(6)]
-    with LLM(device="cpu", page_size=4, num_pages=60, max_running=6, max_context=160) as small, LLM(device="cpu") as roomy:
+    with (
+        LLM(device="cpu", page_size=4, num_pages=60, max_running=6, max_context=160) as small,
+        LLM(device="cpu") as roomy,
+    ):
         tight, free = small.generate(prompts, options), roomy.generate(prompts, options)
         assert small.stats()["retractions"] > 0, "the pool was not tight enough to test anything"
         for prompt, o, a, b in zip(prompts, options, free, tight, strict=True):
-            assert a.token_ids == b.token_ids or rounding_explains(roomy, roomy.encode(prompt), a.token_ids, b.token_ids, o)
+            assert a.token_ids == b.token_ids or rounding_explains(
+                roomy, roomy.encode(prompt), a.token_ids, b.token_ids, o
+            )
         assert idle(small)
 
 
@@ -277,7 +297,13 @@ def test_an_unseeded_request_reports_a_seed_that_reproduces_it(one):
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("", "empty prompt"), ([], "empty prompt"), ([4096], "token id 4096"), ([-1], "token id -1"), ([1, "a"], "expected a string")],
+    [
+        ("", "empty prompt"),
+        ([], "empty prompt"),
+        ([4096], "token id 4096"),
+        ([-1], "token id -1"),
+        ([1, "a"], "expected a string"),
+    ],
 )
 def test_a_bad_prompt_is_named_and_leaves_nothing_behind(one, prompt, message):
     with pytest.raises(InvalidArgument, match=message):

@@ -30,7 +30,9 @@ VARIANTS = {
 
 
 def reference_package():
-    return pytest.importorskip("dflash.model", reason="the z-lab reference is not installed: pip install --no-deps dflash==0.1.0")
+    return pytest.importorskip(
+        "dflash.model", reason="the z-lab reference is not installed: pip install --no-deps dflash==0.1.0"
+    )
 
 
 def copy_of_target_into(draft: DFlashDraft, target) -> DFlashDraft:
@@ -83,7 +85,9 @@ def test_drafts_equal_those_of_the_reference_package(variant, page_size, tmp_pat
     for row, (n, f) in enumerate(zip(lengths, features, strict=True)):
         positions = np.arange(n)
         for part in (slice(0, n // 2), slice(n // 2, n)):
-            draft.inject(f[part], torch.from_numpy(positions[part]), torch.from_numpy(pages.slots(row, positions[part])))
+            draft.inject(
+                f[part], torch.from_numpy(positions[part]), torch.from_numpy(pages.slots(row, positions[part]))
+            )
     assert np.array_equal(draft.propose(anchors, lengths, pages.table, page_size=page_size), expected)
     # Any order, any subset of the rows.
     picked = draft.propose([96, 4], [9, 1], pages.table, [2, 0], page_size=page_size)
@@ -158,7 +162,9 @@ def test_a_training_block_sees_nothing_at_or_after_its_anchor_and_no_other_block
 def test_training_runs_under_bfloat16_autocast_and_reaches_every_weight():
     draft = bound(random_draft()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = draft.training_hidden(torch.randn(1, 12, 3 * HIDDEN), torch.randint(2, VOCAB, (1, 12)), torch.tensor([[4, 9]]), 4)
+        hidden = draft.training_hidden(
+            torch.randn(1, 12, 3 * HIDDEN), torch.randint(2, VOCAB, (1, 12)), torch.tensor([[4, 9]]), 4
+        )
     hidden.float().square().mean().backward()
     assert hidden.shape == (1, 2, 4, HIDDEN)
     for name, parameter in draft.named_parameters():
@@ -264,7 +270,11 @@ def test_the_older_rope_fields_mean_the_same(checkpoint):
     edit(checkpoint, rope_parameters=..., rope_theta=10000.0)
     assert read_draft_config(checkpoint).rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     edit(checkpoint, rope_scaling={"type": "linear", "factor": 2.0})
-    assert read_draft_config(checkpoint).rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert read_draft_config(checkpoint).rope_parameters == {
+        "rope_type": "linear",
+        "factor": 2.0,
+        "rope_theta": 10000.0,
+    }
 
 
 def test_layer_kinds_follow_layer_types_and_is_causal(checkpoint):
@@ -296,7 +306,10 @@ WRONG_CONFIG = [
     ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": ["sliding_attention"] * 2}, "sliding_window: got nothing"),
-    ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 4, "use_sliding_window": False}, "use_sliding_window"),
+    (
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4, "use_sliding_window": False},
+        "use_sliding_window",
+    ),
     ({"is_causal": "no"}, "is_causal: got 'no'"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type of default"),
     ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
@@ -340,7 +353,10 @@ def rewrite(directory, change):
 
 WRONG_TENSORS = [
     (lambda t: t.pop("fc.weight"), "fc.weight: missing tensor"),
-    (lambda t: t.update({"layers.2.mlp.up_proj.weight": torch.zeros(1)}), "layers.2.mlp.up_proj.weight: unexpected tensor"),
+    (
+        lambda t: t.update({"layers.2.mlp.up_proj.weight": torch.zeros(1)}),
+        "layers.2.mlp.up_proj.weight: unexpected tensor",
+    ),
     (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight: got shape \[3\], expected \[48\]"),
     (lambda t: t.update({"norm.weight": torch.zeros(48, dtype=torch.int32)}), "norm.weight: got torch.int32"),
     (lambda t: t["norm.weight"].fill_(torch.nan), "norm.weight: has values that are not finite"),

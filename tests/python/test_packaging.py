@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -130,3 +131,15 @@ def test_every_tested_version_is_inside_the_range_that_users_get():
             assert requirement.specifier.contains(pinned[requirement.name]), requirement
             checked += 1
     assert checked >= len(pinned)
+
+
+def test_microbenchmark_results_are_boiled_down_to_microseconds(tmp_path):
+    collect = script("collect_results")
+    new = tmp_path / "plan" / "256" / "new"
+    new.mkdir(parents=True)
+    estimates = {kind: {"point_estimate": 1500.0} for kind in ("median", "mean")}
+    (new / "estimates.json").write_text(json.dumps(estimates))
+    assert collect.from_criterion(tmp_path) == {"plan/256": {"median_us": 1.5, "mean_us": 1.5}}
+    path = tmp_path / "crossing.json"
+    path.write_text(json.dumps({"benchmarks": [{"name": "a", "stats": {"median": 2e-6, "mean": 3e-6, "data": [1]}}]}))
+    assert collect.from_pytest(path) == {"a": {"median_us": 2.0, "mean_us": 3.0}}

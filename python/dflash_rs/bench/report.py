@@ -140,17 +140,18 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def profile_table(rows: Sequence[Row]) -> str:
-    """Milliseconds and share per step stage."""
+    """Milliseconds per step and share of each stage."""
     lines = []
     for row in rows:
-        if not row.stage_seconds or not row.steps:
+        if not row.stage_seconds or not row.engine_steps:
             continue
         total = sum(row.stage_seconds.values())
         lines.append(
-            f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}: {total:.2f} s in the step's stages per pass"
+            f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}: "
+            f"{row.engine_steps:.0f} steps of {1000 * total / row.engine_steps:.2f} ms"
         )
         for stage, seconds in sorted(row.stage_seconds.items(), key=lambda item: -item[1]):
-            lines.append(f"  {stage:<10} {seconds:8.3f} s  {seconds / total if total else 0:6.1%}")
+            lines.append(f"  {stage:<8} {1000 * seconds / row.engine_steps:8.3f} ms  {seconds / total:6.1%}")
     return "\n".join(lines)
 
 

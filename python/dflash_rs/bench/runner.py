@@ -25,6 +25,7 @@ from dflash_rs.bench.workloads import Prompt, Setting
 from dflash_rs.errors import DflashError, InvalidArgument
 
 PLAIN, DFLASH, REFERENCE = "plain", "dflash", "z-lab"
+STEPS = "steps"
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Row:
     accept_histogram: list[int] = field(default_factory=list)
     accepted_per_position: list[float] = field(default_factory=list)
     stage_seconds: dict[str, float] | None = None
+    engine_steps: float | None = None
     vs_reference: float | None = None
     divergences: list[Divergence] = field(default_factory=list)
 
@@ -263,6 +265,9 @@ def _measure(
             if divergences:
                 break
         ids = [list(output.token_ids) for output in passes[mode][0].outputs]
+        # Averages over the repeats; a step is one pass of the engine over all running requests, prefill included.
+        spent = {stage: total / plan.repeat for stage, total in stages[mode].items()} if plan.profile else None
+        engine_steps = spent.pop(STEPS) if spent else None
         row = Row(
             mode=mode,
             concurrency=concurrency,
@@ -276,7 +281,8 @@ def _measure(
             ngram_tau=lookup_tau(list(zip(prompt_ids, ids)), block_size),
             tokens_per_s_runs=rates[mode],
             divergences=divergences,
-            stage_seconds={k: v / plan.repeat for k, v in stages[mode].items()} if plan.profile else None,
+            stage_seconds=spent,
+            engine_steps=engine_steps,
             **totals(passes[mode][0].outputs),
         )
         result.append((row, ids))
@@ -284,10 +290,10 @@ def _measure(
 
 
 def _stage_seconds(llm: Any) -> dict[str, float]:
-    stages = llm.stats().get("stage_seconds")
-    if stages is None:
+    stats = llm.stats()
+    if "stage_seconds" not in stats:
         raise DflashError("--profile: this engine does not report stage_seconds")
-    return dict(stages)
+    return {**stats["stage_seconds"], STEPS: stats["steps"]}
 
 
 def logit_gap(

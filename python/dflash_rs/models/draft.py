@@ -196,7 +196,9 @@ class DFlashDraft(nn.Module):
         """Use the target's input embedding (its raw `weight` rows) and its output head."""
         rows, width = embedding.weight.shape
         if width != self.config.hidden_size:
-            raise InvalidArgument(f"embedding: width {width}, expected the drafter's hidden_size {self.config.hidden_size}")
+            raise InvalidArgument(
+                f"embedding: width {width}, expected the drafter's hidden_size {self.config.hidden_size}"
+            )
         if not 0 <= self.config.mask_token_id < rows:
             raise InvalidArgument(f"mask_token_id: got {self.config.mask_token_id}, expected 0..{rows - 1}")
         self._bound = (embedding, lm_head)  # a tuple, so that nn.Module does not adopt them
@@ -383,7 +385,9 @@ class _DraftEngine:
         self.context_kv = PackedLinear(
             [proj for layer in draft.layers for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)], share=False
         )
-        self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in draft.layers])[:, None].contiguous()
+        self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in draft.layers])[
+            :, None
+        ].contiguous()
         self.layers = [
             FusedLayer(layer, head_dim=c.head_dim, eps=self.eps, scale=c.head_dim**-0.5, window=window, causal=causal)
             for layer, window, causal in zip(draft.layers, c.layer_window, c.layer_causal, strict=True)
@@ -392,7 +396,8 @@ class _DraftEngine:
         self.rotary = RotaryTable(lambda p: tuple(x.squeeze(-2) for x in draft._cos_sin(p, self.dtype)))
         shape = (num_slots, c.num_key_value_heads, c.head_dim)
         self.caches = [
-            tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv") for _ in range(c.num_hidden_layers)
+            tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+            for _ in range(c.num_hidden_layers)
         ]
 
     def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:

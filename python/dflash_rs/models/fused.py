@@ -40,7 +40,12 @@ class PackedLinear:
                 for m in modules:
                     m.weight.data = self.transposed[:, start : start + m.out_features].t()
                     start += m.out_features
-        elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and small and torch.backends.mkldnn.is_available():
+        elif (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.bfloat16
+            and small
+            and torch.backends.mkldnn.is_available()
+        ):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -115,7 +120,9 @@ class FusedLayer:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """x [T, H] -> [T, H]; `attention` is the step's attention, see attention.py."""
-        qkv = self.qkv(torch.rms_norm(x, self.hidden, self.norm1, self.eps)).view(-1, self._split + self.kv_heads, self.head_dim)
+        qkv = self.qkv(torch.rms_norm(x, self.hidden, self.norm1, self.eps)).view(
+            -1, self._split + self.kv_heads, self.head_dim
+        )
         qk, v = qkv[:, : self._split], qkv[:, self._split :]
         if self.head_norm is not None:
             qk = torch.rms_norm(qk, self._width, None, self.eps).mul_(self.head_norm)

@@ -153,10 +153,14 @@ def _layer_ids(fields: _Fields, target_layers: int, draft_layers: int) -> tuple[
         ids = default_layer_ids(target_layers, draft_layers)
     if not isinstance(ids, list | tuple) or not ids or any(isinstance(k, bool) or not isinstance(k, int) for k in ids):
         raise fields.fail("target_layer_ids", "a list of layer numbers")
-    origin = "" if given else f" (the default for {target_layers} target and {draft_layers} drafter layers is {list(ids)})"
+    origin = (
+        "" if given else f" (the default for {target_layers} target and {draft_layers} drafter layers is {list(ids)})"
+    )
     for k in ids:
         if not 0 <= k < target_layers:
-            raise fields.fail("target_layer_ids", f"ids in 0..{target_layers - 2} of {target_layers} target layers{origin}")
+            raise fields.fail(
+                "target_layer_ids", f"ids in 0..{target_layers - 2} of {target_layers} target layers{origin}"
+            )
         if k == target_layers - 1:
             raise fields.fail(
                 "target_layer_ids",
@@ -294,7 +298,10 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, T
             f"{path}: {heads[0]}: a drafter with an embedding, head or vocabulary map of its own is not supported, expected one that "
             "uses the target's"
         )
-    for what, names in (("missing", expected.keys() - tensors.keys()), ("unexpected", tensors.keys() - expected.keys())):
+    for what, names in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - expected.keys()),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{path}: {min(names)}: {what} tensor{more}")
@@ -368,9 +375,13 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
         config |= {"use_sliding_window": True, "sliding_window": next(w for w in c.layer_window if w is not None)}
     if c.layer_causal != tuple(sliding):
         if len(set(c.layer_causal)) > 1:
-            raise CheckpointError(f"layer_causal: got {c.layer_causal}, expected one value for all layers or the sliding ones")
+            raise CheckpointError(
+                f"layer_causal: got {c.layer_causal}, expected one value for all layers or the sliding ones"
+            )
         config["is_causal"] = c.layer_causal[0]
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # Weights may share storage after `prepare`; the file must not.
-    tensors = {name: t.detach().to("cpu", dtype or t.dtype).clone().contiguous() for name, t in draft.state_dict().items()}
+    tensors = {
+        name: t.detach().to("cpu", dtype or t.dtype).clone().contiguous() for name, t in draft.state_dict().items()
+    }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

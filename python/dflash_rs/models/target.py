@@ -52,7 +52,9 @@ class _Recorder:
 
     def attend_layer(self, index, q, k, v, scale, window):
         if index in self.layers:
-            raise UnsupportedModel(f"layer {index} attends twice per forward: cross-attention or shared layers have no pages")
+            raise UnsupportedModel(
+                f"layer {index} attends twice per forward: cross-attention or shared layers have no pages"
+            )
         self.layers[index] = LayerKV(k.shape[1], k.shape[-1], v.shape[-1], float(scale), window)
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -75,7 +77,9 @@ def _registered_attention(module, query, key, value, attention_mask, scaling=Non
     step = kwargs.get(_STEP)
     name = type(module).__name__
     if step is None:
-        raise UnsupportedModel(f"{name} does not pass extra arguments on to its attention, so the pages cannot reach it")
+        raise UnsupportedModel(
+            f"{name} does not pass extra arguments on to its attention, so the pages cannot reach it"
+        )
     for option in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(option) is not None:
             raise UnsupportedModel(f"{name}: attention option {option!r} is not supported")
@@ -162,7 +166,9 @@ class TargetModel:
         self.caches, self.num_slots = {}, 0
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu", **options) -> TargetModel:
+    def load(
+        cls, path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu", **options
+    ) -> TargetModel:
         """Loads a checkpoint folder or a hub name. `options` go to the constructor."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -217,7 +223,9 @@ class TargetModel:
             )
         for index, kind in enumerate(getattr(self.config, "layer_types", None) or ()):
             if kind == "sliding_attention" and layers[index].window is None:
-                raise UnsupportedModel(f"layer {index}: declared sliding_attention, but its window did not reach the attention")
+                raise UnsupportedModel(
+                    f"layer {index}: declared sliding_attention, but its window did not reach the attention"
+                )
         return layers
 
     def set_taps(self, layer_ids) -> None:
@@ -228,7 +236,9 @@ class TargetModel:
         layer_ids = tuple(int(k) for k in layer_ids)
         for k in layer_ids:
             if not 0 <= k < self.num_layers - 1:
-                raise InvalidArgument(f"target_layer_ids: got {k}, expected 0..{self.num_layers - 2}, below the last layer")
+                raise InvalidArgument(
+                    f"target_layer_ids: got {k}, expected 0..{self.num_layers - 2}, below the last layer"
+                )
         for hook in self._hooks:
             hook.remove()
         self.taps = layer_ids
@@ -296,7 +306,10 @@ class _FusedModel:
             attention, mlp = layer.self_attn, layer.mlp
             linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
             linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            if any(type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+            if any(
+                type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
+                for linear in linears
+            ):
                 return None, "a projection is not a plain Linear"
         return cls(target), "Llama-shaped"
 
@@ -358,7 +371,8 @@ class _Check:
             batch = StepBatch.from_arrays(
                 token_ids=torch.cat([self.tokens[r][start:end] for r, start, end in step]).numpy(),
                 positions=positions,
-                slots=pages[rows, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size,
+                slots=pages[rows, positions // self.page_size].astype(np.int64) * self.page_size
+                + positions % self.page_size,
                 query_starts=starts,
                 context_lens=[start for _, start, _ in step],
                 page_table=pages,

@@ -12,7 +12,11 @@ def _add_settings(parser: argparse.ArgumentParser, cls) -> None:
     for f in dataclasses.fields(cls):
         kind = type(f.default)
         parser.add_argument(
-            f"--{f.name.replace('_', '-')}", type=kind, default=f.default, metavar=kind.__name__, help="default: %(default)s"
+            f"--{f.name.replace('_', '-')}",
+            type=kind,
+            default=f.default,
+            metavar=kind.__name__,
+            help="default: %(default)s",
         )
 
 
@@ -74,7 +78,9 @@ def add_parsers(subparsers) -> None:
     prompts.add_argument("--count", type=int, default=48)
     prompts.set_defaults(run=_prompts)
 
-    report = subparsers.add_parser("report", help="held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up")
+    report = subparsers.add_parser(
+        "report", help="held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up"
+    )
     report.add_argument("--target", type=Path, required=True, metavar="DIR")
     report.add_argument("--draft", type=Path, required=True, metavar="DIR")
     report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="written by `train prompts`")

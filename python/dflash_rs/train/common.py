@@ -58,6 +58,11 @@ def cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * min(1.0, (step - warmup) / max(1, total - warmup)))))
 
 
+def smooth(mean: float | None, value: float, count: int) -> float:
+    """The mean of the first 50 values, then an exponential average: early progress is not hidden by the first value."""
+    return value if mean is None else mean + (value - mean) * max(0.02, 1 / max(1, count))
+
+
 class Optimizers:
     """Muon on matrices inside the layers, AdamW on embeddings, norms and everything else.
 

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from . import responses
-from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint
+from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def warm_start(draft, target, settings: DrafterTraining) -> None:
     draft.norm.weight.copy_(target.model.norm.weight)
     width = draft.config.hidden_size
     taps = len(draft.config.target_layer_ids)
-    draft.fc.weight.copy_(torch.eye(width).repeat(1, taps) / taps + 0.02 / math.sqrt(width) * torch.randn(width, width * taps))
+    draft.fc.weight.copy_(
+        torch.eye(width).repeat(1, taps) / taps + 0.02 / math.sqrt(width) * torch.randn(width, width * taps)
+    )
     draft.hidden_norm.weight.copy_(layers[-1].input_layernorm.weight)
 
 
@@ -141,7 +143,9 @@ class Teacher:
         return logits
 
 
-def block_loss(draft, teacher: Teacher, tokens: torch.Tensor, anchors: torch.Tensor, block: int, settings: DrafterTraining):
+def block_loss(
+    draft, teacher: Teacher, tokens: torch.Tensor, anchors: torch.Tensor, block: int, settings: DrafterTraining
+):
     """Weighted loss of all blocks of a batch and the mean accepted length they would have had on the true text.
 
     tokens ``int64 [b, S]``, anchors ``int64 [b, A]`` with ``anchor + block <= S``. Weights ``exp(-(k-1)/gamma)``, normalised.
@@ -243,7 +247,7 @@ def train(
     progress = Progress(settings.steps, "steps")
     warmup = max(1, int(settings.steps * settings.warmup))
     source = _sequences(own, corpus_tokens, settings, step)
-    mean_loss = mean_tau = None
+    mean_loss, mean_tau, begun = None, None, step
     while step < settings.steps:
         tokens, anchors, block = next(source)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
@@ -258,8 +262,8 @@ def train(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
-        mean_loss = value if mean_loss is None else 0.98 * mean_loss + 0.02 * value
-        mean_tau = tau if mean_tau is None else 0.98 * mean_tau + 0.02 * tau
+        mean_loss = smooth(mean_loss, value, step - begun)
+        mean_tau = smooth(mean_tau, tau, step - begun)
         if group.leads and (step % save_every == 0 or step == settings.steps):
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau})
             save_checkpoint(

@@ -33,7 +33,9 @@ def held_out_prompts(corpus: Path, count: int, min_tokens: int = 24, max_tokens:
     tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
     pools: list[tuple[str, list[str]]] = []
     for file in json.loads((corpus / "held_out.json").read_text(encoding="utf-8")):
-        prompts = [p for p in _candidates(file["text"], 2, 4) if min_tokens <= len(tokenizer(p).input_ids) <= max_tokens]
+        prompts = [
+            p for p in _candidates(file["text"], 2, 4) if min_tokens <= len(tokenizer(p).input_ids) <= max_tokens
+        ]
         prompts.sort(key=lambda p: hashlib.sha256(p.encode()).digest())
         pools.append((file["name"], prompts))
     pools.sort(key=lambda pool: hashlib.sha256(pool[0].encode()).digest())

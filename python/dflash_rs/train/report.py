@@ -18,7 +18,8 @@ def loop_report(target: Path, draft: Path, prompts: Path, max_tokens: int) -> li
         ids = [llm.encode(t) for t in texts]
         for temperature in (0.0, 0.7):
             params = [
-                SamplingParams(temperature=temperature, seed=i, max_tokens=max_tokens, ignore_eos=True) for i in range(len(ids))
+                SamplingParams(temperature=temperature, seed=i, max_tokens=max_tokens, ignore_eos=True)
+                for i in range(len(ids))
             ]
             outputs = llm.generate(ids, params)
             passes = sum(o.metrics["steps"] for o in outputs)

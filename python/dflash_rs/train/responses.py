@@ -52,9 +52,11 @@ def generate(target: Path, data: Path, out: Path, settings: ResponseSettings) ->
     settings.check()
     out.mkdir(parents=True, exist_ok=True)
     described = out / "settings.json"
-    if described.exists() and json.loads(described.read_text()) != asdict(settings):
+    # How many there are to be is no part of what one of them is: more may be asked for later.
+    kind = {name: value for name, value in asdict(settings).items() if name != "sequences"}
+    if described.exists() and json.loads(described.read_text()) != kind:
         raise ValueError(f"out: {out} holds responses made with other settings; choose another folder")
-    described.write_text(json.dumps(asdict(settings)))
+    described.write_text(json.dumps(kind))
 
     tokens = np.load(data / "train.npy")
     shards = -(-settings.sequences // settings.batch_size)

@@ -17,7 +17,17 @@ import torch
 from torch.nn import functional as F
 
 from . import corpus
-from .common import Group, Optimizers, Progress, batches, load_checkpoint, pick_device, save_checkpoint, trapezoid
+from .common import (
+    Group,
+    Optimizers,
+    Progress,
+    batches,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    smooth,
+    trapezoid,
+)
 
 _EVAL_WINDOWS = 64
 
@@ -57,9 +67,13 @@ class TargetTraining:
     def check(self) -> None:
         """Raises ValueError naming the first setting that cannot work."""
         if self.steps < 1:
-            raise ValueError(f"tokens: got {self.tokens}, expected at least one batch ({self.seq_len * self.batch_size})")
+            raise ValueError(
+                f"tokens: got {self.tokens}, expected at least one batch ({self.seq_len * self.batch_size})"
+            )
         if self.start_layers and self.num_layers % self.start_layers:
-            raise ValueError(f"start_layers: got {self.start_layers}, expected a divisor of num_layers={self.num_layers}")
+            raise ValueError(
+                f"start_layers: got {self.start_layers}, expected a divisor of num_layers={self.num_layers}"
+            )
         if not 0 < self.grow_at < 1:
             raise ValueError(f"grow_at: got {self.grow_at}, expected a share in (0, 1)")
         if self.num_heads % self.num_kv_heads:
@@ -179,7 +193,7 @@ def train(
 
     progress = Progress(settings.steps, "steps")
     source = batches(tokens, settings.seq_len, settings.batch_size, settings.seed, step)
-    running = None
+    running, begun = None, step
     while step < settings.steps:
         if len(model.model.layers) != settings.layers_at(step):
             model = grow(model.cpu(), settings).to(where)
@@ -194,7 +208,7 @@ def train(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
-        running = value if running is None else 0.98 * running + 0.02 * value
+        running = smooth(running, value, step - begun)
         if group.leads and (step % save_every == 0 or step == settings.steps):
             history.append(
                 {

@@ -3,9 +3,11 @@
 //! A tile is one request, one key head, and a few queries with all the query heads of the group, so that every key and value is
 //! loaded once for all of them:
 //!
-//!     scores[row][key] = q . k      sixteen keys at a time, in place in the cache where sixteen of them lie evenly spaced
-//!     softmax                       max, exponentials, sum over the row
-//!     acc[row] += w * v             key after key
+//! ```text
+//! scores[row][key] = q . k      sixteen keys at a time, in place in the cache where sixteen of them lie evenly spaced
+//! softmax                       max, exponentials, sum over the row
+//! acc[row] += w * v             key after key
+//! ```
 //!
 //! Scores of a whole row are kept (4 bytes per key and row) instead of a running softmax: no rescaling, and the order of every
 //! sum is a function of the key's position alone. That order is the promise of `Kernels::block_attention`: a dot product runs along
@@ -99,13 +101,7 @@ fn check<E: Element>(
     params: &AttentionParams,
     tensors: &AttentionTensors<'_, E>,
 ) -> Result<()> {
-    let invalid = |name, got: String, expected: String| {
-        Err(Error::InvalidArgument {
-            name,
-            got,
-            expected,
-        })
-    };
+    let invalid = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
     let q = tensors.q.layout();
     let (kv_heads, dim) = (tensors.k.layout().heads, q.dim);
     if dim == 0 || dim > MAX_HEAD_DIM {
@@ -122,18 +118,8 @@ fn check<E: Element>(
         ("q", q, batch.tokens, q.heads),
         ("k", tensors.k.layout(), batch.tokens, kv_heads),
         ("v", tensors.v.layout(), batch.tokens, kv_heads),
-        (
-            "k_cache",
-            tensors.k_cache.layout(),
-            batch.num_slots,
-            kv_heads,
-        ),
-        (
-            "v_cache",
-            tensors.v_cache.layout(),
-            batch.num_slots,
-            kv_heads,
-        ),
+        ("k_cache", tensors.k_cache.layout(), batch.num_slots, kv_heads),
+        ("v_cache", tensors.v_cache.layout(), batch.num_slots, kv_heads),
         ("out", tensors.out.layout(), batch.tokens, q.heads),
     ];
     for (name, layout, rows, heads) in shapes {
@@ -149,11 +135,7 @@ fn check<E: Element>(
         return invalid("scale", params.scale.to_string(), "a finite number".into());
     }
     if params.mask == Mask::Ancestors && batch.ancestors.is_none() {
-        return invalid(
-            "mask",
-            "Ancestors".into(),
-            "a batch made with ancestors".into(),
-        );
+        return invalid("mask", "Ancestors".into(), "a batch made with ancestors".into());
     }
     Ok(())
 }
@@ -161,9 +143,7 @@ fn check<E: Element>(
 fn store<E: Element>(new: &Rows<'_, E>, slots: &[usize], cache: &mut RowsMut<'_, E>) {
     for (token, &slot) in slots.iter().enumerate() {
         for head in 0..new.layout().heads {
-            cache
-                .row_mut(slot, head)
-                .copy_from_slice(new.row(token, head));
+            cache.row_mut(slot, head).copy_from_slice(new.row(token, head));
         }
     }
 }
@@ -196,9 +176,7 @@ impl<E: Element> Layer<'_, E> {
         let mut tiles = Vec::new();
         for (index, request) in self.batch.requests.iter().enumerate() {
             let width = (request.context + request.len).next_multiple_of(LANES);
-            let queries = (TILE_SCORES / (group * width).max(1))
-                .min(TILE_ROWS / group)
-                .max(1);
+            let queries = (TILE_SCORES / (group * width).max(1)).min(TILE_ROWS / group).max(1);
             for kv_head in 0..self.k.layout().heads {
                 for first in (0..request.len).step_by(queries) {
                     tiles.push(Tile {
@@ -223,9 +201,7 @@ impl<E: Element> Layer<'_, E> {
             Mask::Block => (request.context + request.len).min(position.saturating_add(window)),
         };
         Visible {
-            start: request
-                .valid_from
-                .max((position + 1).saturating_sub(window)),
+            start: request.valid_from.max((position + 1).saturating_sub(window)),
             end,
         }
     }
@@ -274,17 +250,20 @@ impl<E: Element> Routine for Share<'_, E> {
             // Kept between calls: a fresh quarter of a megabyte would be page faults in every layer.
             static SCRATCH: RefCell<Scratch> = RefCell::default();
         }
-        SCRATCH.with_borrow_mut(|scratch| match self.next {
-            None => self
-                .tiles
-                .iter()
-                .for_each(|tile| attend::<L, E>(self.layer, tile, scratch)),
-            Some(next) => {
-                while let Some(tile) = self.tiles.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    attend::<L, E>(self.layer, tile, scratch);
+        let mut scratch = SCRATCH.take();
+        match self.next {
+            None => {
+                for tile in self.tiles {
+                    attend::<L, E>(self.layer, tile, &mut scratch);
                 }
             }
-        });
+            Some(next) => {
+                while let Some(tile) = self.tiles.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    attend::<L, E>(self.layer, tile, &mut scratch);
+                }
+            }
+        }
+        SCRATCH.set(scratch);
     }
 }
 
@@ -320,13 +299,7 @@ impl<E: Element> Source<'_, E> {
 
     /// Positions `first..first + 16`, of which those below `end` exist. `first` is a multiple of sixteen.
     #[inline(always)]
-    fn chunk<'b>(
-        &'b self,
-        first: usize,
-        end: usize,
-        buffer: &'b mut [f32],
-        vectors: usize,
-    ) -> KeyChunk<'b> {
+    fn chunk<'b>(&'b self, first: usize, end: usize, buffer: &'b mut [f32], vectors: usize) -> KeyChunk<'b> {
         let context = self.request.context;
         if self.cache.layout().dim.is_multiple_of(LANES) {
             if first + LANES <= context
@@ -349,11 +322,7 @@ impl<E: Element> Source<'_, E> {
             } else if position < context {
                 widen(self.cache.row(self.slot(position), self.head), row);
             } else {
-                widen(
-                    self.new
-                        .row(self.request.start + position - context, self.head),
-                    row,
-                );
+                widen(self.new.row(self.request.start + position - context, self.head), row);
             }
         }
         KeyChunk::packed(buffer, vectors)
@@ -361,12 +330,7 @@ impl<E: Element> Source<'_, E> {
 
     /// Tokens `first..first + 16` of the block.
     #[inline(always)]
-    fn block_chunk<'b>(
-        &'b self,
-        first: usize,
-        buffer: &'b mut [f32],
-        vectors: usize,
-    ) -> KeyChunk<'b> {
+    fn block_chunk<'b>(&'b self, first: usize, buffer: &'b mut [f32], vectors: usize) -> KeyChunk<'b> {
         for (token, row) in (first..).zip(buffer.chunks_exact_mut(vectors * LANES)) {
             if token < self.request.len {
                 widen(self.new.row(self.request.start + token, self.head), row);
@@ -392,9 +356,7 @@ fn sixteen(x: &[f32], at: usize) -> &[f32; LANES] {
 
 #[inline(always)]
 fn sixteen_mut(x: &mut [f32], at: usize) -> &mut [f32; LANES] {
-    (&mut x[at..at + LANES])
-        .try_into()
-        .expect("sixteen elements")
+    (&mut x[at..at + LANES]).try_into().expect("sixteen elements")
 }
 
 #[inline(always)]
@@ -430,11 +392,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
         .map(|v| v.chunks().start)
         .min()
         .expect("a tile has queries");
-    let end = visible
-        .iter()
-        .map(|v| v.end)
-        .max()
-        .expect("a tile has queries");
+    let end = visible.iter().map(|v| v.end).max().expect("a tile has queries");
     // Positions up to here are keys of their own; a tree's tokens are not, two of them can share a position.
     let linear_end = if ancestors.is_some() {
         end.min(request.context)
@@ -490,9 +448,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
             for row in 0..rows {
                 let mut dots = [0.0; LANES];
                 L::dots(&q[row * width..(row + 1) * width], &keys).store(&mut dots);
-                for (key, position) in
-                    path(ancestors, request, tile.queries.start + row / group, first)
-                {
+                for (key, position) in path(ancestors, request, tile.queries.start + row / group, first) {
                     if position >= visible[row / group].start {
                         scores[row * stride + position - start] = dots[key];
                     }
@@ -536,9 +492,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
         for first in (0..request.len).step_by(LANES) {
             let values = values.block_chunk(first, chunk, vectors);
             for row in 0..rows {
-                for (key, position) in
-                    path(ancestors, request, tile.queries.start + row / group, first)
-                {
+                for (key, position) in path(ancestors, request, tile.queries.start + row / group, first) {
                     if position >= visible[row / group].start {
                         let weight = scores[row * stride + position - start];
                         let acc = &mut acc[row * width..(row + 1) * width];
@@ -552,9 +506,7 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
     for (row, acc) in acc.chunks_exact_mut(width).enumerate() {
         let inverse = L::splat(q[row * width]);
         for d in (0..width).step_by(LANES) {
-            L::load(sixteen(acc, d))
-                .mul(inverse)
-                .store(sixteen_mut(acc, d));
+            L::load(sixteen(acc, d)).mul(inverse).store(sixteen_mut(acc, d));
         }
         let token = request.start + tile.queries.start + row / group;
         // SAFETY: a token and head belong to one tile, and one thread runs a tile.
@@ -637,10 +589,17 @@ fn accumulate_block<L: Lanes, const R: usize, const D: usize>(
 ) {
     let width = values.vectors() * LANES;
     let at = |row: usize, d: usize| row * width + (first + d) * LANES;
-    let mut sums: [[L; D]; R] =
-        std::array::from_fn(|row| std::array::from_fn(|d| L::load(sixteen(acc, at(row, d)))));
+    let mut sums = [[L::splat(0.0); D]; R];
+    for (row, sums) in sums.iter_mut().enumerate() {
+        for (d, sum) in sums.iter_mut().enumerate() {
+            *sum = L::load(sixteen(acc, at(row, d)));
+        }
+    }
     for key in seen.start..seen.end.min(LANES) {
-        let value: [L; D] = std::array::from_fn(|d| L::load(values.vector(key, first + d)));
+        let mut value = [L::splat(0.0); D];
+        for (d, value) in value.iter_mut().enumerate() {
+            *value = L::load(values.vector(key, first + d));
+        }
         for (sums, weights) in sums.iter_mut().zip(weights) {
             let weight = L::splat(weights[key]);
             for (sum, value) in sums.iter_mut().zip(value) {
@@ -658,8 +617,7 @@ fn accumulate_block<L: Lanes, const R: usize, const D: usize>(
 #[inline(always)]
 fn add_scaled<L: Lanes>(weight: f32, values: &KeyChunk<'_>, key: usize, acc: &mut [f32]) {
     for d in 0..values.vectors() {
-        let sum = L::load(values.vector(key, d))
-            .mul_add(L::splat(weight), L::load(sixteen(acc, d * LANES)));
+        let sum = L::load(values.vector(key, d)).mul_add(L::splat(weight), L::load(sixteen(acc, d * LANES)));
         sum.store(sixteen_mut(acc, d * LANES));
     }
 }

@@ -6,7 +6,8 @@
 //!
 //! # Safety
 //! The vector types below are named in one place, [`dispatch`], which hands them to a routine only after the processor said that it
-//! has the instructions. Everything that takes a `Lanes` type is `inline(always)`, so it is compiled inside that function.
+//! has the instructions. Everything that takes a `Lanes` type is `inline(always)`, so it is compiled inside that function. A closure
+//! is not, even if it is inlined later: closures do no vector arithmetic here, or every instruction would become a call.
 //! Memory is touched through references of the exact size only, or through [`KeyChunk`], whose constructors own the argument.
 
 use super::view::KeyChunk;
@@ -28,9 +29,7 @@ pub enum Isa {
 impl Isa {
     /// The widest set this processor has.
     pub fn detect() -> Self {
-        *Self::available()
-            .last()
-            .expect("the portable set is always there")
+        *Self::available().last().expect("the portable set is always there")
     }
 
     /// Every set this processor can run, narrowest first.
@@ -210,19 +209,11 @@ impl Lanes for [f32; LANES] {
     }
     #[inline(always)]
     fn max(self, other: Self) -> Self {
-        std::array::from_fn(|i| {
-            if self[i] > other[i] {
-                self[i]
-            } else {
-                other[i]
-            }
-        })
+        std::array::from_fn(|i| if self[i] > other[i] { self[i] } else { other[i] })
     }
     #[inline(always)]
     fn add_exponent(self, n: Self) -> Self {
-        std::array::from_fn(|i| {
-            f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23))
-        })
+        std::array::from_fn(|i| f32::from_bits(self[i].to_bits().wrapping_add(n[i].to_bits() << 23)))
     }
     #[inline(always)]
     fn zero_where_below(self, x: Self, limit: f32) -> Self {
@@ -256,36 +247,27 @@ mod x86 {
     fn transpose_sum(acc: [__m512; 16]) -> __m512 {
         // SAFETY: see the module.
         unsafe {
-            // Vector `i` of the tree belongs to key 4 * (i % 4) + i / 4: the order in which the shuffles deliver the lanes.
-            let at = |i: usize| acc[4 * (i % 4) + i / 4];
-            let eight: [__m512; 8] = std::array::from_fn(|i| {
-                let (a, b) = (at(2 * i), at(2 * i + 1));
-                _mm512_add_ps(
-                    _mm512_shuffle_f32x4(a, b, 0b01_00_01_00),
-                    _mm512_shuffle_f32x4(a, b, 0b11_10_11_10),
-                )
-            });
-            let four: [__m512; 4] = std::array::from_fn(|i| {
+            let mut eight = [acc[0]; 8];
+            for (i, sum) in eight.iter_mut().enumerate() {
+                // Vector `i` of the tree belongs to key 4 * (i % 4) + i / 4: the order in which the shuffles deliver the lanes.
+                let (a, b) = (acc[8 * (i % 2) + i / 2], acc[8 * (i % 2) + 4 + i / 2]);
+                let low = _mm512_shuffle_f32x4(a, b, 0b01_00_01_00);
+                *sum = _mm512_add_ps(low, _mm512_shuffle_f32x4(a, b, 0b11_10_11_10));
+            }
+            let mut four = [acc[0]; 4];
+            for (i, sum) in four.iter_mut().enumerate() {
                 let (a, b) = (eight[2 * i], eight[2 * i + 1]);
-                _mm512_add_ps(
-                    _mm512_shuffle_f32x4(a, b, 0b10_00_10_00),
-                    _mm512_shuffle_f32x4(a, b, 0b11_01_11_01),
-                )
-            });
-            let two: [__m512; 2] = std::array::from_fn(|i| {
-                let (a, b) = (
-                    _mm512_castps_pd(four[2 * i]),
-                    _mm512_castps_pd(four[2 * i + 1]),
-                );
-                _mm512_add_ps(
-                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
-                )
-            });
-            _mm512_add_ps(
-                _mm512_shuffle_ps(two[0], two[1], 0b10_00_10_00),
-                _mm512_shuffle_ps(two[0], two[1], 0b11_01_11_01),
-            )
+                let even = _mm512_shuffle_f32x4(a, b, 0b10_00_10_00);
+                *sum = _mm512_add_ps(even, _mm512_shuffle_f32x4(a, b, 0b11_01_11_01));
+            }
+            let mut two = [acc[0]; 2];
+            for (i, sum) in two.iter_mut().enumerate() {
+                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
+                let low = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                *sum = _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+            }
+            let even = _mm512_shuffle_ps(two[0], two[1], 0b10_00_10_00);
+            _mm512_add_ps(even, _mm512_shuffle_ps(two[0], two[1], 0b11_01_11_01))
         }
     }
 
@@ -328,10 +310,7 @@ mod x86 {
         fn add_exponent(self, n: Self) -> Self {
             unsafe {
                 let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(n.0));
-                Self(_mm512_castsi512_ps(_mm512_add_epi32(
-                    _mm512_castps_si512(self.0),
-                    n,
-                )))
+                Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), n)))
             }
         }
         #[inline(always)]
@@ -358,6 +337,28 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(super) struct Pair(__m256, __m256);
 
+    /// The rest of the tree for eight of the keys.
+    #[inline(always)]
+    fn half_sum(eight: &[__m256; LANES], base: usize) -> __m256 {
+        // SAFETY: see the module.
+        unsafe {
+            let mut four = [eight[0]; 4];
+            for (i, sum) in four.iter_mut().enumerate() {
+                let (a, b) = (eight[base + i], eight[base + 4 + i]);
+                let low = _mm256_permute2f128_ps(a, b, 0x20);
+                *sum = _mm256_add_ps(low, _mm256_permute2f128_ps(a, b, 0x31));
+            }
+            let mut two = [eight[0]; 2];
+            for (i, sum) in two.iter_mut().enumerate() {
+                let (a, b) = (_mm256_castps_pd(four[2 * i]), _mm256_castps_pd(four[2 * i + 1]));
+                let low = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                *sum = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+            }
+            let even = _mm256_shuffle_ps(two[0], two[1], 0b10_00_10_00);
+            _mm256_add_ps(even, _mm256_shuffle_ps(two[0], two[1], 0b11_01_11_01))
+        }
+    }
+
     impl Lanes for Pair {
         const ROWS: usize = 2;
         const VECTORS: usize = 2;
@@ -368,12 +369,7 @@ mod x86 {
         }
         #[inline(always)]
         fn load(x: &[f32; LANES]) -> Self {
-            unsafe {
-                Self(
-                    _mm256_loadu_ps(x.as_ptr()),
-                    _mm256_loadu_ps(x.as_ptr().add(8)),
-                )
-            }
+            unsafe { Self(_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
         }
         #[inline(always)]
         fn store(self, out: &mut [f32; LANES]) {
@@ -384,63 +380,44 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_add_ps(self.0, other.0),
-                    _mm256_add_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_sub_ps(self.0, other.0),
-                    _mm256_sub_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_mul_ps(self.0, other.0),
-                    _mm256_mul_ps(self.1, other.1),
-                )
-            }
+            unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul_add(self, a: Self, b: Self) -> Self {
-            unsafe {
-                Self(
-                    _mm256_fmadd_ps(self.0, a.0, b.0),
-                    _mm256_fmadd_ps(self.1, a.1, b.1),
-                )
-            }
+            unsafe { Self(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
         }
         #[inline(always)]
         fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn add_exponent(self, n: Self) -> Self {
             unsafe {
+                let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(n.0));
+                let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(n.1));
                 Self(
-                    _mm256_max_ps(self.0, other.0),
-                    _mm256_max_ps(self.1, other.1),
+                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(self.0), low)),
+                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(self.1), high)),
                 )
             }
         }
         #[inline(always)]
-        fn add_exponent(self, n: Self) -> Self {
-            let half = |x, n| unsafe {
-                let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(n));
-                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n))
-            };
-            Self(half(self.0, n.0), half(self.1, n.1))
-        }
-        #[inline(always)]
         fn zero_where_below(self, x: Self, limit: f32) -> Self {
-            let half = |value, x| unsafe {
-                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(limit)), value)
-            };
-            Self(half(self.0, x.0), half(self.1, x.1))
+            unsafe {
+                let limit = _mm256_set1_ps(limit);
+                Self(
+                    _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x.0, limit), self.0),
+                    _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x.1, limit), self.1),
+                )
+            }
         }
         #[inline(always)]
         fn dots(q: &[f32], keys: &KeyChunk<'_>) -> Self {
@@ -460,31 +437,7 @@ mod x86 {
                         eight[first + i] = _mm256_add_ps(a.0, a.1);
                     }
                 }
-                let half = |base: usize| {
-                    let at = |i: usize| eight[base + 4 * (i % 2) + i / 2];
-                    let four: [__m256; 4] = std::array::from_fn(|i| {
-                        let (a, b) = (at(2 * i), at(2 * i + 1));
-                        _mm256_add_ps(
-                            _mm256_permute2f128_ps(a, b, 0x20),
-                            _mm256_permute2f128_ps(a, b, 0x31),
-                        )
-                    });
-                    let two: [__m256; 2] = std::array::from_fn(|i| {
-                        let (a, b) = (
-                            _mm256_castps_pd(four[2 * i]),
-                            _mm256_castps_pd(four[2 * i + 1]),
-                        );
-                        _mm256_add_ps(
-                            _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
-                            _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
-                        )
-                    });
-                    _mm256_add_ps(
-                        _mm256_shuffle_ps(two[0], two[1], 0b10_00_10_00),
-                        _mm256_shuffle_ps(two[0], two[1], 0b11_01_11_01),
-                    )
-                };
-                Self(half(0), half(8))
+                Self(half_sum(&eight, 0), half_sum(&eight, 8))
             }
         }
     }

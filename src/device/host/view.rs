@@ -136,9 +136,7 @@ impl Layout {
             (count == 1 || inner >= dim)
                 && (outer_count == 1 || inside(inner, count).is_some_and(|extent| outer >= extent))
         };
-        if !apart(head_stride, heads, row_stride, rows)
-            && !apart(row_stride, rows, head_stride, heads)
-        {
+        if !apart(head_stride, heads, row_stride, rows) && !apart(row_stride, rows, head_stride, heads) {
             return Err(Error::OverlappingRows {
                 name,
                 row_stride,
@@ -146,8 +144,7 @@ impl Layout {
                 dim,
             });
         }
-        let last = inside(row_stride, rows)
-            .and_then(|rows| head_stride.checked_mul(heads - 1)?.checked_add(rows));
+        let last = inside(row_stride, rows).and_then(|rows| head_stride.checked_mul(heads - 1)?.checked_add(rows));
         last.filter(|&elements| elements <= isize::MAX as usize / 8)
             .ok_or_else(|| Error::InvalidArgument {
                 name,
@@ -214,9 +211,7 @@ impl<'a, E: Element> Rows<'a, E> {
         } = self.layout;
         assert!(row < rows && head < heads);
         // SAFETY: see the module, "In bounds".
-        unsafe {
-            std::slice::from_raw_parts(self.data.add(row * row_stride + head * head_stride), dim)
-        }
+        unsafe { std::slice::from_raw_parts(self.data.add(row * row_stride + head * head_stride), dim) }
     }
 }
 
@@ -279,10 +274,7 @@ impl<'a, E: Element> RowsMut<'a, E> {
     /// # Safety
     /// No other reference to this head of this row exists, on this thread or another.
     #[inline(always)]
-    #[allow(
-        clippy::mut_from_ref,
-        reason = "rows are written from several threads, each its own"
-    )]
+    #[allow(clippy::mut_from_ref, reason = "rows are written from several threads, each its own")]
     pub(super) unsafe fn row(&self, row: usize, head: usize) -> &mut [E] {
         let Layout {
             rows,
@@ -293,12 +285,7 @@ impl<'a, E: Element> RowsMut<'a, E> {
         } = self.layout;
         assert!(row < rows && head < heads);
         // SAFETY: see the module, "In bounds" and "Aliasing".
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.data.add(row * row_stride + head * head_stride),
-                dim,
-            )
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * row_stride + head * head_stride), dim) }
     }
 
     /// The elements of one head of one row, where the caller has the whole view to itself.
@@ -312,11 +299,7 @@ impl<'a, E: Element> RowsMut<'a, E> {
 fn fits(name: &'static str, got: usize, layout: &Layout) -> Result<()> {
     let expected = layout.span(name)?;
     if got < expected {
-        return Err(Error::Length {
-            name,
-            got,
-            expected,
-        });
+        return Err(Error::Length { name, got, expected });
     }
     Ok(())
 }
@@ -334,9 +317,7 @@ impl<'a> KeyChunk<'a> {
     #[inline(always)]
     pub(super) fn in_place(rows: &Rows<'a, f32>, first: usize, head: usize) -> Self {
         let layout = &rows.layout;
-        assert!(
-            first + LANES <= layout.rows && head < layout.heads && layout.dim.is_multiple_of(LANES)
-        );
+        assert!(first + LANES <= layout.rows && head < layout.heads && layout.dim.is_multiple_of(LANES));
         Self {
             data: rows.row(first, head).as_ptr(),
             stride: layout.row_stride,

@@ -1,0 +1,283 @@
+//! Host kernels on torch tensors: raw addresses and strides in, nothing copied.
+//!
+//! # Safety, stated once
+//! An array arrives as `(address, row stride, head stride)` in elements. Before a view is made of it ([`Pointer::layout`]), it is not
+//! null, aligned, its strides are not negative and do not make heads overlap, its extent fits the address space, and what is
+//! written overlaps nothing else. Rows are token or slot counts of a checked [`AttentionBatch`], whose indices are all below them.
+//! What no check can see is left to the caller, `dflash_rs.attention`, which reads every number from a live CPU tensor:
+//! the memory is as large as its shape says, and the tensor outlives the call and is not resized by another thread.
+
+use crate::device::host::HostKernels;
+use crate::device::{
+    self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
+};
+use crate::error::Error;
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+/// Query-key products below which the interpreter lock is kept: handing it over costs more.
+const DETACH_WORK: usize = 1 << 20;
+
+/// Address and strides of a tensor.
+#[derive(Clone, Copy, FromPyObject)]
+pub(super) struct Pointer(usize, i64, i64);
+
+impl Pointer {
+    /// The checked layout of `rows x heads x dim` elements of `E`.
+    fn layout<E>(&self, name: &'static str, rows: usize, heads: usize, dim: usize) -> Result<Layout, Error> {
+        let stride = |stride: i64| {
+            usize::try_from(stride).map_err(|_| Error::InvalidArgument {
+                name,
+                got: format!("stride {stride}"),
+                expected: "strides of at least 0 elements".into(),
+            })
+        };
+        let layout = Layout {
+            rows,
+            heads,
+            dim,
+            row_stride: stride(self.1)?,
+            head_stride: stride(self.2)?,
+        };
+        let elements = layout.span(name)?;
+        if elements == 0 {
+            return Ok(layout);
+        }
+        if self.0 == 0 {
+            return Err(Error::NullPointer { name, elements });
+        }
+        let alignment = align_of::<E>();
+        if !self.0.is_multiple_of(alignment) {
+            return Err(Error::MisalignedPointer {
+                name,
+                address: self.0,
+                alignment,
+            });
+        }
+        if self.0.checked_add(elements * size_of::<E>()).is_none() {
+            return Err(Error::InvalidArgument {
+                name,
+                got: format!("{elements} elements at {:#x}", self.0),
+                expected: "an extent within the address space".into(),
+            });
+        }
+        Ok(layout)
+    }
+
+    fn address<E>(&self, layout: &Layout) -> *mut E {
+        // An empty tensor's address may be null; a view of nothing needs one that is not.
+        let address = if layout.span("").is_ok_and(|elements| elements > 0) {
+            self.0
+        } else {
+            align_of::<E>()
+        };
+        std::ptr::with_exposed_provenance_mut(address)
+    }
+}
+
+/// A view in the making: a pointer whose layout was checked.
+#[derive(Clone, Copy)]
+struct Checked<E> {
+    name: &'static str,
+    address: *mut E,
+    layout: Layout,
+}
+
+impl<E: Element> Checked<E> {
+    fn new(name: &'static str, pointer: Pointer, rows: usize, heads: usize, dim: usize) -> Result<Self, Error> {
+        let layout = pointer.layout::<E>(name, rows, heads, dim)?;
+        Ok(Self {
+            name,
+            address: pointer.address(&layout),
+            layout,
+        })
+    }
+
+    fn bytes(&self) -> std::ops::Range<usize> {
+        let start = self.address.addr();
+        start..start + self.layout.span(self.name).unwrap_or(0) * size_of::<E>()
+    }
+
+    /// Refuses memory shared with `others`.
+    fn alone(&self, others: &[&Self]) -> Result<(), Error> {
+        let own = self.bytes();
+        for other in others {
+            let theirs = other.bytes();
+            if own.start < theirs.end && theirs.start < own.end {
+                return Err(Error::AliasedPointer {
+                    name: self.name,
+                    other: other.name,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn rows<'a>(&self) -> Rows<'a, E> {
+        // SAFETY: see the module.
+        unsafe { Rows::from_raw(self.address, self.layout) }
+    }
+
+    fn rows_mut<'a>(&self) -> RowsMut<'a, E> {
+        // SAFETY: see the module.
+        unsafe { RowsMut::from_raw(self.address, self.layout) }
+    }
+}
+
+fn contiguous<'a, T: numpy::Element>(name: &'static str, array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
+    array.as_slice().map_err(|_| not_contiguous(name).into())
+}
+
+fn not_contiguous(name: &'static str) -> Error {
+    Error::InvalidArgument {
+        name,
+        got: "an array with gaps".into(),
+        expected: "a C-contiguous array (numpy.ascontiguousarray makes one)".into(),
+    }
+}
+
+/// The indices of one step, checked once for all its layers.
+#[pyclass(frozen, module = "dflash_rs._core")]
+pub struct AttentionBatch(device::AttentionBatch);
+
+#[pymethods]
+impl AttentionBatch {
+    #[new]
+    #[pyo3(signature = (query_starts, context_lens, page_table, row_ids, page_size, num_slots, slots=None, valid_from=None,
+                        ancestors=None))]
+    #[allow(clippy::too_many_arguments, reason = "the arrays of a step, by keyword")]
+    fn new(
+        query_starts: PyReadonlyArray1<'_, i32>,
+        context_lens: PyReadonlyArray1<'_, i32>,
+        page_table: PyReadonlyArray2<'_, i32>,
+        row_ids: PyReadonlyArray1<'_, i32>,
+        page_size: usize,
+        num_slots: usize,
+        slots: Option<PyReadonlyArray1<'_, i64>>,
+        valid_from: Option<PyReadonlyArray1<'_, i32>>,
+        ancestors: Option<PyReadonlyArray2<'_, u64>>,
+    ) -> PyResult<Self> {
+        let masks = ancestors
+            .as_ref()
+            .map(|a| a.as_slice().map(|bits| (bits, a.shape()[1])))
+            .transpose();
+        let arrays = BatchArrays {
+            query_starts: contiguous("query_starts", &query_starts)?,
+            context_lens: contiguous("context_lens", &context_lens)?,
+            page_table: page_table.as_slice().map_err(|_| not_contiguous("page_table"))?,
+            table_width: page_table.shape()[1],
+            row_ids: contiguous("row_ids", &row_ids)?,
+            page_size,
+            num_slots,
+            slots: slots.as_ref().map(|s| contiguous("slots", s)).transpose()?,
+            valid_from: valid_from.as_ref().map(|v| contiguous("valid_from", v)).transpose()?,
+            ancestors: masks.map_err(|_| not_contiguous("ancestors"))?,
+        };
+        Ok(Self(device::AttentionBatch::new(arrays)?))
+    }
+
+    /// Packed tokens of the step.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.0.tokens()
+    }
+}
+
+/// One layer's attention, with this step's K and V written to the cache first.
+#[pyfunction]
+#[pyo3(signature = (batch, q, k, v, k_cache, v_cache, out, dtype, num_q_heads, num_kv_heads, head_dim, scale, mask="causal",
+                    window=None, threads=1))]
+#[allow(clippy::too_many_arguments, reason = "one crossing per layer")]
+pub(super) fn paged_attention(
+    py: Python<'_>,
+    batch: &Bound<'_, AttentionBatch>,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    k_cache: Pointer,
+    v_cache: Pointer,
+    out: Pointer,
+    dtype: &str,
+    num_q_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    scale: f32,
+    mask: &str,
+    window: Option<usize>,
+    threads: usize,
+) -> PyResult<()> {
+    let mask = match mask {
+        "causal" => Mask::Causal,
+        "block" => Mask::Block,
+        "ancestors" => Mask::Ancestors,
+        other => return Err(unknown("mask", other, "'causal', 'block' or 'ancestors'")),
+    };
+    if threads == 0 {
+        return Err(unknown("threads", "0", "at least 1"));
+    }
+    let call = Call {
+        batch: &batch.get().0,
+        arrays: [q, k, v, k_cache, v_cache, out],
+        heads: (num_q_heads, num_kv_heads, head_dim),
+        params: AttentionParams { scale, mask, window },
+        kernels: HostKernels::default().with_threads(threads),
+    };
+    match dtype {
+        "float32" => call.run::<f32>(py),
+        "bfloat16" => call.run::<Bf16>(py),
+        other => Err(unknown("dtype", other, "'float32' or 'bfloat16'")),
+    }
+}
+
+fn unknown(name: &'static str, got: &str, expected: &str) -> PyErr {
+    Error::InvalidArgument {
+        name,
+        got: got.into(),
+        expected: expected.into(),
+    }
+    .into()
+}
+
+struct Call<'a> {
+    batch: &'a device::AttentionBatch,
+    /// q, k, v, k_cache, v_cache, out.
+    arrays: [Pointer; 6],
+    heads: (usize, usize, usize),
+    params: AttentionParams,
+    kernels: HostKernels,
+}
+
+impl Call<'_> {
+    fn run<E: Element>(self, py: Python<'_>) -> PyResult<()> {
+        let (q_heads, kv_heads, dim) = self.heads;
+        let (tokens, slots) = (self.batch.tokens(), self.batch.num_slots());
+        let [q, k, v, k_cache, v_cache, out] = self.arrays;
+        let q = Checked::<E>::new("q", q, tokens, q_heads, dim)?;
+        let k = Checked::new("k", k, tokens, kv_heads, dim)?;
+        let v = Checked::new("v", v, tokens, kv_heads, dim)?;
+        let k_cache = Checked::new("k_cache", k_cache, slots, kv_heads, dim)?;
+        let v_cache = Checked::new("v_cache", v_cache, slots, kv_heads, dim)?;
+        let out = Checked::new("out", out, tokens, q_heads, dim)?;
+        out.alone(&[&q, &k, &v, &k_cache, &v_cache])?;
+        k_cache.alone(&[&q, &k, &v, &v_cache])?;
+        v_cache.alone(&[&q, &k, &v])?;
+        let tensors = AttentionTensors {
+            q: q.rows(),
+            k: k.rows(),
+            v: v.rows(),
+            k_cache: k_cache.rows_mut(),
+            v_cache: v_cache.rows_mut(),
+            out: out.rows_mut(),
+        };
+        let Self {
+            batch, params, kernels, ..
+        } = self;
+        let work = batch.pairs() * q_heads * dim;
+        if work < DETACH_WORK {
+            kernels.block_attention(batch, &params, tensors)?;
+        } else {
+            py.detach(|| kernels.block_attention(batch, &params, tensors))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,425 @@
+//! The engine with real draws: what a request hears must not depend on how it was scheduled.
+
+use dflash_rs::error::Error;
+use dflash_rs::schedule::{Config, Finish, Params};
+use dflash_rs::step::{Engine, Events, StepPlan};
+use dflash_rs::types::{RequestId, TokenId};
+use dflash_rs::verify::Sampling;
+
+const VOCAB: usize = 50;
+
+fn mix(hash: u64, value: u64) -> u64 {
+    let hash = (hash ^ value).wrapping_mul(0xFF51_AFD7_ED55_8CCD);
+    hash ^ (hash >> 31)
+}
+
+/// Logits after `text`: a hash of all of it, between -4 and 4, and one token that stands out.
+fn logits_after(text: &[i64], row: &mut [f32]) {
+    let hash = text.iter().fold(3, |hash, &token| mix(hash, token as u64 + 1));
+    for (column, logit) in row.iter_mut().enumerate() {
+        *logit = (mix(hash, column as u64) >> 40) as f32 / (1 << 21) as f32 - 4.0;
+    }
+    row[(hash >> 20) as usize % VOCAB] += 6.0;
+}
+
+fn config(block_size: usize, page_size: usize, num_pages: usize) -> Config {
+    Config {
+        num_pages,
+        page_size,
+        max_running: 5,
+        max_context: 120,
+        block_size,
+        max_batch_tokens: 24,
+        vocab_size: VOCAB,
+        ..Config::default()
+    }
+}
+
+fn asks() -> Vec<(Vec<TokenId>, Params)> {
+    let sampling = |seed, temperature| Sampling {
+        seed,
+        temperature,
+        ..Sampling::default()
+    };
+    let settings = [
+        sampling(1, 0.0),
+        sampling(2, 0.8),
+        Sampling {
+            top_k: 5,
+            top_p: 0.9,
+            min_p: 0.05,
+            ..sampling(3, 0.8)
+        },
+        Sampling {
+            repetition_penalty: 1.5,
+            presence_penalty: 0.4,
+            frequency_penalty: 0.3,
+            ..sampling(4, 0.7)
+        },
+        Sampling {
+            logit_bias: vec![(TokenId(7), 3.0), (TokenId(8), f32::NEG_INFINITY)],
+            ..sampling(5, 1.0)
+        },
+        Sampling {
+            repetition_penalty: 0.7,
+            ..sampling(6, 0.0)
+        },
+        sampling(7, 1.2),
+    ];
+    let ask = |(at, sampling): (usize, Sampling)| {
+        let prompt = (0..10 + 6 * at as u32).map(|token| TokenId(token * 3 % 40)).collect();
+        (
+            prompt,
+            Params {
+                sampling,
+                max_tokens: 40,
+                logprobs: Some(2),
+                ..Params::default()
+            },
+        )
+    };
+    settings.into_iter().enumerate().map(ask).collect()
+}
+
+#[derive(Default, Debug, PartialEq)]
+struct Heard {
+    tokens: Vec<i64>,
+    logprobs: Vec<f32>,
+    top: Vec<(i64, f32)>,
+    finish: u8,
+}
+
+/// Drafts: the likeliest token with a hash's luck, so that blocks are cut everywhere.
+fn draft(plan: &mut StepPlan, texts: &[Vec<i64>], block: usize) {
+    let arrays = plan.arrays();
+    let mut drafts = Vec::new();
+    let mut row_logits = vec![0.0; VOCAB];
+    for &row in &arrays.draft_rows {
+        let mut text = texts[arrays.request_ids[row as usize] as usize].clone();
+        for _ in 1..block {
+            logits_after(&text, &mut row_logits);
+            let best = (0..VOCAB)
+                .max_by(|&a, &b| row_logits[a].total_cmp(&row_logits[b]))
+                .unwrap() as i64;
+            let lucky = text.iter().fold(9, |hash, &token| mix(hash, token as u64)) % 5 > 0;
+            text.push(if lucky { best } else { 1 });
+        }
+        drafts.extend_from_slice(&text[text.len() - (block - 1)..]);
+    }
+    if !drafts.is_empty() {
+        plan.set_drafts(&drafts, block - 1).unwrap();
+    }
+}
+
+fn target(plan: &StepPlan, texts: &[Vec<i64>]) -> Vec<f32> {
+    let arrays = plan.arrays();
+    let mut logits = vec![0.0; arrays.logit_rows.len() * VOCAB];
+    for row in 0..arrays.row_ids.len() {
+        let first = arrays.logit_starts[row] as usize;
+        let end = arrays.logit_starts[row + 1] as usize;
+        let context = arrays.context_lens[row] as usize;
+        for at in first..end {
+            let start = arrays.query_starts[row] as usize;
+            let mut text = texts[arrays.request_ids[row] as usize][..context].to_vec();
+            text.extend_from_slice(&arrays.token_ids[start..=arrays.logit_rows[at] as usize]);
+            logits_after(&text, &mut logits[at * VOCAB..(at + 1) * VOCAB]);
+        }
+    }
+    logits
+}
+
+fn hear(events: &Events, texts: &mut [Vec<i64>], heard: &mut [Heard]) {
+    let arrays = events.arrays();
+    for (at, &id) in arrays.request_ids.iter().enumerate() {
+        let tokens = arrays.token_starts[at] as usize..arrays.token_starts[at + 1] as usize;
+        texts[id as usize].extend_from_slice(&arrays.tokens[tokens.clone()]);
+        let own = &mut heard[id as usize];
+        own.tokens.extend_from_slice(&arrays.tokens[tokens.clone()]);
+        own.logprobs.extend_from_slice(&arrays.logprobs[tokens.clone()]);
+        let top = arrays.top_starts[tokens.start] as usize..arrays.top_starts[tokens.end] as usize;
+        own.top
+            .extend(top.map(|top| (arrays.top_tokens[top], arrays.top_logprobs[top])));
+        own.finish = arrays.finish[at];
+    }
+}
+
+fn run(config: Config, asks: Vec<(Vec<TokenId>, Params)>) -> (Vec<Heard>, Engine) {
+    let block = config.block_size;
+    let mut engine = Engine::new(config, None).unwrap();
+    let mut texts: Vec<Vec<i64>> = Vec::new();
+    let mut heard: Vec<Heard> = Vec::new();
+    for (prompt, params) in asks {
+        texts.push(prompt.iter().map(|token| i64::from(token.0)).collect());
+        heard.push(Heard::default());
+        engine.add(prompt, params).unwrap();
+    }
+    while engine.has_work() {
+        let mut plan = engine.plan(block).unwrap().unwrap();
+        draft(&mut plan, &texts, block);
+        let logits = target(&plan, &texts);
+        let accepted = engine.accept(&plan, &logits).unwrap();
+        let events = engine.commit(&mut plan, &accepted, true).unwrap();
+        hear(&events, &mut texts, &mut heard);
+    }
+    (heard, engine)
+}
+
+#[test]
+fn seeded_text_and_scores_are_the_same_for_every_block_page_size_and_amount_of_memory() {
+    let (plain, _) = run(config(1, 16, 60), asks());
+    for heard in &plain {
+        assert_eq!(
+            (heard.tokens.len(), heard.logprobs.len(), heard.top.len()),
+            (40, 40, 80)
+        );
+        assert_eq!(heard.finish, Finish::Length as u8);
+    }
+    for block in [1, 2, 8, 16] {
+        for (page_size, num_pages) in [(1, 900), (1, 100), (16, 60), (16, 7), (64, 10), (64, 2)] {
+            let (heard, mut engine) = run(config(block, page_size, num_pages), asks());
+            assert_eq!(heard, plain, "block {block}, {num_pages} pages of {page_size}");
+            let counts = engine.counts().unwrap();
+            assert_eq!(counts.free_pages + counts.reclaimable_pages, num_pages);
+            if num_pages == 100 || num_pages == 7 {
+                assert!(counts.retractions > 0, "memory was meant to be short");
+            }
+            if block > 2 && num_pages > 50 {
+                assert!(engine.stats().tau().unwrap() > 1.2, "drafts were meant to be of use");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_cannot_be_drawn_from_ends_its_own_request_and_nobody_elses() {
+    let (plain, _) = run(config(4, 16, 60), asks());
+    for poison in [f32::NAN, f32::INFINITY] {
+        let mut engine = Engine::new(config(4, 16, 60), None).unwrap();
+        let mut texts: Vec<Vec<i64>> = Vec::new();
+        let mut heard: Vec<Heard> = Vec::new();
+        for (prompt, params) in asks() {
+            texts.push(prompt.iter().map(|token| i64::from(token.0)).collect());
+            heard.push(Heard::default());
+            engine.add(prompt, params).unwrap();
+        }
+        let mut errors = Vec::new();
+        while engine.has_work() {
+            let mut plan = engine.plan(4).unwrap().unwrap();
+            draft(&mut plan, &texts, 4);
+            let mut logits = target(&plan, &texts);
+            if let Some(row) = plan.arrays().request_ids.iter().position(|&id| id == 2)
+                && plan.arrays().block_len[row] == 4
+                && !plan.arrays().is_prefill[row]
+            {
+                logits[plan.arrays().logit_starts[row] as usize * VOCAB + 13] = poison;
+            }
+            let accepted = engine.accept(&plan, &logits).unwrap();
+            let events = engine.commit(&mut plan, &accepted, true).unwrap();
+            errors.extend(events.errors().to_vec());
+            hear(&events, &mut texts, &mut heard);
+        }
+        assert!(
+            matches!(errors[..], [(2, Error::BadLogit { column: 13, .. })]),
+            "{errors:?}"
+        );
+        assert_eq!(heard[2].finish, Finish::Error as u8);
+        assert!(plain[2].tokens.starts_with(&heard[2].tokens));
+        for (id, (heard, plain)) in heard.iter().zip(&plain).enumerate().filter(|(id, _)| *id != 2) {
+            assert_eq!(heard, plain, "request {id}");
+        }
+        let counts = engine.counts().unwrap();
+        assert_eq!(counts.free_pages + counts.reclaimable_pages, 60, "its pages came back");
+    }
+}
+
+#[test]
+fn a_request_that_could_never_finish_is_refused_with_numbers() {
+    let mut engine = Engine::new(config(4, 16, 2), None).unwrap();
+    let prompt = vec![TokenId(1); 30];
+    let fits = Params {
+        max_tokens: 3,
+        ..Params::default()
+    };
+    assert_eq!(
+        engine.add(prompt.clone(), fits),
+        Ok(RequestId(0)),
+        "its last token needs no KV"
+    );
+    let refused = engine.add(
+        prompt,
+        Params {
+            max_tokens: 4,
+            ..Params::default()
+        },
+    );
+    let error = Error::OutOfPages {
+        prompt: 30,
+        max_tokens: 4,
+        needed: 3,
+        page_size: 16,
+        total: 2,
+    };
+    assert_eq!(refused, Err(error));
+}
+
+#[test]
+fn steps_are_resolved_once_in_order_and_with_their_own_results() {
+    let mut engine = Engine::new(
+        Config {
+            depth: 1,
+            ..config(4, 16, 60)
+        },
+        None,
+    )
+    .unwrap();
+    engine
+        .add(
+            vec![TokenId(1); 20],
+            Params {
+                max_tokens: 30,
+                ..Params::default()
+            },
+        )
+        .unwrap();
+    let mut first = engine.plan(4).unwrap().unwrap();
+    let mut second = engine.plan(4).unwrap().unwrap();
+    assert!(matches!(engine.plan(4), Err(Error::OutOfTurn { step: 0, .. })));
+    assert_eq!(
+        second.arrays().token_ids,
+        [-1, -1, -1, -1],
+        "only the device knows the anchor"
+    );
+    assert_eq!(second.arrays().positions, [20, 21, 22, 23], "but where it is, is known");
+    assert!(matches!(
+        engine.accept_sampled(&second, &[1; 4], &[]),
+        Err(Error::OutOfTurn { step: 1, .. })
+    ));
+    let accepted = engine.accept_sampled(&first, &[1], &[]).unwrap();
+    assert!(matches!(
+        engine.commit(&mut second, &accepted, true),
+        Err(Error::OutOfTurn { step: 1, .. })
+    ));
+    engine.commit(&mut first, &accepted, true).unwrap();
+    assert!(
+        matches!(
+            engine.accept_sampled(&second, &[1; 4], &[]),
+            Err(Error::OutOfTurn { step: 1, .. })
+        ),
+        "no drafts"
+    );
+    second.set_drafts(&[1, 1, 5], 3).unwrap();
+    assert!(engine.accept_sampled(&second, &[1; 3], &[]).is_err());
+    let walked = engine.accept_sampled(&second, &[1, 1, 1, 1], &[]).unwrap();
+    assert_eq!(
+        (walked.arrays().accepted[0], &walked.arrays().tokens[..]),
+        (2, &[1, 1, 1][..])
+    );
+    assert!(matches!(
+        engine.commit(&mut second, &accepted, true),
+        Err(Error::OutOfTurn { step: 1, .. })
+    ));
+    engine.commit(&mut second, &walked, true).unwrap();
+    assert_eq!(engine.cancel(&mut second), Ok(false), "it is committed");
+}
+
+#[test]
+fn an_engine_in_a_steady_state_gives_its_buffers_round() {
+    let mut engine = Engine::new(config(4, 16, 60), None).unwrap();
+    engine
+        .add(
+            vec![TokenId(1); 4],
+            Params {
+                max_tokens: 100,
+                ..Params::default()
+            },
+        )
+        .unwrap();
+    let mut addresses = std::collections::HashSet::new();
+    for _ in 0..20 {
+        let mut plan = engine.plan(1).unwrap().unwrap();
+        addresses.insert(plan.arrays().row_ids.as_ptr());
+        let accepted = engine.accept_sampled(&plan, &[1], &[]).unwrap();
+        addresses.insert(accepted.arrays().accepted.as_ptr());
+        engine.commit(&mut plan, &accepted, true).unwrap();
+    }
+    assert_eq!(addresses.len(), 2, "one plan and one result serve every step");
+}
+
+#[test]
+fn a_step_without_draft_context_says_so_to_the_next() {
+    let mut engine = Engine::new(config(4, 4, 60), None).unwrap();
+    engine
+        .add(
+            (0..9).map(TokenId).collect(),
+            Params {
+                max_tokens: 3,
+                ..Params::default()
+            },
+        )
+        .unwrap();
+    for (injected, valid_from) in [(false, 0), (true, 9), (true, 9)] {
+        let mut plan = engine.plan(1).unwrap().unwrap();
+        assert_eq!(plan.arrays().draft_valid_from, [valid_from]);
+        let accepted = engine.accept_sampled(&plan, &[1], &[]).unwrap();
+        engine.commit(&mut plan, &accepted, injected).unwrap();
+    }
+    assert!(!engine.has_work());
+    engine.add((0..10).map(TokenId).collect(), Params::default()).unwrap();
+    let plan = engine.plan(4).unwrap().unwrap();
+    assert_eq!(
+        (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]),
+        (8, 8)
+    );
+}
+
+#[test]
+fn prompts_are_taken_in_pieces_beside_decoding_rows() {
+    let mut engine = Engine::new(
+        Config {
+            max_batch_tokens: 12,
+            ..config(4, 16, 60)
+        },
+        None,
+    )
+    .unwrap();
+    engine
+        .add(
+            vec![TokenId(1); 4],
+            Params {
+                max_tokens: 50,
+                ..Params::default()
+            },
+        )
+        .unwrap();
+    let mut pieces = Vec::new();
+    for step in 0..6 {
+        if step == 1 {
+            engine
+                .add(
+                    vec![TokenId(2); 30],
+                    Params {
+                        max_tokens: 2,
+                        ..Params::default()
+                    },
+                )
+                .unwrap();
+        }
+        let mut plan = engine.plan(4).unwrap().unwrap();
+        let arrays = plan.arrays();
+        assert!(arrays.token_ids.len() <= 12);
+        let prefill = arrays.is_prefill.iter().position(|&prefill| prefill);
+        pieces.push((arrays.block_len[0], prefill.map(|row| arrays.block_len[row])));
+        if !arrays.draft_rows.is_empty() {
+            let drafts = vec![9; arrays.draft_rows.len() * 3];
+            plan.set_drafts(&drafts, 3).unwrap();
+        }
+        let sampled = vec![1; plan.arrays().logit_rows.len()];
+        let accepted = engine.accept_sampled(&plan, &sampled, &[]).unwrap();
+        engine.commit(&mut plan, &accepted, true).unwrap();
+    }
+    assert_eq!(
+        pieces[..5],
+        [(4, Some(4)), (4, Some(8)), (4, Some(8)), (4, Some(8)), (4, Some(6))]
+    );
+    assert_eq!(pieces[5].1, None);
+}

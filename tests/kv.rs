@@ -1,0 +1,274 @@
+//! The KV bookkeeping by itself, without an engine.
+
+use dflash_rs::error::Error;
+use dflash_rs::kv::{Admitted, Kv, Reservation, pages_for};
+use dflash_rs::types::{PageId, TokenId};
+use proptest::prelude::*;
+
+fn text(ids: impl IntoIterator<Item = u32>) -> Vec<TokenId> {
+    ids.into_iter().map(TokenId).collect()
+}
+
+fn kv(num_pages: usize, page_size: usize) -> Kv {
+    Kv::new(num_pages, page_size, 4, 64, true).unwrap()
+}
+
+/// Lets `tokens` in and commits all but the last one.
+fn prefilled(kv: &mut Kv, tokens: &[TokenId], injected: bool) -> Admitted {
+    let row = kv.admit(tokens, 0).unwrap().unwrap();
+    let width = tokens.len() as u32 - row.cached_tokens;
+    let launched = kv
+        .reserve(row.key, tokens.len() as u32, width)
+        .unwrap()
+        .unwrap()
+        .launch(kv.table_mut())
+        .unwrap();
+    assert!(launched.commit(kv.table_mut(), width).unwrap());
+    let valid_from = if injected {
+        row.draft_valid_from
+    } else {
+        tokens.len() as u32
+    };
+    kv.share(row.key, tokens, tokens.len() as u32, valid_from).unwrap();
+    row
+}
+
+#[test]
+fn a_dropped_reservation_gives_its_pages_back_from_any_thread() {
+    let mut kv = kv(4, 4);
+    let row = kv.admit(&text(0..3), 0).unwrap().unwrap();
+    let reservation = kv.reserve(row.key, 12, 9).unwrap().unwrap();
+    assert_eq!(reservation.pages().len(), 2);
+    assert_eq!(kv.available(), 1);
+    std::thread::spawn(move || drop(reservation)).join().unwrap();
+    assert_eq!(kv.available(), 3);
+    assert_eq!(kv.table().allocated(row.key), Ok(4), "the row never had them");
+}
+
+#[test]
+fn running_short_is_none_and_changes_nothing() {
+    let mut kv = kv(4, 4);
+    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let held = kv.reserve(row.key, 12, 8).unwrap().unwrap();
+    for _ in 0..2 {
+        assert!(kv.reserve(row.key, 8, 4).unwrap().is_some(), "one more page is free");
+        assert!(kv.reserve(row.key, 9, 5).unwrap().is_none(), "two are not");
+        assert_eq!(kv.admit(&text(50..58), 0).unwrap(), None);
+        assert_eq!(kv.available(), 1);
+        assert_eq!(kv.table().num_free_rows(), 3);
+    }
+    drop(held);
+}
+
+#[test]
+fn a_reservation_for_a_tenant_that_left_is_handed_back_whole() {
+    let mut kv = kv(4, 4);
+    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let reservation = kv.reserve(row.key, 12, 8).unwrap().unwrap();
+    kv.release(row.key).unwrap();
+    let failed = reservation.launch(kv.table_mut()).unwrap_err();
+    assert!(matches!(failed.error, Error::StaleRow { .. }));
+    assert_eq!(failed.reservation.pages().len(), 2);
+    drop(failed);
+    assert_eq!(kv.available(), 4);
+}
+
+#[test]
+fn a_second_release_is_an_error_even_when_the_row_has_a_new_tenant() {
+    let mut kv = kv(4, 4);
+    let first = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    kv.release(first.key).unwrap();
+    assert!(matches!(kv.release(first.key), Err(Error::StaleRow { .. })));
+    let second = kv.admit(&text(4..9), 0).unwrap().unwrap();
+    assert_eq!(first.key.slot, second.key.slot);
+    assert!(matches!(kv.release(first.key), Err(Error::StaleRow { .. })));
+    assert_eq!(kv.table().allocated(second.key), Ok(8));
+}
+
+#[test]
+fn a_row_is_not_given_away_while_a_step_that_names_it_is_under_way() {
+    let mut kv = Kv::new(8, 4, 1, 64, true).unwrap();
+    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let launched = kv
+        .reserve(row.key, 4, 4)
+        .unwrap()
+        .unwrap()
+        .launch(kv.table_mut())
+        .unwrap();
+    kv.release(row.key).unwrap();
+    assert_eq!(kv.available(), 8, "its pages are free at once");
+    assert_eq!(kv.admit(&text(0..4), 0).unwrap(), None, "its row is not");
+    assert_eq!(
+        launched.commit(kv.table_mut(), 4),
+        Ok(false),
+        "and its result changes nothing"
+    );
+    assert!(kv.admit(&text(0..4), 0).unwrap().is_some());
+}
+
+#[test]
+fn keeping_more_than_was_written_is_an_error() {
+    let mut kv = kv(4, 4);
+    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let launched = kv
+        .reserve(row.key, 3, 3)
+        .unwrap()
+        .unwrap()
+        .launch(kv.table_mut())
+        .unwrap();
+    let error = Error::AcceptedExceedsDrafted {
+        accepted: 4,
+        drafted: 3,
+    };
+    assert_eq!(launched.commit(kv.table_mut(), 4), Err(error));
+    assert_eq!(kv.table().committed(row.key), Ok(0));
+}
+
+#[test]
+fn the_last_prompt_token_is_always_computed() {
+    let mut kv = kv(8, 4);
+    let first = prefilled(&mut kv, &text(0..8), true);
+    kv.release(first.key).unwrap();
+    let again = kv.admit(&text(0..8), 0).unwrap().unwrap();
+    assert_eq!(again.cached_tokens, 4);
+    let longer = kv.admit(&text(0..9), 0).unwrap().unwrap();
+    assert_eq!(longer.cached_tokens, 8);
+    assert_eq!(
+        kv.table().pages(longer.key).unwrap()[0],
+        kv.table().pages(again.key).unwrap()[0]
+    );
+}
+
+#[test]
+fn draft_context_is_valid_only_after_the_last_page_without_it() {
+    let mut kv = kv(16, 4);
+    let plain = prefilled(&mut kv, &text(0..8), false);
+    kv.release(plain.key).unwrap();
+    let row = prefilled(&mut kv, &text(0..16), true);
+    assert_eq!((row.cached_tokens, row.draft_valid_from), (8, 8));
+    kv.release(row.key).unwrap();
+    let reader = kv.admit(&text(0..17), 0).unwrap().unwrap();
+    assert_eq!(
+        (reader.cached_tokens, reader.draft_valid_from),
+        (16, 8),
+        "pages 2 and 3 have draft K/V"
+    );
+}
+
+#[test]
+fn eviction_takes_the_least_recently_used_leaf_and_never_what_a_request_holds() {
+    let mut kv = kv(8, 4);
+    let old = prefilled(&mut kv, &text(0..8), true);
+    let new = prefilled(&mut kv, &text(20..28), true);
+    kv.release(old.key).unwrap();
+    kv.release(new.key).unwrap();
+    let reader = kv.admit(&text(0..5), 0).unwrap().unwrap();
+    assert_eq!(reader.cached_tokens, 4);
+    assert_eq!(kv.evict(1), Ok(1));
+    assert!(
+        kv.admit(&text(0..9), 0)
+            .unwrap()
+            .is_some_and(|row| row.cached_tokens == 4),
+        "its leaf was the oldest"
+    );
+    assert_eq!(kv.evict(9), Ok(2), "the reader's page stays, the shortfall is told");
+    assert_eq!(kv.cache().len(), 1);
+}
+
+#[test]
+fn a_waiting_allocation_evicts_just_enough() {
+    let mut kv = kv(4, 4);
+    let row = prefilled(&mut kv, &text(0..12), true);
+    kv.release(row.key).unwrap();
+    assert_eq!((kv.pool().num_free(), kv.cache().len()), (1, 3));
+    let other = kv.admit(&text(30..38), 0).unwrap().unwrap();
+    assert_eq!((kv.pool().num_free(), kv.cache().len()), (0, 2));
+    assert_eq!(kv.table().allocated(other.key), Ok(8));
+}
+
+proptest! {
+    /// Reservations are held for as long as they like, so an allocation can fail at any point.
+    #[test]
+    fn pages_are_conserved_whatever_order_things_are_held_and_dropped(
+        page_size in 1..5usize,
+        num_pages in 1..24usize,
+        ops in prop::collection::vec((0..6u8, 0..4usize, 1..24u32), 1..60),
+    ) {
+        let mut kv = kv(num_pages, page_size);
+        let mut rows: Vec<(Admitted, Vec<TokenId>)> = Vec::new();
+        let mut held: Vec<Reservation> = Vec::new();
+        for (op, which, size) in ops {
+            let before = (kv.available(), kv.cache().len(), kv.table().num_free_rows());
+            let row = rows.get(which).map(|(row, _)| *row);
+            match op {
+                0 => {
+                    let tokens = text((0..size).map(|at| at % 7));
+                    let spare = which;
+                    match kv.admit(&tokens, spare).unwrap() {
+                        Some(row) => {
+                            prop_assert!(kv.available() >= spare);
+                            rows.push((row, tokens));
+                        }
+                        None => {
+                            prop_assert_eq!(before, (kv.available(), kv.cache().len(), kv.table().num_free_rows()));
+                        }
+                    }
+                }
+                1 | 2 if row.is_some() => {
+                    let row = row.unwrap();
+                    let end = kv.table().committed(row.key).unwrap() + size;
+                    let need = pages_for(end as usize, page_size);
+                    match kv.reserve(row.key, end.min(64), size) {
+                        Ok(Some(reservation)) if op == 1 => held.push(reservation),
+                        Ok(Some(reservation)) => {
+                            let keep = size.min(end.min(64) - kv.table().committed(row.key).unwrap());
+                            let launched = reservation.launch(kv.table_mut()).unwrap();
+                            prop_assert!(launched.commit(kv.table_mut(), keep).unwrap());
+                            let tokens = &mut rows[which].1;
+                            let committed = kv.table().committed(row.key).unwrap() as usize;
+                            while tokens.len() < committed {
+                                tokens.push(TokenId(tokens.len() as u32 % 7));
+                            }
+                            kv.share(row.key, &rows[which].1, committed as u32, 0).unwrap();
+                        }
+                        Ok(None) => {
+                            prop_assert!(need > kv.table().pages(row.key).unwrap().len() + before.0);
+                            prop_assert_eq!(before, (kv.available(), kv.cache().len(), kv.table().num_free_rows()));
+                        }
+                        Err(error) => prop_assert!(false, "{}", error),
+                    }
+                }
+                3 if !held.is_empty() => drop(held.swap_remove(which % held.len())),
+                4 if row.is_some() => {
+                    kv.release(rows.swap_remove(which).0.key).unwrap();
+                }
+                5 => {
+                    let reclaimable = kv.cache().reclaimable();
+                    prop_assert_eq!(kv.evict(which).unwrap(), which.min(reclaimable));
+                }
+                _ => {}
+            }
+            kv.available();
+            let mut owners = vec![0u32; num_pages];
+            for (row, _) in &rows {
+                for page in kv.table().pages(row.key).unwrap() {
+                    owners[page.0 as usize] += 1;
+                }
+            }
+            for page in held.iter().flat_map(|reservation| reservation.pages()) {
+                owners[page.0 as usize] += 1;
+            }
+            for page in 0..num_pages as u32 {
+                let cached = u32::from(kv.cache().holds(PageId(page)));
+                prop_assert_eq!(kv.pool().owners(PageId(page)), owners[page as usize] + cached);
+            }
+        }
+        held.clear();
+        for (row, _) in rows {
+            kv.release(row.key).unwrap();
+        }
+        kv.evict(usize::MAX).unwrap();
+        kv.available();
+        prop_assert_eq!(kv.pool().num_free(), num_pages);
+    }
+}
