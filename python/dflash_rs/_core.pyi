@@ -363,3 +363,128 @@ class PagePool:
     @property
     def num_pages(self) -> int:
         """Pages in all."""
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+@final
+class DraftTree:
+    """A prefix-closed tree of drafts below an anchor (node 0), parents before children.
+
+    ``n`` = ``len(tree)`` nodes, the anchor counted. Position of a node = position of the anchor + depth. Absent nodes are -1.
+    """
+
+    @staticmethod
+    def build(anchor: int, tokens: NDArray[np.int64], log_probs: NDArray[np.float32], nodes: int) -> DraftTree:
+        """The ``nodes`` likeliest prefixes (arXiv 2604.12989), the anchor not counted.
+
+        ``tokens`` i64 and ``log_probs`` f32 (nats) are the drafter's top-K per depth, ``[L, K]``, each row falling. Ties: the
+        shallower, then the earlier parent, then the better rank. Raises ``InvalidArgument`` for a log-probability above 0, NaN
+        or out of order.
+        """
+
+    @staticmethod
+    def from_log_probs(anchor: int, log_probs: NDArray[np.float32], nodes: int) -> DraftTree:
+        """``build`` from whole rows, f32 ``[L, V]``; among equals the lowest id is the likelier."""
+
+    @staticmethod
+    def chain(anchor: int, drafts: NDArray[np.int64], log_probs: NDArray[np.float32]) -> DraftTree:
+        """One child per node: ``drafts`` i64 ``[g]``, ``log_probs`` f32 ``[g]``."""
+
+    @staticmethod
+    def from_parents(tokens: NDArray[np.int64], parents: NDArray[np.int32]) -> DraftTree:
+        """A tree built elsewhere: ``tokens`` i64 ``[n]``, ``parents`` i32 ``[n]`` with ``parents[i] < i``; scores are 0."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """``[n]``: tokens, the anchor first."""
+
+    @property
+    def parents(self) -> NDArray[np.int32]:
+        """``[n]``: parent of each node."""
+
+    @property
+    def depths(self) -> NDArray[np.int32]:
+        """``[n]``: depth, 0 for the anchor."""
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """``[n]``: log-probability of the path, nats."""
+
+    @property
+    def first_child(self) -> NDArray[np.int32]:
+        """``[n]``: likeliest child."""
+
+    @property
+    def next_sibling(self) -> NDArray[np.int32]:
+        """``[n]``: next sibling by falling probability."""
+
+    @property
+    def masks(self) -> NDArray[np.uint64]:
+        """``[n, ceil(n / 64)]``: bit ``j % 64`` of word ``j // 64`` is set iff ``j`` is the node itself or an ancestor."""
+
+    def attention_mask(self) -> NDArray[np.bool_]:
+        """``[n, n]``: ``masks`` unpacked; the prefix is visible to all nodes and not part of it."""
+
+    def path_tokens(self, node: int) -> NDArray[np.int64]:
+        """Drafts from depth 1 down to ``node``."""
+
+    def walk(self, sampled: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
+        """Accepted nodes from depth 1 down and the bonus token, for tokens drawn at every node, i64 ``[n]``."""
+
+    def __len__(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+def walk(
+    drafts: NDArray[np.int64], sampled: NDArray[np.int64], lengths: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """See ``dflash_rs.verify.walk``."""
+
+def verify_token(
+    p: NDArray[np.floating],
+    q: NDArray[np.floating],
+    drafts: NDArray[np.int64],
+    *,
+    seeds: NDArray[np.uint64] | None = None,
+    round_starts: NDArray[np.uint64] | None = None,
+    accept_coins: NDArray[np.float64] | None = None,
+    last_coins: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """See ``dflash_rs.verify.token``."""
+
+def verify_block(
+    p: NDArray[np.floating],
+    q: NDArray[np.floating],
+    drafts: NDArray[np.int64],
+    *,
+    seeds: NDArray[np.uint64] | None = None,
+    round_starts: NDArray[np.uint64] | None = None,
+    accept_coins: NDArray[np.float64] | None = None,
+    last_coins: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """See ``dflash_rs.verify.block``."""
+
+def sample_rows(
+    logits: NDArray[np.float32],
+    positions: NDArray[np.uint64],
+    seeds: NDArray[np.uint64],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Sequence[tuple[int, float]] = ...,
+    prompt: Sequence[int] = ...,
+    output: Sequence[int] = ...,
+    paths: Sequence[Sequence[int]] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """See ``dflash_rs.verify.sample_rows``."""
+
+def top_logprobs(logits: NDArray[np.float32], n: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """See ``dflash_rs.verify.top_logprobs``."""
+
+def gumbel(seed: int, position: int, columns: int, domain: str = "draw") -> NDArray[np.float32]:
+    """See ``dflash_rs.verify.gumbel``."""
