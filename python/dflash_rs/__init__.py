@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages, UnsupportedModel
 
 if TYPE_CHECKING:
+    from dflash_rs._core import PagePool
     from dflash_rs.llm import LLM, Output, StreamEvent
     from dflash_rs.sampling import SamplingParams
 
 _LATER = {
     "LLM": "dflash_rs.llm",
+    "PagePool": "dflash_rs._core",
     "Output": "dflash_rs.llm",
     "StreamEvent": "dflash_rs.llm",
     "SamplingParams": "dflash_rs.sampling",
@@ -28,6 +30,7 @@ __all__ = [
     "LLM",
     "OutOfPages",
     "Output",
+    "PagePool",
     "SamplingParams",
     "StreamEvent",
     "UnsupportedModel",
