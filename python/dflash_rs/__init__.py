@@ -11,3 +11,59 @@ from typing import TYPE_CHECKING, Any
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages, UnsupportedModel
 
 if TYPE_CHECKING:
+    from dflash_rs import verify
+    from dflash_rs._core import DraftTree, PagePool
+    from dflash_rs.llm import LLM, Output, StreamEvent
+    from dflash_rs.sampling import SamplingParams
+
+_LATER = {
+    "DraftTree": "dflash_rs._core",
+    "LLM": "dflash_rs.llm",
+    "Output": "dflash_rs.llm",
+    "StreamEvent": "dflash_rs.llm",
+    "PagePool": "dflash_rs._core",
+    "SamplingParams": "dflash_rs.sampling",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DflashError",
+    "DraftTree",
+    "InvalidArgument",
+    "LLM",
+    "OutOfPages",
+    "Output",
+    "PagePool",
+    "SamplingParams",
+    "StreamEvent",
+    "UnsupportedModel",
+    "__version__",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name == "verify":
+        return import_module("dflash_rs.verify")
+    module = _LATER.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("dflash-rs")
+    except metadata.PackageNotFoundError:
+        # A source tree on PYTHONPATH: there is no installed version to tell.
+        return "0+uninstalled"

@@ -75,7 +75,22 @@ def rounding_explains(
     drawn = set()
     for _ in range(64):
         noisy = (logits + rng.normal(scale=1e-4, size=logits.shape)).astype(np.float32)
-        drawn.add(dflash_rs.verify.sample_row(noisy, sampling, prompt=prompt, output=plain[:at]))
+        token, _ = dflash_rs.verify.sample_rows(
+            noisy[None],
+            [len(prompt) + at],
+            [sampling.seed],
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=sampling.logit_bias,
+            prompt=prompt,
+            output=plain[:at],
+        )
+        drawn.add(int(token[0]))
     return {plain[at], other[at]} <= drawn
 
 
