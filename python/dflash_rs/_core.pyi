@@ -6,7 +6,6 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__: list[str]
 __version__: str
 
 # --- engine -----------------------------------------------------------------------------------------------------------
