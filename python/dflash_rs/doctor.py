@@ -38,7 +38,7 @@ def examine() -> list[Check]:
         *[(name, True, lambda name=name: _module(name, "torch", True)) for name in _RUN_TIME],
         ("gpu", False, _gpu),
         ("kernels", False, _kernels),
-        ("bundled pair", True, _assets),
+        ("bundled pair", False, _assets),
         ("generation", True, _generation),
         ("matplotlib", False, lambda: _module("matplotlib", "bench", False)),
         ("sglang", False, _sglang),
@@ -188,17 +188,12 @@ ASSETS = (
 
 def _assets() -> Check:
     root = resources.files("dflash_rs") / "assets"
-    absent = [name for name in ASSETS if not (root / name).is_file()]
-    if absent:
-        return Check(
-            "bundled pair",
-            MISSING,
-            f"{', '.join(absent)} not found in {root}",
-            "pip install --force-reinstall dflash-rs",
-            needed=True,
-        )
+    lost = [name for name in ASSETS if not (root / name).is_file()]
+    if lost:
+        detail = f"{', '.join(lost)} not found in {root}"
+        return Check("bundled pair", MISSING, detail, "pip install --force-reinstall dflash-rs")
     size = sum(len((root / name).read_bytes()) for name in ASSETS)
-    return Check("bundled pair", OK, f"{size / 1e6:.1f} MB in {root}", needed=True)
+    return Check("bundled pair", OK, f"{size / 1e6:.1f} MB in {root}")
 
 
 def _generation() -> Check:
