@@ -514,3 +514,59 @@ def top_logprobs(logits: NDArray[np.float32], n: int) -> tuple[NDArray[np.int64]
 
 def gumbel(seed: int, position: int, columns: int, domain: str = "draw") -> NDArray[np.float32]:
     """See ``dflash_rs.verify.gumbel``."""
+
+# --- host kernels -----------------------------------------------------------------------------------------------------
+
+@final
+class AttentionBatch:
+    """The indices of one step, checked once for all its layers.
+
+    ``query_starts`` i32 ``[R+1]``, ``context_lens`` and ``row_ids`` i32 ``[R]``, ``page_table`` i32 ``[rows, pages]``; ``slots`` i64
+    ``[T]``, where this step's keys and values are written (None: nowhere); ``valid_from`` i32 ``[R]``, keys before it are not
+    seen; ``ancestors`` u64 ``[T, words]``, bit j set where a token sees token j of its own request's step. All C-contiguous.
+
+    Raises ``InvalidArgument`` for an index out of range or a length that does not fit.
+    """
+
+    def __new__(
+        cls,
+        query_starts: NDArray[np.int32],
+        context_lens: NDArray[np.int32],
+        page_table: NDArray[np.int32],
+        row_ids: NDArray[np.int32],
+        page_size: int,
+        num_slots: int,
+        slots: NDArray[np.int64] | None = None,
+        valid_from: NDArray[np.int32] | None = None,
+        ancestors: NDArray[np.uint64] | None = None,
+    ) -> AttentionBatch: ...
+    @property
+    def tokens(self) -> int:
+        """Packed tokens of the step."""
+
+def paged_attention(
+    batch: AttentionBatch,
+    q: tuple[int, int, int],
+    k: tuple[int, int, int],
+    v: tuple[int, int, int],
+    k_cache: tuple[int, int, int],
+    v_cache: tuple[int, int, int],
+    out: tuple[int, int, int],
+    dtype: str,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    mask: str = "causal",
+    window: int | None = None,
+    threads: int = 1,
+) -> None:
+    """One layer's attention, with this step's K and V written to the cache first.
+
+    An array is (address, row stride, head stride), strides in elements: ``q`` and ``out`` ``[T, num_q_heads, head_dim]``, ``k`` and
+    ``v`` ``[T, num_kv_heads, head_dim]``, caches ``[num_slots, num_kv_heads, head_dim]``. The caller keeps them alive and as large
+    as they are said to be. ``dtype``: "float32" or "bfloat16"; ``mask``: "causal", "block" or "ancestors".
+
+    Raises ``InvalidArgument`` for a null or misaligned address, strides that make heads overlap, or memory that overlaps
+    what is written.
+    """
