@@ -356,8 +356,8 @@ mod tests {
                 inputs,
                 x: numbers(rows * inputs, seed, false),
                 weight: numbers(outputs * inputs, seed + 1, halves),
-                bias: (seed % 2 == 0).then(|| numbers(outputs, seed + 2, false)),
-                residual: (seed % 3 == 0).then(|| numbers(rows * outputs, seed + 3, false)),
+                bias: seed.is_multiple_of(2).then(|| numbers(outputs, seed + 2, false)),
+                residual: seed.is_multiple_of(3).then(|| numbers(rows * outputs, seed + 3, false)),
             }
         }
 
