@@ -336,6 +336,32 @@ class Events:
         """``(request_id, message)`` of each request that ended with an error."""
 
 @final
+class PackedWeight:
+    """A weight f32 ``[N, K]`` (C-contiguous), and a bias f32 ``[N]``, packed for products with few rows on the host.
+
+    A weight whose values are all bfloat16 values is stored in two bytes each; the arithmetic is f32 in any case.
+    """
+
+    def __new__(cls, weight: NDArray[np.float32], bias: NDArray[np.float32] | None = None) -> PackedWeight: ...
+    @property
+    def bytes(self) -> int:
+        """Bytes it takes."""
+
+    def product(
+        self,
+        x: tuple[int, int, int],
+        rows: int,
+        out: tuple[int, int, int],
+        residual: tuple[int, int, int] | None = None,
+        threads: int = 1,
+    ) -> None:
+        """``out = x W^T + bias + residual``, f32. ``x`` ``[rows, K]``, ``out`` and ``residual`` ``[rows, N]``.
+
+        Arrays are given as (address, row stride, head stride) in elements, as for ``paged_attention``; the caller keeps them
+        alive, and ``out`` overlaps nothing else. A row's result depends on that row alone, bit for bit.
+        """
+
+@final
 class PagePool:
     """Reference-counted KV pages with a free list; every operation is O(1) per page.
 

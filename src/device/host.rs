@@ -1,9 +1,11 @@
 //! Kernels on the CPU.
 
 mod attention;
+mod linear;
 mod simd;
 pub(super) mod view;
 
+pub use linear::PackedWeight;
 pub use simd::Isa;
 
 use super::{AttentionBatch, AttentionParams, AttentionTensors, Element, Kernels};

@@ -6,6 +6,7 @@
 //! The flat table is what a device reads. It never moves, a row in flight only ever gains entries behind those its
 //! launched steps can reach, and a row is not given to another request before its launched steps have come home.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::error::{Error, Result};
@@ -42,7 +43,7 @@ pub(super) struct Row {
 pub struct RequestTable {
     rows: Vec<Row>,
     free: Vec<SlotId>,
-    flat: Box<[AtomicI32]>,
+    flat: Arc<[AtomicI32]>,
     width: usize,
     page_size: usize,
 }
@@ -79,7 +80,7 @@ impl RequestTable {
     }
 
     /// The flat table, row-major `[max_rows, width]`, entries behind a row's pages undefined. It never moves.
-    pub fn flat(&self) -> &[AtomicI32] {
+    pub fn flat(&self) -> &Arc<[AtomicI32]> {
         &self.flat
     }
 

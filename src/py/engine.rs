@@ -1,7 +1,8 @@
 //! `dflash_rs._core.Engine` and the values of its stages.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicI32;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -18,6 +19,9 @@ use crate::verify::Sampling;
 #[pyclass(frozen, module = "dflash_rs._core")]
 pub struct Engine {
     engine: Mutex<step::Engine>,
+    table: Arc<[AtomicI32]>,
+    width: usize,
+    vocab_size: usize,
 }
 
 /// A launched step.
@@ -43,6 +47,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+// Locks and the GIL, the one rule: whoever holds a lock never waits for the GIL, which anything that makes a Python object
+// or an exception may do. So a lock is held for a statement of pure Rust, and the engine's, which may be held for long,
+// is waited for without the GIL. The engine's lock comes before a plan's.
 impl Engine {
     // The lock is taken without the GIL, so that a thread that waits for it cannot hold up the one that has it.
     fn with<R: Send>(&self, py: Python<'_>, stage: impl FnOnce(&mut step::Engine) -> R + Send) -> R {
@@ -85,8 +92,13 @@ impl Engine {
         };
         let vocabulary = vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
         let engine = step::Engine::new(config, vocabulary.transpose()?)?;
+        let table = engine.scheduler().kv().table();
+        let (table, width) = (Arc::clone(table.flat()), table.width());
         Ok(Self {
             engine: Mutex::new(engine),
+            table,
+            width,
+            vocab_size,
         })
     }
 
@@ -161,7 +173,8 @@ impl Engine {
     /// Draws the target's tokens from `logits` (f32 `[N, vocab_size]`, C-contiguous) and walks the drafts.
     fn accept(&self, py: Python<'_>, plan: &StepPlan, logits: PyReadonlyArray2<'_, f32>) -> PyResult<Accepted> {
         let got = format!("shape {:?}", logits.shape());
-        let expected = [locked(&plan.plan).arrays().logit_rows.len(), self.vocab_size(py)];
+        let rows = locked(&plan.plan).arrays().logit_rows.len();
+        let expected = [rows, self.vocab_size];
         if logits.shape() != expected || !logits.is_c_contiguous() {
             let got = if logits.is_c_contiguous() {
                 got
@@ -238,8 +251,8 @@ impl Engine {
 
     /// Columns of the logits.
     #[getter]
-    fn vocab_size(&self, py: Python<'_>) -> usize {
-        self.with(py, |engine| engine.config().vocab_size)
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
     }
 
     /// Tokens of a block, the anchor counted.
@@ -263,11 +276,9 @@ impl Engine {
     /// The persistent page table, i32 `[rows, max_pages_per_request]`, read-only, indexed by `StepPlan.row_ids`.
     #[getter]
     fn page_table<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyArray2<i32>>> {
-        let engine = locked(&slf.get().engine);
-        let table = engine.scheduler().kv().table();
-        let (rows, width) = (table.max_rows(), table.width());
-        // SAFETY: the table is a boxed slice of the engine that `slf` owns (see the module of `table_view`).
-        unsafe { table_view(table.flat(), rows, width, slf.clone().into_any()) }
+        let Self { table, width, .. } = slf.get();
+        // SAFETY: `slf` is an owner of the shared slice (see the module of `table_view`).
+        unsafe { table_view(table, table.len() / width, *width, slf.clone().into_any()) }
     }
 
     /// Requests and pages: waiting, running, in_flight, free_pages, cached_pages, reclaimable_pages, total_pages,
@@ -327,15 +338,15 @@ macro_rules! plan_arrays {
             /// Fills in the drafts, i64 `[len(draft_rows), >= longest block - 1]`.
             fn set_drafts(&self, drafts: PyReadonlyArray2<'_, i64>) -> PyResult<()> {
                 let [rows, width] = [drafts.shape()[0], drafts.shape()[1]];
-                let mut plan = locked(&self.plan);
-                let expected = plan.arrays().draft_rows.len();
+                let expected = locked(&self.plan).arrays().draft_rows.len();
                 if rows != expected {
                     let expected = format!("{expected} rows, one per entry of draft_rows");
                     return Err(invalid("drafts", format!("shape {:?}", drafts.shape()), expected));
                 }
                 let drafts =
                     drafts.as_slice().map_err(|_| invalid("drafts", "a strided array", "a C-contiguous i64 array"))?;
-                Ok(plan.set_drafts(drafts, width)?)
+                let outcome = locked(&self.plan).set_drafts(drafts, width);
+                Ok(outcome?)
             }
 
             /// Whether the step has been neither committed nor called off.
@@ -353,9 +364,9 @@ macro_rules! plan_arrays {
             $($(#[$doc])*
             #[getter]
             fn $field<'py>(slf: &Bound<'py, Self>) -> Bound<'py, PyArray1<$kind>> {
-                let plan = locked(&slf.get().plan);
+                let data: *const [$kind] = locked(&slf.get().plan).arrays().$field.as_slice();
                 // SAFETY: the buffer belongs to the plan that `slf` owns; it is refilled, never resized.
-                unsafe { view(&plan.arrays().$field, slf.clone().into_any()) }
+                unsafe { view(&*data, slf.clone().into_any()) }
             })*
         }
     };

@@ -7,7 +7,7 @@
 //! What no check can see is left to the caller, `dflash_rs.attention`, which reads every number from a live CPU tensor:
 //! the memory is as large as its shape says, and the tensor outlives the call and is not resized by another thread.
 
-use crate::device::host::HostKernels;
+use crate::device::host::{self, HostKernels, Isa};
 use crate::device::{
     self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
 };
@@ -277,6 +277,65 @@ impl Call<'_> {
             kernels.block_attention(batch, &params, tensors)?;
         } else {
             py.detach(|| kernels.block_attention(batch, &params, tensors))?;
+        }
+        Ok(())
+    }
+}
+
+/// A weight packed for products with few rows.
+#[pyclass(frozen, module = "dflash_rs._core")]
+pub struct PackedWeight {
+    weight: host::PackedWeight,
+    isa: Isa,
+}
+
+#[pymethods]
+impl PackedWeight {
+    #[new]
+    #[pyo3(signature = (weight, bias=None))]
+    fn new(weight: PyReadonlyArray2<'_, f32>, bias: Option<PyReadonlyArray1<'_, f32>>) -> PyResult<Self> {
+        let values = weight.as_slice().map_err(|_| not_contiguous("weight"))?;
+        let bias = bias.as_ref().map(|b| contiguous("bias", b)).transpose()?;
+        let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias)?;
+        Ok(Self {
+            weight,
+            isa: Isa::detect(),
+        })
+    }
+
+    /// Bytes it takes: two per weight where all of them are bfloat16 values, else four.
+    #[getter]
+    fn bytes(&self) -> usize {
+        self.weight.bytes()
+    }
+
+    /// `out = x W^T + bias + residual` for `rows` rows of f32.
+    #[pyo3(signature = (x, rows, out, residual=None, threads=1))]
+    fn product(
+        &self,
+        py: Python<'_>,
+        x: Pointer,
+        rows: usize,
+        out: Pointer,
+        residual: Option<Pointer>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let weight = &self.weight;
+        let x = Checked::<f32>::new("x", x, rows, 1, weight.inputs())?;
+        let out = Checked::<f32>::new("out", out, rows, 1, weight.outputs())?;
+        let residual = residual
+            .map(|residual| Checked::<f32>::new("residual", residual, rows, 1, weight.outputs()))
+            .transpose()?;
+        out.alone(&[&x])?;
+        if let Some(residual) = &residual {
+            out.alone(&[residual])?;
+        }
+        let (x, residual, out) = (x.rows(), residual.map(|r| r.rows()), out.rows_mut());
+        let run = || weight.product(self.isa, threads.max(1), x, residual, out);
+        if rows * weight.inputs() * weight.outputs() < DETACH_WORK {
+            run()?;
+        } else {
+            py.detach(run)?;
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ mod _core {
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
-    use super::host::{AttentionBatch, paged_attention};
+    use super::host::{AttentionBatch, PackedWeight, paged_attention};
     #[pymodule_export]
     use super::pool::PagePool;
     #[pymodule_export]

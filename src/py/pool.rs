@@ -1,6 +1,6 @@
 //! `dflash_rs.PagePool`: the page pool alone, for other engines.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
@@ -17,9 +17,10 @@ pub struct PagePool {
 }
 
 impl PagePool {
-    fn pool(&self) -> MutexGuard<'_, Core> {
+    // A statement of pure Rust: no Python object is made, no exception raised, while the lock is held.
+    fn with<R>(&self, change: impl FnOnce(&mut Core) -> R) -> R {
         // Every operation leaves the pool whole, even when it fails.
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+        change(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -46,76 +47,81 @@ impl PagePool {
     /// Takes `count` free pages, one owner each, or raises `OutOfPages` and takes none.
     #[pyo3(signature = (count = 1))]
     fn alloc<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        let mut pool = self.pool();
-        let mut pages = Vec::with_capacity(count.min(pool.num_pages()));
-        if !pool.alloc_many(count, &mut pages) {
-            return Err(Error::PoolExhausted {
-                needed: count,
-                free: pool.num_free(),
-                total: pool.num_pages(),
+        let pages = self.with(|pool| {
+            let mut pages = Vec::with_capacity(count.min(pool.num_pages()));
+            match pool.alloc_many(count, &mut pages) {
+                true => Ok(pages),
+                false => {
+                    let (free, total) = (pool.num_free(), pool.num_pages());
+                    Err(Error::PoolExhausted {
+                        needed: count,
+                        free,
+                        total,
+                    })
+                }
             }
-            .into());
-        }
-        Ok(pages
-            .into_iter()
-            .map(|page| page.0 as i32)
-            .collect::<Vec<_>>()
-            .into_pyarray(py))
+        })?;
+        let pages: Vec<i32> = pages.into_iter().map(|page| page.0 as i32).collect();
+        Ok(pages.into_pyarray(py))
     }
 
     /// Adds an owner to each page. All or nothing: a free or unknown page is an `InvalidArgument`.
     fn retain(&self, pages: Vec<i64>) -> PyResult<()> {
         let pages = page_ids(&pages)?;
-        let mut pool = self.pool();
-        for (at, &page) in pages.iter().enumerate() {
-            if let Err(error) = pool.retain(page) {
-                for &done in &pages[..at] {
-                    pool.release(done)?;
+        Ok(self.with(|pool| {
+            for (at, &page) in pages.iter().enumerate() {
+                if let Err(error) = pool.retain(page) {
+                    for &done in &pages[..at] {
+                        pool.release(done)?;
+                    }
+                    return Err(error);
                 }
-                return Err(error.into());
             }
-        }
-        Ok(())
+            Ok(())
+        })?)
     }
 
     /// Removes an owner from each page; pages without owners are free. All or nothing: a free or unknown page (a
     /// second free) is an `InvalidArgument`.
     fn release(&self, pages: Vec<i64>) -> PyResult<()> {
         let mut pages = page_ids(&pages)?;
-        let mut pool = self.pool();
-        let total = pool.num_pages();
         pages.sort_unstable();
-        for same in pages.chunk_by(|a, b| a == b) {
-            if (pool.owners(same[0]) as usize) < same.len() {
-                return Err(Error::PageNotHeld { page: same[0].0, total }.into());
+        Ok(self.with(|pool| {
+            for same in pages.chunk_by(|a, b| a == b) {
+                if (pool.owners(same[0]) as usize) < same.len() {
+                    return Err(Error::PageNotHeld {
+                        page: same[0].0,
+                        total: pool.num_pages(),
+                    });
+                }
             }
-        }
-        // Descending, so that the lowest page is handed out first again.
-        for &page in pages.iter().rev() {
-            pool.release(page)?;
-        }
-        Ok(())
+            // Descending, so that the lowest page is handed out first again.
+            for &page in pages.iter().rev() {
+                pool.release(page)?;
+            }
+            Ok(())
+        })?)
     }
 
     /// Owners of a page, 0 when it is free.
     fn owners(&self, page: u32) -> u32 {
-        self.pool().owners(PageId(page))
+        self.with(|pool| pool.owners(PageId(page)))
     }
 
     /// Pages nobody holds.
     #[getter]
     fn num_free(&self) -> usize {
-        self.pool().num_free()
+        self.with(|pool| pool.num_free())
     }
 
     /// Pages in all.
     #[getter]
     fn num_pages(&self) -> usize {
-        self.pool().num_pages()
+        self.with(|pool| pool.num_pages())
     }
 
     fn __repr__(&self) -> String {
-        let pool = self.pool();
-        format!("PagePool({} of {} pages free)", pool.num_free(), pool.num_pages())
+        let (free, total) = self.with(|pool| (pool.num_free(), pool.num_pages()));
+        format!("PagePool({free} of {total} pages free)")
     }
 }

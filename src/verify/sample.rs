@@ -279,7 +279,7 @@ fn draw_block(row: Tempered, b: usize, floor: f32, stream: &Stream, best: &mut B
         let t = x * row.scale;
         *score = if t - row.top >= floor { t } else { f32::NEG_INFINITY };
     }
-    let numbers = words.map(|lane| lane.map(|word| gumbel_of_word(word)));
+    let numbers = words.map(|lane| lane.map(gumbel_of_word));
     for (i, score) in scores.iter_mut().enumerate() {
         *score += numbers[i & 3][i >> 2];
     }

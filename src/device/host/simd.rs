@@ -10,7 +10,7 @@
 //! is not, even if it is inlined later: closures do no vector arithmetic here, or every instruction would become a call.
 //! Memory is touched through references of the exact size only, or through [`KeyChunk`], whose constructors own the argument.
 
-use super::view::KeyChunk;
+use super::view::{Bf16, KeyChunk};
 
 /// Lanes of a vector, and keys of a chunk.
 pub(super) const LANES: usize = 16;
@@ -100,9 +100,13 @@ pub(super) trait Lanes: Copy {
     const ROWS: usize;
     /// See `ROWS`; 2 or 4.
     const VECTORS: usize;
+    /// Rows of a product whose sums over two vectors fit the registers; 8, 4, 2 or 1.
+    const PRODUCT_ROWS: usize;
 
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
+    /// Sixteen bfloat16 values, widened exactly.
+    fn load_bf16(x: &[Bf16; LANES]) -> Self;
     fn store(self, out: &mut [f32; LANES]);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -179,9 +183,14 @@ fn vector(x: &[f32], index: usize) -> &[f32; LANES] {
 impl Lanes for [f32; LANES] {
     const ROWS: usize = 1;
     const VECTORS: usize = 2;
+    const PRODUCT_ROWS: usize = 2;
     #[inline(always)]
     fn splat(x: f32) -> Self {
         [x; LANES]
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[Bf16; LANES]) -> Self {
+        std::array::from_fn(|i| x[i].into())
     }
     #[inline(always)]
     fn load(x: &[f32; LANES]) -> Self {
@@ -235,7 +244,7 @@ impl Lanes for [f32; LANES] {
 mod x86 {
     //! Every `unsafe` block here is an intrinsic whose instruction set [`super::dispatch`] has checked, or a load or store of
     //! exactly the array that its reference points to.
-    use super::{KeyChunk, LANES, Lanes, vector};
+    use super::{Bf16, KeyChunk, LANES, Lanes, vector};
     use std::arch::x86_64::*;
 
     #[derive(Clone, Copy)]
@@ -274,6 +283,14 @@ mod x86 {
     impl Lanes for Wide {
         const ROWS: usize = 4;
         const VECTORS: usize = 4;
+        const PRODUCT_ROWS: usize = 8;
+        #[inline(always)]
+        fn load_bf16(x: &[Bf16; LANES]) -> Self {
+            unsafe {
+                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)))
+            }
+        }
         #[inline(always)]
         fn splat(x: f32) -> Self {
             Self(unsafe { _mm512_set1_ps(x) })
@@ -362,6 +379,18 @@ mod x86 {
     impl Lanes for Pair {
         const ROWS: usize = 2;
         const VECTORS: usize = 2;
+        const PRODUCT_ROWS: usize = 2;
+        #[inline(always)]
+        fn load_bf16(x: &[Bf16; LANES]) -> Self {
+            unsafe {
+                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(8).cast()));
+                Self(
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+                )
+            }
+        }
         #[inline(always)]
         fn splat(x: f32) -> Self {
             let x = unsafe { _mm256_set1_ps(x) };

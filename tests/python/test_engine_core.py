@@ -1,0 +1,396 @@
+"""The engine's Python face: arrays, stages, errors. What it decides is tested in Rust."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+
+from dflash_rs import DflashError, InvalidArgument, OutOfPages
+from dflash_rs._core import Engine, PagePool
+
+VOCAB = 31
+
+
+def next_token(text: list[int]) -> int:
+    """A target whose next token depends on the whole text."""
+    state = 1469598103934665603
+    for token in text:
+        state = ((state ^ token) * 1099511628211) % 2**64
+    return (state >> 20) % VOCAB
+
+
+def continuation(prompt: list[int], count: int) -> list[int]:
+    text = list(prompt)
+    for _ in range(count):
+        text.append(next_token(text))
+    return text[len(prompt) :]
+
+
+def engine(**sizes) -> Engine:
+    return Engine(
+        **{"num_pages": 40, "vocab_size": VOCAB, "page_size": 4, "block_size": 4, "max_context": 200, **sizes}
+    )
+
+
+def rows_of(plan):
+    return [(int(plan.query_starts[r]), int(plan.query_starts[r + 1])) for r in range(len(plan.row_ids))]
+
+
+class Loop:
+    """Runs an engine with the fake target; every third draft is wrong."""
+
+    def __init__(self, core: Engine) -> None:
+        self.core = core
+        self.texts: dict[int, list[int]] = {}
+        self.prompts: dict[int, int] = {}
+        self.finish: dict[int, int] = {}
+        self.text_ends: dict[int, int] = {}
+
+    def add(self, prompt: list[int], **options) -> int:
+        request = self.core.add(prompt, **{"temperature": 0.0, **options})
+        self.texts[request] = list(prompt)
+        self.prompts[request] = len(prompt)
+        return request
+
+    def output(self, request: int) -> list[int]:
+        return self.texts[request][self.prompts[request] :]
+
+    def drafts(self, plan) -> np.ndarray:
+        drafts = np.zeros((len(plan.draft_rows), self.core.block_size - 1), np.int64)
+        for k, row in enumerate(plan.draft_rows):
+            text = list(self.texts[int(plan.request_ids[row])])
+            for j in range(drafts.shape[1]):
+                drafts[k, j] = next_token(text) if (len(text) + j) % 3 else 0
+                text.append(int(drafts[k, j]))
+        return drafts
+
+    def logits(self, plan) -> np.ndarray:
+        logits = np.zeros((len(plan.logit_rows), VOCAB), np.float32)
+        for row, (start, _) in enumerate(rows_of(plan)):
+            context = self.texts[int(plan.request_ids[row])][: plan.context_lens[row]]
+            for at in range(plan.logit_starts[row], plan.logit_starts[row + 1]):
+                block = plan.token_ids[start : plan.logit_rows[at] + 1].tolist()
+                logits[at, next_token(context + block)] = 9.0
+        return logits
+
+    def step(self):
+        plan = self.core.plan()
+        if len(plan.draft_rows):
+            plan.set_drafts(self.drafts(plan))
+        accepted = self.core.accept(plan, self.logits(plan))
+        events = self.core.commit(plan, accepted)
+        self.hear(events)
+        return plan, accepted, events
+
+    def hear(self, events) -> None:
+        for e, request in enumerate(events.request_ids.tolist()):
+            self.texts[request] += events.tokens[events.token_starts[e] : events.token_starts[e + 1]].tolist()
+            self.text_ends[request] = int(events.text_ends[e])
+            if events.finish[e]:
+                self.finish[request] = int(events.finish[e])
+
+    def run(self) -> None:
+        while self.core.has_work:
+            self.step()
+
+
+def test_text_is_the_targets_own_and_all_pages_come_back():
+    loop = Loop(engine())
+    requests = [loop.add(list(range(3, 4 + n)), max_tokens=20) for n in range(9)]
+    loop.run()
+    for n, request in enumerate(requests):
+        assert loop.output(request) == continuation(list(range(3, 4 + n)), 20)
+        assert loop.finish[request] == 3
+    assert loop.core.stats()["tau"] > 1.5
+    counts = loop.core.counts()
+    assert counts["free_pages"] + counts["reclaimable_pages"] == counts["total_pages"] == 40
+    assert loop.core.evict() == counts["cached_pages"]
+    assert loop.core.counts()["free_pages"] == 40
+
+
+def test_a_plan_describes_a_packed_ragged_batch():
+    loop = Loop(engine(prefix_cache=False))
+    loop.add([5, 6, 7], max_tokens=20)
+    loop.step()
+    loop.add([1, 2, 3, 4, 5, 6], max_tokens=20)
+    plan, accepted, events = loop.step()
+    assert plan.block_len.tolist() == [4, 6]
+    assert plan.is_prefill.tolist() == [False, True]
+    assert plan.query_starts.tolist() == [0, 4, 10]
+    assert plan.context_lens.tolist() == [3, 0]
+    assert plan.positions.tolist() == [3, 4, 5, 6, 0, 1, 2, 3, 4, 5]
+    assert plan.logit_rows.tolist() == [0, 1, 2, 3, 9]
+    assert plan.logit_starts.tolist() == [0, 4, 5]
+    assert plan.draft_rows.tolist() == [0]
+    assert plan.start_known.all()
+    table = loop.core.page_table
+    for row, (start, end) in enumerate(rows_of(plan)):
+        for at in range(start, end):
+            page = table[plan.row_ids[row], plan.positions[at] // 4]
+            assert plan.slots[at] == page * 4 + plan.positions[at] % 4
+    kept = accepted.accepted[0] + 1
+    assert accepted.commit_rows.tolist() == [*range(kept), *range(4, 10)]
+    assert np.diff(accepted.token_starts).tolist() == [kept, 1]
+    assert events.tokens.tolist() == accepted.tokens.tolist()
+    assert np.isnan(events.logprobs).all()
+    dtypes = {
+        "request_ids": np.uint64, "row_ids": np.int32, "query_starts": np.int32, "context_lens": np.int32,
+        "token_ids": np.int64, "positions": np.int64, "slots": np.int64, "logit_rows": np.int32,
+        "logit_starts": np.int32, "draft_rows": np.int32, "block_len": np.int32, "is_prefill": np.bool_,
+        "draft_valid_from": np.int32, "start_known": np.bool_,
+    }  # fmt: skip
+    assert {name: getattr(plan, name).dtype.type for name in dtypes} == dtypes
+
+
+def test_arrays_outlive_their_plan_and_are_not_reused_while_looked_at():
+    loop = Loop(engine())
+    request = loop.add([1, 2, 3], max_tokens=30)
+    plan, accepted, events = loop.step()
+    slots, tokens, new = plan.slots, accepted.tokens, events.tokens
+    before = [slots.tolist(), tokens.tolist(), new.tolist()]
+    del plan, accepted, events
+    gc.collect()
+    loop.run()
+    assert [slots.tolist(), tokens.tolist(), new.tolist()] == before
+    assert len(loop.output(request)) == 30
+
+
+def test_the_page_table_is_one_read_only_view():
+    core = engine()
+    table = core.page_table
+    assert table.dtype == np.int32
+    assert table.shape[0] == 16
+    with pytest.raises(ValueError, match="read-only"):
+        table[0, 0] = 1
+    core.add([1] * 9)
+    plan = core.plan()
+    assert len(set(table[plan.row_ids[0], :3].tolist())) == 3, "the old view shows the new pages"
+    del core
+    gc.collect()
+    assert table[0, 0] >= 0
+
+
+def test_an_interrupted_step_is_called_off_and_nothing_is_lost():
+    for interrupt in ("drop", "cancel", "cancel_all"):
+        loop = Loop(engine())
+        request = loop.add([1, 2, 3, 4, 5], max_tokens=25)
+        loop.step()
+        plan = loop.core.plan()
+        if interrupt == "drop":
+            del plan
+        elif interrupt == "cancel":
+            assert loop.core.cancel(plan) is True
+            assert not plan.is_open
+            assert loop.core.cancel(plan) is False
+        else:
+            loop.core.cancel_all()
+        assert loop.core.counts()["in_flight"] == 0
+        loop.run()
+        assert loop.output(request) == continuation([1, 2, 3, 4, 5], 25)
+
+
+def test_abort_takes_waiting_and_running_requests():
+    loop = Loop(engine(max_running=1, max_batch_tokens=8))
+    running, waiting, other = (loop.add([n, n, n], max_tokens=20) for n in (1, 2, 3))
+    plan = loop.core.plan()
+    assert loop.core.abort(running) is True
+    assert loop.core.abort(waiting) is True
+    assert loop.core.abort(waiting) is False
+    assert loop.core.abort(12345) is False
+    accepted = loop.core.accept(plan, loop.logits(plan))
+    assert len(loop.core.commit(plan, accepted).request_ids) == 0, "nobody is left to hear the result"
+    loop.run()
+    assert loop.output(other) == continuation([3, 3, 3], 20)
+    assert loop.core.counts()["reclaimable_pages"] + loop.core.counts()["free_pages"] == 40
+
+
+def test_a_nan_row_ends_its_request_with_an_error_that_names_it():
+    loop = Loop(engine())
+    bad, good = loop.add([1, 2], max_tokens=9), loop.add([3, 4], max_tokens=9)
+    plan = loop.core.plan()
+    logits = loop.logits(plan)
+    logits[list(plan.request_ids).index(bad), 5] = np.nan
+    accepted = loop.core.accept(plan, logits)
+    assert [row for row, _ in accepted.failed] == [list(plan.request_ids).index(bad)]
+    events = loop.core.commit(plan, accepted)
+    loop.hear(events)
+    [(request, message)] = events.errors
+    assert request == bad
+    assert f"request {bad}" in message and "NaN" in message and "column 5" in message
+    loop.run()
+    assert loop.finish == {bad: 4, good: 3}
+    assert loop.output(good) == continuation([3, 4], 9)
+
+
+def test_stop_strings_cut_the_text_and_stop_tokens_end_it():
+    spelling = [bytes([97 + token % 26]) for token in range(VOCAB)]
+    prompt = [1, 2, 3]
+    tokens = continuation(prompt, 30)
+    text = b"".join(spelling[token] for token in tokens)
+    stop = text[7:10]
+    loop = Loop(engine(vocabulary=spelling))
+    by_string = loop.add(prompt, max_tokens=30, stop=[stop])
+    by_token = loop.add(prompt, max_tokens=30, stop_token_ids=[tokens[11]])
+    by_length = loop.add(prompt, max_tokens=4)
+    loop.run()
+    cut = text.find(stop)
+    assert loop.output(by_string) == tokens[: cut + len(stop)]
+    assert loop.text_ends[by_string] == cut
+    assert loop.output(by_token) == tokens[: tokens.index(tokens[11]) + 1]
+    assert loop.output(by_length) == tokens[:4]
+    assert (loop.finish[by_string], loop.finish[by_token], loop.finish[by_length]) == (2, 1, 3)
+    assert loop.text_ends[by_length] == -1
+
+
+def test_scores_and_alternatives_come_with_the_tokens():
+    loop = Loop(engine())
+    loop.add([1, 2], max_tokens=5, logprobs=2)
+    loop.add([3, 4], max_tokens=5)
+    _, accepted, events = loop.step()
+    expected = 9.0 - np.log(np.exp(9.0) + VOCAB - 1)
+    first = list(events.request_ids).index(0)
+    assert events.logprobs[first] == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(events.logprobs[1 - first])
+    span = slice(events.top_starts[first], events.top_starts[first + 1])
+    assert events.top_tokens[span].tolist()[0] == events.tokens[first]
+    assert len(events.top_tokens[span]) == len(events.top_logprobs[span]) == 2
+    assert accepted.top_starts[-1] == 2
+
+
+def test_sampled_tokens_of_a_device_are_walked():
+    core = engine()
+    core.add([1, 2], max_tokens=9, temperature=0.0)
+    plan = core.plan()
+    core.commit(plan, core.accept_sampled(plan, np.array([7])))
+    plan = core.plan()
+    plan.set_drafts(np.array([[5, 6, 8]]))
+    assert plan.token_ids.tolist() == [7, 5, 6, 8]
+    accepted = core.accept_sampled(plan, np.array([5, 6, 9, 1]), np.array([-1.0, -2.0, -3.0, -4.0], np.float32))
+    assert accepted.accepted.tolist() == [2]
+    assert accepted.tokens.tolist() == [5, 6, 9]
+    assert accepted.logprobs.tolist() == [-1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "prompt: got 0 tokens"),
+        ({"prompt": [VOCAB]}, "prompt: got token 31, expected tokens below vocab_size = 31"),
+        ({"prompt": [-1]}, "prompt: got token -1"),
+        ({"prompt": [1] * 200}, "prompt: got 200 tokens"),
+        ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"temperature": -1.0}, "temperature: got -1"),
+        ({"top_p": 0.0}, "top_p: got 0"),
+        ({"logit_bias": {VOCAB: 1.0}}, "logit_bias: got token 31"),
+        ({"stop_token_ids": [99]}, "stop_token_ids: got token 99"),
+        ({"stop": [b"x"]}, "stop: got strings for an engine without a vocabulary"),
+        ({"logprobs": VOCAB + 1}, "logprobs: got 32"),
+    ],
+)
+def test_a_bad_request_is_refused_by_name(options, message):
+    core = engine()
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        core.add(**{"prompt": [1], **options})
+    assert not core.has_work
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_pages": 0}, "num_pages: got 0"),
+        ({"page_size": 0}, "page_size: got 0"),
+        ({"max_batch_tokens": 3, "max_running": 4}, "max_batch_tokens: got 3, expected at least max_running = 4"),
+        ({"depth": 2}, "depth: got 2, expected 0 or 1"),
+        ({"eos_ids": [31]}, "eos_ids: got token 31"),
+        ({"vocabulary": [b"a"]}, "vocabulary: got 1 elements, expected 31"),
+    ],
+)
+def test_bad_sizes_are_refused_by_name(sizes, message):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        engine(**sizes)
+
+
+def test_a_prompt_that_can_never_fit_is_out_of_pages():
+    with pytest.raises(
+        OutOfPages, match="prompt of 100 tokens with max_tokens 99 needs 50 pages of 4 slots, the pool has 40"
+    ):
+        engine().add([1] * 100, max_tokens=99)
+
+
+def test_arrays_of_the_wrong_shape_are_refused_and_the_step_can_go_on():
+    loop = Loop(engine())
+    request = loop.add([1, 2, 3], max_tokens=8)
+    loop.step()
+    plan = loop.core.plan()
+    with pytest.raises(InvalidArgument, match="drafts: got shape"):
+        plan.set_drafts(np.zeros((2, 3), np.int64))
+    with pytest.raises(InvalidArgument, match="drafts: got 2 columns"):
+        plan.set_drafts(np.zeros((1, 2), np.int64))
+    with pytest.raises(InvalidArgument, match="drafts: got token 31"):
+        plan.set_drafts(np.full((1, 3), VOCAB))
+    with pytest.raises(DflashError, match="drafts are missing: call set_drafts"):
+        loop.core.accept(plan, np.zeros((4, VOCAB), np.float32))
+    plan.set_drafts(loop.drafts(plan))
+    with pytest.raises(InvalidArgument, match=r"logits: got shape \[4, 30\]"):
+        loop.core.accept(plan, np.zeros((4, VOCAB - 1), np.float32))
+    with pytest.raises(InvalidArgument, match="not C-contiguous"):
+        loop.core.accept(plan, np.zeros((VOCAB, 4), np.float32).T)
+    with pytest.raises(TypeError):
+        loop.core.accept(plan, np.zeros((4, VOCAB), np.float64))
+    with pytest.raises(InvalidArgument, match="sampled: got 3 elements, expected 4"):
+        loop.core.accept_sampled(plan, np.zeros(3, np.int64))
+    with pytest.raises(DflashError, match="not resolved: commit or cancel it"):
+        loop.core.plan()
+    accepted = loop.core.accept(plan, loop.logits(plan))
+    loop.hear(loop.core.commit(plan, accepted))
+    with pytest.raises(DflashError, match="committed or called off already"):
+        loop.core.commit(plan, accepted)
+    loop.run()
+    assert loop.output(request) == continuation([1, 2, 3], 8)
+
+
+def test_threads_that_share_an_engine_do_not_wait_for_each_other_in_a_circle():
+    core = Engine(num_pages=256, vocab_size=5_000, max_running=64, max_batch_tokens=512)
+    for n in range(64):
+        core.add([n, n + 1], temperature=1.0, seed=n)
+    plan = core.plan()
+    logits = np.random.default_rng(0).standard_normal((len(plan.logit_rows), 5_000), np.float32)
+    expected = core.accept(plan, logits).tokens.tolist()
+    heard = []
+
+    def draw() -> None:
+        # The lock of the engine must never be waited for with the GIL held by someone the GIL's owner waits for.
+        for _ in range(20):
+            heard.append(core.accept(plan, logits).tokens.tolist())
+
+    workers = [threading.Thread(target=draw, daemon=True) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        assert core.counts()["running"] == 64
+        assert core.page_table.shape[0] == 64
+    assert heard == [expected] * 60
+
+
+def test_a_page_pool_counts_owners_and_refuses_a_second_free():
+    pool = PagePool(4)
+    pages = pool.alloc(3)
+    assert pages.tolist() == [0, 1, 2]
+    with pytest.raises(OutOfPages, match="2 pages needed, 1 of 4 are free"):
+        pool.alloc(2)
+    pool.retain(pages[:1])
+    assert [pool.owners(page) for page in range(4)] == [2, 1, 1, 0]
+    with pytest.raises(InvalidArgument, match="page 3: not held"):
+        pool.retain([0, 3])
+    with pytest.raises(InvalidArgument, match="page 1: not held"):
+        pool.release([1, 1])
+    assert [pool.owners(page) for page in range(4)] == [2, 1, 1, 0], "all or nothing"
+    pool.release([0, 0, 1, 2])
+    assert pool.num_free == pool.num_pages == 4
+    with pytest.raises(InvalidArgument):
+        pool.release(pages)
+    with pytest.raises(InvalidArgument):
+        PagePool(0)
