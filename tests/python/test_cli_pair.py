@@ -141,6 +141,20 @@ def test_a_truncated_checkpoint_is_refused_with_code_2_and_no_traceback(pair, wh
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("which", ["target", "draft"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(pair, which):
+    from safetensors.torch import load_file, save_file
+
+    weights = pair / which / "model.safetensors"
+    tensors = load_file(weights)
+    lost = next(name for name in tensors if name.endswith("q_proj.weight"))
+    del tensors[lost]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = dflash("generate", PROMPT, "--model", str(pair / "target"), "--draft", str(pair / "draft"))
+    assert done.returncode == 2, done.stderr
+    assert lost.removeprefix("model.") in done.stderr
+
+
 def test_a_folder_that_does_not_exist_is_refused_with_code_2(tmp_path):
     done = dflash("generate", PROMPT, "--model", str(tmp_path / "nowhere"), "--no-draft")
     assert done.returncode == 2, done.stderr

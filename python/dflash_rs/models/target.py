@@ -12,6 +12,7 @@ architecture with state that pages do not hold is refused there.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import host_kernel_serves, step_attention
-from ..errors import InvalidArgument, UnsupportedModel
+from ..errors import CheckpointError, InvalidArgument, UnsupportedModel
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable
 
@@ -124,6 +125,20 @@ def check_architecture(config) -> None:
             )
 
 
+@contextlib.contextmanager
+def _readable(path: str | Path):
+    """Turns whatever the loaders raise about the checkpoint at `path` into one CheckpointError."""
+    from safetensors import SafetensorError
+
+    if not Path(path).exists() and (Path(path).is_absolute() or str(path).count("/") > 1):
+        raise CheckpointError(f"target {path}: there is no such folder")
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"target {path}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
 class TargetModel:
     """A causal LM that reads and writes a paged KV cache.
 
@@ -169,11 +184,22 @@ class TargetModel:
     def load(
         cls, path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu", **options
     ) -> TargetModel:
-        """Loads a checkpoint folder or a hub name. `options` go to the constructor."""
+        """Loads a checkpoint folder or a hub name. `options` go to the constructor.
+
+        Raises CheckpointError when there is none, or when it is damaged or incomplete; a tensor that is missing would
+        otherwise be made up.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        check_architecture(AutoConfig.from_pretrained(path))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        with _readable(path):
+            config = AutoConfig.from_pretrained(path)
+        check_architecture(config)
+        with _readable(path):
+            model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        lost = sorted(found["missing_keys"])
+        if lost:
+            names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+            raise CheckpointError(f"target {path}: {len(lost)} tensors are missing ({names})")
         return cls(model.to(device), **options)
 
     @property
