@@ -90,10 +90,19 @@ def test_bench_says_same_text_and_writes_every_key(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def _takes_ctrl_c():
+    """A shell starts background jobs with Ctrl-C switched off, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_mid_generation_ends_with_code_130_and_no_traceback():
     words = ["generate", PROMPT, "--max-tokens", "1500", "--ignore-eos", "--temperature", "1", "--seed", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dflash_rs", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "dflash_rs", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_takes_ctrl_c,
     )
     # The prompt is echoed before the model starts; more than it means that tokens are coming.
     begun = process.stdout.read(len(PROMPT) + 8)
