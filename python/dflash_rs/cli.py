@@ -212,7 +212,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
-    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
+    group.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="CPU threads; default: 1 for the bundled pair, else torch's choice",
+    )
     group.add_argument(
         "--block-size", type=_positive, metavar="B", help="anchor and B-1 drafts; default: the drafter's"
     )
@@ -288,6 +293,9 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if plain:
         options["draft"] = None
+    if args.model is None and args.threads is None:
+        # Its matrices are too small to share: a second thread costs more in meeting points than it brings.
+        options["threads"] = 1
     return LLM(**(options | more))
 
 
