@@ -29,6 +29,12 @@ def _add_run(parser: argparse.ArgumentParser, save_every: int) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
     parser.add_argument("--save-every", type=int, default=save_every, metavar="STEPS")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="matrix products in bfloat16; default: on a GPU. On CPUs with avx512_bf16 or AMX it is two to three times faster",
+    )
 
 
 def _corpus(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +108,7 @@ def _train_target(args: argparse.Namespace) -> int:
     _threads(args)
     settings = _settings(args, TargetTraining)
     corpus.prepare(args.corpus, args.data or [corpus.standard_library()], settings.vocab_size, args.held_out_percent)
-    report = train(settings, args.corpus, args.out, args.device, args.save_every)
+    report = train(settings, args.corpus, args.out, args.device, args.save_every, args.bf16)
     print(f"held-out loss {report['held_out_loss']:.3f} nats, {report['parameters']:,} parameters: {args.out}")
     return 0
 
@@ -120,7 +126,7 @@ def _train_drafter(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, DrafterTraining)
-    train(settings, args.target, args.responses, args.corpus, args.out, args.device, args.save_every)
+    train(settings, args.target, args.responses, args.corpus, args.out, args.device, args.save_every, args.bf16)
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 
