@@ -144,7 +144,7 @@ class HostAttention:
     """
 
     def __init__(self, *, slots: np.ndarray | None, num_slots: int, threads: int, **arrays):
-        self._batch = _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
+        self.batch = _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
         self._threads = threads
 
     def attend(
@@ -153,7 +153,7 @@ class HostAttention:
         """As `TorchAttention.attend`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _core.paged_attention(
-            self._batch, _address(q), _address(k), _address(v), _address(k_cache), _address(v_cache), _address(out),
+            self.batch, _address(q), _address(k), _address(v), _address(k_cache), _address(v_cache), _address(out),
             _DTYPES[q.dtype], q.shape[1], k.shape[1], q.shape[2], scale, "causal" if causal else "block", window, self._threads,
         )  # fmt: skip
         return out

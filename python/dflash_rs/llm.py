@@ -388,7 +388,7 @@ class LLM:
                 inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
                 if inject:
                     rows = self._torch.from_numpy(accepted.commit_rows.copy()).to(self.device)
-                    self._draft.inject(features[rows], batch.positions[rows], batch.slots[rows])
+                    self._draft.inject(features, batch.positions[rows], batch.slots[rows], rows)
                 t5 = clock()
                 events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()

@@ -1,8 +1,10 @@
 //! Kernels on the CPU.
 
 mod attention;
+pub mod decoder;
 mod linear;
 mod simd;
+mod team;
 pub(super) mod view;
 
 pub use linear::PackedWeight;

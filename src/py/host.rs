@@ -14,6 +14,7 @@ use crate::device::{
 use crate::error::Error;
 use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use std::sync::Arc;
 
 /// Query-key products below which the interpreter lock is kept: handing it over costs more.
 const DETACH_WORK: usize = 1 << 20;
@@ -77,14 +78,14 @@ impl Pointer {
 
 /// A view in the making: a pointer whose layout was checked.
 #[derive(Clone, Copy)]
-struct Checked<E> {
+pub(super) struct Checked<E> {
     name: &'static str,
     address: *mut E,
     layout: Layout,
 }
 
 impl<E: Element> Checked<E> {
-    fn new(name: &'static str, pointer: Pointer, rows: usize, heads: usize, dim: usize) -> Result<Self, Error> {
+    pub(super) fn new(name: &'static str, pointer: Pointer, rows: usize, heads: usize, dim: usize) -> Result<Self, Error> {
         let layout = pointer.layout::<E>(name, rows, heads, dim)?;
         Ok(Self {
             name,
@@ -99,7 +100,7 @@ impl<E: Element> Checked<E> {
     }
 
     /// Refuses memory shared with `others`.
-    fn alone(&self, others: &[&Self]) -> Result<(), Error> {
+    pub(super) fn alone(&self, others: &[&Self]) -> Result<(), Error> {
         let own = self.bytes();
         for other in others {
             let theirs = other.bytes();
@@ -113,22 +114,22 @@ impl<E: Element> Checked<E> {
         Ok(())
     }
 
-    fn rows<'a>(&self) -> Rows<'a, E> {
+    pub(super) fn rows<'a>(&self) -> Rows<'a, E> {
         // SAFETY: see the module.
         unsafe { Rows::from_raw(self.address, self.layout) }
     }
 
-    fn rows_mut<'a>(&self) -> RowsMut<'a, E> {
+    pub(super) fn rows_mut<'a>(&self) -> RowsMut<'a, E> {
         // SAFETY: see the module.
         unsafe { RowsMut::from_raw(self.address, self.layout) }
     }
 }
 
-fn contiguous<'a, T: numpy::Element>(name: &'static str, array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
+pub(super) fn contiguous<'a, T: numpy::Element>(name: &'static str, array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
     array.as_slice().map_err(|_| not_contiguous(name).into())
 }
 
-fn not_contiguous(name: &'static str) -> Error {
+pub(super) fn not_contiguous(name: &'static str) -> Error {
     Error::InvalidArgument {
         name,
         got: "an array with gaps".into(),
@@ -138,7 +139,7 @@ fn not_contiguous(name: &'static str) -> Error {
 
 /// The indices of one step, checked once for all its layers.
 #[pyclass(frozen, module = "dflash_rs._core")]
-pub struct AttentionBatch(device::AttentionBatch);
+pub struct AttentionBatch(pub(super) device::AttentionBatch);
 
 #[pymethods]
 impl AttentionBatch {
@@ -206,12 +207,7 @@ pub(super) fn paged_attention(
     window: Option<usize>,
     threads: usize,
 ) -> PyResult<()> {
-    let mask = match mask {
-        "causal" => Mask::Causal,
-        "block" => Mask::Block,
-        "ancestors" => Mask::Ancestors,
-        other => return Err(unknown("mask", other, "'causal', 'block' or 'ancestors'")),
-    };
+    let mask = mask_named(mask)?;
     if threads == 0 {
         return Err(unknown("threads", "0", "at least 1"));
     }
@@ -229,7 +225,16 @@ pub(super) fn paged_attention(
     }
 }
 
-fn unknown(name: &'static str, got: &str, expected: &str) -> PyErr {
+pub(super) fn mask_named(name: &str) -> PyResult<Mask> {
+    match name {
+        "causal" => Ok(Mask::Causal),
+        "block" => Ok(Mask::Block),
+        "ancestors" => Ok(Mask::Ancestors),
+        other => Err(unknown("mask", other, "'causal', 'block' or 'ancestors'")),
+    }
+}
+
+pub(super) fn unknown(name: &'static str, got: &str, expected: &str) -> PyErr {
     Error::InvalidArgument {
         name,
         got: got.into(),
@@ -285,7 +290,7 @@ impl Call<'_> {
 /// A weight packed for products with few rows.
 #[pyclass(frozen, module = "dflash_rs._core")]
 pub struct PackedWeight {
-    weight: host::PackedWeight,
+    pub(super) weight: Arc<host::PackedWeight>,
     isa: Isa,
 }
 
@@ -298,7 +303,7 @@ impl PackedWeight {
         let bias = bias.as_ref().map(|b| contiguous("bias", b)).transpose()?;
         let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias)?;
         Ok(Self {
-            weight,
+            weight: Arc::new(weight),
             isa: Isa::detect(),
         })
     }

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _core
 from ..attention import host_kernel_serves, step_attention
 from ..errors import InvalidArgument
 from .batch import StepBatch
-from .fused import FusedLayer, PackedLinear, RotaryTable, rotate_rows
+from .fused import FusedLayer, HostRun, PackedLinear, RotaryTable, addresses, rotate_rows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -244,16 +245,16 @@ class DFlashDraft(nn.Module):
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.fc.weight.dtype.itemsize
 
-    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None = None) -> None:
         """Writes the context K and V of M committed tokens.
 
-        features [M, K*H] in `target_layer_ids` order, positions int64 [M], slots int64 [M]. Each token once, in any
-        order; a slot may be written again when its page changed hands.
+        features [T, K*H] in `target_layer_ids` order; rows int64 [M]: whose features they are (0..T-1 when None); positions
+        and slots int64 [M]. Each token once, in any order; a slot may be written again when its page changed hands.
         """
         if self._engine is None:
             raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
         with torch.inference_mode():
-            self._engine.inject(features, positions, slots)
+            self._engine.inject(features, positions, slots, rows)
 
     def propose(
         self,
@@ -266,7 +267,25 @@ class DFlashDraft(nn.Module):
         valid_from=None,
         block_size: int | None = None,
     ) -> np.ndarray:
-        """Drafts int64 [n, B-1]: row i of request r is the token proposed for position lengths[r] + 1 + i.
+        """Drafts int64 [n, B-1]; see `draft`."""
+        return self.draft(
+            anchors, lengths, page_table, row_ids, page_size=page_size, valid_from=valid_from, block_size=block_size
+        )[0]
+
+    def draft(
+        self,
+        anchors,
+        lengths,
+        page_table,
+        row_ids=None,
+        *,
+        page_size: int,
+        valid_from=None,
+        block_size: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Drafts int64 [n, B-1] and the drafter's own probability of each, float32 [n, B-1].
+
+        Row i of request r is the token proposed for position lengths[r] + 1 + i.
 
         anchors int64 [n] (their KV does not exist yet), lengths int32 [n]: committed tokens, whose context K/V have been
         injected; page_table int32 [rows, pages] and row_ids int32 [n] (0..n-1 when None): each request's pages
@@ -280,8 +299,7 @@ class DFlashDraft(nn.Module):
         if size < 2:
             raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
         with torch.inference_mode():
-            drafts = self._engine.propose(anchors, lengths, page_table, row_ids, page_size, valid_from, size)
-        return drafts.cpu().numpy()
+            return self._engine.draft(anchors, lengths, page_table, row_ids, page_size, valid_from, size)
 
     # ---- training --------------------------------------------------------------------------------------------
 
@@ -399,28 +417,53 @@ class _DraftEngine:
             tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
             for _ in range(c.num_hidden_layers)
         ]
+        plain = c.input_embedding_scale == 1.0 and c.output_multiplier == 1.0 and c.final_logit_softcapping is None
+        self.run = self.injector = None
+        if plain:
+            self.run = HostRun.build(
+                self.layers, self.norm, self.head, self.embedding, self.rotary, host_kernel=self.host_kernel
+            )
+        if self.run is not None:
+            self.injector = _core.HostInjector(
+                fc=self.fc.host,
+                norm=self.context_norm.numpy(),
+                key_values=self.context_kv.host,
+                key_norms=[layer.self_attn.k_norm.weight.detach().numpy() for layer in draft.layers],
+                kv_heads=c.num_key_value_heads,
+                head_dim=c.head_dim,
+                eps=self.eps,
+            )
 
-    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None) -> None:
         c = self.config
-        count = features.shape[0]
         if features.ndim != 2 or features.shape[1] != c.feature_size:
-            raise InvalidArgument(f"features: got shape {list(features.shape)}, expected [M, {c.feature_size}]")
+            raise InvalidArgument(f"features: got shape {list(features.shape)}, expected [T, {c.feature_size}]")
+        count = features.shape[0] if rows is None else rows.shape[0]
         if positions.shape != (count,) or slots.shape != (count,):
             raise InvalidArgument(
                 f"positions, slots: got shapes {list(positions.shape)}, {list(slots.shape)}, expected [{count}] (features)"
             )
         if count == 0:
             return
+        limit = int(positions.max()) + 1
+        if self.injector is not None and features.dtype == torch.float32 and features.stride(1) == 1:
+            rows = np.arange(count) if rows is None else rows.numpy()
+            self.injector.inject(
+                (features.data_ptr(), features.stride(0), c.feature_size), features.shape[0], rows, positions.numpy(),
+                slots.numpy(), self.rotary.address(limit), addresses(self.caches), self.num_slots, torch.get_num_threads(),
+            )  # fmt: skip
+            return
+        features = features if rows is None else features[rows]
         x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
         kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
         keys = torch.rms_norm(kv[:, :, 0], (c.head_dim,), None, self.eps).mul_(self.k_norm)
-        cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
+        cos, sin = self.rotary.lookup(positions, limit)
         keys = rotate_rows(keys, cos[:, None], sin[:, None])
         for index, (k_cache, v_cache) in enumerate(self.caches):
             k_cache.index_copy_(0, slots, keys[:, index])
             v_cache.index_copy_(0, slots, kv[:, index, 1])
 
-    def propose(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int) -> Tensor:
+    def draft(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int):
         c = self.config
         lengths = np.asarray(lengths, dtype=np.int32)
         n = lengths.size
@@ -431,7 +474,7 @@ class _DraftEngine:
                 f"anchors: got {int(tokens.min())}..{int(tokens.max())}, expected 0..{self.embedding.shape[0] - 1}"
             )
         if n == 0:
-            return torch.empty((0, size - 1), dtype=torch.int64, device=self.device)
+            return np.empty((0, size - 1), dtype=np.int64), np.empty((0, size - 1), dtype=np.float32)
         positions = (lengths[:, None] + np.arange(size)).astype(np.int64).reshape(-1)
         batch = StepBatch.from_arrays(
             token_ids=tokens.reshape(-1),
@@ -449,7 +492,11 @@ class _DraftEngine:
         attention = step_attention(
             batch, num_slots=self.num_slots, write=False, host=self.host_kernel, valid_from=valid_from
         )
-        cos, sin = self.rotary.lookup(batch.positions, int(positions.max()) + 1)
+        limit = int(positions.max()) + 1
+        if self.run is not None:
+            never = c.mask_token_id if c.mask_token_id < self.head.outputs else None
+            return self.run.draft(positions, tokens.reshape(-1), limit, attention, self.caches, size, never)
+        cos, sin = self.rotary.lookup(batch.positions, limit)
         x = F.embedding(batch.token_ids, self.embedding)
         if c.input_embedding_scale != 1.0:
             x = x * c.input_embedding_scale
@@ -463,7 +510,9 @@ class _DraftEngine:
             logits = torch.tanh(logits / c.final_logit_softcapping) * c.final_logit_softcapping
         if c.mask_token_id < logits.shape[-1]:
             logits[:, c.mask_token_id] = -math.inf
-        return logits.argmax(dim=-1).view(n, size - 1)
+        drafts = logits.argmax(dim=-1)
+        sure = logits.float().softmax(dim=-1).gather(1, drafts[:, None])[:, 0]
+        return drafts.view(n, size - 1).cpu().numpy(), sure.view(n, size - 1).cpu().numpy()
 
 
 def block_mask(block_size: int, causal: bool, window: int | None, device) -> Tensor | None:

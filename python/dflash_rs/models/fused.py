@@ -106,18 +106,27 @@ class RotaryTable:
         self._rows: Tensor | None = None
         self._start = start
 
-    def lookup(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """positions int64 [T], all below `limit` -> cos, signed sin, each [T, 1, head_dim]."""
+    def rows(self, limit: int, device: torch.device | str = "cpu") -> Tensor:
+        """cos and signed sin of at least `limit` positions, [N, 2, 1, head_dim]."""
         if self._rows is None or self._rows.shape[0] < limit:
             size = self._start if self._rows is None else self._rows.shape[0]
             while size < limit:
                 size *= 2
-            cos, sin = self._compute(torch.arange(size, device=positions.device))
+            cos, sin = self._compute(torch.arange(size, device=device))
             half = sin.shape[-1] // 2
             sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
             self._rows = torch.stack((cos, sin), dim=1).unsqueeze(2).contiguous()
-        rows = self._rows.index_select(0, positions)
+        return self._rows
+
+    def lookup(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """positions int64 [T], all below `limit` -> cos, signed sin, each [T, 1, head_dim]."""
+        rows = self.rows(limit, positions.device).index_select(0, positions)
         return rows[:, 0], rows[:, 1]
+
+    def address(self, limit: int) -> tuple[tuple[int, int, int], int]:
+        """The table for the extension: address with strides, and its number of positions."""
+        rows = self.rows(limit)
+        return (rows.data_ptr(), rows.stride(0), rows.stride(1)), rows.shape[0]
 
 
 def rotate_rows(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -142,8 +151,9 @@ class FusedLayer:
         self.kv_heads = attention.k_proj.out_features // head_dim
         self.head_dim, self.eps, self.scale, self.window, self.causal = head_dim, eps, scale, window, causal
         self.hidden, self.inner = (self.norm1.numel(),), mlp.gate_proj.out_features
-        self.head_norm = None
+        self.head_norm = self.q_norm = self.k_norm = None
         if getattr(attention, "q_norm", None) is not None:
+            self.q_norm, self.k_norm = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
             rows = [attention.q_norm.weight.detach()] * self.heads + [attention.k_norm.weight.detach()] * self.kv_heads
             self.head_norm = torch.stack(rows).contiguous()
         self._width = (head_dim,)
@@ -165,3 +175,73 @@ class FusedLayer:
         x = self.out.plus(attended.reshape(x.shape[0], -1), x)
         gate_up = self.gate_up(torch.rms_norm(x, self.hidden, self.norm2, self.eps))
         return self.down.plus(F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :]), x)
+
+
+class HostRun:
+    """Layers and head as one call of the extension: float32 on a CPU, where what lies between operations costs as much as they do.
+
+    A pass reads and writes the caches in place. The tensors behind the addresses it is given are alive for the call.
+    """
+
+    def __init__(self, layers: list[FusedLayer], norm: Tensor, head: PackedLinear, embedding: Tensor, rotary: RotaryTable):
+        self.embedding, self.rotary = embedding, rotary
+        self.outputs = head.outputs
+        self._decoder = _core.HostDecoder(norm.numpy(), head.host, layers[0].eps)
+        for layer in layers:
+            self._decoder.add_layer(
+                attention_norm=layer.norm1.numpy(),
+                qkv=layer.qkv.host,
+                out=layer.out.host,
+                mlp_norm=layer.norm2.numpy(),
+                gate_up=layer.gate_up.host,
+                down=layer.down.host,
+                heads=layer.heads,
+                kv_heads=layer.kv_heads,
+                head_dim=layer.head_dim,
+                scale=layer.scale,
+                mask="causal" if layer.causal else "block",
+                window=layer.window,
+                query_norm=None if layer.q_norm is None else layer.q_norm.numpy(),
+                key_norm=None if layer.k_norm is None else layer.k_norm.numpy(),
+            )
+
+    @classmethod
+    def build(cls, layers, norm, head, embedding, rotary, *, host_kernel: bool) -> HostRun | None:
+        """The run, or None where it does not apply: another device or type, weights too large for a second copy."""
+        products = [p for layer in layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        if not host_kernel or embedding.dtype != torch.float32 or not isinstance(head, PackedLinear):
+            return None
+        if any(product.host is None for product in (*products, head)):
+            return None
+        return cls(layers, norm, head, embedding, rotary)
+
+    def forward(self, positions, tokens, limit: int, attention, caches, logit_rows, taps=()):
+        """Logits [N, V] of `logit_rows`, and features [T, K*H] of the layers `taps` (None without).
+
+        positions, tokens [T] and logit_rows [N]: int64, host; every position is below `limit`.
+        """
+        width = self.embedding.shape[1]
+        logits = torch.empty(len(logit_rows), self.outputs)
+        features = torch.empty(len(tokens), len(taps) * width) if taps else None
+        self._decoder.forward(
+            attention.batch, tokens, positions, *self._tables(limit), addresses(caches), logit_rows,
+            (logits.data_ptr(), self.outputs, self.outputs), list(taps),
+            None if features is None else (features.data_ptr(), features.stride(0), width), torch.get_num_threads(),
+        )  # fmt: skip
+        return logits, features
+
+    def draft(self, positions, tokens, limit: int, attention, caches, block: int, never: int | None):
+        """Drafts int64 [n, block-1] and their probabilities float32 [n, block-1]; positions and tokens int64 [n * block], host."""
+        return self._decoder.draft(
+            attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _tables(self, limit: int):
+        rows, width = self.embedding.shape
+        return ((self.embedding.data_ptr(), self.embedding.stride(0), width), rows), self.rotary.address(limit)
+
+
+def addresses(caches) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """K and V caches [num_slots, heads, dim] of every layer for the extension."""
+    return [tuple((t.data_ptr(), t.stride(0), t.stride(1)) for t in layer) for layer in caches]

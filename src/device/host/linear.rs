@@ -8,19 +8,21 @@
 //! `+ residual[row][n]`. It depends on its own row only, bit for bit: not on the other rows, the threads, or how W is stored.
 //!
 //! ```text
-//!   W [N, K]  -->  panels of 32 outputs, each [K, 32]        x rows, eight at a time, as [K, 8]
-//!                  acc[8][2] += x[k][r] * panel[k][0..32]     16 sums and 2 weight vectors live in registers
+//!   W [N, K]  -->  panels of 32 outputs, each [K, 32]        x rows, eight at a time
+//!                  acc[8][2] += x[r][k] * panel[k][0..32]     16 sums and 2 weight vectors live in registers
 //! ```
 
 use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
+use super::team;
 use super::view::{Bf16, Rows, RowsMut};
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// Vectors, and outputs, of a panel.
 const VECTORS: usize = 2;
 const PANEL: usize = VECTORS * LANES;
-/// Multiply-adds that are worth another thread; starting one costs some 20 microseconds.
-const WORK_PER_THREAD: usize = 1 << 22;
+/// Multiply-adds that are worth handing out: some microseconds of work.
+const WORK_PER_PART: usize = 1 << 17;
 
 /// How a packed weight is stored.
 #[derive(Clone, Debug)]
@@ -153,17 +155,13 @@ impl PackedWeight {
             residual,
             out,
         };
-        let threads = threads.min(rows * self.inputs * self.outputs / WORK_PER_THREAD + 1);
-        let share = rows.div_ceil(threads.max(1)).next_multiple_of(8);
-        std::thread::scope(|scope| {
-            let mut first = 0;
-            // The caller's own thread takes the last share.
-            while first + share < rows {
-                let (job, begin) = (&job, first);
-                scope.spawn(move || job.run(isa, begin, begin + share));
-                first += share;
-            }
-            job.run(isa, first, rows);
+        // Parts are runs of panels: every one needs all rows, so each weight is read by one thread only.
+        let panels = self.outputs.div_ceil(PANEL);
+        let work = rows * self.inputs * self.outputs;
+        let parts = (work / WORK_PER_PART).clamp(1, 4 * threads.max(1)).min(panels);
+        let each = panels.div_ceil(parts);
+        team::run(threads, panels.div_ceil(each), |part| {
+            job.run(isa, part * each..panels.min((part + 1) * each));
         });
         Ok(())
     }
@@ -180,7 +178,7 @@ fn pack<W: Copy + Default>(weight: &[f32], outputs: usize, inputs: usize, store:
     panels
 }
 
-/// One call's arrays. Threads share it and take disjoint rows.
+/// One call's arrays. Threads share it and take disjoint panels.
 struct Job<'a> {
     weight: &'a PackedWeight,
     x: Rows<'a, f32>,
@@ -189,25 +187,25 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Rows `begin..end`.
-    fn run(&self, isa: Isa, begin: usize, end: usize) {
+    /// All rows of the outputs in `panels`.
+    fn run(&self, isa: Isa, panels: Range<usize>) {
+        let at = panels.start * PANEL * self.weight.inputs..panels.end * PANEL * self.weight.inputs;
+        let first = panels.start;
         match &self.weight.panels {
-            Panels::F32(panels) => dispatch(
+            Panels::F32(all) => dispatch(
                 isa,
                 Share {
                     job: self,
-                    panels,
-                    begin,
-                    end,
+                    panels: &all[at],
+                    first,
                 },
             ),
-            Panels::Bf16(panels) => dispatch(
+            Panels::Bf16(all) => dispatch(
                 isa,
                 Share {
                     job: self,
-                    panels,
-                    begin,
-                    end,
+                    panels: &all[at],
+                    first,
                 },
             ),
         }
@@ -217,57 +215,36 @@ impl Job<'_> {
 struct Share<'a, W> {
     job: &'a Job<'a>,
     panels: &'a [W],
-    begin: usize,
-    end: usize,
+    /// Index of the first of them.
+    first: usize,
 }
+
+/// Rows that stay in cache while the weight passes by once.
+const PASS: usize = 256;
 
 impl<W: Weight> Routine for Share<'_, W> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let inputs = self.job.weight.inputs;
-        let mut turned = vec![0.0; inputs * (self.end - self.begin)];
-        let mut blocks = [(0, 0); 64];
-        // All rows of this share stay in cache while the weight passes by once; more rows than this make several passes.
-        let mut first = self.begin;
-        while first < self.end {
-            let mut count = 0;
-            let mut row = first;
-            while row < self.end && count < blocks.len() {
-                let left = self.end - row;
-                let size = [8, 4, 2, 1]
-                    .into_iter()
-                    .find(|&size| size <= left && size <= L::PRODUCT_ROWS)
-                    .unwrap_or(1);
-                blocks[count] = (row, size);
-                turn(
-                    &self.job.x,
-                    row,
-                    size,
-                    &mut turned[(row - self.begin) * inputs..][..size * inputs],
-                );
-                (row, count) = (row + size, count + 1);
-            }
-            for (index, panel) in self.panels.chunks_exact(PANEL * inputs).enumerate() {
-                for &(row, size) in &blocks[..count] {
-                    let x = &turned[(row - self.begin) * inputs..][..size * inputs];
+        let rows = self.job.x.layout().rows;
+        for begin in (0..rows).step_by(PASS) {
+            let end = rows.min(begin + PASS);
+            for (index, panel) in (self.first..).zip(self.panels.chunks_exact(PANEL * self.job.weight.inputs)) {
+                let mut row = begin;
+                while row < end {
+                    let size = (end - row).min(L::PRODUCT_ROWS);
                     match size {
-                        8 => self.block::<L, 8>(index, panel, x, row),
-                        4 => self.block::<L, 4>(index, panel, x, row),
-                        2 => self.block::<L, 2>(index, panel, x, row),
-                        _ => self.block::<L, 1>(index, panel, x, row),
+                        8 => self.block::<L, 8>(index, panel, row),
+                        7 => self.block::<L, 7>(index, panel, row),
+                        6 => self.block::<L, 6>(index, panel, row),
+                        5 => self.block::<L, 5>(index, panel, row),
+                        4 => self.block::<L, 4>(index, panel, row),
+                        3 => self.block::<L, 3>(index, panel, row),
+                        2 => self.block::<L, 2>(index, panel, row),
+                        _ => self.block::<L, 1>(index, panel, row),
                     }
+                    row += size;
                 }
             }
-            first = row;
-        }
-    }
-}
-
-/// Rows `first..first + size` of x as `[K, size]`.
-fn turn(x: &Rows<'_, f32>, first: usize, size: usize, out: &mut [f32]) {
-    for r in 0..size {
-        for (k, &value) in x.row(first + r, 0).iter().enumerate() {
-            out[k * size + r] = value;
         }
     }
 }
@@ -276,17 +253,21 @@ impl<W: Weight> Share<'_, W> {
     /// `R` rows times one panel.
     #[inline(always)]
     #[allow(clippy::needless_range_loop, reason = "see the loops")]
-    fn block<L: Lanes, const R: usize>(&self, index: usize, panel: &[W], x: &[f32], row: usize) {
+    fn block<L: Lanes, const R: usize>(&self, index: usize, panel: &[W], row: usize) {
         let mut acc = [[L::splat(0.0); VECTORS]; R];
-        let weights = panel.as_chunks::<LANES>().0;
-        for (x, w) in x.as_chunks::<R>().0.iter().zip(weights.as_chunks::<VECTORS>().0) {
+        let weights = panel.as_chunks::<LANES>().0.as_chunks::<VECTORS>().0;
+        let mut x = [&[][..]; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            *x = &self.job.x.row(row + r, 0)[..weights.len()];
+        }
+        for (k, w) in weights.iter().enumerate() {
             // Counted loops: these unroll early enough for the sums to live in registers.
             let mut lanes = [L::splat(0.0); VECTORS];
             for v in 0..VECTORS {
                 lanes[v] = W::lanes::<L>(&w[v]);
             }
             for r in 0..R {
-                let x = L::splat(x[r]);
+                let x = L::splat(x[r][k]);
                 for v in 0..VECTORS {
                     acc[r][v] = x.mul_add(lanes[v], acc[r][v]);
                 }
@@ -306,9 +287,9 @@ impl<W: Weight> Share<'_, W> {
             if let Some(residual) = &self.job.residual {
                 add(y, &residual.row(row + r, 0)[first..first + width]);
             }
-            // SAFETY: a row belongs to one share, and one thread runs a share.
-            let out = unsafe { self.job.out.row(row + r, 0) };
-            out[first..first + width].copy_from_slice(y);
+            // SAFETY: a panel belongs to one share, one thread runs a share, and a panel's outputs are its own.
+            let out = unsafe { self.job.out.part(row + r, 0, first..first + width) };
+            out.copy_from_slice(y);
         }
     }
 }

@@ -111,6 +111,7 @@ pub(super) trait Lanes: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// The larger of the two; `other` where they do not compare.
@@ -211,6 +212,10 @@ impl Lanes for [f32; LANES] {
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
         std::array::from_fn(|i| self[i] * other[i])
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] / other[i])
     }
     #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
@@ -316,6 +321,10 @@ mod x86 {
             Self(unsafe { _mm512_mul_ps(self.0, other.0) })
         }
         #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            Self(unsafe { _mm512_div_ps(self.0, other.0) })
+        }
+        #[inline(always)]
         fn mul_add(self, a: Self, b: Self) -> Self {
             Self(unsafe { _mm512_fmadd_ps(self.0, a.0, b.0) })
         }
@@ -418,6 +427,10 @@ mod x86 {
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
             unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            unsafe { Self(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul_add(self, a: Self, b: Self) -> Self {

@@ -288,6 +288,33 @@ impl<'a, E: Element> RowsMut<'a, E> {
         unsafe { std::slice::from_raw_parts_mut(self.data.add(row * row_stride + head * head_stride), dim) }
     }
 
+    /// Copies `values` to one head of one row.
+    pub fn write(&mut self, row: usize, head: usize, values: &[E]) {
+        self.row_mut(row, head).copy_from_slice(values);
+    }
+
+    /// Elements `range` of one head of one row.
+    ///
+    /// # Safety
+    /// No other reference to these elements exists, on this thread or another.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref, reason = "rows are written from several threads, each its own part")]
+    pub(super) unsafe fn part(&self, row: usize, head: usize, range: std::ops::Range<usize>) -> &mut [E] {
+        let Layout {
+            rows,
+            heads,
+            dim,
+            row_stride,
+            head_stride,
+        } = self.layout;
+        assert!(row < rows && head < heads && range.start <= range.end && range.end <= dim);
+        // SAFETY: see the module, "In bounds" and "Aliasing".
+        unsafe {
+            let first = self.data.add(row * row_stride + head * head_stride + range.start);
+            std::slice::from_raw_parts_mut(first, range.len())
+        }
+    }
+
     /// The elements of one head of one row, where the caller has the whole view to itself.
     #[inline(always)]
     pub(super) fn row_mut(&mut self, row: usize, head: usize) -> &mut [E] {

@@ -1,0 +1,326 @@
+//! Whole runs of layers on the host: a block drafted, or its context injected, in one crossing.
+//!
+//! Arrays arrive as in [`super::host`], whose safety argument covers them.
+
+use std::cell::RefCell;
+
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
+use pyo3::prelude::*;
+
+use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
+use crate::device::host::decoder::{
+    Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, guess,
+};
+use crate::device::host::{HostKernels, Isa};
+use crate::device::{AttentionParams, RowsMut};
+use crate::error::Error;
+
+thread_local! {
+    // Kept between calls: fresh buffers would be page faults in every step.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Takes this thread's buffers, runs, and puts them back.
+fn with_scratch<R>(run: impl FnOnce(&mut Scratch) -> R) -> R {
+    let mut scratch = SCRATCH.take();
+    let result = run(&mut scratch);
+    SCRATCH.set(scratch);
+    result
+}
+
+fn floats(name: &'static str, values: &PyReadonlyArray1<'_, f32>) -> PyResult<Vec<f32>> {
+    Ok(contiguous(name, values)?.to_vec())
+}
+
+/// `(k, v)` of every layer.
+type Caches = Vec<(Pointer, Pointer)>;
+
+fn caches_mut<'a>(
+    caches: &Caches,
+    slots: usize,
+    shapes: &[(usize, usize)],
+) -> Result<Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>, Error> {
+    if caches.len() != shapes.len() {
+        return Err(Error::Length {
+            name: "caches",
+            got: caches.len(),
+            expected: shapes.len(),
+        });
+    }
+    let layer = |(&(k, v), &(heads, dim)): (&(Pointer, Pointer), &(usize, usize))| {
+        let k = Checked::new("k_cache", k, slots, heads, dim)?;
+        let v = Checked::new("v_cache", v, slots, heads, dim)?;
+        v.alone(&[&k])?;
+        Ok((k.rows_mut(), v.rows_mut()))
+    };
+    caches.iter().zip(shapes).map(layer).collect()
+}
+
+fn kernels(threads: usize) -> PyResult<HostKernels> {
+    if threads == 0 {
+        return Err(unknown("threads", "0", "at least 1"));
+    }
+    Ok(HostKernels::default().with_threads(threads))
+}
+
+/// Decoder layers and a head whose passes run in one call on the host, in f32.
+#[pyclass(module = "dflash_rs._core")]
+pub struct HostDecoder {
+    decoder: Decoder,
+    head: Head,
+}
+
+#[pymethods]
+impl HostDecoder {
+    #[new]
+    fn new(norm: PyReadonlyArray1<'_, f32>, head: &PackedWeight, eps: f32) -> PyResult<Self> {
+        let head = Head {
+            norm: floats("norm", &norm)?,
+            weight: head.weight.clone(),
+            eps,
+        };
+        head.check()?;
+        Ok(Self {
+            decoder: Decoder::new(head.norm.len(), eps)?,
+            head,
+        })
+    }
+
+    /// Appends a layer.
+    #[pyo3(signature = (*, attention_norm, qkv, out, mlp_norm, gate_up, down, heads, kv_heads, head_dim, scale, mask, window=None,
+                        query_norm=None, key_norm=None))]
+    #[allow(clippy::too_many_arguments, reason = "the weights of a layer, by keyword")]
+    fn add_layer(
+        &mut self,
+        attention_norm: PyReadonlyArray1<'_, f32>,
+        qkv: &PackedWeight,
+        out: &PackedWeight,
+        mlp_norm: PyReadonlyArray1<'_, f32>,
+        gate_up: &PackedWeight,
+        down: &PackedWeight,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        scale: f32,
+        mask: &str,
+        window: Option<usize>,
+        query_norm: Option<PyReadonlyArray1<'_, f32>>,
+        key_norm: Option<PyReadonlyArray1<'_, f32>>,
+    ) -> PyResult<()> {
+        let head_norms = match (query_norm, key_norm) {
+            (Some(queries), Some(keys)) => Some((floats("query_norm", &queries)?, floats("key_norm", &keys)?)),
+            (None, None) => None,
+            _ => return Err(unknown("key_norm", "one of query_norm and key_norm", "both or neither")),
+        };
+        let weights = LayerWeights {
+            attention_norm: floats("attention_norm", &attention_norm)?,
+            qkv: qkv.weight.clone(),
+            head_norms,
+            out: out.weight.clone(),
+            mlp_norm: floats("mlp_norm", &mlp_norm)?,
+            gate_up: gate_up.weight.clone(),
+            down: down.weight.clone(),
+        };
+        let attention = AttentionParams {
+            scale,
+            mask: mask_named(mask)?,
+            window,
+        };
+        let shape = LayerShape {
+            heads,
+            kv_heads,
+            head_dim,
+            attention,
+        };
+        Ok(self.decoder.push(weights, shape)?)
+    }
+
+    /// One pass: features of the tapped layers into `features`, logits of `logit_rows` into `logits`.
+    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, logit_rows, logits, taps=Vec::new(), features=None,
+                        threads=1))]
+    #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
+    fn forward(
+        &self,
+        py: Python<'_>,
+        batch: &Bound<'_, AttentionBatch>,
+        token_ids: PyReadonlyArray1<'_, i64>,
+        positions: PyReadonlyArray1<'_, i64>,
+        embedding: (Pointer, usize),
+        rotary: (Pointer, usize),
+        caches: Caches,
+        logit_rows: PyReadonlyArray1<'_, i64>,
+        logits: Pointer,
+        taps: Vec<usize>,
+        features: Option<Pointer>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let batch = &batch.get().0;
+        let hidden = self.decoder.hidden();
+        let rows = contiguous("logit_rows", &logit_rows)?;
+        let kernels = kernels(threads)?;
+        let features = match features {
+            Some(pointer) if !taps.is_empty() => {
+                Some(Checked::<f32>::new("features", pointer, batch.tokens(), taps.len(), hidden)?)
+            }
+            _ => None,
+        };
+        let mut tapped = features.map(|features| features.rows_mut());
+        let out = Checked::<f32>::new("logits", logits, rows.len(), 1, self.head.weight.outputs())?.rows_mut();
+        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
+        let run = || {
+            with_scratch(|scratch| {
+                self.decoder.run(kernels, batch, inputs, scratch, |layer, x| {
+                    for (k, _) in taps.iter().enumerate().filter(|&(_, &tap)| tap == layer) {
+                        if let Some(features) = &mut tapped {
+                            for (token, row) in x.chunks_exact(hidden).enumerate() {
+                                features.write(token, k, row);
+                            }
+                        }
+                    }
+                })?;
+                self.head.logits(kernels, rows, batch.tokens(), scratch, out)
+            })
+        };
+        py.detach(run)?;
+        Ok(())
+    }
+
+    /// Drafts `[n, block - 1]` tokens and their probabilities: rows 1.. of every block of `block` tokens.
+    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, threads=1))]
+    #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
+    #[allow(clippy::type_complexity, reason = "two arrays")]
+    fn draft<'py>(
+        &self,
+        py: Python<'py>,
+        batch: &Bound<'_, AttentionBatch>,
+        token_ids: PyReadonlyArray1<'_, i64>,
+        positions: PyReadonlyArray1<'_, i64>,
+        embedding: (Pointer, usize),
+        rotary: (Pointer, usize),
+        caches: Caches,
+        block: usize,
+        never: Option<usize>,
+        threads: usize,
+    ) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>)> {
+        let batch = &batch.get().0;
+        if block < 2 || !batch.tokens().is_multiple_of(block) {
+            let expected = format!("at least 2, dividing the {} tokens", batch.tokens());
+            return Err(unknown("block", &block.to_string(), &expected));
+        }
+        let kernels = kernels(threads)?;
+        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
+        let guesses = py.detach(|| with_scratch(|scratch| self.guesses(kernels, batch, inputs, block, never, scratch)))?;
+        let shape = [batch.tokens() / block, block - 1];
+        let tokens: Vec<i64> = guesses.iter().map(|guess| guess.token as i64).collect();
+        let probabilities: Vec<f32> = guesses.iter().map(|guess| guess.probability).collect();
+        let tokens = PyArray1::from_vec(py, tokens).reshape(shape)?;
+        Ok((tokens, PyArray1::from_vec(py, probabilities).reshape(shape)?))
+    }
+}
+
+impl HostDecoder {
+    fn inputs<'a>(
+        &self,
+        batch: &crate::device::AttentionBatch,
+        token_ids: &'a PyReadonlyArray1<'_, i64>,
+        positions: &'a PyReadonlyArray1<'_, i64>,
+        embedding: (Pointer, usize),
+        rotary: (Pointer, usize),
+        caches: &Caches,
+    ) -> PyResult<DecoderInputs<'a>> {
+        let shapes = self.decoder.cache_shapes();
+        let head_dim = shapes.first().map_or(0, |&(_, dim)| dim);
+        let vocabulary = Checked::new("embedding", embedding.0, embedding.1, 1, self.decoder.hidden())?;
+        let angles = Checked::new("rotary", rotary.0, rotary.1, 2, head_dim)?;
+        Ok(DecoderInputs {
+            tokens: contiguous("token_ids", token_ids)?,
+            positions: contiguous("positions", positions)?,
+            embedding: vocabulary.rows(),
+            rotary: angles.rows(),
+            caches: caches_mut(caches, batch.num_slots(), &shapes)?,
+        })
+    }
+
+    fn guesses(
+        &self,
+        kernels: HostKernels,
+        batch: &crate::device::AttentionBatch,
+        inputs: DecoderInputs<'_>,
+        block: usize,
+        never: Option<usize>,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Guess>, Error> {
+        let tokens = batch.tokens();
+        self.decoder.run(kernels, batch, inputs, scratch, |_, _| ())?;
+        let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
+        let mut logits = self.head.all_logits(kernels, &rows, tokens, scratch)?;
+        let isa = Isa::detect();
+        Ok(logits
+            .chunks_exact_mut(self.head.weight.outputs())
+            .map(|row| guess(isa, row, never))
+            .collect())
+    }
+}
+
+/// Writes the context of committed tokens into the caches of a drafter's layers, in one call.
+#[pyclass(frozen, module = "dflash_rs._core")]
+pub struct HostInjector(Injector);
+
+#[pymethods]
+impl HostInjector {
+    #[new]
+    #[pyo3(signature = (*, fc, norm, key_values, key_norms, kv_heads, head_dim, eps))]
+    fn new(
+        fc: &PackedWeight,
+        norm: PyReadonlyArray1<'_, f32>,
+        key_values: &PackedWeight,
+        key_norms: Vec<PyReadonlyArray1<'_, f32>>,
+        kv_heads: usize,
+        head_dim: usize,
+        eps: f32,
+    ) -> PyResult<Self> {
+        let key_norms = key_norms.iter().map(|norm| floats("key_norms", norm));
+        let injector = Injector {
+            fc: fc.weight.clone(),
+            norm: floats("norm", &norm)?,
+            key_values: key_values.weight.clone(),
+            key_norms: key_norms.collect::<PyResult<_>>()?,
+            kv_heads,
+            head_dim,
+            eps,
+        };
+        injector.check()?;
+        Ok(Self(injector))
+    }
+
+    /// Token `i` is row `rows[i]` of `features` (`feature_rows` of them), at `positions[i]`; it goes to `slots[i]`.
+    #[pyo3(signature = (features, feature_rows, rows, positions, slots, rotary, caches, num_slots, threads=1))]
+    #[allow(clippy::too_many_arguments, reason = "one crossing per step")]
+    fn inject(
+        &self,
+        py: Python<'_>,
+        features: Pointer,
+        feature_rows: usize,
+        rows: PyReadonlyArray1<'_, i64>,
+        positions: PyReadonlyArray1<'_, i64>,
+        slots: PyReadonlyArray1<'_, i64>,
+        rotary: (Pointer, usize),
+        caches: Caches,
+        num_slots: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        let injector = &self.0;
+        let kernels = kernels(threads)?;
+        let features = Checked::new("features", features, feature_rows, 1, injector.fc.inputs())?.rows();
+        let rotary = Checked::new("rotary", rotary.0, rotary.1, 2, injector.head_dim)?.rows();
+        let shapes = vec![(injector.kv_heads, injector.head_dim); injector.key_norms.len()];
+        let caches = caches_mut(&caches, num_slots, &shapes)?;
+        let (rows, positions) = (contiguous("rows", &rows)?, contiguous("positions", &positions)?);
+        let slots = contiguous("slots", &slots)?;
+        let slots = crate::device::batch::checked_slots(slots, slots.len(), num_slots)?;
+        py.detach(|| {
+            with_scratch(|scratch| injector.run(kernels, features, rows, positions, &slots, rotary, caches, scratch))
+        })?;
+        Ok(())
+    }
+}
