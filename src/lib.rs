@@ -7,6 +7,7 @@ pub mod device;
 pub mod draft;
 pub mod error;
 pub mod kv;
+pub mod plan;
 #[cfg(feature = "python")]
 mod py;
 pub mod rng;

@@ -487,7 +487,9 @@ impl Engine {
         let mut failed = accepted.failed().iter().peekable();
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
             let error = failed.next_if(|(at, _)| *at == row).map(|(_, error)| error);
-            self.resolve_row(row, scheduled, accepted.arrays(), injected, error, &mut events)?;
+            // A narrowed plan verified fewer drafts than were scheduled.
+            let drafted = plan.arrays().block_len[row] as u32 - 1;
+            self.resolve_row(row, scheduled, drafted, accepted.arrays(), injected, error, &mut events)?;
         }
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
@@ -496,10 +498,12 @@ impl Engine {
         Ok(events)
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what one row of a step amounts to")]
     fn resolve_row(
         &mut self,
         row: usize,
         scheduled: Scheduled,
+        drafted: u32,
         accepted: &AcceptedArrays,
         injected: bool,
         error: Option<&Error>,
@@ -544,7 +548,7 @@ impl Engine {
             out.top_tokens.extend_from_slice(&accepted.top_tokens[top.clone()]);
             out.top_logprobs.extend_from_slice(&accepted.top_logprobs[top]);
         }
-        let drafted = if work == Work::Decode { len - 1 } else { 0 };
+        let drafted = if work == Work::Decode { drafted } else { 0 };
         out.drafted.push(drafted as i32);
         out.accepted.push(drafts_accepted);
         out.finish.push(finish as u8);

@@ -45,6 +45,20 @@ class EngineConfig:
         return max(row, min(row * self.max_running, affordable))
 
 
+@dataclass(frozen=True)
+class StepCosts:
+    """What a step costs, in seconds or any other one unit: lines over the number of rows (packed tokens).
+
+    A target pass takes ``fixed + row * rows``, a drafter pass ``draft_fixed + draft_row * rows``. ``LLM(costs=...)`` takes them
+    where measuring anew is not wanted, for example to make the number of steps repeatable.
+    """
+
+    fixed: float = 1.0
+    row: float = 0.0
+    draft_fixed: float = 0.0
+    draft_row: float = 0.0
+
+
 def _at_least(name: str, value: int, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise InvalidArgument(f"{name}: got {value!r}, expected an integer of at least {low}")

@@ -14,14 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from .config import EngineConfig, assets
+from .config import EngineConfig, StepCosts, assets
 from .errors import DflashError, InvalidArgument
 from .sampling import SamplingParams
 from .text import Detokenizer, token_bytes
@@ -140,6 +140,9 @@ class LLM:
       GPU). float32 makes rounding differences between block sizes as rare as they can be.
     - `block_size`: tokens of a block, anchor included; None is the drafter's own.
     - `threads`: torch's CPU threads for the whole process; None leaves them.
+    - `adaptive`: draft and verify as many tokens as pay, judged by what a pass and a row of it cost here (measured when the
+      models are loaded, see `costs`), by what was accepted so far, and by the drafter's own confidence. False drafts and
+      verifies whole blocks. `costs`: the costs to judge by instead, a `StepCosts`. The text is the same in every case.
     - the rest: see `EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
@@ -163,10 +166,13 @@ class LLM:
         max_context: int = 0,
         max_batch_tokens: int = 1024,
         prefix_cache: bool = True,
+        adaptive: bool = True,
+        costs: StepCosts | None = None,
     ):
         import torch
         from transformers import AutoTokenizer
 
+        from .models.costs import measure
         from .models.loader import load_draft
         from .models.target import TargetModel
 
@@ -218,6 +224,11 @@ class LLM:
             prefix_cache=prefix_cache,
             vocabulary=self._bytes,
         )
+        self.costs: StepCosts | None = None
+        self._planner: _core.Planner | None = None
+        if self._draft is not None and adaptive:
+            self.costs = costs or measure(self._target, self._draft, self.block_size)
+            self._planner = _core.Planner(self.block_size, **asdict(self.costs))
         self._active: dict[int, _Active] = {}
         self._lock = threading.RLock()
         self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
@@ -357,7 +368,7 @@ class LLM:
 
         seconds, clock = self._stage_seconds, time.perf_counter
         t0 = clock()
-        plan = self._core.plan()
+        plan = self._core.plan(self._block())
         if plan is None:
             raise DflashError(f"nothing can run although {len(self._active)} requests are unfinished; this is a defect")
         try:
@@ -365,7 +376,7 @@ class LLM:
                 page_table = self._core.page_table
                 t1 = clock()
                 if plan.draft_rows.size:
-                    plan.set_drafts(self._propose(plan, page_table))
+                    self._propose(plan, page_table)
                 t2 = clock()
                 batch = StepBatch.from_arrays(
                     token_ids=plan.token_ids,
@@ -404,18 +415,33 @@ class LLM:
         ):  # fmt: skip
             seconds[name] += end - begin
 
-    def _propose(self, plan: Any, page_table: np.ndarray) -> np.ndarray:
+    def _block(self) -> int:
+        """Tokens of this step's blocks."""
+        if self._planner is None:
+            return self.block_size
+        active = list(self._active.values())[: self.config.max_running]
+        drafting = sum(a.drafts for a in active)
+        return self._planner.block(drafting, len(active) - drafting)
+
+    def _propose(self, plan: Any, page_table: np.ndarray) -> None:
+        """Fills in the drafts, and leaves out those that do not pay."""
         rows = plan.draft_rows
         first = plan.query_starts[rows]
-        return self._draft.propose(
+        drafts, probabilities = self._draft.draft(
             plan.token_ids[first],
             plan.context_lens[rows],
             page_table,
             plan.row_ids[rows],
             page_size=self.config.page_size,
             valid_from=plan.draft_valid_from[rows],
-            block_size=self.block_size,
+            block_size=int(plan.block_len[rows].max()),
         )
+        plan.set_drafts(drafts)
+        if self._planner is not None:
+            lengths = plan.block_len[rows]
+            others = plan.token_ids.size - int(lengths.sum())
+            keep = np.minimum(self._planner.widths(probabilities, others), lengths - 1)
+            plan.narrow(keep.astype(np.int32))
 
     def _route(self, events: Any) -> None:
         errors = dict(events.errors)
@@ -432,6 +458,8 @@ class LLM:
                 active.logprobs.extend(_logprobs(events, starts[e], starts[e + 1]))
             if active.token_ids and new:
                 active.count(drafted[e], accepted[e], len(new))
+                if self._planner is not None and drafted[e]:
+                    self._planner.record(drafted[e], accepted[e])
             elif new:
                 active.first = time.perf_counter()
             active.token_ids += new

@@ -349,6 +349,13 @@ macro_rules! plan_arrays {
                 Ok(outcome?)
             }
 
+            /// Verifies only the first `keep[i]` drafts of row `draft_rows[i]`, i32. Read the arrays again afterwards.
+            fn narrow(&self, keep: PyReadonlyArray1<'_, i32>) -> PyResult<()> {
+                let keep = keep.as_slice().map_err(|_| invalid("keep", "a strided array", "a C-contiguous i32 array"))?;
+                let outcome = locked(&self.plan).narrow(keep);
+                Ok(outcome?)
+            }
+
             /// Whether the step has been neither committed nor called off.
             #[getter]
             fn is_open(&self) -> bool {
@@ -365,7 +372,7 @@ macro_rules! plan_arrays {
             #[getter]
             fn $field<'py>(slf: &Bound<'py, Self>) -> Bound<'py, PyArray1<$kind>> {
                 let data: *const [$kind] = locked(&slf.get().plan).arrays().$field.as_slice();
-                // SAFETY: the buffer belongs to the plan that `slf` owns; it is refilled, never resized.
+                // SAFETY: the buffer belongs to the plan that `slf` owns; it is refilled or cut short in place, never moved.
                 unsafe { view(&*data, slf.clone().into_any()) }
             })*
         }

@@ -6,6 +6,7 @@ mod decoder;
 mod engine;
 mod errors;
 mod host;
+mod plan;
 mod pool;
 mod tree;
 mod verify;
@@ -19,6 +20,8 @@ mod _core {
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, paged_attention};
+    #[pymodule_export]
+    use super::plan::Planner;
     #[pymodule_export]
     use super::pool::PagePool;
     #[pymodule_export]

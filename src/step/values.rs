@@ -248,6 +248,69 @@ impl StepPlan {
         Ok(())
     }
 
+    /// Verifies fewer drafts: the first `keep[i]` of row `draft_rows[i]`. The layout closes up; what the row reserved and does
+    /// not use is given back at commit. May be called again, with less.
+    ///
+    /// # Errors
+    /// `Length` for a wrong number of rows, `InvalidArgument` for fewer than none or more than there are; nothing changes then.
+    pub fn narrow(&mut self, keep: &[i32]) -> Result<()> {
+        let arrays = &mut self.arrays;
+        if keep.len() != arrays.draft_rows.len() {
+            return Err(Error::Length {
+                name: "keep",
+                got: keep.len(),
+                expected: arrays.draft_rows.len(),
+            });
+        }
+        for (&row, &keep) in arrays.draft_rows.iter().zip(keep) {
+            let drafts = arrays.block_len[row as usize] - 1;
+            if !(0..=drafts).contains(&keep) {
+                return Err(Error::InvalidArgument {
+                    name: "keep",
+                    got: format!("{keep} for request {}", arrays.request_ids[row as usize]),
+                    expected: format!("0 to its {drafts} drafts"),
+                });
+            }
+        }
+        // Everything moves forward or stays, so one pass in order suffices.
+        let (mut at, mut logit, mut draft) = (0, 0, 0);
+        for row in 0..arrays.row_ids.len() {
+            let from = arrays.query_starts[row] as usize;
+            let mut len = arrays.block_len[row] as usize;
+            let logits = arrays.logit_starts[row] as usize..arrays.logit_starts[row + 1] as usize;
+            let mut kept_logits = logits.len();
+            if draft < keep.len() && arrays.draft_rows[draft] as usize == row {
+                len = 1 + keep[draft] as usize;
+                kept_logits = len;
+                draft += 1;
+            }
+            for i in 0..kept_logits {
+                let moved = arrays.logit_rows[logits.start + i] as usize - from + at;
+                arrays.logit_rows[logit + i] = moved as i32;
+            }
+            arrays.token_ids.copy_within(from..from + len, at);
+            arrays.positions.copy_within(from..from + len, at);
+            arrays.slots.copy_within(from..from + len, at);
+            arrays.block_len[row] = len as i32;
+            arrays.query_starts[row] = at as i32;
+            arrays.logit_starts[row] = logit as i32;
+            at += len;
+            logit += kept_logits;
+        }
+        let rows = arrays.row_ids.len();
+        arrays.query_starts[rows] = at as i32;
+        arrays.logit_starts[rows] = logit as i32;
+        for tokens in [&mut arrays.token_ids, &mut arrays.positions, &mut arrays.slots] {
+            tokens.truncate(at);
+        }
+        arrays.logit_rows.truncate(logit);
+        let PlanArrays {
+            draft_rows, block_len, ..
+        } = arrays;
+        draft_rows.retain(|&row| block_len[row as usize] > 1);
+        Ok(())
+    }
+
     /// Whether the step has been neither committed nor called off.
     pub fn is_open(&self) -> bool {
         self.ticket.is_some()

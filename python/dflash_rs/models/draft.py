@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _core
-from ..attention import host_kernel_serves, step_attention
+from ..attention import HostAttention, host_kernel_serves, step_attention
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .fused import FusedLayer, HostRun, PackedLinear, RotaryTable, addresses, rotate_rows
@@ -476,26 +476,32 @@ class _DraftEngine:
         if n == 0:
             return np.empty((0, size - 1), dtype=np.int64), np.empty((0, size - 1), dtype=np.float32)
         positions = (lengths[:, None] + np.arange(size)).astype(np.int64).reshape(-1)
+        limit = int(lengths.max()) + size
+        starts = np.arange(n + 1, dtype=np.int32) * size
+        row_ids = np.arange(n, dtype=np.int32) if row_ids is None else row_ids
+        valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
+        if self.run is not None:
+            attention = HostAttention(
+                slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(), query_starts=starts, context_lens=lengths,
+                page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from,
+            )  # fmt: skip
+            never = c.mask_token_id if c.mask_token_id < self.head.outputs else None
+            return self.run.draft(positions, tokens.reshape(-1), limit, attention, self.caches, size, never)
         batch = StepBatch.from_arrays(
             token_ids=tokens.reshape(-1),
             positions=positions,
             slots=np.zeros(n * size, dtype=np.int64),  # not written: the block's keys and values are scratch
-            query_starts=np.arange(n + 1, dtype=np.int32) * size,
+            query_starts=starts,
             context_lens=lengths,
             page_table=page_table,
-            row_ids=np.arange(n, dtype=np.int32) if row_ids is None else row_ids,
+            row_ids=row_ids,
             logit_rows=np.empty(0, dtype=np.int64),
             page_size=page_size,
             device=self.device,
         )
-        valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
         attention = step_attention(
             batch, num_slots=self.num_slots, write=False, host=self.host_kernel, valid_from=valid_from
         )
-        limit = int(positions.max()) + 1
-        if self.run is not None:
-            never = c.mask_token_id if c.mask_token_id < self.head.outputs else None
-            return self.run.draft(positions, tokens.reshape(-1), limit, attention, self.caches, size, never)
         cos, sin = self.rotary.lookup(batch.positions, limit)
         x = F.embedding(batch.token_ids, self.embedding)
         if c.input_embedding_scale != 1.0:
