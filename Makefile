@@ -20,6 +20,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
 
+# The reference implementation, an oracle of the tests and a row of the benchmarks. Only its loop is wanted; the data-set packages
+# of its command line stay out.
+REFERENCE := dflash==0.1.0
+
 # The source tree must not shadow the installed package, and PyO3 must build against our interpreter.
 unexport PYTHONPATH
 export PYO3_PYTHON := $(abspath $(BIN)/python)
@@ -66,9 +70,7 @@ bench-demo: install
 	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \
 	  --json benchmarks/results/demo.json --plot docs/img/demo.png
 
-# Only the loop is wanted; its command line's data-set packages stay out.
 bench-reference: install
-	$(PIP) install --no-deps dflash==0.1.0
 	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
 
 venv: $(VENV)/.stamp-tools
@@ -85,6 +87,7 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py
 	if ! cmp -s $(VENV)/requirements.new $(VENV)/requirements.txt; then \
 	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements.new)"; \
 	  $(PIP) install -r $(VENV)/requirements.new; \
+	  $(PIP) install --no-deps $(REFERENCE); \
 	  mv $(VENV)/requirements.new $(VENV)/requirements.txt; \
 	fi
 	touch $@

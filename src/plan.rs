@@ -313,7 +313,12 @@ mod tests {
             row: -1.0,
             ..StepCost::PASSES
         };
-        assert!(Planner::new(4, cost).unwrap_err().to_string().starts_with("row: got -1"));
+        assert!(
+            Planner::new(4, cost)
+                .unwrap_err()
+                .to_string()
+                .starts_with("row: got -1")
+        );
         assert!(Planner::new(0, StepCost::PASSES).is_err());
     }
 }

@@ -111,6 +111,17 @@ fn draft(plan: &mut StepPlan, texts: &[Vec<i64>], block: usize) {
     }
 }
 
+/// Verifies fewer drafts, as many as a hash says: all, some, none.
+fn narrow(plan: &mut StepPlan) {
+    let arrays = plan.arrays();
+    let keep = |&row: &i32| {
+        let hash = mix(plan.step(), row as u64);
+        (hash % arrays.block_len[row as usize] as u64) as i32
+    };
+    let keep: Vec<i32> = arrays.draft_rows.iter().map(keep).collect();
+    plan.narrow(&keep).unwrap();
+}
+
 fn target(plan: &StepPlan, texts: &[Vec<i64>]) -> Vec<f32> {
     let arrays = plan.arrays();
     let mut logits = vec![0.0; arrays.logit_rows.len() * VOCAB];
@@ -144,6 +155,10 @@ fn hear(events: &Events, texts: &mut [Vec<i64>], heard: &mut [Heard]) {
 }
 
 fn run(config: Config, asks: Vec<(Vec<TokenId>, Params)>) -> (Vec<Heard>, Engine) {
+    run_with(config, asks, |_| ())
+}
+
+fn run_with(config: Config, asks: Vec<(Vec<TokenId>, Params)>, change: impl Fn(&mut StepPlan)) -> (Vec<Heard>, Engine) {
     let block = config.block_size;
     let mut engine = Engine::new(config, None).unwrap();
     let mut texts: Vec<Vec<i64>> = Vec::new();
@@ -156,12 +171,70 @@ fn run(config: Config, asks: Vec<(Vec<TokenId>, Params)>) -> (Vec<Heard>, Engine
     while engine.has_work() {
         let mut plan = engine.plan(block).unwrap().unwrap();
         draft(&mut plan, &texts, block);
+        change(&mut plan);
         let logits = target(&plan, &texts);
         let accepted = engine.accept(&plan, &logits).unwrap();
         let events = engine.commit(&mut plan, &accepted, true).unwrap();
         hear(&events, &mut texts, &mut heard);
     }
     (heard, engine)
+}
+
+#[test]
+fn verifying_fewer_drafts_does_not_change_the_text() {
+    let (plain, _) = run(config(1, 16, 60), asks());
+    for (page_size, num_pages) in [(1, 900), (16, 7)] {
+        let (heard, engine) = run_with(config(8, page_size, num_pages), asks(), narrow);
+        assert_eq!(heard, plain);
+        let (tau, drafted) = (engine.stats().tau().unwrap(), engine.stats().drafted());
+        let (_, whole) = run(config(8, page_size, num_pages), asks());
+        assert!(tau > 1.05 && tau < whole.stats().tau().unwrap());
+        assert!(
+            drafted < whole.stats().drafted(),
+            "only what was verified counts as drafted"
+        );
+    }
+}
+
+#[test]
+fn a_narrowed_plan_closes_up_and_refuses_what_it_does_not_have() {
+    let mut engine = Engine::new(config(4, 16, 60), None).unwrap();
+    let mut texts: Vec<Vec<i64>> = Vec::new();
+    for (prompt, params) in asks().into_iter().take(2) {
+        texts.push(prompt.iter().map(|token| i64::from(token.0)).collect());
+        engine.add(prompt, params).unwrap();
+    }
+    let mut heard = vec![Heard::default(), Heard::default()];
+    let mut plan = loop {
+        let mut plan = engine.plan(4).unwrap().unwrap();
+        if plan.arrays().draft_rows.len() == 2 {
+            break plan;
+        }
+        draft(&mut plan, &texts, 4);
+        let accepted = engine.accept(&plan, &target(&plan, &texts)).unwrap();
+        let events = engine.commit(&mut plan, &accepted, true).unwrap();
+        hear(&events, &mut texts, &mut heard);
+    };
+    let whole = plan.arrays().clone();
+    for (keep, message) in [
+        (&[1][..], "keep: got 1 elements, expected 2"),
+        (&[1, 4][..], "keep: got 4 for request 1, expected 0 to its 3 drafts"),
+        (&[-1, 0][..], "keep: got -1 for request 0, expected 0 to its 3 drafts"),
+    ] {
+        assert_eq!(plan.narrow(keep).unwrap_err().to_string(), message);
+        assert_eq!(plan.arrays(), &whole);
+    }
+    plan.narrow(&[0, 2]).unwrap();
+    let arrays = plan.arrays();
+    assert_eq!(arrays.query_starts, [0, 1, 4]);
+    assert_eq!(arrays.block_len, [1, 3]);
+    assert_eq!(arrays.draft_rows, [1]);
+    assert_eq!(arrays.logit_rows, [0, 1, 2, 3]);
+    assert_eq!(arrays.logit_starts, [0, 1, 4]);
+    let moved = [0, 4, 5, 6];
+    assert_eq!(arrays.slots, moved.map(|at| whole.slots[at]));
+    assert_eq!(arrays.positions, moved.map(|at| whole.positions[at]));
+    assert_eq!(arrays.token_ids, moved.map(|at| whole.token_ids[at]));
 }
 
 #[test]

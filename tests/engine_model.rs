@@ -155,7 +155,7 @@ impl Life {
             return;
         }
         let cap = 1 + self.roll(self.config.block_size as u32 + 2) as usize;
-        let Some(plan) = self.engine.plan(cap).unwrap() else {
+        let Some(mut plan) = self.engine.plan(cap).unwrap() else {
             assert!(
                 !self.engine.has_work() || !self.flights.is_empty(),
                 "there is work and nothing to wait for"
@@ -187,6 +187,16 @@ impl Life {
                 );
             }
             assert!(arrays.is_prefill[row] || len as usize <= cap.min(self.config.block_size));
+        }
+        if self.roll(3) == 0 {
+            let arrays = plan.arrays();
+            let lengths: Vec<i32> = arrays
+                .draft_rows
+                .iter()
+                .map(|&row| arrays.block_len[row as usize])
+                .collect();
+            let keep: Vec<i32> = lengths.iter().map(|&len| self.roll(len as u32) as i32).collect();
+            plan.narrow(&keep).unwrap();
         }
         self.flights.push_back(Launch {
             plan,

@@ -15,7 +15,7 @@ fn kv(num_pages: usize, page_size: usize) -> Kv {
 
 /// Lets `tokens` in and commits all but the last one.
 fn prefilled(kv: &mut Kv, tokens: &[TokenId], injected: bool) -> Admitted {
-    let row = kv.admit(tokens, 0).unwrap().unwrap();
+    let row = kv.admit(tokens, 0, false).unwrap().unwrap();
     let width = tokens.len() as u32 - row.cached_tokens;
     let launched = kv
         .reserve(row.key, tokens.len() as u32, width)
@@ -36,7 +36,7 @@ fn prefilled(kv: &mut Kv, tokens: &[TokenId], injected: bool) -> Admitted {
 #[test]
 fn a_dropped_reservation_gives_its_pages_back_from_any_thread() {
     let mut kv = kv(4, 4);
-    let row = kv.admit(&text(0..3), 0).unwrap().unwrap();
+    let row = kv.admit(&text(0..3), 0, false).unwrap().unwrap();
     let reservation = kv.reserve(row.key, 12, 9).unwrap().unwrap();
     assert_eq!(reservation.pages().len(), 2);
     assert_eq!(kv.available(), 1);
@@ -48,12 +48,12 @@ fn a_dropped_reservation_gives_its_pages_back_from_any_thread() {
 #[test]
 fn running_short_is_none_and_changes_nothing() {
     let mut kv = kv(4, 4);
-    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let row = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
     let held = kv.reserve(row.key, 12, 8).unwrap().unwrap();
     for _ in 0..2 {
         assert!(kv.reserve(row.key, 8, 4).unwrap().is_some(), "one more page is free");
         assert!(kv.reserve(row.key, 9, 5).unwrap().is_none(), "two are not");
-        assert_eq!(kv.admit(&text(50..58), 0).unwrap(), None);
+        assert_eq!(kv.admit(&text(50..58), 0, false).unwrap(), None);
         assert_eq!(kv.available(), 1);
         assert_eq!(kv.table().num_free_rows(), 3);
     }
@@ -63,7 +63,7 @@ fn running_short_is_none_and_changes_nothing() {
 #[test]
 fn a_reservation_for_a_tenant_that_left_is_handed_back_whole() {
     let mut kv = kv(4, 4);
-    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let row = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
     let reservation = kv.reserve(row.key, 12, 8).unwrap().unwrap();
     kv.release(row.key).unwrap();
     let failed = reservation.launch(kv.table_mut()).unwrap_err();
@@ -76,10 +76,10 @@ fn a_reservation_for_a_tenant_that_left_is_handed_back_whole() {
 #[test]
 fn a_second_release_is_an_error_even_when_the_row_has_a_new_tenant() {
     let mut kv = kv(4, 4);
-    let first = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let first = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
     kv.release(first.key).unwrap();
     assert!(matches!(kv.release(first.key), Err(Error::StaleRow { .. })));
-    let second = kv.admit(&text(4..9), 0).unwrap().unwrap();
+    let second = kv.admit(&text(4..9), 0, false).unwrap().unwrap();
     assert_eq!(first.key.slot, second.key.slot);
     assert!(matches!(kv.release(first.key), Err(Error::StaleRow { .. })));
     assert_eq!(kv.table().allocated(second.key), Ok(8));
@@ -88,7 +88,7 @@ fn a_second_release_is_an_error_even_when_the_row_has_a_new_tenant() {
 #[test]
 fn a_row_is_not_given_away_while_a_step_that_names_it_is_under_way() {
     let mut kv = Kv::new(8, 4, 1, 64, true).unwrap();
-    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let row = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
     let launched = kv
         .reserve(row.key, 4, 4)
         .unwrap()
@@ -97,19 +97,19 @@ fn a_row_is_not_given_away_while_a_step_that_names_it_is_under_way() {
         .unwrap();
     kv.release(row.key).unwrap();
     assert_eq!(kv.available(), 8, "its pages are free at once");
-    assert_eq!(kv.admit(&text(0..4), 0).unwrap(), None, "its row is not");
+    assert_eq!(kv.admit(&text(0..4), 0, false).unwrap(), None, "its row is not");
     assert_eq!(
         launched.commit(kv.table_mut(), 4),
         Ok(false),
         "and its result changes nothing"
     );
-    assert!(kv.admit(&text(0..4), 0).unwrap().is_some());
+    assert!(kv.admit(&text(0..4), 0, false).unwrap().is_some());
 }
 
 #[test]
 fn keeping_more_than_was_written_is_an_error() {
     let mut kv = kv(4, 4);
-    let row = kv.admit(&text(0..4), 0).unwrap().unwrap();
+    let row = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
     let launched = kv
         .reserve(row.key, 3, 3)
         .unwrap()
@@ -129,9 +129,9 @@ fn the_last_prompt_token_is_always_computed() {
     let mut kv = kv(8, 4);
     let first = prefilled(&mut kv, &text(0..8), true);
     kv.release(first.key).unwrap();
-    let again = kv.admit(&text(0..8), 0).unwrap().unwrap();
+    let again = kv.admit(&text(0..8), 0, false).unwrap().unwrap();
     assert_eq!(again.cached_tokens, 4);
-    let longer = kv.admit(&text(0..9), 0).unwrap().unwrap();
+    let longer = kv.admit(&text(0..9), 0, false).unwrap().unwrap();
     assert_eq!(longer.cached_tokens, 8);
     assert_eq!(
         kv.table().pages(longer.key).unwrap()[0],
@@ -147,12 +147,58 @@ fn draft_context_is_valid_only_after_the_last_page_without_it() {
     let row = prefilled(&mut kv, &text(0..16), true);
     assert_eq!((row.cached_tokens, row.draft_valid_from), (8, 8));
     kv.release(row.key).unwrap();
-    let reader = kv.admit(&text(0..17), 0).unwrap().unwrap();
+    let reader = kv.admit(&text(0..17), 0, false).unwrap().unwrap();
     assert_eq!(
         (reader.cached_tokens, reader.draft_valid_from),
         (16, 8),
         "pages 2 and 3 have draft K/V"
     );
+}
+
+#[test]
+fn a_drafting_request_computes_pages_without_draft_context_again_and_leaves_better_ones() {
+    let mut kv = kv(16, 4);
+    let plain = prefilled(&mut kv, &text(0..12), false);
+    let held = kv.admit(&text(0..5), 0, false).unwrap().unwrap();
+    kv.release(plain.key).unwrap();
+    let row = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
+    assert_eq!((row.cached_tokens, row.draft_valid_from), (0, 0));
+    let launched = kv.reserve(row.key, 13, 13).unwrap().unwrap();
+    assert!(
+        launched
+            .launch(kv.table_mut())
+            .unwrap()
+            .commit(kv.table_mut(), 13)
+            .unwrap()
+    );
+    kv.share(row.key, &text(0..13), 13, 0).unwrap();
+    kv.release(row.key).unwrap();
+    let next = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
+    assert_eq!(next.cached_tokens, 0, "somebody reads the first page, so it stayed");
+    kv.release(next.key).unwrap();
+    kv.release(held.key).unwrap();
+
+    let row = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
+    let launched = kv.reserve(row.key, 13, 13).unwrap().unwrap();
+    assert!(
+        launched
+            .launch(kv.table_mut())
+            .unwrap()
+            .commit(kv.table_mut(), 13)
+            .unwrap()
+    );
+    kv.share(row.key, &text(0..13), 13, 0).unwrap();
+    assert_eq!(kv.cache().len(), 3);
+    let own = kv.table().pages(row.key).unwrap()[..3].to_vec();
+    kv.release(row.key).unwrap();
+    for drafts in [true, false] {
+        let next = kv.admit(&text(0..13), 0, drafts).unwrap().unwrap();
+        assert_eq!((next.cached_tokens, next.draft_valid_from), (12, 0));
+        assert_eq!(kv.table().pages(next.key).unwrap()[..3], own);
+        kv.release(next.key).unwrap();
+    }
+    assert_eq!(kv.evict(9), Ok(3));
+    assert_eq!(kv.pool().num_free(), 16);
 }
 
 #[test]
@@ -162,11 +208,11 @@ fn eviction_takes_the_least_recently_used_leaf_and_never_what_a_request_holds() 
     let new = prefilled(&mut kv, &text(20..28), true);
     kv.release(old.key).unwrap();
     kv.release(new.key).unwrap();
-    let reader = kv.admit(&text(0..5), 0).unwrap().unwrap();
+    let reader = kv.admit(&text(0..5), 0, false).unwrap().unwrap();
     assert_eq!(reader.cached_tokens, 4);
     assert_eq!(kv.evict(1), Ok(1));
     assert!(
-        kv.admit(&text(0..9), 0)
+        kv.admit(&text(0..9), 0, false)
             .unwrap()
             .is_some_and(|row| row.cached_tokens == 4),
         "its leaf was the oldest"
@@ -181,7 +227,7 @@ fn a_waiting_allocation_evicts_just_enough() {
     let row = prefilled(&mut kv, &text(0..12), true);
     kv.release(row.key).unwrap();
     assert_eq!((kv.pool().num_free(), kv.cache().len()), (1, 3));
-    let other = kv.admit(&text(30..38), 0).unwrap().unwrap();
+    let other = kv.admit(&text(30..38), 0, false).unwrap().unwrap();
     assert_eq!((kv.pool().num_free(), kv.cache().len()), (0, 2));
     assert_eq!(kv.table().allocated(other.key), Ok(8));
 }
@@ -195,19 +241,21 @@ proptest! {
         ops in prop::collection::vec((0..6u8, 0..4usize, 1..24u32), 1..60),
     ) {
         let mut kv = kv(num_pages, page_size);
-        let mut rows: Vec<(Admitted, Vec<TokenId>)> = Vec::new();
+        let mut rows: Vec<(Admitted, Vec<TokenId>, bool)> = Vec::new();
         let mut held: Vec<Reservation> = Vec::new();
         for (op, which, size) in ops {
             let before = (kv.available(), kv.cache().len(), kv.table().num_free_rows());
-            let row = rows.get(which).map(|(row, _)| *row);
+            let row = rows.get(which).map(|(row, _, _)| *row);
             match op {
                 0 => {
                     let tokens = text((0..size).map(|at| at % 7));
                     let spare = which;
-                    match kv.admit(&tokens, spare).unwrap() {
+                    let drafts = size % 2 == 0;
+                    match kv.admit(&tokens, spare, drafts).unwrap() {
                         Some(row) => {
                             prop_assert!(kv.available() >= spare);
-                            rows.push((row, tokens));
+                            prop_assert!(!drafts || row.draft_valid_from == 0);
+                            rows.push((row, tokens, drafts));
                         }
                         None => {
                             prop_assert_eq!(before, (kv.available(), kv.cache().len(), kv.table().num_free_rows()));
@@ -229,7 +277,8 @@ proptest! {
                             while tokens.len() < committed {
                                 tokens.push(TokenId(tokens.len() as u32 % 7));
                             }
-                            kv.share(row.key, &rows[which].1, committed as u32, 0).unwrap();
+                            let valid_from = if rows[which].2 { 0 } else { u32::MAX };
+                            kv.share(row.key, &rows[which].1, committed as u32, valid_from).unwrap();
                         }
                         Ok(None) => {
                             prop_assert!(need > kv.table().pages(row.key).unwrap().len() + before.0);
@@ -250,7 +299,7 @@ proptest! {
             }
             kv.available();
             let mut owners = vec![0u32; num_pages];
-            for (row, _) in &rows {
+            for (row, _, _) in &rows {
                 for page in kv.table().pages(row.key).unwrap() {
                     owners[page.0 as usize] += 1;
                 }
@@ -264,7 +313,7 @@ proptest! {
             }
         }
         held.clear();
-        for (row, _) in rows {
+        for (row, _, _) in rows {
             kv.release(row.key).unwrap();
         }
         kv.evict(usize::MAX).unwrap();

@@ -12,7 +12,8 @@ from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutO
 
 if TYPE_CHECKING:
     from dflash_rs import verify
-    from dflash_rs._core import DraftTree, PagePool
+    from dflash_rs._core import DraftTree, PagePool, Planner
+    from dflash_rs.config import StepCosts
     from dflash_rs.llm import LLM, Output, StreamEvent
     from dflash_rs.sampling import SamplingParams
 
@@ -22,6 +23,8 @@ _LATER = {
     "Output": "dflash_rs.llm",
     "StreamEvent": "dflash_rs.llm",
     "PagePool": "dflash_rs._core",
+    "Planner": "dflash_rs._core",
+    "StepCosts": "dflash_rs.config",
     "SamplingParams": "dflash_rs.sampling",
 }
 
@@ -34,7 +37,9 @@ __all__ = [
     "OutOfPages",
     "Output",
     "PagePool",
+    "Planner",
     "SamplingParams",
+    "StepCosts",
     "StreamEvent",
     "UnsupportedModel",
     "__version__",

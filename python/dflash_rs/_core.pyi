@@ -171,6 +171,12 @@ class StepPlan:
         Raises ``InvalidArgument`` for a wrong shape or a draft outside the vocabulary; no draft is set then.
         """
 
+    def narrow(self, keep: NDArray[np.int32]) -> None:
+        """Verifies only the first ``keep[i]`` drafts of row ``draft_rows[i]``, ``keep`` i32. Read the arrays again afterwards.
+
+        Raises ``InvalidArgument`` for a wrong length or a number outside 0 to the row's drafts; nothing changes then.
+        """
+
     @property
     def request_ids(self) -> NDArray[np.uint64]:
         """``[R]``: which request."""
@@ -360,6 +366,132 @@ class PackedWeight:
         Arrays are given as (address, row stride, head stride) in elements, as for ``paged_attention``; the caller keeps them
         alive, and ``out`` overlaps nothing else. A row's result depends on that row alone, bit for bit.
         """
+
+@final
+class HostDecoder:
+    """Decoder layers (RMSNorm, rotary attention, SwiGLU) and a head whose passes run in one call on the host, in f32.
+
+    Arrays are given as (address, row stride, head stride) in elements, as for ``paged_attention``; the caller keeps them alive.
+    ``embedding`` and ``rotary`` come with their number of rows: ``[V, hidden]``, and cos and signed sin ``[P, 2, head_dim]``.
+    ``caches``: (K, V) ``[num_slots, kv_heads, head_dim]`` of every layer. A row's result depends on its own token, position and
+    visible keys alone, bit for bit.
+    """
+
+    def __new__(cls, norm: NDArray[np.float32], head: PackedWeight, eps: float) -> HostDecoder: ...
+    def add_layer(
+        self,
+        *,
+        attention_norm: NDArray[np.float32],
+        qkv: PackedWeight,
+        out: PackedWeight,
+        mlp_norm: NDArray[np.float32],
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        mask: str,
+        window: int | None = None,
+        query_norm: NDArray[np.float32] | None = None,
+        key_norm: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Appends a layer. ``qkv`` stacks queries, keys, values; ``gate_up`` gate and up. ``mask``: ``causal`` or ``block``."""
+
+    def forward(
+        self,
+        batch: AttentionBatch,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        embedding: tuple[tuple[int, int, int], int],
+        rotary: tuple[tuple[int, int, int], int],
+        caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
+        logit_rows: NDArray[np.int64],
+        logits: tuple[int, int, int],
+        taps: Sequence[int] = ...,
+        features: tuple[int, int, int] | None = None,
+        threads: int = 1,
+    ) -> None:
+        """One pass: logits f32 ``[N, V]`` of ``logit_rows``, outputs of the layers ``taps`` f32 ``[T, len(taps), hidden]``."""
+
+    def draft(
+        self,
+        batch: AttentionBatch,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        embedding: tuple[tuple[int, int, int], int],
+        rotary: tuple[tuple[int, int, int], int],
+        caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
+        block: int,
+        never: int | None = None,
+        threads: int = 1,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The likeliest token of rows 1.. of every block of ``block`` tokens, ``[n, block - 1]``, and its probability.
+
+        ``never`` is a token that is not proposed, the mask.
+        """
+
+@final
+class HostInjector:
+    """Writes the draft context of committed tokens into the caches of all drafter layers, in one call on the host, in f32.
+
+    Arrays are given as for ``HostDecoder``.
+    """
+
+    def __new__(
+        cls,
+        *,
+        fc: PackedWeight,
+        norm: NDArray[np.float32],
+        key_values: PackedWeight,
+        key_norms: Sequence[NDArray[np.float32]],
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+    ) -> HostInjector: ...
+    def inject(
+        self,
+        features: tuple[int, int, int],
+        feature_rows: int,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        rotary: tuple[tuple[int, int, int], int],
+        caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
+        num_slots: int,
+        threads: int = 1,
+    ) -> None:
+        """Token ``i`` is row ``rows[i]`` of ``features``, at ``positions[i]``; its K and V go to ``slots[i]``."""
+
+@final
+class Planner:
+    """Chooses how much to draft and how much of it to verify: most expected tokens per time.
+
+    Costs are lines over packed tokens in any one unit: a target pass ``fixed + row * rows``, a drafter pass
+    ``draft_fixed + draft_row * rows``. The defaults count passes only: whole blocks.
+    """
+
+    def __new__(
+        cls,
+        block_size: int,
+        *,
+        fixed: float = 1.0,
+        row: float = 0.0,
+        draft_fixed: float = 0.0,
+        draft_row: float = 0.0,
+    ) -> Planner: ...
+    def block(self, requests: int, others: int = 0) -> int:
+        """Block length for a step in which ``requests`` could draft and ``others`` tokens run beside them; 1 is a plain step."""
+
+    def widths(self, probabilities: NDArray[np.float32], others: int = 0) -> NDArray[np.int32]:
+        """How many of its drafts each request verifies, ``[n]``, from the drafter's own probabilities ``[n, width]``."""
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """Books one request's pass: ``drafted`` drafts verified, ``accepted`` of them kept."""
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Chance that the draft at each position is accepted when all before it were."""
 
 @final
 class PagePool:

@@ -216,7 +216,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=_positive,
         metavar="N",
-        help="CPU threads; default: 1 for the bundled pair, else torch's choice",
+        help="CPU threads; default: at most 2 for the bundled pair, else torch's choice",
     )
     group.add_argument(
         "--block-size", type=_positive, metavar="B", help="anchor and B-1 drafts; default: the drafter's"
@@ -294,8 +294,10 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     if plain:
         options["draft"] = None
     if args.model is None and args.threads is None:
-        # Its matrices are too small to share: a second thread costs more in meeting points than it brings.
-        options["threads"] = 1
+        # Its matrices are small: two threads share a block's products well, more would mostly wait for each other.
+        options["threads"] = min(
+            2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
     return LLM(**(options | more))
 
 

@@ -121,14 +121,15 @@ impl Kv {
     }
 
     /// Enters a request whose text so far is `tokens`, if a row and pages for all of it are to be had and `spare` pages
-    /// are left over. Reuses cached full pages, but never the last token's: its logits are needed. The pages for the
-    /// rest are owned by the row at once, so a prompt that was let in always gets to its end.
+    /// are left over. Reuses cached full pages, but never the last token's: its logits are needed. A request that `drafts`
+    /// reuses only pages with draft K/V: computing the others again costs one prefill, drafting blindly costs every step. The
+    /// pages for the rest are owned by the row at once, so a prompt that was let in always gets to its end.
     ///
     /// `None` leaves everything as it was.
     ///
     /// # Errors
     /// `SlotsNotOwned` when the text is longer than a row can be.
-    pub fn admit(&mut self, tokens: &[TokenId], spare: usize) -> Result<Option<Admitted>> {
+    pub fn admit(&mut self, tokens: &[TokenId], spare: usize, drafts: bool) -> Result<Option<Admitted>> {
         let total = pages_for(tokens.len(), self.page_size);
         if total > self.table.width() {
             return Err(Error::SlotsNotOwned {
@@ -143,6 +144,9 @@ impl Kv {
             0
         };
         self.cache.find(tokens, reusable, &mut hits);
+        if drafts {
+            hits.truncate(hits.iter().take_while(|hit| hit.draft_injected).count());
+        }
         let idle_hits = hits.iter().filter(|hit| self.pool.owners(hit.page) == 1).count();
         let fits = self.available() - idle_hits >= total - hits.len() + spare;
         let admitted = if fits { self.table.claim() } else { None };

@@ -143,8 +143,8 @@ impl PrefixCache {
         pool: &mut PagePool,
     ) -> Result<Inserted> {
         debug_assert_eq!(tokens.len(), self.page_size);
-        if self.child(parent, tokens).is_some() {
-            return Ok(Inserted::Elsewhere);
+        if let Some(id) = self.child(parent, tokens) {
+            return self.replace(id, page, draft_injected, pool);
         }
         pool.retain(page)?;
         let hash = self.hash(parent, tokens);
@@ -172,6 +172,29 @@ impl PrefixCache {
             // A row holds the parent, so it is not among the evictable leaves.
             debug_assert!(!self.leaves.contains(&(self.node(parent).used, parent)));
         }
+        Ok(Inserted::Now(id))
+    }
+
+    /// The same text in a page that is worth more: one with draft K/V takes the place of one without, if nobody uses that.
+    fn replace(&mut self, id: NodeId, page: PageId, draft_injected: bool, pool: &mut PagePool) -> Result<Inserted> {
+        let Node {
+            page: old,
+            used,
+            draft_injected: had,
+            ..
+        } = *self.node(id);
+        if had || !draft_injected || old == page || pool.owners(old) != 1 {
+            return Ok(Inserted::Elsewhere);
+        }
+        pool.retain(page)?;
+        // A row holds the new page, so the node is neither reclaimable nor, if it is a leaf, evictable.
+        self.reclaimable -= 1;
+        self.leaves.remove(&(used, id));
+        self.of_page[old.0 as usize] = None;
+        self.of_page[page.0 as usize] = Some(id);
+        let node = self.node_mut(id);
+        (node.page, node.draft_injected) = (page, true);
+        pool.release(old)?;
         Ok(Inserted::Now(id))
     }
 

@@ -159,9 +159,13 @@ impl HostDecoder {
         let rows = contiguous("logit_rows", &logit_rows)?;
         let kernels = kernels(threads)?;
         let features = match features {
-            Some(pointer) if !taps.is_empty() => {
-                Some(Checked::<f32>::new("features", pointer, batch.tokens(), taps.len(), hidden)?)
-            }
+            Some(pointer) if !taps.is_empty() => Some(Checked::<f32>::new(
+                "features",
+                pointer,
+                batch.tokens(),
+                taps.len(),
+                hidden,
+            )?),
             _ => None,
         };
         let mut tapped = features.map(|features| features.rows_mut());
@@ -209,7 +213,8 @@ impl HostDecoder {
         }
         let kernels = kernels(threads)?;
         let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
-        let guesses = py.detach(|| with_scratch(|scratch| self.guesses(kernels, batch, inputs, block, never, scratch)))?;
+        let guesses =
+            py.detach(|| with_scratch(|scratch| self.guesses(kernels, batch, inputs, block, never, scratch)))?;
         let shape = [batch.tokens() / block, block - 1];
         let tokens: Vec<i64> = guesses.iter().map(|guess| guess.token as i64).collect();
         let probabilities: Vec<f32> = guesses.iter().map(|guess| guess.probability).collect();

@@ -85,7 +85,13 @@ pub(super) struct Checked<E> {
 }
 
 impl<E: Element> Checked<E> {
-    pub(super) fn new(name: &'static str, pointer: Pointer, rows: usize, heads: usize, dim: usize) -> Result<Self, Error> {
+    pub(super) fn new(
+        name: &'static str,
+        pointer: Pointer,
+        rows: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Self, Error> {
         let layout = pointer.layout::<E>(name, rows, heads, dim)?;
         Ok(Self {
             name,
@@ -125,7 +131,10 @@ impl<E: Element> Checked<E> {
     }
 }
 
-pub(super) fn contiguous<'a, T: numpy::Element>(name: &'static str, array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
+pub(super) fn contiguous<'a, T: numpy::Element>(
+    name: &'static str,
+    array: &'a PyReadonlyArray1<'_, T>,
+) -> PyResult<&'a [T]> {
     array.as_slice().map_err(|_| not_contiguous(name).into())
 }
 

@@ -51,6 +51,8 @@ impl Planner {
     /// Chance that the draft at each position is accepted when all before it were.
     #[getter]
     fn acceptance(&self) -> Vec<f64> {
-        (0..self.0.block_size() - 1).map(|position| self.0.acceptance(position)).collect()
+        (0..self.0.block_size() - 1)
+            .map(|position| self.0.acceptance(position))
+            .collect()
     }
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dflash_rs import DflashError, InvalidArgument, OutOfPages
-from dflash_rs._core import Engine, PagePool
+from dflash_rs._core import Engine, PagePool, Planner
 
 VOCAB = 31
 
@@ -318,6 +318,40 @@ def test_a_prompt_that_can_never_fit_is_out_of_pages():
         OutOfPages, match="prompt of 100 tokens with max_tokens 99 needs 50 pages of 4 slots, the pool has 40"
     ):
         engine().add([1] * 100, max_tokens=99)
+
+
+def test_a_narrowed_step_verifies_and_counts_only_what_is_left():
+    core = engine()
+    core.add([1, 2], max_tokens=9, temperature=0.0)
+    plan = core.plan()
+    core.commit(plan, core.accept_sampled(plan, np.array([7])))
+    plan = core.plan()
+    plan.set_drafts(np.array([[5, 6, 8]]))
+    with pytest.raises(InvalidArgument, match="keep: got 4 for request 0, expected 0 to its 3 drafts"):
+        plan.narrow(np.array([4], np.int32))
+    plan.narrow(np.array([1], np.int32))
+    assert plan.token_ids.tolist() == [7, 5] and plan.block_len.tolist() == [2] and len(plan.logit_rows) == 2
+    accepted = core.accept_sampled(plan, np.array([5, 6]))
+    events = core.commit(plan, accepted)
+    assert events.tokens.tolist() == [5, 6]
+    assert (events.drafted.tolist(), events.accepted.tolist()) == ([1], [1])
+
+
+def test_the_planner_weighs_rows_against_tokens():
+    free = Planner(8)
+    assert free.block(64) == 8
+    assert free.widths(np.zeros((2, 7), np.float32)).tolist() == [7, 7]
+    dear = Planner(8, fixed=1.0, row=0.1)
+    sure, unsure = [0.9] * 7, [0.9, 0.05] + [0.9] * 5
+    widths = dear.widths(np.array([sure, unsure], np.float32))
+    assert widths.dtype == np.int32 and widths[0] > 3 and widths[1] == 1
+    for _ in range(200):
+        dear.record(7, 0)
+    assert dear.block(4) == 1 and dear.acceptance[0] < 0.05
+    with pytest.raises(InvalidArgument, match="fixed: got 0"):
+        Planner(8, fixed=0.0)
+    with pytest.raises(InvalidArgument, match="probabilities: got"):
+        dear.widths(np.ones((2, 14), np.float32)[:, ::2])
 
 
 def test_arrays_of_the_wrong_shape_are_refused_and_the_step_can_go_on():

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import dflash_rs  # noqa: E402
-from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams  # noqa: E402
+from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams, StepCosts  # noqa: E402
 from dflash_rs.config import assets  # noqa: E402
 
 PROMPTS = [p["prompt"] for p in json.loads((assets() / "prompts.json").read_text())]
@@ -40,7 +40,9 @@ SAMPLING = {
 @pytest.fixture(scope="module", params=[1, 16], ids=["page1", "page16"])
 def llm(request):
     torch.set_num_threads(1)
-    with LLM(page_size=request.param, device="cpu", num_pages=16 * 256 // request.param * 2) as engine:
+    # Whole blocks, so that every draft position is put to the test, whatever pays on this machine.
+    pages = 16 * 256 // request.param * 2
+    with LLM(page_size=request.param, device="cpu", num_pages=pages, adaptive=False) as engine:
         yield engine
 
 
@@ -136,6 +138,37 @@ def test_the_block_size_does_not_change_the_text(one, block_size):
             prompts, options, one.generate(prompts, options), other.generate(prompts, options), strict=True
         ):
             assert a.token_ids == b.token_ids or rounding_explains(one, prompt, a.token_ids, b.token_ids, o)
+
+
+# A machine on which rows are free, one on which the least likely are not worth it, one on which drafting never pays.
+COSTS = {
+    "free": StepCosts(1.0, 0.0, 0.1, 0.0),
+    "dear": StepCosts(1.0, 0.15, 0.2, 0.05),
+    "forbidding": StepCosts(0.01, 1.0, 5.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ["greedy", "seeded_penalties"])
+@pytest.mark.parametrize("kind", COSTS)
+def test_what_pays_does_not_change_the_text(one, kind, name):
+    prompts = [one.encode(p) for p in PROMPTS[:6]]
+    options = [params(name, seed=i) for i in range(6)]
+    plain = one.generate(prompts, options, draft=False)
+    with LLM(device="cpu", costs=COSTS[kind]) as other:
+        assert other.costs == COSTS[kind]
+        fast = other.generate(prompts, options)
+        stats = other.stats()
+        again = other.generate(prompts, options)
+    for prompt, o, a, b in zip(prompts, options, plain, fast, strict=True):
+        assert a.token_ids == b.token_ids or rounding_explains(one, prompt, a.token_ids, b.token_ids, o)
+    assert [o.token_ids for o in again] == [o.token_ids for o in fast]
+    if kind == "free":
+        assert stats["tau"] > 1.3
+    elif kind == "dear":
+        assert 1.0 < stats["tau"] and stats["drafted"] < 5 * stats["passes"]
+    else:
+        # Every 32nd step looks whether drafting has become worth it.
+        assert stats["drafted"] < 7 * (stats["passes"] / 32 + 6)
 
 
 def test_greedy_is_what_transformers_says(one):

@@ -206,7 +206,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(InvalidArgument, match="alloc_kv"):
         draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)
     draft.alloc_kv(16)
-    with pytest.raises(InvalidArgument, match=r"features: got shape \[2, 7\], expected \[M, 144\]"):
+    with pytest.raises(InvalidArgument, match=r"features: got shape \[2, 7\], expected \[T, 144\]"):
         draft.inject(torch.zeros(2, 7), torch.arange(2), torch.arange(2))
     with pytest.raises(InvalidArgument, match="block_size: got 1"):
         draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4, block_size=1)

@@ -49,7 +49,9 @@ def _verify(target: TargetModel, rows: int) -> None:
 
 
 def _propose(draft: DFlashDraft, block: int) -> None:
-    draft.draft(np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros((1, 1), dtype=np.int32), page_size=1, block_size=block)
+    draft.draft(
+        np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros((1, 1), dtype=np.int32), page_size=1, block_size=block
+    )
 
 
 def _fastest(run) -> float:

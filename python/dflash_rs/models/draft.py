@@ -469,16 +469,16 @@ class _DraftEngine:
         n = lengths.size
         tokens = np.full((n, size), c.mask_token_id, dtype=np.int64)
         tokens[:, 0] = np.asarray(anchors)
-        if n and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.embedding.shape[0]:
-            raise InvalidArgument(
-                f"anchors: got {int(tokens.min())}..{int(tokens.max())}, expected 0..{self.embedding.shape[0] - 1}"
-            )
+        bad = tokens[:, 0][(tokens[:, 0] < 0) | (tokens[:, 0] >= self.embedding.shape[0])]
+        if bad.size:
+            raise InvalidArgument(f"anchors: got {int(bad[0])}, expected 0..{self.embedding.shape[0] - 1}")
         if n == 0:
             return np.empty((0, size - 1), dtype=np.int64), np.empty((0, size - 1), dtype=np.float32)
         positions = (lengths[:, None] + np.arange(size)).astype(np.int64).reshape(-1)
         limit = int(lengths.max()) + size
         starts = np.arange(n + 1, dtype=np.int32) * size
-        row_ids = np.arange(n, dtype=np.int32) if row_ids is None else row_ids
+        row_ids = np.arange(n, dtype=np.int32) if row_ids is None else np.asarray(row_ids, dtype=np.int32)
+        page_table = np.asarray(page_table, dtype=np.int32)
         valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
         if self.run is not None:
             attention = HostAttention(

@@ -183,7 +183,9 @@ class HostRun:
     A pass reads and writes the caches in place. The tensors behind the addresses it is given are alive for the call.
     """
 
-    def __init__(self, layers: list[FusedLayer], norm: Tensor, head: PackedLinear, embedding: Tensor, rotary: RotaryTable):
+    def __init__(
+        self, layers: list[FusedLayer], norm: Tensor, head: PackedLinear, embedding: Tensor, rotary: RotaryTable
+    ):
         self.embedding, self.rotary = embedding, rotary
         self.outputs = head.outputs
         self._decoder = _core.HostDecoder(norm.numpy(), head.host, layers[0].eps)

@@ -218,7 +218,11 @@ impl Decoder {
         check_len("caches", inputs.caches.len(), self.layers.len())?;
         let (embedding, rotary) = (inputs.embedding.layout(), inputs.rotary.layout());
         if (embedding.heads, embedding.dim) != (1, self.hidden) {
-            return invalid("embedding", format!("rows of {}", embedding.dim), self.hidden.to_string());
+            return invalid(
+                "embedding",
+                format!("rows of {}", embedding.dim),
+                self.hidden.to_string(),
+            );
         }
         let bad = inputs.tokens.iter().find(|&&t| t < 0 || t as usize >= embedding.rows);
         if let Some(token) = bad {
@@ -677,7 +681,11 @@ impl Routine for SwiGlu<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let width = self.width;
-        for (both, inner) in self.gate_up.chunks_exact(2 * width).zip(self.inner.chunks_exact_mut(width)) {
+        for (both, inner) in self
+            .gate_up
+            .chunks_exact(2 * width)
+            .zip(self.inner.chunks_exact_mut(width))
+        {
             let (gate, up) = both.split_at(width);
             let mut at = 0;
             while at + LANES <= width {

@@ -298,7 +298,10 @@ impl<'a, E: Element> RowsMut<'a, E> {
     /// # Safety
     /// No other reference to these elements exists, on this thread or another.
     #[inline(always)]
-    #[allow(clippy::mut_from_ref, reason = "rows are written from several threads, each its own part")]
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "rows are written from several threads, each its own part"
+    )]
     pub(super) unsafe fn part(&self, row: usize, head: usize, range: std::ops::Range<usize>) -> &mut [E] {
         let Layout {
             rows,

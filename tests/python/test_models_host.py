@@ -1,0 +1,150 @@
+"""Whole passes in one call of the extension: against the same sums in torch, and for independence of the company."""
+
+import numpy as np
+import pytest
+import torch
+from models_helpers import HIDDEN, VOCAB, Pages, qwen3_target, random_draft
+from test_models_draft import VARIANTS
+
+from dflash_rs import _core
+from dflash_rs.attention import HostAttention
+from dflash_rs.errors import InvalidArgument
+from dflash_rs.models.costs import measure
+from dflash_rs.models.fused import HostRun
+from dflash_rs.models.target import TargetModel
+
+LENGTHS = [1, 23, 9]
+
+
+def filled(variant: str, page_size: int, *, host: bool, threads: int = 1):
+    """A drafter with random context, and its pages; `host` or torch only."""
+    torch.set_num_threads(threads)
+    model = qwen3_target()
+    draft = random_draft(**VARIANTS[variant]).bind_target(model.get_input_embeddings(), model.lm_head)
+    pages = Pages(3, 48, page_size)
+    draft.alloc_kv(pages.num_slots)
+    if not host:
+        draft._engine.run = draft._engine.injector = None
+    generator = torch.Generator().manual_seed(5)
+    for row, n in enumerate(LENGTHS):
+        features = torch.randn(n + 2, 3 * HIDDEN, generator=generator)
+        order = torch.randperm(n, generator=generator)
+        draft.inject(features, order, torch.from_numpy(pages.slots(row, order.numpy())), order + 1)
+    return draft, pages
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "scaled_and_capped"])
+def test_drafts_and_context_equal_those_of_torch(variant, page_size):
+    (ours, pages), (theirs, _) = (filled(variant, page_size, host=host) for host in (True, False))
+    assert ours._engine.run is not None
+    for (k, v), (k_torch, v_torch) in zip(ours._engine.caches, theirs._engine.caches, strict=True):
+        torch.testing.assert_close(k, k_torch, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v, v_torch, rtol=1e-4, atol=1e-5)
+    results = [
+        d.draft([4, 50, 96], LENGTHS, pages.table, page_size=page_size, valid_from=[0, 3, 9]) for d in (ours, theirs)
+    ]
+    (drafts, sure), (drafts_torch, sure_torch) = results
+    assert np.array_equal(drafts, drafts_torch)
+    np.testing.assert_allclose(sure, sure_torch, rtol=2e-3)
+    assert drafts.dtype == np.int64 and sure.dtype == np.float32 and sure.shape == (3, 5)
+
+
+def test_a_drafter_that_scales_or_caps_its_logits_stays_in_torch():
+    assert filled("scaled_and_capped", 16, host=True)[0]._engine.run is None
+
+
+def test_a_request_is_drafted_the_same_bits_alone_and_with_any_number_of_threads():
+    draft, pages = filled("full", 16, host=True)
+    drafts, sure = draft.draft([4, 50, 96], LENGTHS, pages.table, page_size=16)
+    torch.set_num_threads(3)
+    try:
+        again = draft.draft([50], [23], pages.table, [1], page_size=16)
+    finally:
+        torch.set_num_threads(1)
+    assert np.array_equal(again[0][0], drafts[1]) and np.array_equal(again[1][0], sure[1])
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_target_pass_in_one_call_equals_the_one_in_torch(page_size):
+    target = TargetModel(qwen3_target())
+    target.set_taps((1, 4))
+    pages = Pages(2, 40, page_size)
+    fused = target._fused
+    run = HostRun.build(fused.layers, fused.norm, fused.head, fused.embedding, fused.rotary, host_kernel=True)
+    generator = np.random.default_rng(3)
+    texts = [generator.integers(2, VOCAB, n).tolist() for n in (17, 30)]
+    steps = [[(0, 0, texts[0][:9]), (1, 0, texts[1][:30])], [(0, 9, texts[0][9:])]]
+    caches = {}
+    for host in (False, True):
+        target.alloc_kv(pages.num_slots)
+        caches[host] = [target.caches[i] for i in range(6)]
+    for spans in steps:
+        batch = pages.batch(spans, logit_rows=[0, sum(len(t) for _, _, t in spans) - 1])
+        target.caches = dict(enumerate(caches[False]))
+        logits, features = target.forward(batch)
+        attention = HostAttention(
+            slots=batch.slots_host, num_slots=pages.num_slots, threads=1, query_starts=batch.query_starts,
+            context_lens=batch.context_lens, page_table=batch.page_table, row_ids=batch.row_ids, page_size=page_size,
+        )  # fmt: skip
+        ours = run.forward(
+            batch.positions.numpy(), batch.token_ids.numpy(), batch.max_length, attention, caches[True],
+            batch.logit_rows.numpy(), (1, 4),
+        )  # fmt: skip
+        torch.testing.assert_close(ours[0], logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours[1], features, rtol=1e-3, atol=1e-3)
+    for (k, v), (k_torch, v_torch) in zip(caches[True], caches[False], strict=True):
+        torch.testing.assert_close(k, k_torch, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(v, v_torch, rtol=1e-3, atol=1e-4)
+
+
+def test_indices_out_of_range_are_refused_before_anything_is_written():
+    draft, pages = filled("full", 16, host=True)
+    before = [t.clone() for layer in draft._engine.caches for t in layer]
+    features = torch.randn(4, 3 * HIDDEN)
+    good, far = torch.tensor([0]), torch.tensor([pages.num_slots])
+    with pytest.raises(InvalidArgument, match=f"slots: got {pages.num_slots}"):
+        draft.inject(features, good, far, good)
+    with pytest.raises(InvalidArgument, match="rows: got 4, expected 0 to 4 exclusive"):
+        draft.inject(features, good, good, torch.tensor([4]))
+    with pytest.raises(InvalidArgument, match="features: got shape"):
+        draft.inject(features[:, :-1], good, good, good)
+    with pytest.raises(InvalidArgument, match="anchors: got 97"):
+        draft.draft([VOCAB], [9], pages.table, [2], page_size=16)
+    for was, now in zip(before, (t for layer in draft._engine.caches for t in layer), strict=True):
+        assert torch.equal(was, now)
+
+
+def test_weights_that_do_not_fit_a_layer_are_named():
+    def weight(outputs, inputs):
+        return _core.PackedWeight(np.ones((outputs, inputs), np.float32))
+
+    ones = np.ones(8, np.float32)
+    good = {
+        "attention_norm": ones, "qkv": weight(16, 8), "out": weight(8, 8), "mlp_norm": ones, "gate_up": weight(12, 8),
+        "down": weight(8, 6), "heads": 2, "kv_heads": 1, "head_dim": 4, "scale": 0.5, "mask": "causal",
+    }  # fmt: skip
+    _core.HostDecoder(ones, weight(20, 8), 1e-6).add_layer(**good)
+    for change, message in (
+        ({"qkv": weight(12, 8)}, r"qkv: got \[12, 8\], expected \[16, 8\]"),
+        ({"down": weight(8, 5)}, r"gate_up: got \[12, 8\], expected \[10, 8\]"),
+        ({"mlp_norm": ones[:4]}, "mlp_norm: got 4 elements, expected 8"),
+        ({"kv_heads": 3}, "heads: got 2, expected a multiple of the 3 key heads"),
+        ({"head_dim": 3}, "head_dim: got 3"),
+        ({"mask": "diagonal"}, "mask: got diagonal"),
+        ({"query_norm": np.ones(4, np.float32)}, "key_norm: got one of"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{message}"):
+            _core.HostDecoder(ones, weight(20, 8), 1e-6).add_layer(**(good | change))
+    with pytest.raises(InvalidArgument, match=r"^head: got \[20, 7\]"):
+        _core.HostDecoder(ones, weight(20, 7), 1e-6)
+
+
+def test_measured_costs_are_times():
+    target = TargetModel(qwen3_target())
+    draft = random_draft().bind_target(target.embedding, target.lm_head)
+    target.set_taps(draft.config.target_layer_ids)
+    target.alloc_kv(64)
+    draft.alloc_kv(64)
+    costs = measure(target, draft, 6)
+    assert costs.fixed > 0 and min(costs.row, costs.draft_fixed, costs.draft_row) >= 0
