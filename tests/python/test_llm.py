@@ -143,7 +143,7 @@ def test_the_block_size_does_not_change_the_text(one, block_size):
 # A machine on which rows are free, one on which the least likely are not worth it, one on which drafting never pays.
 COSTS = {
     "free": StepCosts(1.0, 0.0, 0.1, 0.0),
-    "dear": StepCosts(1.0, 0.15, 0.2, 0.05),
+    "dear": StepCosts(1.0, 0.03, 0.1, 0.01),
     "forbidding": StepCosts(0.01, 1.0, 5.0, 1.0),
 }
 

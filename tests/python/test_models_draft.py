@@ -210,7 +210,7 @@ def test_bad_arguments_are_named():
         draft.inject(torch.zeros(2, 7), torch.arange(2), torch.arange(2))
     with pytest.raises(InvalidArgument, match="block_size: got 1"):
         draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4, block_size=1)
-    with pytest.raises(InvalidArgument, match="anchors: got 1..97, expected 0..96"):
+    with pytest.raises(InvalidArgument, match="anchors: got 97, expected 0..96"):
         draft.propose([97], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)
     with pytest.raises(InvalidArgument, match="context_lens"):
         draft.propose([3], [17], np.zeros((1, 4), dtype=np.int32), page_size=4)
