@@ -6,6 +6,7 @@ mod engine;
 mod errors;
 mod host;
 mod pool;
+mod serving;
 mod tree;
 mod verify;
 
@@ -18,6 +19,8 @@ mod _core {
     use super::host::{AttentionBatch, PackedWeight, paged_attention};
     #[pymodule_export]
     use super::pool::PagePool;
+    #[pymodule_export]
+    use super::serving::plan_decode;
     #[pymodule_export]
     use super::tree::DraftTree;
     #[pymodule_export]

@@ -97,6 +97,42 @@ def check(allow_untested: bool) -> None:
         raise UnsupportedSGLang(f"sglang {have} does not fit DFLASH_RS: " + "; ".join(found))
 
 
+def resolved(server_args: Any) -> Any:
+    """Server arguments with everything filled in."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
+def metrics_enabled(server_args: Any) -> bool:
+    """Whether the server exports metrics."""
+    return bool(resolved(server_args).enable_metrics)
+
+
+def served_model_name(server_args: Any) -> str:
+    """The model's name, as SGLang's own metrics label it."""
+    return str(resolved(server_args).served_model_name)
+
+
+def draft_model_path(server_args: Any) -> str:
+    """Where the drafter is."""
+    return str(resolved(server_args).speculative_draft_model_path)
+
+
+def simulates_acceptance() -> bool:
+    """Whether SGLANG_SIMULATE_ACC_LEN asks for made-up accept lengths, for measuring; the text is then meaningless."""
+    from sglang.srt.speculative.spec_utils import SIMULATE_ACC_LEN
+
+    return SIMULATE_ACC_LEN > 0
+
+
+def same_on_all_ranks(worker: Any, tokens: Any) -> Any:
+    """Draws of rank 0 on every rank of the tensor-parallel group."""
+    from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
+
+    return worker._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE, tokens.contiguous())
+
+
 def hook_request_check(refusal: Any) -> None:
     """Has the scheduler ask `refusal(req, enable_overlap)` as well; a text refuses that request."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
