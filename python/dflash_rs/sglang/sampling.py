@@ -56,14 +56,15 @@ class History:
         self.rows, self.vocab, self.device = rows, vocab, device
         self.table: torch.Tensor | None = None
 
-    def start(self, row: int, tokens: Sequence[int]) -> None:
-        """A request enters with the output it already has (some after a retraction, none otherwise)."""
+    def start(self, rows: torch.Tensor, outputs: Sequence[Sequence[int]]) -> None:
+        """Requests enter with the output they already have (some after a retraction, none otherwise); rows i64 ``[n]``."""
         if self.table is None:
             self.table = torch.zeros((self.rows, self.vocab), dtype=torch.int32, device=self.device)
-        self.table[row].zero_()
-        if len(tokens):
-            ids = torch.as_tensor(list(tokens), dtype=torch.int64).to(self.device)
-            self.table[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        self.table.index_fill_(0, rows, 0)
+        for n, output in enumerate(outputs):
+            if len(output):
+                tokens = torch.tensor([list(output)], dtype=torch.int64).to(self.device)
+                self.add(rows[n : n + 1], tokens, torch.tensor([len(output)]).to(self.device))
 
     def add(self, rows: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """Counts the first ``lengths[n]`` of ``tokens[n]``; rows i64 ``[n]``, tokens i64 ``[n, B]``."""
@@ -86,7 +87,7 @@ class History:
 class Penalties:
     """The penalised requests of a batch, as tensors with one entry per request."""
 
-    def __init__(self, reqs: Sequence[Any], device: Any):
+    def __init__(self, reqs: Sequence[Any], slots: torch.Tensor, device: Any):
         self.index = [i for i, req in enumerate(reqs) if is_penalized(req.sampling_params)]
         self.device = device
         if not self.index:
@@ -94,7 +95,7 @@ class Penalties:
         chosen = [reqs[i] for i in self.index]
         params = [req.sampling_params for req in chosen]
         self.where = self._put(self.index, torch.int64)
-        self.slots = self._put([int(req.req_pool_idx) for req in chosen], torch.int64)
+        self.slots = slots[self.where]
         self.counting = any(counts_tokens(p) for p in params)
         self.frequency = self._put([p.frequency_penalty for p in params])
         self.presence = self._put([p.presence_penalty for p in params])
@@ -143,7 +144,7 @@ class RowRequest:
 
 
 class TargetSampler:
-    """Draws the target's tokens. One per worker; ``sampler`` is SGLang's own."""
+    """Draws the target's tokens. One per worker; ``sampler`` is SGLang's own, ``rows`` those of its request pool."""
 
     def __init__(self, sampler: Any, rows: int, vocab: int, device: Any):
         self.sampler, self.vocab, self.device = sampler, vocab, device
@@ -163,13 +164,13 @@ class TargetSampler:
 
     # --- prefill ------------------------------------------------------------------------------------------------------
 
-    def enter(self, reqs: Sequence[Any], info: Any) -> Any:
-        """Requests are prefilled. Returns the sampling info to prefill with: for requests that come back with output (after a
-        retraction) SGLang's own penalties would start from nothing."""
-        penalties = Penalties(reqs, self.device)
-        for req in reqs:
-            if counts_tokens(req.sampling_params):
-                self.history.start(int(req.req_pool_idx), req.output_ids)
+    def enter(self, reqs: Sequence[Any], slots: torch.Tensor, info: Any) -> Any:
+        """Requests are prefilled; ``slots`` i64 ``[R]`` are their rows of the request pool. Returns the sampling info to prefill
+        with: for requests that come back with output (after a retraction) SGLang's own penalties would start from nothing."""
+        penalties = Penalties(reqs, slots, self.device)
+        if counting := [i for i, req in enumerate(reqs) if counts_tokens(req.sampling_params)]:
+            mine = torch.tensor(counting).to(self.device)
+            self.history.start(slots[mine], [reqs[i].output_ids for i in counting])
         back = [n for n, i in enumerate(penalties.index) if len(reqs[i].output_ids)]
         if not back:
             return info
@@ -185,7 +186,15 @@ class TargetSampler:
 
     # --- verification -------------------------------------------------------------------------------------------------
 
-    def targets(self, logits: torch.Tensor, info: Any, reqs: Sequence[Any], block: torch.Tensor, starts: torch.Tensor):
+    def targets(
+        self,
+        logits: torch.Tensor,
+        info: Any,
+        reqs: Sequence[Any],
+        slots: torch.Tensor,
+        block: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> torch.Tensor:
         """The target's token after every row, i64 ``[R, B]``.
 
         ``logits`` f32 ``[R * B, V]``, with grammar masks applied; adjusted in place, so that log-probabilities are those of
@@ -194,7 +203,7 @@ class TargetSampler:
         """
         if self.untouched(info, reqs):
             return torch.argmax(logits, dim=-1).view_as(block)
-        self.adjust(logits.view(*block.shape, -1), info, reqs, block, starts)
+        self.adjust(logits.view(*block.shape, -1), info, reqs, slots, block, starts)
         if info.is_all_greedy:
             return torch.argmax(logits, dim=-1).view_as(block)
         places = block.shape[1]
@@ -214,9 +223,17 @@ class TargetSampler:
             out[mine] = self._draw(chosen, _select(info, rows, mine, reqs), place, places).view(len(rows), places)
         return out
 
-    def adjust(self, logits: torch.Tensor, info: Any, reqs: Sequence[Any], block: torch.Tensor, starts: torch.Tensor):
+    def adjust(
+        self,
+        logits: torch.Tensor,
+        info: Any,
+        reqs: Sequence[Any],
+        slots: torch.Tensor,
+        block: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
         """Penalties, bias and custom processors, in place; ``logits`` ``[R, B, V]``."""
-        if penalties := Penalties(reqs, self.device):
+        if penalties := Penalties(reqs, slots, self.device):
             mine = penalties.where
             counts = self._counts(penalties, block[mine, 1:])
             written = (starts[mine] + 1 - penalties.prompt)[:, None]
@@ -237,13 +254,12 @@ class TargetSampler:
                 result = entry.processor(logits[rows].flatten(0, 1), params)
                 logits[rows] = result.view(len(entry.rows), *logits.shape[1:]).to(logits.dtype)
 
-    def committed(self, reqs: Sequence[Any], tokens: torch.Tensor, lengths: torch.Tensor) -> None:
+    def committed(self, reqs: Sequence[Any], slots: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """A step gained the first ``lengths[r]`` of ``tokens[r]``; i64 ``[R, B]``, i32 ``[R]``."""
         counting = [i for i, req in enumerate(reqs) if counts_tokens(req.sampling_params)]
         if counting:
-            mine = torch.tensor(counting, device=self.device)
-            slots = torch.tensor([int(reqs[i].req_pool_idx) for i in counting], device=self.device)
-            self.history.add(slots, tokens[mine], lengths[mine])
+            mine = torch.tensor(counting).to(self.device)
+            self.history.add(slots[mine], tokens[mine], lengths[mine])
         for i, req in enumerate(reqs):
             if req.custom_logit_processor is not None:
                 self.last[req.rid] = (tokens[i].clone(), lengths[i].clone())

@@ -41,8 +41,9 @@ class DflashRsWorker(compat.worker_class()):
         self._check_drafter()
         runner = self.model_runner
         self._targets: TargetSampler | None = None
-        # The requests of the running call and their sampling parameters.
+        # The requests of the running call, their rows of the request pool and their sampling parameters.
         self._reqs: list[Any] = []
+        self._slots: torch.Tensor | None = None
         self._info: Any = None
         self._on_host = torch.device(self.device).type == "cpu"
         exporter = None
@@ -78,16 +79,17 @@ class DflashRsWorker(compat.worker_class()):
             return super().forward_batch_generation(batch, *args, **kwargs)
         given, reqs = batch.sampling_info, list(batch.reqs)
         prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
-        self._reqs, self._info = reqs, given
-        batch.sampling_info = self.targets.enter(reqs, given) if prefill else bare(given)
+        slots = batch.req_pool_indices.to(torch.int64)
+        self._reqs, self._slots, self._info = reqs, slots, given
+        batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
             result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             batch.sampling_info = given
-            self._reqs, self._info = [], None
+            self._reqs, self._slots, self._info = [], None, None
         if prefill:
             first = result.next_token_ids.to(torch.int64)[:, None]
-            self.targets.committed(reqs, first, torch.ones(len(reqs), dtype=torch.int32, device=first.device))
+            self.targets.committed(reqs, slots, first, torch.ones(len(reqs), dtype=torch.int32, device=first.device))
         return result
 
     def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
@@ -112,7 +114,7 @@ class DflashRsWorker(compat.worker_class()):
         if target_predict is None:
             assert next_token_logits is not None
             target_predict = self.targets.targets(
-                next_token_logits, self._info, self._reqs, candidates, prefix_lens.to(torch.int64)
+                next_token_logits, self._info, self._reqs, self._slots, candidates, prefix_lens.to(torch.int64)
             )
             target_predict = compat.same_on_all_ranks(self, target_predict)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
@@ -130,7 +132,7 @@ class DflashRsWorker(compat.worker_class()):
                 target_predict=target_predict,
             )
         _, commit_lens, _, out_tokens, _ = accepted
-        self.targets.committed(self._reqs, out_tokens, commit_lens)
+        self.targets.committed(self._reqs, self._slots, out_tokens, commit_lens)
         return accepted
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
