@@ -81,3 +81,74 @@ def bodies(params: dict[str, Any], count: int = 4, **fields: Any) -> list[dict[s
 def all_cases() -> dict[str, dict[str, Any]]:
     """The whole matrix."""
     return greedy() | seeded()
+
+
+GRAMMAR = {
+    "regex": r"(def|class) [a-z]{2,6}(\(self\)|):",
+    "json_schema": '{"type": "object", "properties": {"n": {"type": "integer"}}}',
+}
+
+
+def constrained() -> dict[str, dict[str, Any]]:
+    """Cases with a grammar."""
+    base = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": False}
+    return {
+        "regex": base | {"regex": GRAMMAR["regex"]},
+        "regex, seed": base | {"regex": GRAMMAR["regex"], "temperature": 1.0, "sampling_seed": 3},
+        "regex, penalties": base | {"regex": "[a-f ]+", "frequency_penalty": 1.0, "repetition_penalty": 1.3},
+        "json_schema": base | {"json_schema": GRAMMAR["json_schema"]},
+    }
+
+
+def matrix() -> dict[str, dict[str, Any]]:
+    """Everything that must be equal token for token."""
+    return all_cases() | constrained()
+
+
+# Sent to the server as source: dill stores a class of __main__ by value.
+PROCESSORS = '''
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+class NoRepeat(CustomLogitProcessor):
+    """Forbids the last three tokens of the output: what it does depends on what was written at this very place."""
+    def __call__(self, logits, params):
+        for row, param in enumerate(params):
+            if param is not None:
+                logits[row, list(param["__req__"].output_ids)[-3:]] = -float("inf")
+        return logits
+
+class Forbid(CustomLogitProcessor):
+    """Forbids fixed tokens."""
+    def __call__(self, logits, params):
+        for row, param in enumerate(params):
+            if param is not None:
+                logits[row, param["tokens"]] = -float("inf")
+        return logits
+'''
+
+
+def custom() -> dict[str, dict[str, Any]]:
+    """Cases with custom processors: arguments of `bodies`."""
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(PROCESSORS, space)
+    base = {"max_new_tokens": 24, "ignore_eos": True}
+    common = sorted(set(ids("\n def self ( ) : return")))
+    out = {}
+    for name, extra in (("", {"temperature": 0}), (", seed", {"temperature": 0.9, "sampling_seed": 5})):
+        for label, kind, given in (
+            ("custom, fixed", "Forbid", {"tokens": common}),
+            ("custom, by history", "NoRepeat", {"any": 1}),
+        ):
+            params = base | extra | {"custom_params": given}
+            out[label + name] = {"params": params, "custom_logit_processor": space[kind].to_str()}
+    return out
+
+
+def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
+    """Token ids of several answers."""
+    return [answer["output_ids"] for answer in answers]
+
+
+# How many texts of each case equal plain SGLang's, by algorithm; printed at the end.
+OURS: dict[str, int] = {}
+STOCK: dict[str, int] = {}
