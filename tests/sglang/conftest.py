@@ -23,28 +23,37 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ours(logs: Path) -> Iterator[Server]:
-    """DFLASH_RS: overlap scheduling, pages of 16, seeded draws."""
-    options = speculative(
-        page_size=16,
-        enable_deterministic_inference=True,
-        enable_custom_logit_processor=True,
-        enable_return_hidden_states=True,
-        grammar_backend="xgrammar",
-    )
-    with Server(logs / "ours.log", **options) as server:
-        yield server
+def started(logs: Path) -> Iterator[dict[str, Server]]:
+    """The two servers that most tests compare, starting side by side.
+
+    ``ours``: DFLASH_RS with overlap scheduling and pages of 16. ``plain``: SGLang without speculation, and without overlap
+    scheduling, because with it SGLang's penalties count the tokens before the last one only. Both draw with seeds.
+    """
+    common = {
+        "enable_deterministic_inference": True,
+        "enable_custom_logit_processor": True,
+        "grammar_backend": "xgrammar",
+    }
+    servers = {
+        "ours": Server(logs / "ours.log", **speculative(page_size=16, enable_return_hidden_states=True, **common)),
+        "plain": Server(logs / "plain.log", disable_overlap_schedule=True, **common),
+    }
+    yield servers
+    for server in servers.values():
+        server.close()
 
 
 @pytest.fixture(scope="session")
-def reference(logs: Path) -> dict[str, list[dict[str, Any]]]:
-    """What SGLang without speculation answers to every case, with log-probabilities.
+def ours(started: dict[str, Server]) -> Server:
+    """DFLASH_RS."""
+    return started["ours"].wait()
 
-    Without overlap scheduling: with it, SGLang's penalties count the tokens before the last one only.
-    """
+
+@pytest.fixture(scope="session")
+def reference(started: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
+    """What SGLang without speculation answers to every case, with log-probabilities."""
     answers = {}
-    options = {"disable_overlap_schedule": True, "enable_deterministic_inference": True, "grammar_backend": "xgrammar"}
-    with Server(logs / "plain.log", enable_custom_logit_processor=True, **options) as server:
+    with started["plain"] as server:
         for name, params in cases.matrix().items():
             answers[name] = server.together(cases.bodies(params, return_logprob=True, top_logprobs_num=2))
         answers["eight"] = server.together(cases.bodies(cases.greedy()["greedy"], 8))

@@ -33,7 +33,6 @@ AS_DFLASH = (
     "is_ngram",
     "supports_target_verify_for_draft",
     "supports_prefill_shared_read_done",
-    "supports_mixed_chunk",
     "supports_ragged_verify",
     "supports_grammar_overlap",
     "has_draft_kv",
@@ -45,7 +44,14 @@ AS_DFLASH = (
     "get_num_tokens_per_req_for_target_verify",
 )
 # Class methods, and the answers given below.
-OWN = ("from_string", "register", "handle_server_args", "get_platform_worker_cls", "create_worker")
+OWN = (
+    "from_string",
+    "register",
+    "handle_server_args",
+    "get_platform_worker_cls",
+    "create_worker",
+    "supports_mixed_chunk",
+)
 
 
 class DflashRsAlgorithm(CustomSpecAlgo):
@@ -54,6 +60,10 @@ class DflashRsAlgorithm(CustomSpecAlgo):
     def get_platform_worker_cls(self) -> None:
         """The worker is the same on every platform."""
         return None
+
+    def supports_mixed_chunk(self) -> bool:
+        """No: a decoding request in a batch of prompts is sampled by SGLang, whose penalties are not fed when it speculates."""
+        return False
 
     def create_worker(self, server_args: Any) -> type:
         """The worker class; refuses SGLang versions it does not fit."""
