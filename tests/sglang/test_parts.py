@@ -100,6 +100,7 @@ def server_args(**changes: Any) -> SimpleNamespace:
         "max_running_requests": None,
         "trust_remote_code": False,
         "pp_size": 1,
+        "disaggregation_mode": "null",
     }
     return SimpleNamespace(**values | changes)
 
@@ -120,6 +121,7 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
         ({"speculative_draft_model_path": None}, "--speculative-draft-model-path: not given"),
         ({"speculative_draft_model_path": "/nowhere"}, "--speculative-draft-model-path: /nowhere"),
         ({"pp_size": 2}, "--pp-size: got 2"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode: got decode, expected null"),
         ({"speculative_num_draft_tokens": 1}, "--speculative-num-draft-tokens: got 1"),
         (
             {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},

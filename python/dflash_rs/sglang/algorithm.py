@@ -119,6 +119,9 @@ def fill_in(args: Any) -> None:
     """Server arguments that DFLASH needs, on anything with ServerArgs' attributes; plain assignments only."""
     if args.speculative_draft_model_path is None:
         raise InvalidArgument(f"--speculative-draft-model-path: not given, expected a DFlash drafter for {ALGORITHM}")
+    if args.disaggregation_mode != "null":
+        # Requests would arrive with their KV, and what they wrote so far would never have been counted.
+        raise InvalidArgument(f"--disaggregation-mode: got {args.disaggregation_mode}, expected null with {ALGORITHM}")
     if args.pp_size != 1:
         raise InvalidArgument(f"--pp-size: got {args.pp_size}, expected 1 with {ALGORITHM}")
 

@@ -126,11 +126,12 @@ def simulates_acceptance() -> bool:
     return SIMULATE_ACC_LEN > 0
 
 
-def same_on_all_ranks(worker: Any, tokens: Any) -> Any:
-    """Draws of rank 0 on every rank of the tensor-parallel group."""
+def same_on_all_ranks(worker: Any, tokens: Any, drawn: bool) -> Any:
+    """Tokens of rank 0 on every rank of the tensor-parallel group, as SGLANG_SPEC_TP_SYNC asks for `drawn` ones or others."""
     from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
-    return worker._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE, tokens.contiguous())
+    site = SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE if drawn else SpecTpSyncSite.DFLASH_ACCEPT_GREEDY
+    return worker._tp_sync.sync(site, tokens.contiguous())
 
 
 def hook_request_check(refusal: Any) -> None:

@@ -111,12 +111,15 @@ class DflashRsWorker(compat.worker_class()):
         bs: int,
         target_predict: torch.Tensor | None = None,
     ) -> tuple:
+        drawn = target_predict is None and not self._info.is_all_greedy
         if target_predict is None:
             assert next_token_logits is not None
             target_predict = self.targets.targets(
                 next_token_logits, self._info, self._reqs, self._slots, candidates, prefix_lens.to(torch.int64)
             )
-            target_predict = compat.same_on_all_ranks(self, target_predict)
+        # On a GPU SGLang's own method sees to the tokens that were not drawn.
+        if drawn or self._on_host:
+            target_predict = compat.same_on_all_ranks(self, target_predict, drawn)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
         self._selector_sample = None
         if self._on_host and not compat.simulates_acceptance():

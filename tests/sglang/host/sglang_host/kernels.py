@@ -36,6 +36,13 @@ def drafter_forward(original, self, input_ids, positions, forward_batch, input_e
     return original(self, input_ids, positions, forward_batch, input_embeds, *args, **kwargs)
 
 
+def penalties_in_order(self, logits, repeat=None):
+    """Additive penalties first, as SGLang applies them with overlap scheduling. Without it, it goes through a set, whose order
+    changes from process to process: (l - a) / r or l / r - a."""
+    for penalizer in sorted(self.penalizers.values(), key=lambda penalizer: penalizer.is_multiplicative):
+        penalizer.apply(logits)
+
+
 def no_batch_invariant_kernels(self):
     """They are GPU kernels; what deterministic inference is wanted for here is seeded sampling."""
 

@@ -3,6 +3,7 @@
 from sglang_host.platform import ATTENTION
 
 ALLOCATION = "sglang.srt.mem_cache.allocation"
+PENALTIES = "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator"
 
 
 def register() -> None:
@@ -35,6 +36,7 @@ def register() -> None:
             kernels.no_batch_invariant_kernels
         ),
         "sglang.srt.layers.sampler.murmur_hash32": kernels.murmur_hash32,
+        f"{PENALTIES}.apply": kernels.penalties_in_order,
     }
     for target, function in replaced.items():
         HookRegistry.register(target, function, HookType.REPLACE)
