@@ -131,16 +131,16 @@ class Server:
             return response.read().decode()
 
     def post(self, path: str, body: Any) -> tuple[int, Any]:
-        """Status and JSON of a POST."""
+        """Status and JSON of a POST; the text of an answer that is not JSON."""
         try:
             with self.open(path, body) as response:
-                return response.status, json.loads(response.read() or b"null")
+                status, text = response.status, response.read().decode()
         except urllib.error.HTTPError as error:
-            text = error.read().decode()
-            try:
-                return error.code, json.loads(text)
-            except json.JSONDecodeError:
-                return error.code, text
+            status, text = error.code, error.read().decode()
+        try:
+            return status, json.loads(text)
+        except json.JSONDecodeError:
+            return status, text
 
     def generate(self, prompt: str, params: dict[str, Any], **fields: Any) -> dict[str, Any]:
         """/generate; raises for anything but 200."""

@@ -200,6 +200,13 @@ def test_min_p_is_refused_only_where_draws_are_seeded() -> None:
     )
 
 
+def test_a_refused_request_asks_for_nothing_any_more() -> None:
+    refused = request(min_p=0.1)
+    shared, refused.return_hidden_states = refused.sampling_params, True
+    requests.harmless(refused)
+    assert requests.why_not(refused, seeded=True) is None and shared.min_p == 0.1
+
+
 # --- penalties --------------------------------------------------------------------------------------------------------
 
 V = 12
@@ -334,7 +341,8 @@ def test_the_alarm_rings_once_until_drafts_are_accepted_again(caplog: pytest.Log
 def configs(**changes: Any) -> tuple[SimpleNamespace, SimpleNamespace]:
     """A drafter's and a target's configuration that fit."""
     nested = {"mask_token_id": 1, "target_layer_ids": [1, 3]} | changes.pop("dflash_config", {})
-    draft = {"hidden_size": 64, "num_target_layers": 4, "vocab_size": 100, "dflash_config": nested} | changes
+    draft = {"hidden_size": 64, "num_hidden_layers": 1, "num_target_layers": 4, "vocab_size": 100} | changes
+    draft |= {"dflash_config": nested, "architectures": ["DFlashDraftModel"]}
     return SimpleNamespace(**draft), SimpleNamespace(hidden_size=64, num_hidden_layers=4, vocab_size=100)
 
 
@@ -365,8 +373,8 @@ def test_weights_that_cannot_be_meant_are_refused(tmp_path) -> None:
         model.weight.zero_()
     with pytest.raises(CheckpointError, match="weight: is all zeros"):
         drafter.check("there", *configs(), model)
-    save_file({"model.fc.weight": torch.ones(1), "hidden_norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r": norm\.weight: missing tensor"):
+    save_file({"model.norm.weight": torch.ones(1), "hidden_norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r": layers\.0\.input_layernorm\.weight: missing tensor"):
         drafter.check(str(tmp_path), *configs())
 
 

@@ -107,9 +107,7 @@ def require_registered() -> None:
             f"{ALGORITHM}: SGLang's registry holds {spec!r}; the plugin of dflash-rs failed to load (see the log above), or "
             "SGLANG_PLUGINS leaves it out"
         )
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    if compat.REQUEST_CHECK not in HookRegistry._patched:
+    if not compat.request_check_in_place():
         raise DflashError(
             f"{ALGORITHM}: {compat.REQUEST_CHECK} could not be hooked, so requests that cannot be honoured would not be refused"
         )

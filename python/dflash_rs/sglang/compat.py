@@ -97,6 +97,13 @@ def check(allow_untested: bool) -> None:
         raise UnsupportedSGLang(f"sglang {have} does not fit DFLASH_RS: " + "; ".join(found))
 
 
+def request_check_in_place() -> bool:
+    """Whether SGLang managed to apply that hook; it logs and goes on when it does not."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return REQUEST_CHECK in HookRegistry._patched
+
+
 def resolved(server_args: Any) -> Any:
     """Server arguments with everything filled in."""
     from sglang.srt.arg_groups.overrides import resolving_view

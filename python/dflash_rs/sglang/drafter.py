@@ -27,7 +27,8 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     def field(name: str) -> Any:
         return nested.get(name, getattr(draft, name, None))
 
-    layers = int(target.num_hidden_layers)
+    # A looped target runs its layers several times, and they are counted through.
+    layers = int(target.num_hidden_layers) * int(getattr(target, "num_loops", 1) or 1)
     if int(draft.hidden_size) != int(target.hidden_size):
         raise CheckpointError(
             f"{file}: hidden_size: got {draft.hidden_size}, expected the target's {target.hidden_size}"
@@ -41,12 +42,15 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     mask = field("mask_token_id")
     if mask is not None and not 0 <= int(mask) < int(target.vocab_size):
         raise CheckpointError(f"{file}: mask_token_id: got {mask}, expected 0..{int(target.vocab_size) - 1}")
-    if (lost := _not_stored(Path(path), model)) is not None:
-        raise CheckpointError(f"{path}: {lost}: missing tensor")
+    if "DFlashDraftModel" in (getattr(draft_config, "architectures", None) or ()):
+        if (lost := _not_stored(Path(path), int(draft.num_hidden_layers))) is not None:
+            raise CheckpointError(f"{path}: {lost}: missing tensor")
     for name, weight in model.named_parameters() if model is not None else ():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            continue  # quantized: nothing to see without its scales
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"{path}: {name}: has values that are not finite")
-        if not bool(weight.any()):
+        if weight.ndim > 1 and not bool(weight.any()):
             raise CheckpointError(f"{path}: {name}: is all zeros")
     remarks = []
     vocab = getattr(draft, "vocab_size", None)
@@ -55,12 +59,11 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     return remarks
 
 
-# What every DFlash checkpoint stores, whatever its kind (the rest depends on the architecture).
-_STORED = ("fc.weight", "hidden_norm.weight", "norm.weight")
+def _not_stored(path: Path, layers: int) -> str | None:
+    """A norm that a local safetensors checkpoint lacks; None when it has all of them, or it cannot be told.
 
-
-def _not_stored(path: Path, model: torch.nn.Module | None) -> str | None:
-    """A tensor of a local safetensors checkpoint that is not there; None when none is missing or it cannot be told."""
+    Norms only: they have the same names in every DFlash checkpoint, quantized or not.
+    """
     files, index = sorted(path.glob("*.safetensors")), path / "model.safetensors.index.json"
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -74,9 +77,6 @@ def _not_stored(path: Path, model: torch.nn.Module | None) -> str | None:
     else:
         return None
     names = {name.removeprefix("model.") for name in names}
-    expected = list(_STORED)
-    for layer in range(len(getattr(model, "layers", ()))):
-        expected += [
-            f"layers.{layer}.{part}.weight" for part in ("input_layernorm", "mlp.down_proj", "self_attn.o_proj")
-        ]
+    expected = ["hidden_norm.weight", "norm.weight"]
+    expected += [f"layers.{layer}.input_layernorm.weight" for layer in range(layers)]
     return next((name for name in expected if name not in names), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 
@@ -16,7 +17,17 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
 
     if get_spec().speculative_algorithm != ALGORITHM:
         return None
-    return why_not(req, seeded=get_exec().deterministic.enable_deterministic_inference)
+    answer = why_not(req, seeded=get_exec().deterministic.enable_deterministic_inference)
+    if answer is not None:
+        harmless(req)
+    return answer
+
+
+def harmless(req: Any) -> None:
+    """A refused request still runs through one prefill before SGLang answers it; what was refused must not happen there."""
+    req.sampling_params = copy.copy(req.sampling_params)
+    req.sampling_params.min_p = 0.0
+    req.return_hidden_states = req.return_sampling_mask = False
 
 
 def why_not(req: Any, seeded: bool) -> str | None:
