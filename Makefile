@@ -1,8 +1,10 @@
 # make demo    build, install into .venv, and watch the bundled pair work
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
+# make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
+# make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
-# make clean   removes build outputs (make distclean: the virtual environment, too)
+# make clean   removes build outputs (make distclean: the virtual environments, too)
 #
 # Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker, and package registries. The tests run against the
 # installed wheel, never against the source tree.
@@ -11,11 +13,14 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check bench clean distclean lint rust-test install venv stubs python-test bench-core bench-demo bench-reference
+.PHONY: demo test check bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
+  sglang-install bench-core bench-demo bench-reference bench-sglang
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SGLANG_VENV ?= .venv-sglang
+SGLANG := $(SGLANG_VENV)/bin
 # The first Python that is new enough; PYTHON=... on the command line overrides it.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -36,7 +41,7 @@ demo: install
 	$(BIN)/dflash-rs generate --example 1 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
 
-test: lint rust-test install stubs python-test
+test: lint rust-test install stubs python-test sglang-test
 
 check: lint stubs
 
@@ -58,7 +63,27 @@ python-test: install
 	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
 	$(BIN)/python -m pytest
 
-bench: bench-core bench-demo bench-reference
+# SGLang asks for the versions it likes, .venv has ours; so it gets an environment of its own, which sees .venv for torch and
+# for the package under test.
+sglang-test: sglang-install
+	$(SGLANG)/python -m pytest tests/sglang
+
+sglang-demo: sglang-install
+	$(SGLANG)/python tests/sglang/demo.py $(SERVE)
+
+sglang-install: install $(SGLANG_VENV)/.stamp
+
+$(SGLANG_VENV)/.stamp: tests/sglang/requirements.txt $(wildcard tests/sglang/host/*.toml tests/sglang/host/*/*.py) | $(VENV)/.stamp-tools
+	test -x $(SGLANG)/python || $(BIN)/python -m venv $(SGLANG_VENV)
+	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps -r tests/sglang/requirements.txt
+	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --force-reinstall \
+	  tests/sglang/host
+	paths='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  printf 'import site; site.addsitedir("%s")\nimport sglang_host.cpu_torch\n' "$$($(BIN)/python -c "$$paths")" \
+	  > "$$($(SGLANG)/python -c "$$paths")/zz_dflash_rs_venv.pth"
+	touch $@
+
+bench: bench-core bench-demo bench-reference bench-sglang
 
 bench-core: install
 	cargo bench --locked
@@ -69,6 +94,9 @@ bench-core: install
 bench-demo: install
 	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \
 	  --json benchmarks/results/demo.json --plot docs/img/demo.png
+
+bench-sglang: sglang-install
+	OMP_NUM_THREADS=1 $(SGLANG)/python benchmarks/sglang_planning.py --json benchmarks/results/sglang_planning.json
 
 bench-reference: install
 	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
@@ -103,4 +131,4 @@ clean:
 	rm -f $(VENV)/.stamp-package
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(SGLANG_VENV)

@@ -1,7 +1,7 @@
 //! The KV bookkeeping by itself, without an engine.
 
 use dflash_rs::error::Error;
-use dflash_rs::kv::{Admitted, Kv, Reservation, pages_for};
+use dflash_rs::kv::{Admitted, Kv, Reservation, pages_for, room};
 use dflash_rs::types::{PageId, TokenId};
 use proptest::prelude::*;
 
@@ -320,4 +320,12 @@ proptest! {
         kv.available();
         prop_assert_eq!(kv.pool().num_free(), num_pages);
     }
+}
+
+#[test]
+fn a_row_gets_whole_pages_for_what_a_step_may_write_and_keeps_what_it_has() {
+    assert_eq!(room(100, 100, 16, 1), 116);
+    assert_eq!(room(100, 112, 16, 16), 128);
+    assert_eq!(room(96, 112, 16, 16), 112, "it fits exactly");
+    assert_eq!(room(5, 64, 16, 16), 64, "nothing is given back");
 }

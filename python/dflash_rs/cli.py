@@ -21,7 +21,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = """exit codes:
   0    done
   1    it failed while running (for `bench`: also when a float32 text differs with drafting;
-       for `doctor`: when the bundled pair cannot generate)
+       for `doctor`: when the bundled pair cannot generate, or SGLang cannot serve)
   2    the arguments, a prompt or a checkpoint cannot be used
   130  interrupted with Ctrl-C"""
 
@@ -177,9 +177,13 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="say what works here, what is missing and how to get it",
-        description="Look at this machine and installation; exit code 0 when the bundled pair generates.",
+        description="Look at this machine and installation; exit code 0 when the bundled pair generates, with --sglang when "
+        "SGLang can serve with DFLASH_RS.",
         formatter_class=formatter,
-        epilog="examples:\n  dflash-rs doctor\n  dflash-rs doctor --json\n\n" + EXIT_CODES,
+        epilog="examples:\n  dflash-rs doctor\n  dflash-rs doctor --json\n  dflash-rs doctor --sglang\n\n" + EXIT_CODES,
+    )
+    doctor.add_argument(
+        "--sglang", action="store_true", help="look at the SGLang worker instead of the embedded engine"
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
     _add_debug(doctor)
@@ -535,11 +539,12 @@ def run_doctor(args: argparse.Namespace) -> int:
     from dflash_rs import doctor
 
     quiet_libraries()
-    checks = doctor.examine()
+    checks = doctor.examine_part("sglang") if args.sglang else doctor.examine()
+    job = ("SGLang", "serve") if args.sglang else ("The bundled pair", "generate")
     if args.json:
         print(json.dumps(doctor.to_json(checks), indent=2))
     else:
-        print(doctor.to_text(checks, Painter.choose("auto", sys.stdout)))
+        print(doctor.to_text(checks, Painter.choose("auto", sys.stdout), job))
     return OK if doctor.works(checks) else FAILED
 
 

@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def examine() -> list[Check]:
     return checks
 
 
+def examine_part(part: str) -> list[Check]:
+    """Checks of a part that brings its own, by the name of its entry point in the group ``dflash_rs.doctor``."""
+    found = [entry for entry in metadata.entry_points(group="dflash_rs.doctor") if entry.name == part]
+    if not found:
+        detail = f"this installation of dflash-rs knows no checks for {part}"
+        return [Check(part, MISSING, detail, "pip install --force-reinstall dflash-rs", needed=True)]
+    return found[0].load()()
+
+
 def works(checks: Sequence[Check]) -> bool:
     """Whether everything the main job needs is there."""
     return all(check.status == OK for check in checks if check.needed)
@@ -63,8 +72,10 @@ def to_json(checks: Sequence[Check]) -> dict[str, Any]:
     return {"works": works(checks), "checks": [asdict(check) for check in checks]}
 
 
-def to_text(checks: Sequence[Check], paint: Callable[[str, str], str]) -> str:
-    """One line per check; what to type stands under what is missing."""
+def to_text(
+    checks: Sequence[Check], paint: Callable[[str, str], str], job: tuple[str, str] = ("The bundled pair", "generate")
+) -> str:
+    """One line per check; what to type stands under what is missing. `job`: who is to do what."""
     width = max(len(check.name) for check in checks)
     style = {OK: "draft", ABSENT: "prompt", MISSING: "own", BROKEN: "bad"}
     lines = []
@@ -74,9 +85,8 @@ def to_text(checks: Sequence[Check], paint: Callable[[str, str], str]) -> str:
         if check.fix:
             lines.append(f"{'':<8} {'':<{width}}  -> {check.fix}")
     lines.append("")
-    lines.append(
-        "The bundled pair generates here." if works(checks) else "The bundled pair does not generate here yet."
-    )
+    who, what = job
+    lines.append(f"{who} {what}s here." if works(checks) else f"{who} does not {what} here yet.")
     return "\n".join(lines)
 
 
@@ -163,7 +173,7 @@ def _sglang() -> Check:
     version = _version("sglang")
     if version is None:
         return Check("sglang", ABSENT, "not installed; only needed for serving", "pip install 'dflash-rs[sglang]'")
-    return Check("sglang", OK, f"{version}; this build brings no plug-in for it yet")
+    return Check("sglang", OK, f"{version}; dflash-rs doctor --sglang looks closer")
 
 
 def _reference() -> Check:

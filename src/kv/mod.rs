@@ -27,6 +27,13 @@ pub const fn pages_for(slots: usize, page_size: usize) -> usize {
     slots.div_ceil(page_size)
 }
 
+/// Slots a row must own before a step is launched that may write `ahead` slots behind what the host knows to be committed:
+/// whole pages, and never fewer than it owns already. `ahead` is `D*A + W` of the module documentation.
+pub const fn room(committed: usize, owned: usize, ahead: usize, page_size: usize) -> usize {
+    let needed = pages_for(committed + ahead, page_size) * page_size;
+    if needed > owned { needed } else { owned }
+}
+
 /// A row that has just entered, with what it found in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Admitted {

@@ -8,6 +8,7 @@ mod errors;
 mod host;
 mod plan;
 mod pool;
+mod serving;
 mod tree;
 mod verify;
 
@@ -24,6 +25,8 @@ mod _core {
     use super::plan::Planner;
     #[pymodule_export]
     use super::pool::PagePool;
+    #[pymodule_export]
+    use super::serving::plan_decode;
     #[pymodule_export]
     use super::tree::DraftTree;
     #[pymodule_export]

@@ -35,3 +35,12 @@ def test_a_missing_module_comes_with_the_command_that_gets_it():
     check = doctor._module("no_module_of_this_name", "torch", True)
     assert (check.status, check.fix) == (MISSING, "pip install 'dflash-rs[torch]'")
     assert doctor._module("no_module_of_this_name", "bench", False).status == ABSENT
+
+
+def test_without_sglang_its_part_says_how_to_get_it(capsys, monkeypatch):
+    import dflash_rs.sglang.compat
+
+    monkeypatch.setattr(dflash_rs.sglang.compat, "version", lambda: None)
+    assert cli.main(["doctor", "--sglang"]) == 1
+    out = capsys.readouterr().out
+    assert "pip install sglang==" in out and "SGLang does not serve here yet." in out

@@ -1,0 +1,82 @@
+"""Does the drafter belong to this target? Asked once, when the worker is built.
+
+A drafter has neither embedding nor head: beside another target it still produces tokens, they are just never accepted. SGLang's
+loader leaves out what it does not find. So what can be compared is compared, and every weight is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dflash_rs.errors import CheckpointError
+
+
+def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Module | None = None) -> list[str]:
+    """Compares Hugging Face configurations, and looks at the loaded weights.
+
+    Raises CheckpointError naming the field; returns remarks on what works but may not be meant.
+    """
+    draft, target = (getattr(c, "text_config", None) or c for c in (draft_config, target_config))
+    nested = getattr(draft_config, "dflash_config", None) or {}
+    file = f"{path}/config.json"
+
+    def field(name: str) -> Any:
+        return nested.get(name, getattr(draft, name, None))
+
+    # A looped target runs its layers several times, and they are counted through.
+    layers = int(target.num_hidden_layers) * int(getattr(target, "num_loops", 1) or 1)
+    if int(draft.hidden_size) != int(target.hidden_size):
+        raise CheckpointError(
+            f"{file}: hidden_size: got {draft.hidden_size}, expected the target's {target.hidden_size}"
+        )
+    trained = field("num_target_layers")
+    if trained is not None and int(trained) != layers:
+        raise CheckpointError(f"{file}: num_target_layers: got {trained}, expected the target's {layers}")
+    for layer in field("target_layer_ids") or ():
+        if not 0 <= int(layer) < layers:
+            raise CheckpointError(f"{file}: target_layer_ids: got {layer}, expected 0..{layers - 1}")
+    mask = field("mask_token_id")
+    if mask is not None and not 0 <= int(mask) < int(target.vocab_size):
+        raise CheckpointError(f"{file}: mask_token_id: got {mask}, expected 0..{int(target.vocab_size) - 1}")
+    if "DFlashDraftModel" in (getattr(draft_config, "architectures", None) or ()):
+        if (lost := _not_stored(Path(path), int(draft.num_hidden_layers))) is not None:
+            raise CheckpointError(f"{path}: {lost}: missing tensor")
+    for name, weight in model.named_parameters() if model is not None else ():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            continue  # quantized: nothing to see without its scales
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{path}: {name}: has values that are not finite")
+        if weight.ndim > 1 and not bool(weight.any()):
+            raise CheckpointError(f"{path}: {name}: is all zeros")
+    remarks = []
+    vocab = getattr(draft, "vocab_size", None)
+    if vocab is not None and int(vocab) != int(target.vocab_size):
+        remarks.append(f"{file}: vocab_size is {vocab}, the target's is {target.vocab_size}")
+    return remarks
+
+
+def _not_stored(path: Path, layers: int) -> str | None:
+    """A norm that a local safetensors checkpoint lacks; None when it has all of them, or it cannot be told.
+
+    Norms only: they have the same names in every DFlash checkpoint, quantized or not.
+    """
+    files, index = sorted(path.glob("*.safetensors")), path / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    elif files:
+        from safetensors import safe_open
+
+        names = set()
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
+    else:
+        return None
+    names = {name.removeprefix("model.") for name in names}
+    expected = ["hidden_norm.weight", "norm.weight"]
+    expected += [f"layers.{layer}.input_layernorm.weight" for layer in range(layers)]
+    return next((name for name in expected if name not in names), None)

@@ -1,0 +1,101 @@
+"""What was drafted and accepted: counters for Prometheus, and an alarm when drafting gains nothing.
+
+Counted where SGLang learns a step's accept lengths on the host, so counting never waits for the device. As in vLLM, drafts are
+counted without the anchor (``B - 1`` per pass); SGLang's own ``spec_accept_length`` counts the bonus token, like ``tau`` here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dflash_rs.sglang import ALGORITHM
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "dflash_rs_spec_"
+
+
+class Acceptance:
+    """Counts passes of single requests, warns through `logger` when they gain too little."""
+
+    def __init__(self, block: int, alarm_tau: float, alarm_passes: int, exporter: Exporter | None = None):
+        self.block, self.alarm_tau, self.alarm_passes, self.exporter = block, alarm_tau, alarm_passes, exporter
+        self.passes = self.accepted = 0
+        self.window_passes = self.window_accepted = 0
+        self.alarmed = False
+
+    @property
+    def tau(self) -> float | None:
+        """Tokens per pass since the start, the bonus token counted."""
+        return 1 + self.accepted / self.passes if self.passes else None
+
+    def observe(self, accepted: Sequence[int]) -> None:
+        """One step: drafts accepted by each request."""
+        if not accepted:
+            return
+        total = sum(accepted)
+        self.passes += len(accepted)
+        self.accepted += total
+        self.window_passes += len(accepted)
+        self.window_accepted += total
+        if self.exporter is not None:
+            self.exporter.step(accepted)
+        if self.window_passes >= self.alarm_passes:
+            self._look()
+
+    def _look(self) -> None:
+        tau = 1 + self.window_accepted / self.window_passes
+        if self.exporter is not None:
+            self.exporter.tau.set(tau)
+        if tau > self.alarm_tau:
+            if self.alarmed:
+                logger.info("%s: drafts are accepted again: %.2f tokens per target pass", ALGORITHM, tau)
+            self.alarmed = False
+        elif not self.alarmed:
+            logger.warning(
+                "%s: the last %d target passes gave %.2f tokens each, plain decoding gives 1: drafting gains nothing. Is the "
+                "drafter the one trained for this target, and unchanged since? (alarm_tau %s in DFLASH_RS_CONFIG)",
+                ALGORITHM,
+                self.window_passes,
+                tau,
+                self.alarm_tau,
+            )
+            self.alarmed = True
+        self.window_passes = self.window_accepted = 0
+
+
+class Exporter:
+    """Prometheus metrics in the process of the scheduler; SGLang's /metrics collects them from all processes."""
+
+    def __init__(self, block: int, labels: dict[str, str], registry: Any = None):
+        from prometheus_client import REGISTRY, Counter, Gauge
+
+        names, registry = list(labels), registry or REGISTRY
+
+        def counter(name: str, text: str, extra: Sequence[str] = ()) -> Any:
+            return Counter(PREFIX + name, text, [*names, *extra], registry=registry)
+
+        self.block = block
+        self.drafts = counter("drafts", "Target passes that verified drafts, one per request.").labels(**labels)
+        self.draft_tokens = counter("draft_tokens", "Drafts verified, the anchor not counted.").labels(**labels)
+        self.accepted_tokens = counter("accepted_tokens", "Drafts accepted.").labels(**labels)
+        per_position = counter("accepted_tokens_per_pos", "Drafts accepted at each place of the block.", ["position"])
+        self.per_position = [per_position.labels(**labels, position=str(i)) for i in range(block - 1)]
+        gauges = {"registry": registry, "multiprocess_mode": "mostrecent"}
+        self.tau = Gauge(PREFIX + "tau", "Tokens per target pass, over recent passes.", names, **gauges).labels(
+            **labels
+        )
+        Gauge(PREFIX + "block_size", "Tokens per block, the anchor counted.", names, **gauges).labels(**labels).set(
+            block
+        )
+
+    def step(self, accepted: Sequence[int]) -> None:
+        """One step: drafts accepted by each request."""
+        self.drafts.inc(len(accepted))
+        self.draft_tokens.inc(len(accepted) * (self.block - 1))
+        self.accepted_tokens.inc(sum(accepted))
+        for position, counter in enumerate(self.per_position):
+            if hits := sum(n > position for n in accepted):
+                counter.inc(hits)

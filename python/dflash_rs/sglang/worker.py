@@ -1,0 +1,156 @@
+"""The worker: SGLang's DFLASH worker drafts, runs the target and injects KV; what is kept of a block is decided here.
+
+A step, in SGLang's order; ours are the lines marked *::
+
+    room for the block          planning.DraftInput.prepare_for_decode   *
+    draft, verify               DFlashWorkerV2.forward_batch_generation
+    grammar mask                the same, behind SGLang's barrier
+    the target's own tokens     _accept_block -> sampling.TargetSampler  *
+    walk the drafts             _accept_block -> dflash_rs._core.walk    *  (on a GPU: SGLang's kernel)
+    publish, log-probabilities  DFlashWorkerV2
+    inject draft KV             DFlashWorkerV2
+    count                       on_verify_complete_cpu -> metrics        *
+
+Between forward_batch_generation and _accept_block, SGLang's code sees sampling parameters with nothing left to adjust: it would
+apply them in another order, and without penalties.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from dflash_rs import _core
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning
+from dflash_rs.sglang.metrics import Acceptance, Exporter
+from dflash_rs.sglang.sampling import TargetSampler, bare
+
+logger = logging.getLogger(__name__)
+
+
+class DflashRsWorker(compat.worker_class()):
+    """``DFLASH_RS``: the tokens of SGLang without speculation, several per pass of the target."""
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, **kwargs: Any):
+        algorithm.require_registered()
+        self.options = config.load()
+        compat.check(self.options.allow_untested_sglang)
+        super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
+        self._check_drafter()
+        runner = self.model_runner
+        self._targets: TargetSampler | None = None
+        # The requests of the running call, their rows of the request pool and their sampling parameters.
+        self._reqs: list[Any] = []
+        self._slots: torch.Tensor | None = None
+        self._info: Any = None
+        self._on_host = torch.device(self.device).type == "cpu"
+        exporter = None
+        if self.options.metrics and self._target_tp_rank == 0 and compat.metrics_enabled(server_args):
+            exporter = Exporter(self.block_size, {"model_name": compat.served_model_name(server_args)})
+        self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
+        if self._target_tp_rank == 0:
+            logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self.block_size, self.options, compat.version())
+            logger.debug("%s: vocabulary %d", ALGORITHM, runner.model_config.vocab_size)
+
+    def _check_drafter(self) -> None:
+        remarks = drafter.check(
+            compat.draft_model_path(self.server_args),
+            self.draft_model_runner.model_config.hf_config,
+            self.model_runner.model_config.hf_config,
+            self.draft_model,
+        )
+        for remark in remarks:
+            logger.warning("%s: %s", ALGORITHM, remark)
+
+    @property
+    def targets(self) -> TargetSampler:
+        """Made on first use: the request pool exists only after SGLang has sized its memory."""
+        if self._targets is None:
+            runner = self.model_runner
+            rows = int(runner.req_to_token_pool.req_to_token.shape[0])
+            self._targets = TargetSampler(runner.sampler, rows, int(runner.model_config.vocab_size), self.device)
+        return self._targets
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """One step. Arguments and result are those of SGLang's worker."""
+        if batch.forward_mode.is_idle() or batch.sampling_info is None:
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        given, reqs = batch.sampling_info, list(batch.reqs)
+        prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+        slots = batch.req_pool_indices.to(torch.int64)
+        self._reqs, self._slots, self._info = reqs, slots, given
+        batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
+        try:
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+        finally:
+            batch.sampling_info = given
+            self._reqs, self._slots, self._info = [], None, None
+        if prefill:
+            first = result.next_token_ids.to(torch.int64)[:, None]
+            self.targets.committed(reqs, slots, first, torch.ones(len(reqs), dtype=torch.int32, device=first.device))
+        return result
+
+    def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
+        # The sampling info that SGLang passes is the bare one.
+        return self.targets.untouched(self._info, self._reqs) and super()._can_skip_verify_logits(batch, sampling_info)
+
+    def _validate_phase1_sampling_support(self, batch: Any) -> None:
+        # SGLang's worker warns here that it cannot sample on this device. This one can.
+        return
+
+    def _accept_block(
+        self,
+        *,
+        candidates: torch.Tensor,
+        next_token_logits: torch.Tensor | None,
+        sampling_info: Any,
+        draft_input: Any,
+        prefix_lens: torch.Tensor,
+        bs: int,
+        target_predict: torch.Tensor | None = None,
+    ) -> tuple:
+        drawn = target_predict is None and not self._info.is_all_greedy
+        if target_predict is None:
+            assert next_token_logits is not None
+            target_predict = self.targets.targets(
+                next_token_logits, self._info, self._reqs, self._slots, candidates, prefix_lens.to(torch.int64)
+            )
+        # On a GPU SGLang's own method sees to the tokens that were not drawn.
+        if drawn or self._on_host:
+            target_predict = compat.same_on_all_ranks(self, target_predict, drawn)
+        # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
+        self._selector_sample = None
+        if self._on_host and not compat.simulates_acceptance():
+            accepted = self._walk(candidates, target_predict.view_as(candidates), prefix_lens)
+        else:
+            accepted = super()._accept_block(
+                candidates=candidates,
+                next_token_logits=next_token_logits,
+                sampling_info=sampling_info,
+                draft_input=draft_input,
+                prefix_lens=prefix_lens,
+                bs=bs,
+                target_predict=target_predict,
+            )
+        _, commit_lens, _, out_tokens, _ = accepted
+        self.targets.committed(self._reqs, self._slots, out_tokens, commit_lens)
+        return accepted
+
+    def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
+        drafts = block[:, 1:].contiguous()
+        accepted, bonus = map(torch.from_numpy, _core.walk(drafts.numpy(), sampled.contiguous().numpy()))
+        # The tokens gained stand at the front; what is behind the bonus token is never read.
+        commit_lens = accepted + 1
+        return accepted, commit_lens, bonus, sampled.clone(), prefix_lens + commit_lens.to(prefix_lens.dtype)
+
+    def _make_next_draft_input_prefill(self, *, bonus_tokens: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+        return planning.draft_input(bonus_tokens, seq_lens)
+
+    def _make_next_draft_input_decode(self, *, bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> Any:
+        return planning.draft_input(bonus_tokens, new_seq_lens)
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """SGLang has learned a step's accept lengths on the host."""
+        self.acceptance.observe(num_correct_drafts_per_req)

@@ -1,0 +1,72 @@
+"""Servers shared by the tests, started when the first test needs them; and stock DFLASH's results, printed beside ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("SGLANG_PLATFORM", "host")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import cases
+import pytest
+from servers import Server, speculative
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where servers write their logs."""
+    return tmp_path_factory.mktemp("sglang")
+
+
+@pytest.fixture(scope="session")
+def started(logs: Path) -> Iterator[dict[str, Server]]:
+    """The two servers that most tests compare, starting side by side.
+
+    ``ours``: DFLASH_RS with overlap scheduling and pages of 16. ``plain``: SGLang without speculation, and without overlap
+    scheduling, because with it SGLang's penalties count the tokens before the last one only. Both draw with seeds.
+    """
+    common = {
+        "enable_deterministic_inference": True,
+        "enable_custom_logit_processor": True,
+        "grammar_backend": "xgrammar",
+    }
+    servers = {
+        "ours": Server(logs / "ours.log", **speculative(page_size=16, enable_return_hidden_states=True, **common)),
+        "plain": Server(logs / "plain.log", disable_overlap_schedule=True, **common),
+    }
+    yield servers
+    for server in servers.values():
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def ours(started: dict[str, Server]) -> Server:
+    """DFLASH_RS."""
+    return started["ours"].wait()
+
+
+@pytest.fixture(scope="session")
+def reference(started: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
+    """What SGLang without speculation answers to every case, with log-probabilities."""
+    answers = {}
+    with started["plain"] as server:
+        for name, params in cases.matrix().items():
+            answers[name] = server.together(cases.bodies(params, return_logprob=True, top_logprobs_num=2))
+        answers["eight"] = server.together(cases.bodies(cases.greedy()["greedy"], 8))
+        for name, fields in cases.custom().items():
+            answers[name] = server.together(cases.bodies(**fields))
+    return answers
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Cases in which each algorithm gives plain SGLang's tokens."""
+    if not cases.STOCK:
+        return
+    terminalreporter.section("texts equal to plain SGLang's, of 4")
+    terminalreporter.write_line(f"{'case':<24} DFLASH_RS  DFLASH")
+    for name, equal in cases.STOCK.items():
+        terminalreporter.write_line(f"{name:<24} {cases.OURS.get(name, '-')!s:>9}  {equal:>6}")

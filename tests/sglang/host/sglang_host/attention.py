@@ -1,0 +1,44 @@
+"""SGLang's own torch attention, and the verification of a block, which it lacks.
+
+One request at a time, every query row of a block against the same keys: a row's numbers do not depend on the batch.
+"""
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class HostAttention(TorchNativeAttnBackend):
+    """Causal blocks for the target, bidirectional ones for a drafter's encoder-only layers."""
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+        if not forward_batch.forward_mode.is_target_verify():
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        if save_kv_cache and k is not None:
+            where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
+        block = int(forward_batch.spec_info.draft_token_num)
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        table = self.req_to_token_pool.req_to_token
+        queries = q.view(-1, block, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(queries[..., : layer.v_head_dim])
+        causal = layer.attn_type != AttentionType.ENCODER_ONLY
+        rows = zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist())
+        for number, (row, prefix) in enumerate(rows):
+            slots = table[row, : prefix + block].to(torch.int64)
+            mask = torch.ones(block, prefix + block, dtype=torch.bool)
+            if causal:
+                mask[:, prefix:].tril_()
+            result = scaled_dot_product_attention(
+                queries[number].transpose(0, 1)[None],
+                keys[slots].transpose(0, 1)[None].to(q.dtype),
+                values[slots].transpose(0, 1)[None].to(q.dtype),
+                attn_mask=mask,
+                scale=layer.scaling,
+                enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+            )
+            out[number] = result[0].transpose(0, 1)
+        return out.reshape(q.shape[0], -1)

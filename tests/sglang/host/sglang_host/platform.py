@@ -1,0 +1,62 @@
+"""What SGLang asks of a platform, answered for a host with torch and nothing else."""
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+ATTENTION = "host"
+
+
+def activate() -> str:
+    """The entry point: where the platform class is."""
+    return "sglang_host.platform:HostPlatform"
+
+
+class HostPlatform(CpuDeviceMixin, SRTPlatform):
+    """No Triton, no graphs, one attention backend."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self):
+        return ATTENTION
+
+    def get_default_speculative_draft_attention_backend(self, algorithm):
+        return ATTENTION
+
+    def supports_speculative_algorithm(self, algorithm):
+        return True
+
+    def supports_speculative_draft_attention_backend(self, algorithm, backend):
+        return backend == ATTENTION
+
+    def get_dispatch_key_name(self):
+        return "native"
+
+    def get_speculative_cache_locs_fn(self):
+        from sglang_host.kernels import block_slots
+
+        return block_slots
+
+    def get_kv_pool_cls(self, *, kind):
+        if kind != "mha":
+            return None
+        from sglang_host.pool import HostKVPool
+
+        return HostKVPool
+
+    def init_backend(self):
+        import torch
+
+        # Streams of the CPU are stand-ins that record_stream rejects; the workers call it unconditionally.
+        original = torch.Tensor.record_stream
+        if getattr(original, "for_the_host", False):
+            return
+
+        def record_stream(tensor, stream):
+            return None if tensor.device.type == "cpu" else original(tensor, stream)
+
+        record_stream.for_the_host = True
+        torch.Tensor.record_stream = record_stream

@@ -1,0 +1,43 @@
+"""Registers the attention backend and the torch kernels; runs in every SGLang process."""
+
+from sglang_host.platform import ATTENTION
+
+ALLOCATION = "sglang.srt.mem_cache.allocation"
+PENALTIES = "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator"
+
+
+def register() -> None:
+    """The entry point."""
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_host import kernels
+
+    for add in (
+        choices.add_attention_backend_choices,
+        choices.add_deterministic_attention_backend_choices,
+        choices.add_draft_attention_backend_choices,
+        choices.add_radix_supported_deterministic_attention_backend_choices,
+    ):
+        add([ATTENTION])
+
+    @register_attention_backend(ATTENTION)
+    def attention(runner):
+        from sglang_host.attention import HostAttention
+
+        return HostAttention(runner)
+
+    replaced = {
+        f"{ALLOCATION}.assign_req_to_token_pool_func": kernels.assign_req_to_token_pool,
+        f"{ALLOCATION}.get_last_loc": kernels.get_last_loc,
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather_into_tensor": kernels.all_gather_into_tensor,
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": (
+            kernels.no_batch_invariant_kernels
+        ),
+        "sglang.srt.layers.sampler.murmur_hash32": kernels.murmur_hash32,
+        f"{PENALTIES}.apply": kernels.penalties_in_order,
+    }
+    for target, function in replaced.items():
+        HookRegistry.register(target, function, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.models.dflash.DFlashDraftModel.forward", kernels.drafter_forward, HookType.AROUND)

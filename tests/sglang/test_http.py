@@ -1,0 +1,152 @@
+"""The server as users meet it: chat, streams, metrics, unseeded sampling; and two ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import tokens
+from servers import DRAFT, TARGET, Server, environment, speculative
+
+
+@pytest.fixture(scope="module")
+def web(logs) -> Any:
+    """DFLASH_RS as most would start it: overlap scheduling, unseeded draws, metrics."""
+    template = logs / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    options = speculative(enable_metrics=True, chat_template=template, speculative_num_draft_tokens=6)
+    env = {"DFLASH_RS_CONFIG": json.dumps({"alarm_passes": 64, "alarm_tau": 7})}
+    with Server(logs / "web.log", env=env, **options) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", ["greedy", "logit_bias", "stop", "all penalties"])
+def test_greedy_is_exact_without_deterministic_inference(web: Server, reference: dict, name: str) -> None:
+    assert tokens(web.together(cases.bodies(cases.greedy()[name]))) == tokens(reference[name])
+
+
+def test_chat_streams_what_it_answers(web: Server) -> None:
+    body = {
+        "model": TARGET,
+        "messages": [{"role": "user", "content": "def main():"}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    status, answer = web.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    text = answer["choices"][0]["message"]["content"]
+    pieces = [event["choices"][0]["delta"].get("content") or "" for event in web.stream("/v1/chat/completions", body)]
+    assert text and "".join(pieces) == text
+    status, answer = web.post(
+        "/v1/completions", {"model": TARGET, "prompt": "import os", "temperature": 0, "max_tokens": 12}
+    )
+    assert status == 200 and answer["usage"]["completion_tokens"] == 12
+
+
+def test_the_counters_are_exported_and_the_alarm_rings(web: Server) -> None:
+    web.together(cases.bodies(cases.greedy()["greedy"]))
+    text = web.get("/metrics")
+
+    def total(name: str) -> float:
+        found = re.findall(rf"^dflash_rs_spec_{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", text, re.MULTILINE)
+        assert found, name
+        return sum(map(float, found))
+
+    passes, drafted, accepted = total("drafts_total"), total("draft_tokens_total"), total("accepted_tokens_total")
+    assert passes > 0 and drafted == 5 * passes and 0 < accepted < drafted
+    assert total("accepted_tokens_per_pos_total") == accepted
+    assert 1 < total("tau") < 6 and total("block_size") == 6
+    assert "drafting gains nothing" in web.log.read_text(errors="replace"), (
+        "7 tokens a pass are out of reach with blocks of 6"
+    )
+
+
+SHAPE = {"temperature": 1.3, "top_k": 4, "top_p": 0.95, "min_p": 0.05}
+
+
+def law(prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation under `SHAPE`, by transformers: joint top-k and top-p, then min-p."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    known = {(): 1.0}
+    for _ in range(length):
+        longer: dict[tuple[int, ...], float] = {}
+        for path, p in known.items():
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + list(path)])).logits[0, -1].double()
+            probs, order = torch.softmax(logits / SHAPE["temperature"], -1).sort(descending=True)
+            kept = probs[: SHAPE["top_k"]].clone()
+            kept[(probs.cumsum(0) - probs)[: SHAPE["top_k"]] > SHAPE["top_p"]] = 0
+            kept[kept < kept[0] * SHAPE["min_p"]] = 0
+            kept /= kept.sum()
+            longer |= {(*path, int(t)): p * float(q) for t, q in zip(order, kept) if q > 0}
+        known = longer
+    return known
+
+
+def test_unseeded_draws_follow_the_filtered_distribution(web: Server) -> None:
+    prompt, length, draws = cases.ids(cases.prompts()[0])[:24], 3, 400
+    expected = law(prompt, length)
+    body = {"input_ids": prompt, "sampling_params": SHAPE | {"max_new_tokens": length, "ignore_eos": True}}
+    seen = Counter(tuple(answer["output_ids"]) for answer in web.together([body] * draws))
+    assert set(seen) <= set(expected), "a token that the filters exclude"
+    rare = [path for path, p in expected.items() if p * draws < 5]
+    cells = [(seen[path], p * draws) for path, p in expected.items() if p * draws >= 5]
+    cells.append((sum(seen[path] for path in rare), sum(expected[path] for path in rare) * draws))
+    cells = [(n, e) for n, e in cells if e > 0]
+    chi = sum((n - e) ** 2 / e for n, e in cells)
+    freedom = len(cells) - 1
+    # Five standard deviations of chi-square, which is about normal: false alarms are rarer than one in a million runs.
+    assert freedom > 3 and chi < freedom + 5 * (2 * freedom) ** 0.5, (chi, freedom)
+
+
+RANKS = """
+import json, sys
+def main():
+    import sglang
+    options, prompts, params = json.loads(sys.argv[1])
+    engine = sglang.Engine(**options)
+    answers = engine.generate(prompts, params)
+    print("ANSWERS", json.dumps([[a["output_ids"], a["meta_info"]["spec_accept_length"]] for a in answers]))
+    engine.shutdown()
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_two_ranks_and_the_engine_in_python(reference: dict, tmp_path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    options = {
+        "model_path": TARGET,
+        "device": "cpu",
+        "attention_backend": "host",
+        "dtype": "float32",
+        "disable_cuda_graph": True,
+        "mem_fraction_static": 0.3,
+        "max_total_tokens": 4096,
+        "max_running_requests": 4,
+        "grammar_backend": "none",
+        "tp_size": 2,
+        "speculative_algorithm": "DFLASH_RS",
+        "speculative_draft_model_path": DRAFT,
+        "log_level": "warning",
+    }
+    given = json.dumps([options, list(cases.prompts()), cases.greedy()["all penalties"]])
+    env = environment(SGLANG_CPU_OMP_THREADS_BIND="0|1")
+    done = subprocess.run(
+        [sys.executable, str(script), given], env=env, capture_output=True, text=True, timeout=400, check=False
+    )
+    found = re.search(r"^ANSWERS (.*)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout[-2000:] + done.stderr[-4000:]
+    answers = json.loads(found.group(1))
+    assert [ids for ids, _ in answers] == tokens(reference["all penalties"])
+    assert max(length for _, length in answers) > 1.2

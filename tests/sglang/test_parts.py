@@ -1,0 +1,389 @@
+"""The parts of dflash_rs.sglang without a server, against the installed SGLang."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_registry import _REGISTRY, get_spec
+
+import dflash_rs.sglang
+from dflash_rs import _core
+from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, requests
+from dflash_rs.sglang.metrics import Acceptance, Exporter
+from dflash_rs.sglang.sampling import History, Penalties, TargetSampler
+
+# --- contract ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def registered() -> algorithm.DflashRsAlgorithm:
+    """The algorithm, registered the way SGLang does it."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return get_spec(ALGORITHM)
+
+
+def test_this_sglang_is_one_that_was_tested() -> None:
+    assert compat.version() in compat.TESTED
+    assert compat.problems() == []
+
+
+def test_every_question_of_the_enum_has_an_answer() -> None:
+    assert algorithm.missing_answers() == []
+
+
+def test_the_answers_are_those_of_dflash(registered) -> None:
+    for name in algorithm.AS_DFLASH:
+        ask = getattr(SpeculativeAlgorithm.DFLASH, name)
+        if not inspect.signature(ask).parameters:
+            assert getattr(registered, name)() == ask(), name
+
+
+def test_the_plugin_registers_and_the_worker_can_tell(registered) -> None:
+    assert SpeculativeAlgorithm.from_string("dflash_rs") is registered
+    algorithm.require_registered()
+
+
+def test_a_plugin_that_failed_is_noticed(registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_REGISTRY, ALGORITHM)
+    with pytest.raises(DflashError, match="plugin of dflash-rs failed"):
+        algorithm.require_registered()
+
+
+def test_a_request_check_that_is_not_in_place_is_noticed(registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "REQUEST_CHECK", "sglang.srt.nowhere")
+    with pytest.raises(DflashError, match=r"sglang.srt.nowhere could not be hooked"):
+        algorithm.require_registered()
+
+
+def test_an_untested_version_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda: "0.9.0")
+    with pytest.raises(compat.UnsupportedSGLang, match=r"got version 0.9.0, tested with"):
+        compat.check(allow_untested=False)
+    compat.check(allow_untested=True)
+
+
+def test_a_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compat.SEAMS, "_accept_block", ("candidates", "fate"))
+    monkeypatch.setitem(compat.SEAMS, "_gone", ())
+    assert compat.problems() == [
+        "DFlashWorkerV2._accept_block: no parameter fate",
+        "DFlashWorkerV2._gone: not there",
+    ]
+
+
+# --- server arguments -------------------------------------------------------------------------------------------------
+
+
+def server_args(**changes: Any) -> SimpleNamespace:
+    """What `fill_in` reads, with SGLang's defaults."""
+    from servers import DRAFT
+
+    values = {
+        "speculative_draft_model_path": DRAFT,
+        "speculative_draft_model_revision": None,
+        "speculative_num_draft_tokens": None,
+        "speculative_dflash_block_size": None,
+        "speculative_num_steps": None,
+        "speculative_eagle_topk": None,
+        "speculative_draft_window_size": None,
+        "speculative_draft_attention_backend": None,
+        "max_running_requests": None,
+        "trust_remote_code": False,
+        "pp_size": 1,
+        "disaggregation_mode": "null",
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def test_the_block_comes_from_the_drafter_unless_given() -> None:
+    args = server_args()
+    algorithm.fill_in(args)
+    assert args.speculative_num_draft_tokens == 8
+    assert (args.speculative_num_steps, args.speculative_eagle_topk, args.max_running_requests) == (1, 1, 48)
+    args = server_args(speculative_dflash_block_size=5, max_running_requests=3)
+    algorithm.fill_in(args)
+    assert (args.speculative_num_draft_tokens, args.max_running_requests) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"speculative_draft_model_path": None}, "--speculative-draft-model-path: not given"),
+        ({"speculative_draft_model_path": "/nowhere"}, "--speculative-draft-model-path: /nowhere"),
+        ({"pp_size": 2}, "--pp-size: got 2"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode: got decode, expected null"),
+        ({"speculative_num_draft_tokens": 1}, "--speculative-num-draft-tokens: got 1"),
+        (
+            {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},
+            "--speculative-num-draft-tokens: got 4, but --speculative-dflash-block-size is 8",
+        ),
+        (
+            {"speculative_draft_window_size": 4},
+            "--speculative-draft-window-size: got 4, expected at least the block, 8",
+        ),
+    ],
+)
+def test_contradictory_flags_are_named(changes: dict, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        algorithm.fill_in(server_args(**changes))
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_options_come_inline_or_from_a_file(tmp_path) -> None:
+    assert config.parse(None) == config.parse(" ") == config.Options()
+    assert config.parse('{"alarm_tau": 0, "metrics": false}') == config.Options(alarm_tau=0, metrics=False)
+    file = tmp_path / "options.json"
+    file.write_text('{"alarm_passes": 10}')
+    assert config.parse(str(file)).alarm_passes == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"alarm": 1}', "unknown option alarm; known are alarm_tau, alarm_passes"),
+        ('{"alarm_tau": "high"}', "alarm_tau: got 'high', expected a finite number"),
+        ('{"alarm_passes": 0}', "alarm_passes: got 0, expected an integer of at least 1"),
+        ('{"metrics": 1}', "metrics: got 1, expected true or false"),
+        ("{", "not JSON"),
+        ("/nowhere.json", "got '/nowhere.json', expected a JSON object or a path"),
+    ],
+)
+def test_bad_options_are_named(text: str, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        config.parse(text)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def request(**params: Any) -> SimpleNamespace:
+    """A request of SGLang, as far as it is looked at."""
+    values = {
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+        "min_p": 0.0,
+        "top_k": 1,
+        "top_p": 1.0,
+        "stop_token_ids": None,
+    }
+    return SimpleNamespace(
+        sampling_params=SimpleNamespace(**values | params),
+        return_hidden_states=False,
+        return_sampling_mask=False,
+        origin_input_ids=[0, 1, 2],
+        output_ids=[],
+        tokenizer=None,
+        eos_token_ids=None,
+        custom_logit_processor=None,
+        rid="r",
+    )
+
+
+def test_min_p_is_refused_only_where_draws_are_seeded() -> None:
+    assert requests.why_not(request(min_p=0.1), seeded=False) is None
+    assert "min_p: got 0.1, expected 0 with --enable-deterministic-inference" in requests.why_not(
+        request(min_p=0.1), True
+    )
+
+
+def test_a_refused_request_asks_for_nothing_any_more() -> None:
+    refused = request(min_p=0.1)
+    shared, refused.return_hidden_states = refused.sampling_params, True
+    requests.harmless(refused)
+    assert requests.why_not(refused, seeded=True) is None and shared.min_p == 0.1
+
+
+# --- penalties --------------------------------------------------------------------------------------------------------
+
+V = 12
+
+
+def naive(logits: torch.Tensor, output: list[int], p: SimpleNamespace, stops: list[int]) -> torch.Tensor:
+    """The adjusted logits of one row after `output`, one token at a time."""
+    row = logits.clone()
+    for token in range(V):
+        n = output.count(token)
+        row[token] -= p.frequency_penalty * n + p.presence_penalty * (n > 0)
+    if len(output) < p.min_new_tokens:
+        row[stops] = -torch.inf
+    for token in set(output):
+        row[token] = row[token] * p.repetition_penalty if row[token] < 0 else row[token] / p.repetition_penalty
+    return row
+
+
+def test_penalties_count_the_path_to_each_place() -> None:
+    generator = torch.Generator().manual_seed(3)
+    several = [
+        request(),
+        request(frequency_penalty=0.5, presence_penalty=0.25),
+        request(repetition_penalty=1.5, min_new_tokens=6, stop_token_ids=[4, 7]),
+        request(min_new_tokens=5, stop_token_ids=[1]),
+    ]
+    slots = torch.tensor([3, 1, 5, 2])
+    sampler = TargetSampler(None, 6, V, "cpu")
+    info = SimpleNamespace(logit_bias=None, has_custom_logit_processor=False)
+    outputs = [[2], [5, 5, 1], [4, 2, 2], [7, 3, 3]]
+    for req, output in zip(several, outputs):
+        req.output_ids = output[:-1]
+    info.acc_additive_penalties, info.acc_scaling_penalties = torch.zeros(4, V), None
+    sampler.history.start(slots, [req.output_ids for req in several])
+    last = torch.tensor([[output[-1]] for output in outputs])
+    sampler.committed(several, slots, last, torch.ones(4, dtype=torch.int32))
+    for _ in range(6):
+        block = torch.randint(0, V, (4, 4), generator=generator)
+        block[:, 0] = torch.tensor([output[-1] for output in outputs])
+        logits = torch.randn(4, 4, V, generator=generator)
+        starts = torch.tensor([3 + len(output) - 1 for output in outputs])
+        adjusted = logits.clone()
+        sampler.adjust(adjusted, info, several, slots, block, starts)
+        for r, req in enumerate(several):
+            for place in range(4):
+                path = outputs[r] + block[r, 1 : place + 1].tolist()
+                stops = req.sampling_params.stop_token_ids or []
+                expected = naive(logits[r, place], path, req.sampling_params, stops)
+                torch.testing.assert_close(adjusted[r, place], expected, rtol=0, atol=1e-5)
+        gained = torch.randint(0, V, (4, 4), generator=generator)
+        lengths = torch.randint(1, 5, (4,), generator=generator).to(torch.int32)
+        sampler.committed(several, slots, gained, lengths)
+        for r, output in enumerate(outputs):
+            output += gained[r, : int(lengths[r])].tolist()
+
+
+def test_a_row_starts_anew_with_each_request() -> None:
+    history = History(4, V, "cpu")
+    history.start(torch.tensor([2]), [[1, 1, 5]])
+    assert history.at(torch.tensor([2]), torch.zeros((1, 0), dtype=torch.int64))[0, 0].tolist()[:6] == [
+        0,
+        2,
+        0,
+        0,
+        0,
+        1,
+    ]
+    history.start(torch.tensor([2]), [[]])
+    assert not history.table.any()
+
+
+def test_requests_without_penalties_cost_nothing() -> None:
+    assert not Penalties([request(), request(min_p=0.2)], torch.tensor([0, 1]), "cpu")
+    sampler = TargetSampler(None, 4, V, "cpu")
+    sampler.committed([request()], torch.tensor([0]), torch.tensor([[1]]), torch.tensor([1]))
+    assert sampler.history.table is None
+
+
+# --- planning ---------------------------------------------------------------------------------------------------------
+
+
+def test_room_is_planned_in_one_crossing() -> None:
+    kv = [(10, 10), (33, 64), (96, 112)]
+    several = [SimpleNamespace(kv=SimpleNamespace(kv_committed_len=c, kv_allocated_len=a)) for c, a in kv]
+    committed, owned, wanted = torch.empty(4, dtype=torch.int64), *torch.empty((2, 4), dtype=torch.int32)
+    sums = _core.plan_decode(several, 16, 16, committed.numpy(), owned.numpy(), wanted.numpy())
+    assert committed[:3].tolist() == [10, 33, 96] and owned[:3].tolist() == [10, 64, 112]
+    assert wanted[:3].tolist() == [32, 64, 112]
+    assert sums == (22, 139, 208)
+    with pytest.raises(InvalidArgument, match="wanted|next: got"):
+        _core.plan_decode(several, 16, 16, committed.numpy(), owned.numpy(), committed.numpy())
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_counters_are_those_of_the_drafts() -> None:
+    from prometheus_client import CollectorRegistry
+
+    registry = CollectorRegistry()
+    acceptance = Acceptance(4, 0, 2, Exporter(4, {"model_name": "m"}, registry))
+    acceptance.observe([3, 0])
+    acceptance.observe([1])
+    acceptance.observe([])
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"dflash_rs_spec_{name}", {"model_name": "m", **labels})
+
+    assert (value("drafts_total"), value("draft_tokens_total"), value("accepted_tokens_total")) == (3, 9, 4)
+    assert [value("accepted_tokens_per_pos_total", position=str(i)) for i in range(3)] == [2, 1, 1]
+    assert value("tau") == 2.5 and value("block_size") == 4
+    assert acceptance.tau == pytest.approx(1 + 4 / 3)
+
+
+def test_the_alarm_rings_once_until_drafts_are_accepted_again(caplog: pytest.LogCaptureFixture) -> None:
+    acceptance = Acceptance(8, 1.05, 4)
+    with caplog.at_level(logging.INFO, logger="dflash_rs.sglang.metrics"):
+        for _ in range(4):
+            acceptance.observe([0, 0])
+        assert len(caplog.records) == 1 and "drafting gains nothing" in caplog.text
+        for _ in range(2):
+            acceptance.observe([3, 2])
+        assert "accepted again: 3.50 tokens" in caplog.text
+        for _ in range(2):
+            acceptance.observe([0, 0])
+    assert len(caplog.records) == 3
+
+
+# --- drafter ----------------------------------------------------------------------------------------------------------
+
+
+def configs(**changes: Any) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A drafter's and a target's configuration that fit."""
+    nested = {"mask_token_id": 1, "target_layer_ids": [1, 3]} | changes.pop("dflash_config", {})
+    draft = {"hidden_size": 64, "num_hidden_layers": 1, "num_target_layers": 4, "vocab_size": 100} | changes
+    draft |= {"dflash_config": nested, "architectures": ["DFlashDraftModel"]}
+    return SimpleNamespace(**draft), SimpleNamespace(hidden_size=64, num_hidden_layers=4, vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": 32}, "hidden_size: got 32, expected the target's 64"),
+        ({"num_target_layers": 6}, "num_target_layers: got 6, expected the target's 4"),
+        ({"dflash_config": {"target_layer_ids": [1, 4]}}, r"target_layer_ids: got 4, expected 0\.\.3"),
+        ({"dflash_config": {"mask_token_id": 100}}, r"mask_token_id: got 100, expected 0\.\.99"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(changes: dict, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        drafter.check("there", *configs(**changes))
+
+
+def test_weights_that_cannot_be_meant_are_refused(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    model = torch.nn.Linear(2, 2)
+    assert drafter.check("there", *configs(), model) == []
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="weight: has values that are not finite"):
+        drafter.check("there", *configs(), model)
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.raises(CheckpointError, match="weight: is all zeros"):
+        drafter.check("there", *configs(), model)
+    save_file({"model.norm.weight": torch.ones(1), "hidden_norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r": layers\.0\.input_layernorm\.weight: missing tensor"):
+        drafter.check(str(tmp_path), *configs())
+
+
+def test_another_vocabulary_is_remarked_upon() -> None:
+    assert drafter.check("there", *configs(vocab_size=90)) == [
+        "there/config.json: vocab_size is 90, the target's is 100"
+    ]
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    assert dflash_rs.sglang.ALGORITHM == "DFLASH_RS"
+    assert json.loads(json.dumps(dflash_rs.sglang.__doc__))
