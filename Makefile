@@ -1,17 +1,19 @@
 # make demo    build, install into .venv, and watch the bundled pair work
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
+# make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
 # make clean   removes build outputs (make distclean: the virtual environment, too)
 #
-# Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker, and package registries. The tests run against the
-# installed wheel, never against the source tree.
+# Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker (the tests: a C++ compiler), and package registries. The
+# tests run against the installed wheel, never against the source tree. No CUDA and no GPU: `make kernels` installs the
+# compiler into .venv, and what is built after that contains the kernels; DFLASH_CUDA=0 leaves all of that out.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check bench clean distclean lint rust-test install venv stubs python-test bench-core bench-demo bench-reference
+.PHONY: demo test check kernels bench clean distclean lint rust-test install venv stubs python-test bench-core bench-demo bench-reference
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -25,14 +27,14 @@ unexport PYTHONPATH
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 export CARGO_TERM_COLOR ?= auto
 
-PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md \
-  $(shell find src python docs/architecture.md -type f -not -name '*.pyc' -not -name '*.so')
+PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md build.rs \
+  $(shell find src cuda python docs/architecture.md -type f -not -name '*.pyc' -not -name '*.so')
 
 demo: install
 	$(BIN)/dflash-rs generate --example 1 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
 
-test: lint rust-test install stubs python-test
+test: kernels lint rust-test install stubs python-test
 
 check: lint stubs
 
@@ -46,6 +48,11 @@ lint: venv
 
 rust-test:
 	cargo test --locked
+
+kernels: $(VENV)/.stamp-nvcc
+ifneq ($(DFLASH_CUDA),0)
+	$(BIN)/python scripts/kernel_table.py
+endif
 
 stubs: install
 	cd $(VENV) && bin/python -m mypy.stubtest dflash_rs._core --allowlist $(CURDIR)/scripts/stubtest-allowlist.txt
@@ -87,6 +94,14 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py
 	  $(PIP) install -r $(VENV)/requirements.new; \
 	  mv $(VENV)/requirements.new $(VENV)/requirements.txt; \
 	fi
+	touch $@
+
+# The touch: cargo cannot know that a build which found no compiler would now find one.
+$(VENV)/.stamp-nvcc: $(VENV)/.stamp-venv scripts/nvcc-requirements.txt
+ifneq ($(DFLASH_CUDA),0)
+	$(PIP) install -r scripts/nvcc-requirements.txt
+	touch build.rs
+endif
 	touch $@
 
 $(VENV)/.stamp-package: $(VENV)/.stamp-tools $(PACKAGE_SOURCES)

@@ -1,12 +1,23 @@
 """The compiled half of dflash_rs: whole-batch arrays, one crossing per stage."""
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+def cuda_info() -> dict[str, Any]:
+    """What was built and what this machine has. Opens the driver, creates no context, raises nothing.
+
+    ``architectures``: list of the code in the fatbin (``sm_90a``, ``compute_80``), ``nvcc``: the compiler's version or
+    None, ``fatbin_bytes``, ``driver``: its CUDA version or None, ``driver_error``: why it cannot be used, or None,
+    ``devices``: a list of dicts with ``name``, ``capability`` (major, minor), ``multiprocessors`` and ``supported``
+    (whether the fatbin holds code for it).
+    """
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 

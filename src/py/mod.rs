@@ -2,6 +2,7 @@
 
 mod arrays;
 mod buffers;
+mod cuda;
 mod engine;
 mod errors;
 mod host;
@@ -12,6 +13,8 @@ mod verify;
 /// The compiled half of `dflash_rs`.
 #[pyo3::pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::cuda::cuda_info;
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
