@@ -354,9 +354,9 @@ DFLASH_GEOMETRY uint64_t sample_scratch_bytes(int64_t rows, int64_t vocab) {
     return uint64_t(rows) * per_row;
 }
 
-// accept: a block per request; its tokens, parents and draws in shared memory.
+// accept: a block per request; the next node of each node and the path in shared memory.
 DFLASH_GEOMETRY Launch accept_launch(const AcceptParams& p) {
-    return {{uint32_t(p.num_requests), 1, 1}, 128, uint32_t(p.max_nodes) * (8 + 8 + 4 + 4)};
+    return {{uint32_t(p.num_requests), 1, 1}, 128, uint32_t(p.max_nodes) * 8};
 }
 
 // tree_top_k: a block per row.
