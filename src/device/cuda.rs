@@ -16,12 +16,17 @@
 //! never closed, so they stay valid. Handles that it returned are passed back unchanged. Out-pointers point to locals. What a
 //! kernel does with the addresses in its parameters is its launcher's promise: see [`Kernel::launch`].
 
+pub mod params;
+pub mod tensor;
+
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use libloading::Library;
+
+pub use params::Launch;
 
 use crate::error::{Error, Result};
 
@@ -59,6 +64,8 @@ fn oldest_driver_text() -> String {
 const SUCCESS: c_int = 0;
 const NO_BINARY_FOR_GPU: c_int = 209;
 const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
+/// Registers, local bytes, static shared bytes.
+const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
 const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
 const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
@@ -119,6 +126,7 @@ driver! {
     );
     get_kernel = "cuLibraryGetKernel" (*mut Handle, Handle, *const c_char);
     parameter_info = "cuKernelGetParamInfo" (Handle, usize, *mut usize, *mut usize);
+    get_function = "cuKernelGetFunction" (*mut Handle, Handle);
     kernel_attribute = "cuKernelGetAttribute" (*mut c_int, c_int, Handle, c_int);
     set_kernel_attribute = "cuKernelSetAttribute" (c_int, c_int, Handle, c_int);
     launch = "cuLaunchKernelEx" (*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void);
@@ -302,19 +310,6 @@ fn load() -> Result<&'static Loaded> {
     LOADED.get_or_init(open).as_ref().map_err(Clone::clone)
 }
 
-/// How a kernel is spread over the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
-    /// Thread blocks.
-    pub grid: [u32; 3],
-    /// Threads per block.
-    pub block: [u32; 3],
-    /// Bytes of dynamic shared memory per block.
-    pub shared: u32,
-    /// The caller's `CUstream`; 0 is the legacy default stream.
-    pub stream: usize,
-}
-
 /// One kernel of the fatbin: a static with its name, filled when first launched.
 #[derive(Debug)]
 pub struct Kernel {
@@ -400,7 +395,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// Launches it with `parameters`, on the device whose context is current. An empty grid is success and launches nothing.
+    /// Launches it with `parameters` on `stream`, the caller's `CUstream` (0: the legacy default stream) of the device whose context is
+    /// current. An empty grid is success and launches nothing.
     ///
     /// # Safety
     /// `P` mirrors the kernel's parameter structure field by field. Every address in it is device memory of the current context
@@ -410,21 +406,21 @@ impl Kernel {
     /// # Errors
     /// [`Error::NoKernels`], [`Error::NoDriver`], [`Error::NoSymbol`], [`Error::UnsupportedDevice`], [`Error::KernelParameters`],
     /// [`Error::Driver`].
-    pub unsafe fn launch<P: Copy>(&self, launch: Launch, parameters: &P) -> Result<()> {
-        let loaded = load()?;
-        let driver = loaded.driver;
-        let kernel = self.resolve(loaded, size_of::<P>())?;
+    pub unsafe fn launch<P: Copy>(&self, launch: Launch, stream: usize, parameters: &P) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
         }
+        let loaded = load()?;
+        let driver = loaded.driver;
+        let kernel = self.resolve(loaded, size_of::<P>())?;
         if launch.shared > FREE_SHARED {
             self.allow_shared(driver, kernel, launch.shared)?;
         }
         let config = LaunchConfig {
             grid: launch.grid,
-            block: launch.block,
+            block: [launch.block, 1, 1],
             shared: launch.shared,
-            stream: std::ptr::with_exposed_provenance_mut(launch.stream),
+            stream: std::ptr::with_exposed_provenance_mut(stream),
             attributes: null_mut(),
             attribute_count: 0,
         };
@@ -436,7 +432,7 @@ impl Kernel {
             NO_BINARY_FOR_GPU => Err(unsupported(driver)),
             code => Err(driver.error(
                 format!(
-                    "cuLaunchKernelEx of {} (grid {:?}, block {:?}, {} bytes of shared memory)",
+                    "cuLaunchKernelEx of {} (grid {:?}, {} threads, {} bytes of shared memory)",
                     self.name(),
                     launch.grid,
                     launch.block,
@@ -447,26 +443,49 @@ impl Kernel {
         }
     }
 
-    /// Registers, spilled bytes per thread and static shared memory of the code picked for the current device.
+    /// Loads it into the current context, as a launch that is to be captured in a graph needs, with permission for `shared` bytes of
+    /// dynamic shared memory; says what its code takes on the current device.
     ///
     /// # Errors
     /// As [`Self::launch`].
-    pub fn usage<P>(&self) -> Result<[i32; 3]> {
-        const REGISTERS: c_int = 4;
-        const LOCAL: c_int = 3;
-        const SHARED: c_int = 1;
+    pub fn load<P>(&self, shared: u32) -> Result<Usage> {
         let loaded = load()?;
         let driver = loaded.driver;
         let kernel = self.resolve(loaded, size_of::<P>())?;
         let device = driver.current()?;
+        let mut function = null_mut();
+        // SAFETY: see the module.
+        let code = unsafe { (driver.get_function)(&raw mut function, kernel) };
+        if code == NO_BINARY_FOR_GPU {
+            return Err(unsupported(driver));
+        }
+        driver.check(&format!("cuKernelGetFunction of {}", self.name()), code)?;
+        if shared > FREE_SHARED {
+            self.allow_shared(driver, kernel, shared)?;
+        }
         let mut values = [0; 3];
-        for (value, attribute) in values.iter_mut().zip([REGISTERS, LOCAL, SHARED]) {
+        for (value, attribute) in values.iter_mut().zip(USAGE_ATTRIBUTES) {
             // SAFETY: see the module.
             let code = unsafe { (driver.kernel_attribute)(&raw mut *value, attribute, kernel, device) };
             driver.check(&format!("cuKernelGetAttribute of {}", self.name()), code)?;
         }
-        Ok(values)
+        Ok(Usage {
+            registers: values[0],
+            local: values[1],
+            shared: values[2],
+        })
     }
+}
+
+/// What a kernel's code takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Registers per thread.
+    pub registers: i32,
+    /// Bytes of local memory per thread: spilled registers, and arrays on the stack.
+    pub local: i32,
+    /// Bytes of static shared memory per block.
+    pub shared: i32,
 }
 
 fn unsupported(driver: &Driver) -> Error {
@@ -479,6 +498,14 @@ fn unsupported(driver: &Driver) -> Error {
         },
         Err(why) => why,
     }
+}
+
+/// Ordinal of the GPU whose context is current on this thread.
+///
+/// # Errors
+/// [`Error::NoDriver`], [`Error::NoSymbol`]; [`Error::Driver`] when no context is current.
+pub fn current_device() -> Result<i32> {
+    driver()?.current()
 }
 
 /// Whether code of the fatbin runs on compute capability `major.minor`: a binary of the same major version and no newer minor one
@@ -535,16 +562,15 @@ mod tests {
         static KERNEL: Kernel = Kernel::new(c"probe");
         let launch = Launch {
             grid: [1; 3],
-            block: [1; 3],
+            block: 1,
             shared: 0,
-            stream: 0,
         };
         if driver_version().is_ok() {
             eprintln!("skipped: this machine has a driver");
             return;
         }
         // SAFETY: there is no driver, so nothing is launched.
-        let error = unsafe { KERNEL.launch(launch, &0usize) }.unwrap_err();
+        let error = unsafe { KERNEL.launch(launch, 0, &0usize) }.unwrap_err();
         let expected = if fatbin_bytes() == 0 {
             "install nvcc"
         } else {

@@ -14,7 +14,10 @@ mod verify;
 #[pyo3::pymodule]
 mod _core {
     #[pymodule_export]
-    use super::cuda::cuda_info;
+    use super::cuda::{
+        cuda_accept, cuda_block_attention, cuda_compact_kv, cuda_info, cuda_kv_inject, cuda_load, cuda_prepare_block,
+        cuda_probe, cuda_sample_rows, cuda_sample_scratch, cuda_tree_build, cuda_tree_top_k,
+    };
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
