@@ -1,6 +1,8 @@
 // The kernels on the host: the same functions, a kernel's threads one after the other between its barriers. For tests.
 #include <vector>
 
+#include "logic_attention.cuh"
+#include "logic_kv.cuh"
 #include "logic_rng.cuh"
 #include "logic_sample.cuh"
 #include "logic_step.cuh"
@@ -143,6 +145,121 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
     }
 }
 
+template <int D>
+void inject(const KvInjectParams& p) {
+    constexpr int32_t LANES = D / 8, UNITS = 256 / LANES;
+    Launch launch = kv_inject_launch(p, D);
+    for (int64_t unit = 0; unit < int64_t(launch.grid[0]) * UNITS; ++unit) {
+        InjectUnit u = inject_unit(p, unit);
+        Vec8 x[LANES];
+        float sums[LANES], normed[LANES][8];
+        for (int32_t lane = 0; lane < LANES; ++lane) {
+            x[lane] = inject_load<D>(p, u, lane);
+            sums[lane] = sum_of_squares(x[lane]);
+        }
+        for (int32_t offset = LANES / 2; offset > 0; offset /= 2) {
+            float before[LANES];
+            memcpy(before, sums, sizeof(sums));
+            for (int32_t lane = 0; lane < LANES; ++lane) sums[lane] = add(before[lane], before[lane ^ offset]);
+        }
+        for (int32_t lane = 0; lane < LANES; ++lane) inject_norm<D>(p, u, x[lane], sums[lane], lane, normed[lane]);
+        if (!u.active) continue;
+        for (int32_t lane = 0; lane < LANES; ++lane) {
+            const float* other = normed[inject_partner(p.rotary_dim, lane)];
+            inject_store<D>(p, u, u.is_v ? x[lane] : inject_rotate(p, u, normed[lane], other, lane), lane);
+        }
+    }
+}
+
+// All lanes of a warp, as the PTX manual lays fragments out.
+struct HostWarp {
+    template <typename T>
+    struct Reg {
+        T v[32];
+        T& operator[](int32_t lane) { return v[lane]; }
+        const T& operator[](int32_t lane) const { return v[lane]; }
+    };
+
+    static int32_t first_lane() { return 0; }
+    static int32_t lanes() { return 32; }
+
+    static void load_matrices(const Reg<const uint16_t*>& rows, bool transposed, Reg<uint32_t>* out) {
+        for (int32_t matrix = 0; matrix < 4; ++matrix) {
+            for (int32_t lane = 0; lane < 32; ++lane) {
+                auto at = [&](int32_t row, int32_t column) { return uint32_t(rows[matrix * 8 + row][column]); };
+                int32_t g = lane / 4, t = 2 * (lane % 4);
+                out[matrix][lane] = transposed ? at(t, g) | at(t + 1, g) << 16 : at(g, t) | at(g, t + 1) << 16;
+            }
+        }
+    }
+
+    static void multiply(Reg<float>* c, const Reg<uint32_t>* a, const Reg<uint32_t>* b) {
+        float x[16][16], y[16][8];
+        for (int32_t lane = 0; lane < 32; ++lane) {
+            int32_t g = lane / 4, t = 2 * (lane % 4);
+            for (int32_t i = 0; i < 2; ++i) {
+                auto half = [&](uint32_t bits) { return float_of_bf16(uint16_t(bits >> (16 * i))); };
+                x[g][t + i] = half(a[0][lane]);
+                x[g + 8][t + i] = half(a[1][lane]);
+                x[g][t + 8 + i] = half(a[2][lane]);
+                x[g + 8][t + 8 + i] = half(a[3][lane]);
+                y[t + i][g] = half(b[0][lane]);
+                y[t + 8 + i][g] = half(b[1][lane]);
+            }
+        }
+        for (int32_t lane = 0; lane < 32; ++lane) {
+            for (int32_t e = 0; e < 4; ++e) {
+                int32_t row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
+                float sum = c[e][lane];
+                for (int32_t k = 0; k < 16; ++k) sum += x[row][k] * y[k][column];
+                c[e][lane] = sum;
+            }
+        }
+    }
+
+    static Reg<float> exchange(const Reg<float>& x, int32_t mask) {
+        Reg<float> out;
+        for (int32_t lane = 0; lane < 32; ++lane) out[lane] = x[lane ^ mask];
+        return out;
+    }
+};
+
+template <int D>
+void attend(const BlockAttentionParams& p) {
+    constexpr int32_t KEYS = D > 128 ? 32 : 64;
+    Launch launch = block_attention_launch(p, D);
+    int32_t threads = int32_t(launch.block);
+    for (uint32_t z = 0; z < launch.grid[2]; ++z) {
+        for (uint32_t y = 0; y < launch.grid[1]; ++y) {
+            for (uint32_t x = 0; x < launch.grid[0]; ++x) {
+                AttentionTile t = attention_tile(p, int32_t(x), int32_t(y), int32_t(z), KEYS);
+                if (!t.live) continue;
+                if (p.slots && y == 0 && z == 0)
+                    for (int32_t thread = 0; thread < threads; ++thread) store_keys<D>(p, t, thread, threads);
+                std::vector<uint16_t> shared(launch.shared / 2, 0x7fc1); // NaN
+                uint16_t* keys = shared.data() + ATTENTION_ROWS * D;
+                for (int32_t thread = 0; thread < threads; ++thread) load_queries<D>(p, t, shared.data(), thread, threads);
+                std::vector<WarpState<HostWarp, D>> states(4);
+                for (int32_t warp = 0; warp < 4; ++warp) warp_open(p, t, warp, states[warp]);
+                for (int32_t key = t.begin; key < t.end; key += KEYS) {
+                    int64_t sources[KEYS];
+                    for (int32_t i = 0; i < KEYS; ++i) sources[i] = key_source(p, t, key + i);
+                    for (int32_t thread = 0; thread < threads; ++thread)
+                        load_keys<D, KEYS>(p, t, sources, keys, keys + KEYS * D, thread, threads);
+                    for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
+                        warp_attend<HostWarp, D, KEYS>(p, t, warp, key, shared.data(), keys, keys + KEYS * D, states[warp]);
+                }
+                for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp) warp_write(p, t, states[warp]);
+            }
+        }
+    }
+    Launch combine = block_attention_combine_launch(p);
+    for (int64_t row = 0; row < int64_t(combine.grid[0]) * 4; ++row) {
+        if (row >= int64_t(p.max_tokens) * p.q_heads) break;
+        for (int32_t lane = 0; lane < 32; ++lane) combine_lane<D>(p, row, lane);
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -196,5 +313,52 @@ void dflash_host_sample_f32(const SampleRowsParams* p) {
 
 void dflash_host_sample_bf16(const SampleRowsParams* p) {
     for (int32_t row = 0; row < p->num_rows; ++row) sample_row<uint16_t>(*p, row);
+}
+
+void dflash_host_kv_inject(const KvInjectParams* p, int32_t head_dim) {
+    if (head_dim == 64) inject<64>(*p);
+    else if (head_dim == 128) inject<128>(*p);
+    else inject<256>(*p);
+}
+
+void dflash_host_compact_kv(const CompactKvParams* p) {
+    Launch launch = compact_kv_launch(*p);
+    for (uint32_t x = 0; x < launch.grid[0]; ++x)
+        for (uint32_t y = 0; y < launch.grid[1]; ++y)
+            for (uint32_t thread = launch.grid[2] * launch.block; thread-- > 0;)
+                compact_thread(*p, int32_t(x), int32_t(y / 2), y % 2 == 1, int32_t(thread));
+}
+
+void dflash_host_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
+    if (head_dim == 64) attend<64>(*p);
+    else if (head_dim == 128) attend<128>(*p);
+    else attend<256>(*p);
+}
+
+// For every token, query head and key < width: where it is read from if it is seen (see key_source), else INT64_MIN.
+void dflash_host_seen(const BlockAttentionParams* p, int32_t head_dim, int32_t width, int64_t* out) {
+    Launch launch = block_attention_launch(*p, head_dim);
+    int32_t keys = attention_keys(head_dim);
+    for (uint32_t z = 0; z < launch.grid[2]; ++z) {
+        for (uint32_t y = 0; y < launch.grid[1]; ++y) {
+            for (uint32_t x = 0; x < launch.grid[0]; ++x) {
+                AttentionTile t = attention_tile(*p, int32_t(x), int32_t(y), int32_t(z), keys);
+                if (!t.live) continue;
+                for (int32_t row = 0; row < ATTENTION_ROWS; ++row) {
+                    AttentionRow r = attention_row(*p, t, row);
+                    if (r.query < 0) continue;
+                    int64_t* to = out + (int64_t(t.first_token + r.query) * p->q_heads + r.head) * width;
+                    for (int32_t first = t.begin; first < t.end; first += keys) {
+                        bool masked = first + keys > t.context || first < t.unmasked_from;
+                        for (int32_t key = first; key < first + keys; ++key) {
+                            if (masked && !sees(*p, t, r, key)) continue;
+                            // Twice, or beyond the text: wrong.
+                            if (key < width) to[key] = to[key] == INT64_MIN ? key_source(*p, t, key) : INT64_MAX;
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 }
