@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import torch
 
 from dflash_rs import cuda
+from dflash_rs.attention import CudaAttention
 
 ADDRESSES: dict[int, int] = {}
 KEEP: list[torch.Tensor] = []
@@ -120,7 +122,28 @@ def main() -> None:
     cuda.compact_kv(done.path, lens, cache, table)
     # Nothing to do is success, and launches nothing.
     cuda.compact_kv(i32(0, 8), i32(0), cache, cuda.PageTable(table.pages, i32(0), 16))
+    engine_step(note)
     print(json.dumps(named))
+
+
+def engine_step(note):
+    """An engine's attention, its arrays on the host and uploaded by it."""
+    slots = torch.arange(48, 57)
+    step = CudaAttention(
+        query_starts=np.array([0, 1, 9], dtype=np.int32), context_lens=np.array([0, 590], dtype=np.int32), page_size=16,
+        page_table=np.arange(160, dtype=np.int32).reshape(4, 40), row_ids=np.array([3, 1], dtype=np.int32), num_slots=2560,
+        valid_from=np.array([0, 7], dtype=np.int32), slots=slots.numpy(), slots_device=slots, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert step._table.pages.tolist() == [
+        list(range(120, 158)),
+        list(range(40, 78)),
+    ] and step._table.row_ids.tolist() == [0, 1]
+    assert step.query_starts.tolist() == [0, 1, 9] and step._valid_from.tolist() == [0, 7]
+    cache = bf16(2560, 2, 64)
+    out = step.attend(
+        bf16(9, 4, 64), bf16(9, 2, 64), bf16(9, 2, 64), cache, torch.empty_like(cache), scale=1.0, causal=False
+    )
+    note(engine_slots=slots, engine_out=out)
 
 
 main()

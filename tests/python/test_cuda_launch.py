@@ -97,6 +97,7 @@ def test_the_stages_of_a_step_are_launched_in_order(calls):
         "block_attention_128", "block_attention_128", "block_attention_combine_128", "block_attention_128",
         "sample_scan_bf16", "sample_mass_bf16", "sample_pick_bf16", "sample_finish_bf16", "sample_scan_f32", "sample_finish_f32",
         "accept", "accept", "tree_top_k_bf16", "tree_build", "compact_kv",
+        "block_attention_64", "block_attention_combine_64",
     ]  # fmt: skip
 
 
@@ -130,8 +131,8 @@ def test_kv_inject_gets_strides_of_the_projection_and_of_the_cache(calls):
 def test_attention_gets_masks_windows_and_splits(calls):
     named, log = calls
     entries, parameters = launches(log, "block_attention", "BlockAttentionParams")
-    block, causal, combine, tree = parameters
-    for p in parameters:
+    block, causal, combine, tree = parameters[:4]
+    for p in parameters[:4]:
         assert (p.q, p.k, p.v, p.k_cache) == tuple(named[n] for n in ("q", "k", "v", "k_cache"))
         assert list(p.q_stride) == list(p.k_stride) == [24 * 128, 128] and list(p.k_cache_stride) == [4 * 128, 128]
         assert (p.q_heads, p.kv_heads, p.max_tokens, p.max_block_len, p.scale) == (16, 4, 24, 8, 0.125)
@@ -142,6 +143,17 @@ def test_attention_gets_masks_windows_and_splits(calls):
     # Tiles of 128 wide heads take more shared memory than a block has without asking.
     asked = [entry for entry in log if entry.get("set") == "block_attention_128"]
     assert len(asked) == 1 and asked[0]["attribute"] == 8 and asked[0]["value"] == entries[0]["shared"] > 48 * 1024
+
+
+def test_an_engines_step_is_uploaded_once_and_split_by_its_longest_request(calls):
+    named, log = calls
+    entries, (p, combine) = (
+        launches(log, "block_attention", "BlockAttentionParams")[0][4:],
+        launches(log, "block_attention", "BlockAttentionParams")[1][4:],
+    )
+    assert [entry["kernel"] for entry in entries] == ["block_attention_64", "block_attention_combine_64"]
+    assert (p.slots, p.out, p.mask) == (named["engine_slots"], named["engine_out"], 1) and bytes(p) == bytes(combine)
+    assert (p.num_requests, p.max_block_len, p.num_splits, p.table.width) == (2, 8, 2, 38) and p.valid_from
 
 
 def test_sampling_and_acceptance_share_the_rows(calls):

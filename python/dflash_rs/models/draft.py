@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import host_kernel_serves, step_attention
+from .. import cuda
+from ..attention import kernel_serves, step_attention
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable, rotate_rows
@@ -376,7 +377,7 @@ class _DraftEngine:
         embedding, lm_head = draft._bound
         weight = draft.fc.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.host_kernel = host_kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
+        self.kernel = kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
         self.embedding = embedding.weight.detach()
         self.eps, self.hidden = c.rms_norm_eps, (c.hidden_size,)
         self.context_norm, self.norm = draft.hidden_norm.weight.detach(), draft.norm.weight.detach()
@@ -399,6 +400,13 @@ class _DraftEngine:
             tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
             for _ in range(c.num_hidden_layers)
         ]
+        self.injection = None
+        if self.device.type == "cuda" and self.kernel and c.head_dim % 16 == 0:
+            # A position is below the number of slots: every token of a request has one.
+            positions = torch.arange(num_slots, device=self.device)
+            cos, sin = (x.squeeze(-2)[:, : c.head_dim // 2] for x in draft._cos_sin(positions, torch.float32))
+            keys, values = zip(*self.caches, strict=True)
+            self.injection = cuda.KvCaches(keys, values), torch.cat((cos, sin), dim=-1).contiguous()
 
     def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         c = self.config
@@ -413,6 +421,10 @@ class _DraftEngine:
             return
         x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
         kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+        if self.injection is not None:
+            caches, cos_sin = self.injection
+            cuda.kv_inject(kv, self.k_norm.view(-1, c.head_dim), cos_sin, positions, slots, caches, eps=self.eps)
+            return
         keys = torch.rms_norm(kv[:, :, 0], (c.head_dim,), None, self.eps).mul_(self.k_norm)
         cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
         keys = rotate_rows(keys, cos[:, None], sin[:, None])
@@ -447,7 +459,7 @@ class _DraftEngine:
         )
         valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
         attention = step_attention(
-            batch, num_slots=self.num_slots, write=False, host=self.host_kernel, valid_from=valid_from
+            batch, num_slots=self.num_slots, write=False, kernel=self.kernel, valid_from=valid_from
         )
         cos, sin = self.rotary.lookup(batch.positions, int(positions.max()) + 1)
         x = F.embedding(batch.token_ids, self.embedding)
