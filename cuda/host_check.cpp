@@ -6,6 +6,7 @@
 #include "logic_rng.cuh"
 #include "logic_sample.cuh"
 #include "logic_step.cuh"
+#include "logic_tree.cuh"
 
 using namespace dflash;
 
@@ -260,6 +261,43 @@ void attend(const BlockAttentionParams& p) {
     }
 }
 
+void sort_all(std::vector<uint64_t>& list, int32_t n) {
+    for (int32_t size = 2; size <= n; size *= 2)
+        for (int32_t stride = size / 2; stride > 0; stride /= 2)
+            for (int32_t thread = 0; thread < TOP_THREADS; ++thread) sort_step(list.data(), n, size, stride, thread, TOP_THREADS);
+}
+
+template <typename E>
+void top_k(const TreeTopKParams& p) {
+    for (int32_t index = 0; index < int32_t(tree_top_k_launch(p).grid[0]); ++index) {
+        TopRow<E> row(p, index);
+        std::vector<uint64_t> list(TOP_LISTED);
+        for (int32_t thread = 0; thread < TOP_THREADS; ++thread) list[thread] = top_largest(row, thread);
+        sort_all(list, TOP_THREADS);
+        float top = candidate_value(list[0]);
+        uint64_t least = list[p.k - 1], mass = 0;
+        uint32_t count = 0;
+        for (int32_t thread = TOP_THREADS - 1; thread >= 0; --thread)
+            mass += top_gather(row, least, top, p.normalise != 0, list.data(), &count, thread);
+        if (count > uint32_t(TOP_LISTED)) {
+            uint64_t prefix = 0;
+            uint32_t rank = uint32_t(p.k);
+            for (int32_t shift = 56; shift >= 0; shift -= 8) {
+                uint32_t counts[256] = {};
+                for (int32_t thread = 0; thread < TOP_THREADS; ++thread) top_digits(row, prefix, shift, counts, thread);
+                prefix |= uint64_t(top_choose(counts, rank)) << shift;
+            }
+            count = 0;
+            for (int32_t thread = 0; thread < TOP_THREADS; ++thread) top_gather(row, prefix, top, false, list.data(), &count, thread);
+        }
+        int32_t n = power_of_two(int32_t(count));
+        for (int32_t i = int32_t(count); i < n; ++i) list[i] = 0;
+        sort_all(list, n);
+        for (int32_t thread = 0; thread < TOP_THREADS; ++thread)
+            top_write(p, row, index, list.data(), int32_t(count), top, mass, thread, TOP_THREADS);
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -359,6 +397,30 @@ void dflash_host_seen(const BlockAttentionParams* p, int32_t head_dim, int32_t w
                 }
             }
         }
+    }
+}
+
+void dflash_host_tree_top_k_f32(const TreeTopKParams* p) { top_k<float>(*p); }
+void dflash_host_tree_top_k_bf16(const TreeTopKParams* p) { top_k<uint16_t>(*p); }
+
+void dflash_host_tree_build(const TreeBuildParams* p) {
+    Launch launch = tree_build_launch(*p);
+    for (int32_t request = 0; request < int32_t(launch.grid[0]); ++request) {
+        std::vector<uint64_t> shared(launch.shared / 8 + 1, 0xdededededededede);
+        TreeNodes t(shared.data(), p->max_nodes + 1);
+        const float* log_probs = p->top_log_probs + int64_t(request) * p->max_depth * p->k;
+        tree_open(*p, t, log_probs);
+        int32_t budget = tree_budget(*p, request), count = 1;
+        while (count <= budget) {
+            TreeBest best = {0, 0, -1};
+            for (int32_t lane = 0; lane < 32; ++lane) {
+                TreeBest other = tree_best(t, count, lane);
+                if (other.key > best.key || (other.key == best.key && other.tie > best.tie)) best = other;
+            }
+            if (best.key == 0) break;
+            tree_take(*p, t, log_probs, best, count++);
+        }
+        for (int32_t lane = 0; lane < 32; ++lane) tree_write(*p, t, request, count, lane);
     }
 }
 }

@@ -9,4 +9,5 @@ mod cuda_host {
     mod rng;
     mod sample;
     mod step;
+    mod tree;
 }
