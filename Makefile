@@ -1,19 +1,21 @@
 # make demo    build, install into .venv, and watch the bundled pair work
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
+# make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
 # make clean   removes build outputs (make distclean: the virtual environments, too)
 #
-# Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker, and package registries. The tests run against the
-# installed wheel, never against the source tree.
+# Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker (the tests: a C++ compiler), and package registries. The
+# tests run against the installed wheel, never against the source tree. No CUDA and no GPU: `make kernels` installs the
+# compiler into .venv, and what is built after that contains the kernels; DFLASH_CUDA=0 leaves all of that out.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
+.PHONY: demo test check kernels bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
   sglang-install bench-core bench-demo bench-reference bench-sglang
 
 VENV ?= .venv
@@ -34,14 +36,14 @@ unexport PYTHONPATH
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 export CARGO_TERM_COLOR ?= auto
 
-PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md \
-  $(shell find src python docs/architecture.md -type f -not -name '*.pyc' -not -name '*.so')
+PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md build.rs \
+  $(shell find src cuda python docs/architecture.md -type f -not -name '*.pyc' -not -name '*.so')
 
 demo: install
 	$(BIN)/dflash-rs generate --example 1 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
 
-test: lint rust-test install stubs python-test sglang-test
+test: kernels lint rust-test install stubs python-test sglang-test
 
 check: lint stubs
 
@@ -55,6 +57,11 @@ lint: venv
 
 rust-test:
 	cargo test --locked
+
+kernels: $(VENV)/.stamp-nvcc
+ifneq ($(DFLASH_CUDA),0)
+	$(BIN)/python scripts/kernel_table.py
+endif
 
 stubs: install
 	cd $(VENV) && bin/python -m mypy.stubtest dflash_rs._core --allowlist $(CURDIR)/scripts/stubtest-allowlist.txt
@@ -118,6 +125,14 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py
 	  $(PIP) install --no-deps $(REFERENCE); \
 	  mv $(VENV)/requirements.new $(VENV)/requirements.txt; \
 	fi
+	touch $@
+
+# The touch: cargo cannot know that a build which found no compiler would now find one.
+$(VENV)/.stamp-nvcc: $(VENV)/.stamp-venv scripts/nvcc-requirements.txt
+ifneq ($(DFLASH_CUDA),0)
+	$(PIP) install -r scripts/nvcc-requirements.txt
+	touch build.rs
+endif
 	touch $@
 
 $(VENV)/.stamp-package: $(VENV)/.stamp-tools $(PACKAGE_SOURCES)

@@ -151,6 +151,73 @@ pub enum Error {
         /// The array it shares memory with.
         other: &'static str,
     },
+    /// The kernels were left out of this build.
+    #[error(
+        "CUDA kernels: got a build without any, expected them compiled in: install nvcc and build again (docs/guide.md, \
+         CUDA kernels), or use device='cpu'"
+    )]
+    NoKernels,
+    /// The driver library cannot be used.
+    #[error(
+        "CUDA driver: got {got}, expected libcuda.so.1 of CUDA {expected} or newer: install or update NVIDIA's driver"
+    )]
+    NoDriver {
+        /// What was found instead, and where.
+        got: String,
+        /// Oldest version that runs these kernels.
+        expected: String,
+    },
+    /// The driver library lacks a function.
+    #[error(
+        "CUDA driver: got one of CUDA {version} without {symbol}, expected CUDA {expected} or newer: update NVIDIA's driver"
+    )]
+    NoSymbol {
+        /// The function.
+        symbol: &'static str,
+        /// The driver's own version.
+        version: String,
+        /// Oldest version that runs these kernels.
+        expected: String,
+    },
+    /// Nothing in the fatbin runs on the current device.
+    #[error(
+        "CUDA device: got {device}, an sm_{major}{minor}, expected one that runs code for {built}: build again with \
+         DFLASH_CUDA_ARCHS={major}{minor}, or use device='cpu'"
+    )]
+    UnsupportedDevice {
+        /// The device's name.
+        device: String,
+        /// Compute capability.
+        major: i32,
+        /// Compute capability.
+        minor: i32,
+        /// What was compiled.
+        built: &'static str,
+    },
+    /// A kernel whose parameters are not what this crate would pass.
+    #[error(
+        "kernel {kernel}: takes {got} bytes of parameters, expected {expected}: the build is inconsistent, clean and build again"
+    )]
+    KernelParameters {
+        /// The kernel.
+        kernel: String,
+        /// Bytes it takes.
+        got: usize,
+        /// Bytes that would be passed.
+        expected: usize,
+    },
+    /// A call that the driver refused.
+    #[error("{call}: the CUDA driver answered {name} ({code}), {text}")]
+    Driver {
+        /// The function, and what for.
+        call: String,
+        /// CUresult.
+        code: i32,
+        /// Its name.
+        name: String,
+        /// The driver's explanation.
+        text: String,
+    },
 }
 
 /// Result of the core.

@@ -1,12 +1,189 @@
 """The compiled half of dflash_rs: whole-batch arrays, one crossing per stage."""
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+def cuda_info() -> dict[str, Any]:
+    """What was built and what this machine has. Opens the driver, creates no context, raises nothing.
+
+    ``architectures``: list of the code in the fatbin (``sm_90a``, ``compute_80``), ``nvcc``: the compiler's version or
+    None, ``fatbin_bytes``, ``driver``: its CUDA version or None, ``driver_error``: why it cannot be used, or None,
+    ``devices``: a list of dicts with ``name``, ``capability`` (major, minor), ``multiprocessors`` and ``supported``
+    (whether the fatbin holds code for it).
+    """
+
+_CudaTensor: TypeAlias = tuple[
+    int, str, int, Sequence[int], Sequence[int]
+]  # address, dtype, device ordinal, shape, strides
+
+def cuda_load() -> dict[str, tuple[int, int, int]]:
+    """Loads every kernel into the current context: {name: (registers, local bytes, static shared bytes)}."""
+
+def cuda_probe(out: _CudaTensor, stream: int) -> None:
+    """Writes the architecture of the code that the driver picked to `out`, int32 [1]."""
+
+def cuda_sample_scratch(rows: int, vocab: int) -> int:
+    """Bytes of scratch that `cuda_sample_rows` needs."""
+
+def cuda_prepare_block(
+    *,
+    query_starts: _CudaTensor,
+    context_lens: _CudaTensor,
+    anchors: _CudaTensor,
+    page_table: _CudaTensor,
+    row_ids: _CudaTensor,
+    page_size: int,
+    token_ids: _CudaTensor,
+    positions: _CudaTensor,
+    stream: int,
+    slots: _CudaTensor | None = None,
+    drafts: _CudaTensor | None = None,
+    depths: _CudaTensor | None = None,
+    mask_token: int = 0,
+) -> None:
+    """See `dflash_rs.cuda.prepare_block`."""
+
+def cuda_kv_inject(
+    *,
+    kv: _CudaTensor,
+    k_norm: _CudaTensor,
+    cos_sin: _CudaTensor,
+    positions: _CudaTensor,
+    slots: _CudaTensor,
+    k_caches: _CudaTensor,
+    v_caches: _CudaTensor,
+    cache: _CudaTensor,
+    eps: float,
+    stream: int,
+    rows: _CudaTensor | None = None,
+) -> None:
+    """See `dflash_rs.cuda.kv_inject`."""
+
+def cuda_block_attention(
+    *,
+    q: _CudaTensor,
+    k: _CudaTensor,
+    v: _CudaTensor,
+    k_cache: _CudaTensor,
+    v_cache: _CudaTensor,
+    out: _CudaTensor,
+    query_starts: _CudaTensor,
+    context_lens: _CudaTensor,
+    page_table: _CudaTensor,
+    row_ids: _CudaTensor,
+    page_size: int,
+    max_block_len: int,
+    max_keys: int,
+    scale: float,
+    stream: int,
+    mask: str = "causal",
+    window: int | None = None,
+    valid_from: _CudaTensor | None = None,
+    slots: _CudaTensor | None = None,
+    ancestors: _CudaTensor | None = None,
+    partial_out: _CudaTensor | None = None,
+    partial_stats: _CudaTensor | None = None,
+    num_splits: int = 1,
+    split_keys: int = 512,
+) -> None:
+    """See `dflash_rs.cuda.block_attention`."""
+
+def cuda_sample_rows(
+    *,
+    logits: _CudaTensor,
+    sampling: _CudaTensor,
+    query_starts: _CudaTensor,
+    token_ids: _CudaTensor,
+    positions: _CudaTensor,
+    history_tokens: _CudaTensor,
+    history_counts: _CudaTensor,
+    bias_tokens: _CudaTensor,
+    bias_values: _CudaTensor,
+    tokens: _CudaTensor,
+    status: _CudaTensor,
+    scratch: _CudaTensor,
+    stream: int,
+    row_tokens: _CudaTensor | None = None,
+    parents: _CudaTensor | None = None,
+    logprobs: _CudaTensor | None = None,
+    filters: bool = True,
+) -> None:
+    """See `dflash_rs.cuda.sample_rows`."""
+
+def cuda_accept(
+    *,
+    query_starts: _CudaTensor,
+    context_lens: _CudaTensor,
+    token_ids: _CudaTensor,
+    sampled: _CudaTensor,
+    page_table: _CudaTensor,
+    row_ids: _CudaTensor,
+    page_size: int,
+    accepted: _CudaTensor,
+    out_tokens: _CudaTensor,
+    out_lens: _CudaTensor,
+    new_context_lens: _CudaTensor,
+    next_anchors: _CudaTensor,
+    max_nodes: int,
+    stream: int,
+    logit_starts: _CudaTensor | None = None,
+    node_counts: _CudaTensor | None = None,
+    parents: _CudaTensor | None = None,
+    path: _CudaTensor | None = None,
+    commit_rows: _CudaTensor | None = None,
+    commit_positions: _CudaTensor | None = None,
+    commit_slots: _CudaTensor | None = None,
+) -> None:
+    """See `dflash_rs.cuda.accept`."""
+
+def cuda_tree_top_k(
+    *,
+    values: _CudaTensor,
+    tokens: _CudaTensor,
+    log_probs: _CudaTensor,
+    stream: int,
+    normalise: bool = True,
+) -> None:
+    """See `dflash_rs.cuda.tree_top_k`."""
+
+def cuda_tree_build(
+    *,
+    anchors: _CudaTensor,
+    top_tokens: _CudaTensor,
+    top_log_probs: _CudaTensor,
+    tokens: _CudaTensor,
+    parents: _CudaTensor,
+    depths: _CudaTensor,
+    counts: _CudaTensor,
+    stream: int,
+    budgets: _CudaTensor | None = None,
+    scores: _CudaTensor | None = None,
+    first_child: _CudaTensor | None = None,
+    next_sibling: _CudaTensor | None = None,
+    masks: _CudaTensor | None = None,
+) -> None:
+    """See `dflash_rs.cuda.tree_build`."""
+
+def cuda_compact_kv(
+    *,
+    path: _CudaTensor,
+    context_lens: _CudaTensor,
+    k_caches: _CudaTensor,
+    v_caches: _CudaTensor,
+    cache: _CudaTensor,
+    page_table: _CudaTensor,
+    row_ids: _CudaTensor,
+    page_size: int,
+    stream: int,
+) -> None:
+    """See `dflash_rs.cuda.compact_kv`."""
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 

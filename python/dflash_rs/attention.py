@@ -6,8 +6,8 @@
 A token sees the context of its request and its request's own tokens: the earlier ones and itself (causal, the target)
 or all of them (the drafter's block). One object is built per step, and every layer attends through it.
 
-`TorchAttention` is the reference: plain torch, any device. `step_attention` picks the host kernel of the extension
-where it applies and the reference elsewhere; both have the same `attend`.
+`TorchAttention` is the reference: plain torch, any device. `step_attention` picks the extension's kernel for the device (host or
+CUDA) where one applies and the reference elsewhere; all have the same `attend`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _core
+from . import _core, cuda
 from .errors import InvalidArgument
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -159,6 +159,47 @@ class HostAttention:
         return out
 
 
+class CudaAttention:
+    """The CUDA kernel: reads and writes pages in place; a row's bits do not depend on what else is in the batch.
+
+    Arguments as for `HostAttention`, checked as there. They are uploaded in one copy, and every layer uses them. bfloat16.
+    """
+
+    def __init__(
+        self, *, slots: np.ndarray | None, slots_device: Tensor | None, num_slots: int, device: torch.device, **arrays
+    ):
+        _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
+        starts, context_lens, page_size = arrays["query_starts"], arrays["context_lens"], arrays["page_size"]
+        valid_from = arrays["valid_from"]
+        lens = np.diff(starts)
+        self._max_block_len = int(lens.max(initial=0))
+        self._max_keys = int((context_lens + lens).max(initial=0))
+        # The rows in use, as far as they are: the whole table may be large.
+        width = -(-self._max_keys // page_size)
+        pages = arrays["page_table"][arrays["row_ids"], :width]
+        r = context_lens.size
+        parts = [starts, context_lens, np.arange(r, dtype=np.int32), pages.reshape(-1)]
+        if valid_from is not None:
+            parts.append(valid_from)
+        packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        ends = np.cumsum([part.size for part in parts])
+        views = [packed[end - part.size : end] for part, end in zip(parts, ends, strict=True)]
+        self.query_starts, self._context_lens = views[0], views[1]
+        self._table = cuda.PageTable(views[3].view(r, pages.shape[1]), views[2], page_size)
+        self._valid_from = views[4] if valid_from is not None else None
+        self._slots = slots_device if slots is not None else None
+
+    def attend(
+        self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None
+    ) -> Tensor:
+        """As `TorchAttention.attend`."""
+        return cuda.block_attention(
+            q, k, v, k_cache, v_cache, query_starts=self.query_starts, context_lens=self._context_lens, table=self._table,
+            max_block_len=self._max_block_len, max_keys=self._max_keys, scale=scale, mask="causal" if causal else "block",
+            window=window, valid_from=self._valid_from, slots=self._slots,
+        )  # fmt: skip
+
+
 def _address(rows: Tensor) -> tuple[int, int, int]:
     """Address and the row and head strides in elements of [rows, heads, dim]; the elements of a head must be adjacent."""
     row, head, element = rows.stride()
@@ -167,24 +208,22 @@ def _address(rows: Tensor) -> tuple[int, int, int]:
     return rows.data_ptr(), row, head
 
 
-def host_kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
-    """Whether the host kernel attends over such a cache; the reference does otherwise."""
-    return (
-        hasattr(_core, "paged_attention")
-        and device.type == "cpu"
-        and dtype in _DTYPES
-        and key_dim == value_dim
-        and key_dim <= 256
-    )
+def kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether a kernel of the extension attends over such a cache; the reference does otherwise."""
+    if key_dim != value_dim:
+        return False
+    if device.type == "cuda":
+        return dtype == torch.bfloat16 and key_dim in cuda.HEAD_DIMS and cuda.available(device)
+    return device.type == "cpu" and dtype in _DTYPES and key_dim <= 256
 
 
 def step_attention(
-    batch, *, num_slots: int, write: bool, host: bool, valid_from: np.ndarray | None = None
-) -> HostAttention | TorchAttention:
+    batch, *, num_slots: int, write: bool, kernel: bool, valid_from: np.ndarray | None = None
+) -> CudaAttention | HostAttention | TorchAttention:
     """The attention of one `StepBatch`: what every layer of a forward pass calls.
 
     `write` stores the step's keys and values at `batch.slots` in caches of `num_slots`; without it they are scratch.
-    `host` picks the host kernel (see `host_kernel_serves`), else the torch reference, its oracle.
+    `kernel` picks the extension's kernel for the batch's device (see `kernel_serves`), else the torch reference, its oracle.
     """
     arrays = {
         "query_starts": batch.query_starts,
@@ -194,7 +233,10 @@ def step_attention(
         "page_size": batch.page_size,
         "valid_from": valid_from,
     }
-    if host:
+    device = batch.token_ids.device
+    if kernel:
         slots = batch.slots_host if write else None
+        if device.type == "cuda":
+            return CudaAttention(slots=slots, slots_device=batch.slots, num_slots=num_slots, device=device, **arrays)
         return HostAttention(slots=slots, num_slots=num_slots, threads=torch.get_num_threads(), **arrays)
-    return TorchAttention(slots=batch.slots if write else None, device=batch.token_ids.device, **arrays)
+    return TorchAttention(slots=batch.slots if write else None, device=device, **arrays)

@@ -38,6 +38,7 @@ def examine() -> list[Check]:
         *[(name, True, lambda name=name: _module(name, "torch", True)) for name in _RUN_TIME],
         ("gpu", False, _gpu),
         ("kernels", False, _kernels),
+        ("cuda driver", False, _cuda_driver),
         ("bundled pair", False, _assets),
         ("generation", True, _generation),
         ("matplotlib", False, lambda: _module("matplotlib", "bench", False)),
@@ -165,8 +166,37 @@ def _gpu() -> Check:
 
 
 def _kernels() -> Check:
-    # A fact about the build, not about the machine: acceptance and sampling run in the Rust core on the host.
-    return Check("kernels", OK, "host (Rust); this build contains no CUDA kernels")
+    # A fact about the build, not about the machine.
+    built = _cuda_info()
+    if not built["architectures"]:
+        return Check(
+            "kernels", OK, "host (Rust); this build contains no CUDA kernels: no nvcc was found when it was built"
+        )
+    detail = f"host (Rust) and CUDA: {' '.join(built['architectures'])}, {built['fatbin_bytes'] / 1e6:.2f} MB, nvcc {built['nvcc']}"
+    return Check("kernels", OK, detail)
+
+
+def _cuda_driver() -> Check:
+    found = _cuda_info()
+    if found["driver_error"] is not None:
+        return Check("cuda driver", ABSENT, found["driver_error"])
+    if not found["devices"]:
+        return Check("cuda driver", ABSENT, f"CUDA {found['driver']}, no GPU")
+    parts, unfit = [], False
+    for device in found["devices"]:
+        major, minor = device["capability"]
+        unfit |= not device["supported"]
+        parts.append(f"{device['name']} (sm_{major}{minor}{'' if device['supported'] else ', no kernels for it'})")
+    detail = f"CUDA {found['driver']}, {', '.join(parts)}"
+    if unfit:
+        return Check("cuda driver", ABSENT, detail, "DFLASH_CUDA=1 pip install . (docs/guide.md, CUDA kernels)")
+    return Check("cuda driver", OK, detail)
+
+
+def _cuda_info() -> dict[str, Any]:
+    from dflash_rs import _core
+
+    return _core.cuda_info()
 
 
 def _sglang() -> Check:

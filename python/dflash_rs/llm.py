@@ -224,6 +224,7 @@ class LLM:
             prefix_cache=prefix_cache,
             vocabulary=self._bytes,
         )
+        self._draws_on_device = self._kernels_here()
         self.costs: StepCosts | None = None
         self._planner: _core.Planner | None = None
         if self._draft is not None and adaptive:
@@ -233,6 +234,17 @@ class LLM:
         self._lock = threading.RLock()
         self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
         self._steps = 0
+
+    def _kernels_here(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        from . import cuda
+
+        # Loading may allocate, which a captured graph must not.
+        found = cuda.available(self.device) and self.dtype in (self._torch.bfloat16, self._torch.float32)
+        if found:
+            cuda.load(self.device)
+        return found
 
     def _pick_block(self, block_size: int | None) -> int:
         if self._draft is None:
@@ -391,9 +403,10 @@ class LLM:
                     device=self.device,
                 )
                 logits, features = self._target.forward(batch)
-                host = logits.float().cpu().numpy()
+                drawn = self._draw_on_device(plan, batch, logits)
+                host = logits.float().cpu().numpy() if drawn is None else None
                 t3 = clock()
-                accepted = self._core.accept(plan, host)
+                accepted = self._core.accept(plan, host) if drawn is None else self._core.accept_sampled(plan, drawn)
                 t4 = clock()
                 # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
                 inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
@@ -414,6 +427,42 @@ class LLM:
             ("inject", t4, t5), ("commit", t5, t6), ("text", t6, t7),
         ):  # fmt: skip
             seconds[name] += end - begin
+
+    def _draw_on_device(self, plan: Any, batch: Any, logits: Any) -> np.ndarray | None:
+        """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.
+
+        None when the host has to: no kernel for this device, penalties (their counts live in the core), log-probabilities
+        asked for, or a row that cannot be drawn, which the core explains.
+        """
+        if not self._draws_on_device or not logits.shape[0]:
+            return None
+        from . import cuda
+
+        requests = []
+        for request in plan.request_ids.tolist():
+            active = self._active.get(request)
+            if active is None or active.logprobs is not None:
+                return None
+            o = active.params
+            if o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0:
+                return None
+            requests.append(
+                {
+                    "seed": active.seed, "temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "min_p": o.min_p,
+                    "logit_bias": o.logit_bias,
+                }
+            )  # fmt: skip
+        torch, device = self._torch, logits.device
+        sampled = cuda.sample_rows(
+            logits,
+            cuda.sampling_rows(requests, device),
+            query_starts=torch.from_numpy(plan.query_starts.copy()).to(device),
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            row_tokens=torch.from_numpy(plan.logit_rows.copy()).to(device),
+        )
+        tokens = sampled.tokens.cpu().numpy()
+        return None if (tokens < 0).any() else tokens
 
     def _block(self) -> int:
         """Tokens of this step's blocks."""

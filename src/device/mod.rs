@@ -4,6 +4,7 @@
 //! are checked once, into an [`AttentionBatch`]; after that a layer is one call.
 
 pub mod batch;
+pub mod cuda;
 pub mod host;
 
 pub use batch::{AttentionBatch, BatchArrays};

@@ -34,6 +34,12 @@ impl From<Error> for PyErr {
                 let class = match error {
                     Error::OutOfPages { .. } | Error::PoolExhausted { .. } => &classes.out_of_pages,
                     Error::OutOfTurn { .. } | Error::StaleRow { .. } | Error::SlotsNotOwned { .. } => &classes.base,
+                    Error::NoKernels
+                    | Error::NoDriver { .. }
+                    | Error::NoSymbol { .. }
+                    | Error::UnsupportedDevice { .. }
+                    | Error::KernelParameters { .. }
+                    | Error::Driver { .. } => &classes.base,
                     _ => &classes.invalid_argument,
                 };
                 PyErr::from_type(class.bind(py).clone(), error.to_string())

@@ -2,6 +2,7 @@
 
 mod arrays;
 mod buffers;
+mod cuda;
 mod decoder;
 mod engine;
 mod errors;
@@ -15,6 +16,11 @@ mod verify;
 /// The compiled half of `dflash_rs`.
 #[pyo3::pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::cuda::{
+        cuda_accept, cuda_block_attention, cuda_compact_kv, cuda_info, cuda_kv_inject, cuda_load, cuda_prepare_block,
+        cuda_probe, cuda_sample_rows, cuda_sample_scratch, cuda_tree_build, cuda_tree_top_k,
+    };
     #[pymodule_export]
     use super::decoder::{HostDecoder, HostInjector};
     #[pymodule_export]

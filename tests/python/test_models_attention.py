@@ -49,7 +49,7 @@ def test_attention_over_pages_follows_its_definition(page_size, causal, window, 
             visible &= distance.abs() < window
         expected.append(dense(q[rows], keys, values, 0.3, visible))
     before = caches.clone()
-    attention = step_attention(batch, num_slots=pages.num_slots, write=write, host=host, valid_from=valid_from)
+    attention = step_attention(batch, num_slots=pages.num_slots, write=write, kernel=host, valid_from=valid_from)
     got = attention.attend(q, k, v, caches[0], caches[1], scale=0.3, causal=causal, window=window)
     torch.testing.assert_close(got.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
     if write:
@@ -65,8 +65,8 @@ def test_a_target_gives_the_same_logits_with_either_attention(fused, dtype):
     results = []
     for host in (True, False):
         target = TargetModel(qwen3_target().to(dtype), fused=fused)
-        assert target.host_kernel
-        target.host_kernel = host
+        assert target.kernel
+        target.kernel = host
         pages = Pages(2, 32, 4)
         target.alloc_kv(pages.num_slots)
         target.forward(pages.batch([(1, 0, tokens[:21]), (0, 0, tokens[:3])]))
@@ -84,7 +84,7 @@ def test_a_drafter_gives_the_same_drafts_with_either_attention():
     drafts = []
     for host in (True, False):
         draft.alloc_kv(pages.num_slots)
-        draft._engine.host_kernel = host
+        draft._engine.kernel = host
         positions = np.arange(19)
         features = torch.randn(19, 3 * HIDDEN, generator=torch.Generator().manual_seed(2))
         draft.inject(features, torch.from_numpy(positions), torch.from_numpy(pages.slots(0, positions)))

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _core
-from ..attention import HostAttention, host_kernel_serves, step_attention
+from .. import _core, cuda
+from ..attention import HostAttention, kernel_serves, step_attention
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .fused import FusedLayer, HostRun, PackedLinear, RotaryTable, addresses, rotate_rows
@@ -394,7 +394,7 @@ class _DraftEngine:
         embedding, lm_head = draft._bound
         weight = draft.fc.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.host_kernel = host_kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
+        self.kernel = kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
         self.embedding = embedding.weight.detach()
         self.eps, self.hidden = c.rms_norm_eps, (c.hidden_size,)
         self.context_norm, self.norm = draft.hidden_norm.weight.detach(), draft.norm.weight.detach()
@@ -417,11 +417,23 @@ class _DraftEngine:
             tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
             for _ in range(c.num_hidden_layers)
         ]
+        self.injection = None
+        if self.device.type == "cuda" and self.kernel and c.head_dim % 16 == 0:
+            # A position is below the number of slots: every token of a request has one.
+            positions = torch.arange(num_slots, device=self.device)
+            cos, sin = (x.squeeze(-2)[:, : c.head_dim // 2] for x in draft._cos_sin(positions, torch.float32))
+            keys, values = zip(*self.caches, strict=True)
+            self.injection = cuda.KvCaches(keys, values), torch.cat((cos, sin), dim=-1).contiguous()
         plain = c.input_embedding_scale == 1.0 and c.output_multiplier == 1.0 and c.final_logit_softcapping is None
         self.run = self.injector = None
         if plain:
             self.run = HostRun.build(
-                self.layers, self.norm, self.head, self.embedding, self.rotary, host_kernel=self.host_kernel
+                self.layers,
+                self.norm,
+                self.head,
+                self.embedding,
+                self.rotary,
+                host_kernel=self.kernel and self.device.type == "cpu",
             )
         if self.run is not None:
             self.injector = _core.HostInjector(
@@ -445,19 +457,22 @@ class _DraftEngine:
             )
         if count == 0:
             return
-        limit = int(positions.max()) + 1
         if self.injector is not None and features.dtype == torch.float32 and features.stride(1) == 1:
             rows = np.arange(count) if rows is None else rows.numpy()
             self.injector.inject(
                 (features.data_ptr(), features.stride(0), c.feature_size), features.shape[0], rows, positions.numpy(),
-                slots.numpy(), self.rotary.address(limit), addresses(self.caches), self.num_slots, torch.get_num_threads(),
+                slots.numpy(), self.rotary.address(int(positions.max()) + 1), addresses(self.caches), self.num_slots, torch.get_num_threads(),
             )  # fmt: skip
             return
         features = features if rows is None else features[rows]
         x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
         kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+        if self.injection is not None:
+            caches, cos_sin = self.injection
+            cuda.kv_inject(kv, self.k_norm.view(-1, c.head_dim), cos_sin, positions, slots, caches, eps=self.eps)
+            return
         keys = torch.rms_norm(kv[:, :, 0], (c.head_dim,), None, self.eps).mul_(self.k_norm)
-        cos, sin = self.rotary.lookup(positions, limit)
+        cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
         keys = rotate_rows(keys, cos[:, None], sin[:, None])
         for index, (k_cache, v_cache) in enumerate(self.caches):
             k_cache.index_copy_(0, slots, keys[:, index])
@@ -500,7 +515,7 @@ class _DraftEngine:
             device=self.device,
         )
         attention = step_attention(
-            batch, num_slots=self.num_slots, write=False, host=self.host_kernel, valid_from=valid_from
+            batch, num_slots=self.num_slots, write=False, kernel=self.kernel, valid_from=valid_from
         )
         cos, sin = self.rotary.lookup(batch.positions, limit)
         x = F.embedding(batch.token_ids, self.embedding)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import host_kernel_serves, step_attention
+from ..attention import kernel_serves, step_attention
 from ..errors import CheckpointError, InvalidArgument, UnsupportedModel
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable
@@ -144,7 +144,7 @@ class TargetModel:
 
     `model` is a transformers `...ForCausalLM`, put in eval mode and switched to our attention: it must not be used for
     anything else afterwards. `path` names which forward runs: "fused" or "modules"; `path_reason` says why.
-    `host_kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
+    `kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
     """
 
     def __init__(self, model: nn.Module, *, fused: bool = True, self_check: bool = True):
@@ -170,7 +170,7 @@ class TargetModel:
             model.set_attn_implementation(ATTENTION_NAME)
             self.kv_layers = self._probe()
             shapes = {(kv.key_dim, kv.value_dim) for kv in self.kv_layers.values()}
-            self.host_kernel = all(host_kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
+            self.kernel = all(kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
             self._fused, self.path_reason = None, "turned off"
             if check is not None:
                 check.compare(self, "modules")
@@ -298,7 +298,7 @@ class TargetModel:
         if not self.caches:
             raise InvalidArgument("cache: not allocated, call alloc_kv(num_slots) first")
         with torch.inference_mode():
-            attention = step_attention(batch, num_slots=self.num_slots, write=True, host=self.host_kernel)
+            attention = step_attention(batch, num_slots=self.num_slots, write=True, kernel=self.kernel)
             if self._fused is not None:
                 return self._fused.forward(batch, attention, self.caches, self.taps)
             output = self.model(

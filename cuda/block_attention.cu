@@ -1,0 +1,84 @@
+// block_attention, block_attention_combine: see params.h for the contract and logic_attention.cuh for the pieces.
+//
+// A block has 64 rows of queries and a range of keys. Keys and values stream through two stages of shared memory (cp.async), 64
+// keys at a time (32 for heads of 256); four warps multiply on tensor cores (mma m16n8k16), each sixteen rows. Tensor core
+// instructions of sm_80, so one source serves sm_80 to sm_120; shared memory stays below the 99 KiB of the smallest.
+#include "logic_attention.cuh"
+
+namespace dflash {
+namespace {
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the latest `N` groups of copies have arrived (this thread's).
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+template <int D>
+__device__ void attend(const BlockAttentionParams& p) {
+    constexpr int32_t KEYS = D > 128 ? 32 : 64, THREADS = 128;
+    int32_t thread = int32_t(threadIdx.x), warp = thread / 32;
+    AttentionTile t = attention_tile(p, int32_t(blockIdx.x), int32_t(blockIdx.y), int32_t(blockIdx.z), KEYS);
+    if (!t.live) return;
+    if (p.slots && blockIdx.y == 0 && blockIdx.z == 0) store_keys<D>(p, t, thread, THREADS);
+
+    uint16_t* queries = reinterpret_cast<uint16_t*>(dynamic_shared);
+    uint16_t* stages = queries + ATTENTION_ROWS * D; // [2][keys, values][KEYS][D]
+    int64_t* sources = reinterpret_cast<int64_t*>(stages + 4 * KEYS * D); // [2][KEYS]
+    int32_t tiles = t.end > t.begin ? (t.end - t.begin + KEYS - 1) / KEYS : 0;
+
+    WarpState<DeviceWarp, D> state;
+    warp_open(p, t, warp, state);
+    bool busy = warp * 16 < t.num_queries * t.group; // the warp has rows
+    if (tiles > 0) {
+        if (thread < 2 * KEYS) sources[thread] = key_source(p, t, t.begin + thread); // tiles 0 and 1
+        load_queries<D>(p, t, queries, thread, THREADS);
+        __syncthreads();
+        load_keys<D, KEYS>(p, t, sources, stages, stages + KEYS * D, thread, THREADS);
+        commit_copies(); // queries and tile 0
+    }
+    for (int32_t i = 0; i < tiles; ++i) {
+        int32_t now = i & 1, next = now ^ 1;
+        if (i + 1 < tiles) {
+            uint16_t* to = stages + next * 2 * KEYS * D;
+            load_keys<D, KEYS>(p, t, sources + next * KEYS, to, to + KEYS * D, thread, THREADS);
+        }
+        commit_copies();
+        // Under way while this tile is multiplied: where the tile after the next one lies.
+        int64_t source = thread < KEYS && i + 2 < tiles ? key_source(p, t, t.begin + (i + 2) * KEYS + thread) : -1;
+        wait_copies<1>();
+        __syncthreads();
+        const uint16_t* from = stages + now * 2 * KEYS * D;
+        if (busy)
+            warp_attend<DeviceWarp, D, KEYS>(p, t, warp, t.begin + i * KEYS, queries, from, from + KEYS * D, state);
+        // sources[now] were last read for tile i, before the barrier above.
+        if (thread < KEYS) sources[now * KEYS + thread] = source;
+        __syncthreads();
+    }
+    if (busy) warp_write(p, t, state);
+}
+
+template <int D>
+__device__ void combine(const BlockAttentionParams& p) {
+    int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+    if (row >= int64_t(p.max_tokens) * p.q_heads) return;
+    combine_lane<D>(p, row, int32_t(threadIdx.x % 32));
+}
+
+} // namespace
+} // namespace dflash
+
+#define ATTENTION_KERNELS(dim)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128) block_attention_##dim(const __grid_constant__ BlockAttentionParams p) { \
+        dflash::attend<dim>(p);                                                                                             \
+    }                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128) block_attention_combine_##dim(                                        \
+        const __grid_constant__ BlockAttentionParams p) {                                                                   \
+        dflash::combine<dim>(p);                                                                                            \
+    }
+
+ATTENTION_KERNELS(64)
+ATTENTION_KERNELS(128)
+ATTENTION_KERNELS(256)

@@ -1,0 +1,426 @@
+// The kernels on the host: the same functions, a kernel's threads one after the other between its barriers. For tests.
+#include <vector>
+
+#include "logic_attention.cuh"
+#include "logic_kv.cuh"
+#include "logic_rng.cuh"
+#include "logic_sample.cuh"
+#include "logic_step.cuh"
+#include "logic_tree.cuh"
+
+using namespace dflash;
+
+namespace {
+
+struct HostRow {
+    OpenRow row;
+    std::vector<int32_t> path;
+
+    bool open(const SampleRowsParams& p, int32_t index) {
+        row.request = -1;
+        for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread) find_request(p, index, &row.request, thread, SAMPLE_THREADS);
+        if (row.request < 0) return false;
+        path.assign(ACCEPT_MAX_NODES, 0);
+        open_row(p, row, index);
+        if (penalises(row.s)) open_path(p, row, path.data(), ACCEPT_MAX_NODES);
+        return true;
+    }
+
+    void mark(const SampleRowsParams& p, int32_t first, std::vector<uint32_t>& bits) {
+        bits.assign(SAMPLE_CHUNK / 32, 0);
+        for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread)
+            mark_edits(p, row, path.data(), first, bits.data(), thread, SAMPLE_THREADS);
+    }
+};
+
+// Threads of a chunk that have columns at all.
+int32_t busy(const SampleRowsParams& p, int32_t first) { return min_of(SAMPLE_THREADS, int32_t(ceil_div(p.vocab - first, 4))); }
+
+ScanState merged(const SampleScratch& scratch, int32_t index) {
+    ScanState all = scan_start();
+    for (int32_t c = 0; c < scratch.num_chunks; ++c) merge(all, scan_of(scratch.chunks[int64_t(index) * scratch.num_chunks + c]));
+    return all;
+}
+
+Edge host_edge(const SampleScratch& scratch, const OpenRow& row, int32_t index) {
+    const uint32_t* counts = scratch.counts + int64_t(index) * SAMPLE_BINS;
+    const uint64_t* masses = scratch.masses + int64_t(index) * SAMPLE_BINS;
+    uint64_t total = 0;
+    for (int32_t bin = 0; bin < SAMPLE_BINS; ++bin) total += masses[bin];
+    return edge_walk(counts, masses, 0, SAMPLE_BINS, budget_of(row.s, total));
+}
+
+template <typename E>
+void sample_row(const SampleRowsParams& p, int32_t index) {
+    SampleScratch scratch(p);
+    HostRow open;
+    if (!open.open(p, index)) {
+        p.tokens[index] = -1;
+        p.status[index] = ROW_OK;
+        return;
+    }
+    const OpenRow& row = open.row;
+    const int32_t* path = open.path.data();
+    std::vector<uint32_t> bits;
+    for (int32_t bin = 0; bin < SAMPLE_BINS; ++bin) {
+        scratch.counts[int64_t(index) * SAMPLE_BINS + bin] = 0;
+        scratch.masses[int64_t(index) * SAMPLE_BINS + bin] = 0;
+    }
+    scratch.listed[int64_t(index) * 4] = 0;
+    float x[SAMPLE_PARTS][4];
+    for (int32_t chunk = 0; chunk < scratch.num_chunks; ++chunk) { // sample_scan
+        int32_t first = chunk * SAMPLE_CHUNK;
+        open.mark(p, first, bits);
+        ScanState state = scan_start();
+        for (int32_t thread = 0; thread < busy(p, first); ++thread) {
+            load_parts<E>(p, index, first, thread, x);
+            merge(state, scan_thread(p, scratch, row, index, path, bits.data(), first, thread, x));
+        }
+        scratch.chunks[int64_t(index) * scratch.num_chunks + chunk]
+            = {0, state.top.score, state.top.id, state.raw_top, state.bad, state.draw.score, state.draw.id};
+    }
+    RowTop top = row_top(row, merged(scratch, index));
+    bool select = selects(row.s), ok = top.status == ROW_OK;
+    if (ok && (select || p.logprobs)) { // sample_mass
+        for (int32_t chunk = 0; chunk < scratch.num_chunks; ++chunk) {
+            int32_t first = chunk * SAMPLE_CHUNK;
+            open.mark(p, first, bits);
+            std::vector<uint32_t> counts(SAMPLE_BINS);
+            std::vector<uint64_t> masses(SAMPLE_BINS);
+            uint64_t raw = 0;
+            for (int32_t thread = 0; thread < busy(p, first); ++thread) {
+                load_parts<E>(p, index, first, thread, x);
+                raw += mass_thread(p, row, top, path, bits.data(), first, thread, x, counts.data(), masses.data());
+            }
+            scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].mass = raw;
+            for (int32_t bin = 0; bin < SAMPLE_BINS; ++bin) {
+                scratch.counts[int64_t(index) * SAMPLE_BINS + bin] += counts[bin];
+                scratch.masses[int64_t(index) * SAMPLE_BINS + bin] += masses[bin];
+            }
+        }
+    }
+    if (ok && (select || has_floor(row.s))) { // sample_pick
+        int32_t edge = select ? host_edge(scratch, row, index).bin : SAMPLE_BINS;
+        for (int32_t chunk = scratch.num_chunks - 1; chunk >= 0; --chunk) {
+            int32_t first = chunk * SAMPLE_CHUNK;
+            open.mark(p, first, bits);
+            Best best = nothing();
+            for (int32_t thread = busy(p, first) - 1; thread >= 0; --thread) {
+                Best mine = pick_thread<E>(p, scratch, row, index, top, edge, path, bits.data(), first, thread);
+                best.offer(mine.score, mine.id);
+            }
+            scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].best = best.score;
+            scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].best_id = best.id;
+        }
+    }
+    ScanState all = merged(scratch, index); // sample_finish
+    Best best = is_greedy(row.s) ? all.top : all.draw;
+    if (ok && select) {
+        Edge edge = host_edge(scratch, row, index);
+        if (edge.bin < SAMPLE_BINS) {
+            EdgeColumns<E> columns = {p, scratch, row, top, path, index, edge.bin};
+            bool listed = columns.in_list();
+            uint64_t last = 0;
+            Budget left = edge.left;
+            for (int32_t shift = 56; shift >= 0; shift -= 8) {
+                uint32_t counts[256] = {};
+                uint64_t masses[256] = {};
+                for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread)
+                    digit_thread(columns, listed, columns.size(), last, shift, counts, masses, thread, SAMPLE_THREADS);
+                last |= uint64_t(choose_digit(counts, masses, left)) << shift;
+            }
+            for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread) {
+                Best mine = edge_draw_thread(columns, listed, columns.size(), last, thread, SAMPLE_THREADS);
+                best.offer(mine.score, mine.id);
+            }
+        }
+    }
+    ok = ok && best.id != NO_COLUMN;
+    p.tokens[index] = ok ? int64_t(best.id) : -1;
+    p.status[index] = top.status;
+    if (p.logprobs && ok) {
+        uint64_t raw = 0;
+        for (int32_t c = 0; c < scratch.num_chunks; ++c) raw += scratch.chunks[int64_t(index) * scratch.num_chunks + c].mass;
+        float logit = widen((static_cast<const E*>(p.logits) + int64_t(index) * p.row_stride)[best.id]);
+        p.logprobs[index] = logprob_of(logit, top.raw_top, raw);
+    }
+}
+
+template <int D>
+void inject(const KvInjectParams& p) {
+    constexpr int32_t LANES = D / 8, UNITS = 256 / LANES;
+    Launch launch = kv_inject_launch(p, D);
+    for (int64_t unit = 0; unit < int64_t(launch.grid[0]) * UNITS; ++unit) {
+        InjectUnit u = inject_unit(p, unit);
+        Vec8 x[LANES];
+        float sums[LANES], normed[LANES][8];
+        for (int32_t lane = 0; lane < LANES; ++lane) {
+            x[lane] = inject_load<D>(p, u, lane);
+            sums[lane] = sum_of_squares(x[lane]);
+        }
+        for (int32_t offset = LANES / 2; offset > 0; offset /= 2) {
+            float before[LANES];
+            memcpy(before, sums, sizeof(sums));
+            for (int32_t lane = 0; lane < LANES; ++lane) sums[lane] = add(before[lane], before[lane ^ offset]);
+        }
+        for (int32_t lane = 0; lane < LANES; ++lane) inject_norm<D>(p, u, x[lane], sums[lane], lane, normed[lane]);
+        if (!u.active) continue;
+        for (int32_t lane = 0; lane < LANES; ++lane) {
+            const float* other = normed[inject_partner(p.rotary_dim, lane)];
+            inject_store<D>(p, u, u.is_v ? x[lane] : inject_rotate(p, u, normed[lane], other, lane), lane);
+        }
+    }
+}
+
+// All lanes of a warp, as the PTX manual lays fragments out.
+struct HostWarp {
+    template <typename T>
+    struct Reg {
+        T v[32];
+        T& operator[](int32_t lane) { return v[lane]; }
+        const T& operator[](int32_t lane) const { return v[lane]; }
+    };
+
+    static int32_t first_lane() { return 0; }
+    static int32_t lanes() { return 32; }
+
+    static void load_matrices(const Reg<const uint16_t*>& rows, bool transposed, Reg<uint32_t>* out) {
+        for (int32_t matrix = 0; matrix < 4; ++matrix) {
+            for (int32_t lane = 0; lane < 32; ++lane) {
+                auto at = [&](int32_t row, int32_t column) { return uint32_t(rows[matrix * 8 + row][column]); };
+                int32_t g = lane / 4, t = 2 * (lane % 4);
+                out[matrix][lane] = transposed ? at(t, g) | at(t + 1, g) << 16 : at(g, t) | at(g, t + 1) << 16;
+            }
+        }
+    }
+
+    static void multiply(Reg<float>* c, const Reg<uint32_t>* a, const Reg<uint32_t>* b) {
+        float x[16][16], y[16][8];
+        for (int32_t lane = 0; lane < 32; ++lane) {
+            int32_t g = lane / 4, t = 2 * (lane % 4);
+            for (int32_t i = 0; i < 2; ++i) {
+                auto half = [&](uint32_t bits) { return float_of_bf16(uint16_t(bits >> (16 * i))); };
+                x[g][t + i] = half(a[0][lane]);
+                x[g + 8][t + i] = half(a[1][lane]);
+                x[g][t + 8 + i] = half(a[2][lane]);
+                x[g + 8][t + 8 + i] = half(a[3][lane]);
+                y[t + i][g] = half(b[0][lane]);
+                y[t + 8 + i][g] = half(b[1][lane]);
+            }
+        }
+        for (int32_t lane = 0; lane < 32; ++lane) {
+            for (int32_t e = 0; e < 4; ++e) {
+                int32_t row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
+                float sum = c[e][lane];
+                for (int32_t k = 0; k < 16; ++k) sum += x[row][k] * y[k][column];
+                c[e][lane] = sum;
+            }
+        }
+    }
+
+    static Reg<float> exchange(const Reg<float>& x, int32_t mask) {
+        Reg<float> out;
+        for (int32_t lane = 0; lane < 32; ++lane) out[lane] = x[lane ^ mask];
+        return out;
+    }
+};
+
+template <int D>
+void attend(const BlockAttentionParams& p) {
+    constexpr int32_t KEYS = D > 128 ? 32 : 64;
+    Launch launch = block_attention_launch(p, D);
+    int32_t threads = int32_t(launch.block);
+    for (uint32_t z = 0; z < launch.grid[2]; ++z) {
+        for (uint32_t y = 0; y < launch.grid[1]; ++y) {
+            for (uint32_t x = 0; x < launch.grid[0]; ++x) {
+                AttentionTile t = attention_tile(p, int32_t(x), int32_t(y), int32_t(z), KEYS);
+                if (!t.live) continue;
+                if (p.slots && y == 0 && z == 0)
+                    for (int32_t thread = 0; thread < threads; ++thread) store_keys<D>(p, t, thread, threads);
+                std::vector<uint16_t> shared(launch.shared / 2, 0x7fc1); // NaN
+                uint16_t* keys = shared.data() + ATTENTION_ROWS * D;
+                for (int32_t thread = 0; thread < threads; ++thread) load_queries<D>(p, t, shared.data(), thread, threads);
+                std::vector<WarpState<HostWarp, D>> states(4);
+                for (int32_t warp = 0; warp < 4; ++warp) warp_open(p, t, warp, states[warp]);
+                for (int32_t key = t.begin; key < t.end; key += KEYS) {
+                    int64_t sources[KEYS];
+                    for (int32_t i = 0; i < KEYS; ++i) sources[i] = key_source(p, t, key + i);
+                    for (int32_t thread = 0; thread < threads; ++thread)
+                        load_keys<D, KEYS>(p, t, sources, keys, keys + KEYS * D, thread, threads);
+                    for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
+                        warp_attend<HostWarp, D, KEYS>(p, t, warp, key, shared.data(), keys, keys + KEYS * D, states[warp]);
+                }
+                for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp) warp_write(p, t, states[warp]);
+            }
+        }
+    }
+    Launch combine = block_attention_combine_launch(p);
+    for (int64_t row = 0; row < int64_t(combine.grid[0]) * 4; ++row) {
+        if (row >= int64_t(p.max_tokens) * p.q_heads) break;
+        for (int32_t lane = 0; lane < 32; ++lane) combine_lane<D>(p, row, lane);
+    }
+}
+
+void sort_all(std::vector<uint64_t>& list, int32_t n) {
+    for (int32_t size = 2; size <= n; size *= 2)
+        for (int32_t stride = size / 2; stride > 0; stride /= 2)
+            for (int32_t thread = 0; thread < TOP_THREADS; ++thread) sort_step(list.data(), n, size, stride, thread, TOP_THREADS);
+}
+
+template <typename E>
+void top_k(const TreeTopKParams& p) {
+    for (int32_t index = 0; index < int32_t(tree_top_k_launch(p).grid[0]); ++index) {
+        TopRow<E> row(p, index);
+        std::vector<uint64_t> list(TOP_LISTED);
+        for (int32_t thread = 0; thread < TOP_THREADS; ++thread) list[thread] = top_largest(row, thread);
+        sort_all(list, TOP_THREADS);
+        float top = candidate_value(list[0]);
+        uint64_t least = list[p.k - 1], mass = 0;
+        uint32_t count = 0;
+        for (int32_t thread = TOP_THREADS - 1; thread >= 0; --thread)
+            mass += top_gather(row, least, top, p.normalise != 0, list.data(), &count, thread);
+        if (count > uint32_t(TOP_LISTED)) {
+            uint64_t prefix = 0;
+            uint32_t rank = uint32_t(p.k);
+            for (int32_t shift = 56; shift >= 0; shift -= 8) {
+                uint32_t counts[256] = {};
+                for (int32_t thread = 0; thread < TOP_THREADS; ++thread) top_digits(row, prefix, shift, counts, thread);
+                prefix |= uint64_t(top_choose(counts, rank)) << shift;
+            }
+            count = 0;
+            for (int32_t thread = 0; thread < TOP_THREADS; ++thread) top_gather(row, prefix, top, false, list.data(), &count, thread);
+        }
+        int32_t n = power_of_two(int32_t(count));
+        for (int32_t i = int32_t(count); i < n; ++i) list[i] = 0;
+        sort_all(list, n);
+        for (int32_t thread = 0; thread < TOP_THREADS; ++thread)
+            top_write(p, row, index, list.data(), int32_t(count), top, mass, thread, TOP_THREADS);
+    }
+}
+
+} // namespace
+
+extern "C" {
+
+void dflash_host_words(uint64_t seed, uint64_t position, uint32_t domain, uint32_t first, uint32_t count, uint32_t* out) {
+    Stream stream(seed, position, Domain(domain));
+    for (uint32_t i = 0; i < count; ++i) out[i] = stream.word(first + i);
+}
+
+double dflash_host_uniform(uint64_t seed, uint64_t position, uint32_t domain, uint32_t index) {
+    return Stream(seed, position, Domain(domain)).uniform(index);
+}
+
+// Of each word: its Gumbel number and the bound used to skip.
+void dflash_host_gumbel(const uint32_t* words, uint32_t count, float* numbers, float* bounds) {
+    for (uint32_t i = 0; i < count; ++i) {
+        numbers[i] = gumbel_of_word(words[i]);
+        bounds[i] = gumbel_bound(words[i]);
+    }
+}
+
+void dflash_host_ln(const float* x, uint32_t count, float* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = ln(x[i]);
+}
+
+void dflash_host_prepare_block(const PrepareBlockParams* p) {
+    Launch launch = prepare_block_launch(*p);
+    for (uint32_t block = 0; block < launch.grid[0]; ++block) {
+        for (uint32_t thread = 0; thread < launch.block; ++thread)
+            prepare_block_body(*p, int32_t(block), int32_t(thread), int32_t(launch.block));
+    }
+}
+
+void dflash_host_accept(const AcceptParams* p) {
+    Launch launch = accept_launch(*p);
+    int32_t threads = int32_t(launch.block);
+    for (uint32_t request = 0; request < launch.grid[0]; ++request) {
+        std::vector<int32_t> shared(launch.shared / 4 + 1, -7);
+        AcceptBlock block;
+        accept_open(*p, block, int32_t(request), shared.data());
+        for (int32_t thread = 0; thread < threads; ++thread) accept_clear(block, thread, threads);
+        for (int32_t thread = threads - 1; thread >= 0; --thread) accept_match(*p, block, thread, threads);
+        accept_walk(block);
+        for (int32_t thread = threads - 1; thread >= 0; --thread) accept_write(*p, block, int32_t(request), thread, threads);
+    }
+}
+
+void dflash_host_sample_f32(const SampleRowsParams* p) {
+    for (int32_t row = 0; row < p->num_rows; ++row) sample_row<float>(*p, row);
+}
+
+void dflash_host_sample_bf16(const SampleRowsParams* p) {
+    for (int32_t row = 0; row < p->num_rows; ++row) sample_row<uint16_t>(*p, row);
+}
+
+void dflash_host_kv_inject(const KvInjectParams* p, int32_t head_dim) {
+    if (head_dim == 64) inject<64>(*p);
+    else if (head_dim == 128) inject<128>(*p);
+    else inject<256>(*p);
+}
+
+void dflash_host_compact_kv(const CompactKvParams* p) {
+    Launch launch = compact_kv_launch(*p);
+    for (uint32_t x = 0; x < launch.grid[0]; ++x)
+        for (uint32_t y = 0; y < launch.grid[1]; ++y)
+            for (uint32_t thread = launch.grid[2] * launch.block; thread-- > 0;)
+                compact_thread(*p, int32_t(x), int32_t(y / 2), y % 2 == 1, int32_t(thread));
+}
+
+void dflash_host_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
+    if (head_dim == 64) attend<64>(*p);
+    else if (head_dim == 128) attend<128>(*p);
+    else attend<256>(*p);
+}
+
+// For every token, query head and key < width: where it is read from if it is seen (see key_source), else INT64_MIN.
+void dflash_host_seen(const BlockAttentionParams* p, int32_t head_dim, int32_t width, int64_t* out) {
+    Launch launch = block_attention_launch(*p, head_dim);
+    int32_t keys = attention_keys(head_dim);
+    for (uint32_t z = 0; z < launch.grid[2]; ++z) {
+        for (uint32_t y = 0; y < launch.grid[1]; ++y) {
+            for (uint32_t x = 0; x < launch.grid[0]; ++x) {
+                AttentionTile t = attention_tile(*p, int32_t(x), int32_t(y), int32_t(z), keys);
+                if (!t.live) continue;
+                for (int32_t row = 0; row < ATTENTION_ROWS; ++row) {
+                    AttentionRow r = attention_row(*p, t, row);
+                    if (r.query < 0) continue;
+                    int64_t* to = out + (int64_t(t.first_token + r.query) * p->q_heads + r.head) * width;
+                    for (int32_t first = t.begin; first < t.end; first += keys) {
+                        bool masked = first + keys > t.context || first < t.unmasked_from;
+                        for (int32_t key = first; key < first + keys; ++key) {
+                            if (masked && !sees(*p, t, r, key)) continue;
+                            // Twice, or beyond the text: wrong.
+                            if (key < width) to[key] = to[key] == INT64_MIN ? key_source(*p, t, key) : INT64_MAX;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+void dflash_host_tree_top_k_f32(const TreeTopKParams* p) { top_k<float>(*p); }
+void dflash_host_tree_top_k_bf16(const TreeTopKParams* p) { top_k<uint16_t>(*p); }
+
+void dflash_host_tree_build(const TreeBuildParams* p) {
+    Launch launch = tree_build_launch(*p);
+    for (int32_t request = 0; request < int32_t(launch.grid[0]); ++request) {
+        std::vector<uint64_t> shared(launch.shared / 8 + 1, 0xdededededededede);
+        TreeNodes t(shared.data(), p->max_nodes + 1);
+        const float* log_probs = p->top_log_probs + int64_t(request) * p->max_depth * p->k;
+        tree_open(*p, t, log_probs);
+        int32_t budget = tree_budget(*p, request), count = 1;
+        while (count <= budget) {
+            TreeBest best = {0, 0, -1};
+            for (int32_t lane = 0; lane < 32; ++lane) {
+                TreeBest other = tree_best(t, count, lane);
+                if (other.key > best.key || (other.key == best.key && other.tie > best.tie)) best = other;
+            }
+            if (best.key == 0) break;
+            tree_take(*p, t, log_probs, best, count++);
+        }
+        for (int32_t lane = 0; lane < 32; ++lane) tree_write(*p, t, request, count, lane);
+    }
+}
+}

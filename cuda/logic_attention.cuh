@@ -1,0 +1,477 @@
+// Block attention in pieces: which keys a tile looks at, who sees what, and the arithmetic of one warp on one tile of keys.
+//
+// A tile has ATTENTION_ROWS rows: row = query * group + head of the group, so that a key is loaded once for all query heads
+// that share it. A warp has sixteen rows. Keys come in tiles that begin at multiples of the tile's width, counted from key 0,
+// and a masked key weighs exactly 0: what a row sums, and in which order, depends on its own keys alone.
+//
+// The warp's arithmetic is written once for both machines: on the device a `Reg` is this lane's register, on the host it is the
+// registers of all 32 lanes, and EACH_LANE visits those there are.
+#pragma once
+
+#include <math.h>
+
+#include "common.cuh"
+#include "logic_kv.cuh"
+
+namespace dflash {
+
+// ---- one warp, on either machine --------------------------------------------------------------------------------------
+
+#define EACH_LANE(lane) for (int32_t lane = W::first_lane(), lane##_end = lane + W::lanes(); lane < lane##_end; ++lane)
+
+#ifdef __CUDACC__
+struct DeviceWarp {
+    template <typename T>
+    struct Reg {
+        T v;
+        __device__ __forceinline__ T& operator[](int32_t) { return v; }
+        __device__ __forceinline__ const T& operator[](int32_t) const { return v; }
+    };
+
+    static __device__ __forceinline__ int32_t first_lane() { return int32_t(threadIdx.x % 32); }
+    static __device__ __forceinline__ constexpr int32_t lanes() { return 1; }
+
+    // Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8.
+    static __device__ __forceinline__ void load_matrices(const Reg<const uint16_t*>& rows, bool transposed, Reg<uint32_t>* out) {
+        uint32_t at = uint32_t(__cvta_generic_to_shared(rows.v));
+        if (transposed)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(out[0].v), "=r"(out[1].v), "=r"(out[2].v), "=r"(out[3].v)
+                         : "r"(at)
+                         : "memory");
+        else
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(out[0].v), "=r"(out[1].v), "=r"(out[2].v), "=r"(out[3].v)
+                         : "r"(at)
+                         : "memory");
+    }
+
+    // c += a b: a 16 x 16, b 16 x 8.
+    static __device__ __forceinline__ void multiply(Reg<float>* c, const Reg<uint32_t>* a, const Reg<uint32_t>* b) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0].v), "+f"(c[1].v), "+f"(c[2].v), "+f"(c[3].v)
+                     : "r"(a[0].v), "r"(a[1].v), "r"(a[2].v), "r"(a[3].v), "r"(b[0].v), "r"(b[1].v));
+    }
+
+    static __device__ __forceinline__ Reg<float> exchange(const Reg<float>& x, int32_t mask) {
+        return {__shfl_xor_sync(0xffffffffu, x.v, mask)};
+    }
+};
+#endif
+
+// 2^x, 0 for -inf.
+DFLASH_HD float exp2_of(float x) {
+#if DFLASH_ON_DEVICE
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+// ---- what a block of threads looks at ---------------------------------------------------------------------------------
+
+struct AttentionTile {
+    int32_t request, kv_head, group;
+    int32_t first_token; // packed token of the request's node 0
+    int32_t len;         // tokens of the request
+    int32_t context;     // keys in the cache
+    int32_t valid_from;
+    int32_t first_query, num_queries;
+    int32_t begin, end;  // keys of this block; begin is a multiple of the key tile's width
+    int32_t unmasked_from; // every row sees the context's keys from here on
+    int32_t split;
+    int32_t splits; // of the request
+    bool live;
+};
+
+DFLASH_HD int32_t window_start(int32_t position, int32_t window) { return window > 0 ? max_of(position + 1 - window, 0) : 0; }
+
+DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x, int32_t y, int32_t z, int32_t keys) {
+    AttentionTile t;
+    t.request = x / p.kv_heads;
+    t.kv_head = x - t.request * p.kv_heads;
+    t.group = p.q_heads / p.kv_heads;
+    t.first_token = p.query_starts[t.request];
+    t.len = p.query_starts[t.request + 1] - t.first_token;
+    t.context = p.context_lens[t.request];
+    t.valid_from = p.valid_from ? p.valid_from[t.request] : 0;
+    int32_t queries = attention_queries(p.q_heads, p.kv_heads);
+    t.first_query = y * queries;
+    t.num_queries = min_of(queries, t.len - t.first_query);
+    t.split = z;
+    int32_t total = t.context + t.len;
+    t.splits = int32_t(ceil_div(total, p.split_keys));
+    t.live = t.num_queries > 0 && z < t.splits;
+    int32_t last_position = t.context + t.first_query + t.num_queries - 1;
+    // A tree's node has a depth of at most its index.
+    int32_t first_position = t.context + (p.mask == MASK_ANCESTORS ? 0 : t.first_query);
+    int32_t start = max_of(t.valid_from, window_start(first_position, p.window));
+    int64_t end = last_position + 1;
+    if (p.mask == MASK_BLOCK) end = p.window > 0 && p.window < total - last_position ? last_position + p.window : total;
+    int64_t split_begin = int64_t(z) * p.split_keys, split_end = split_begin + p.split_keys;
+    t.unmasked_from = max_of(t.valid_from, window_start(last_position, p.window));
+    t.begin = split_begin > start ? int32_t(split_begin) : start / keys * keys;
+    t.end = int32_t(end < split_end ? end : split_end);
+    return t;
+}
+
+// What a row of the tile is.
+struct AttentionRow {
+    int32_t query; // node of the request; -1: no row
+    int32_t head;  // query head
+    int32_t start; // first context key it sees
+    const uint64_t* ancestors;
+};
+
+DFLASH_HD AttentionRow attention_row(const BlockAttentionParams& p, const AttentionTile& t, int32_t row) {
+    AttentionRow r = {-1, 0, 0, nullptr};
+    int32_t local = row / t.group;
+    if (local >= t.num_queries) return r;
+    r.query = t.first_query + local;
+    r.head = t.kv_head * t.group + (row - local * t.group);
+    int32_t depth = r.query;
+    if (p.mask == MASK_ANCESTORS) {
+        r.ancestors = p.ancestors + int64_t(t.first_token + r.query) * p.mask_words;
+        if (p.window > 0) {
+            depth = -1;
+            for (int32_t w = 0; w < p.mask_words; ++w) {
+#if DFLASH_ON_DEVICE
+                depth += __popcll(r.ancestors[w]);
+#else
+                depth += __builtin_popcountll(r.ancestors[w]);
+#endif
+            }
+        }
+    }
+    r.start = max_of(t.valid_from, window_start(t.context + depth, p.window));
+    return r;
+}
+
+// Depth of ancestor `node`: how many of the row's ancestors come before it.
+DFLASH_HD int32_t ancestor_depth(const uint64_t* ancestors, int32_t node) {
+    int32_t depth = 0;
+    for (int32_t w = 0; w <= node / 64; ++w) {
+        uint64_t bits = ancestors[w];
+        if (w == node / 64) bits &= (uint64_t(1) << (node % 64)) - 1;
+#if DFLASH_ON_DEVICE
+        depth += __popcll(bits);
+#else
+        depth += __builtin_popcountll(bits);
+#endif
+    }
+    return depth;
+}
+
+// Whether the row sees a key of the request; the window counts positions, so a tree's nodes by their depth.
+DFLASH_HD bool sees(const BlockAttentionParams& p, const AttentionTile& t, const AttentionRow& r, int32_t key) {
+    if (r.query < 0) return false;
+    if (key < t.context) return key >= r.start;
+    int32_t node = key - t.context;
+    if (node >= t.len) return false;
+    if (p.mask == MASK_CAUSAL) return node <= r.query && key >= r.start;
+    if (p.mask == MASK_BLOCK) return p.window <= 0 || (node - r.query < p.window && r.query - node < p.window);
+    if (!(r.ancestors[node / 64] >> (node % 64) & 1)) return false;
+    return p.window <= 0 || t.context + ancestor_depth(r.ancestors, node) >= r.start;
+}
+
+// ---- moving data ------------------------------------------------------------------------------------------------------
+
+// Where key `key` lies: a slot of the cache, -2 - packed token, or -1 for nowhere. What lies before `valid_from` was never
+// written and may be NaN, which a weight of 0 does not silence: it is not read.
+DFLASH_HD int64_t key_source(const BlockAttentionParams& p, const AttentionTile& t, int32_t key) {
+    if (key < t.valid_from || key >= t.context + t.len) return -1;
+    if (key >= t.context) return -2 - int64_t(t.first_token + key - t.context);
+    return slot_of(p.table, t.request, key);
+}
+
+// Element of row `row`, sixteen-byte chunk `chunk` of a tile: chunks are permuted within a row so that eight neighbouring rows
+// meet all banks.
+template <int D>
+DFLASH_HD int32_t swizzled(int32_t row, int32_t chunk) {
+    return row * D + (chunk ^ (row & 7)) * 8;
+}
+
+// Sixteen bytes to shared memory, zeros if there are none. On the device they arrive at the next wait.
+DFLASH_HD void copy16(uint16_t* to, const uint16_t* from, bool exists) {
+#if DFLASH_ON_DEVICE
+    uint32_t at = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(exists ? 16 : 0) : "memory");
+#else
+    if (exists) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+#endif
+}
+
+template <int D>
+DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread, int32_t threads) {
+    constexpr int32_t CHUNKS = D / 8;
+    for (int32_t i = thread; i < ATTENTION_ROWS * CHUNKS; i += threads) {
+        int32_t row = i / CHUNKS, chunk = i % CHUNKS, local = row / t.group;
+        bool exists = local < t.num_queries;
+        const uint16_t* from = p.q;
+        if (exists)
+            from += (t.first_token + t.first_query + local) * p.q_stride[0]
+                + (t.kv_head * t.group + (row - local * t.group)) * p.q_stride[1] + 8 * chunk;
+        copy16(shared + swizzled<D>(row, chunk), from, exists);
+    }
+}
+
+// Keys and values whose sources are `sources`, to `keys` and `values` ([KEYS][D] each).
+template <int D, int KEYS>
+DFLASH_HD void load_keys(const BlockAttentionParams& p, const AttentionTile& t, const int64_t* sources, uint16_t* keys,
+                         uint16_t* values, int32_t thread, int32_t threads) {
+    constexpr int32_t CHUNKS = D / 8;
+    for (int32_t i = thread; i < KEYS * CHUNKS; i += threads) {
+        int32_t row = i / CHUNKS, chunk = i % CHUNKS;
+        int64_t source = sources[row];
+        bool exists = source != -1, cached = source >= 0;
+        const uint16_t* key = p.k;
+        const uint16_t* value = p.v;
+        if (cached) {
+            key = p.k_cache + source * p.k_cache_stride[0] + t.kv_head * p.k_cache_stride[1] + 8 * chunk;
+            value = p.v_cache + source * p.v_cache_stride[0] + t.kv_head * p.v_cache_stride[1] + 8 * chunk;
+        } else if (exists) {
+            int64_t token = -2 - source;
+            key = p.k + token * p.k_stride[0] + t.kv_head * p.k_stride[1] + 8 * chunk;
+            value = p.v + token * p.v_stride[0] + t.kv_head * p.v_stride[1] + 8 * chunk;
+        }
+        copy16(keys + swizzled<D>(row, chunk), key, exists);
+        copy16(values + swizzled<D>(row, chunk), value, exists);
+    }
+}
+
+// This step's K and V to the cache: the request's first block does it. Nobody reads those slots in this launch.
+template <int D>
+DFLASH_HD void store_keys(const BlockAttentionParams& p, const AttentionTile& t, int32_t thread, int32_t threads) {
+    constexpr int32_t CHUNKS = D / 8;
+    for (int32_t i = thread; i < t.len * CHUNKS; i += threads) {
+        int64_t token = t.first_token + i / CHUNKS;
+        int32_t chunk = i % CHUNKS;
+        int64_t slot = p.slots[token];
+        if (slot < 0) continue;
+        store8(p.k_cache + slot * p.k_cache_stride[0] + t.kv_head * p.k_cache_stride[1] + 8 * chunk,
+               load8(p.k + token * p.k_stride[0] + t.kv_head * p.k_stride[1] + 8 * chunk));
+        store8(p.v_cache + slot * p.v_cache_stride[0] + t.kv_head * p.v_cache_stride[1] + 8 * chunk,
+               load8(p.v + token * p.v_stride[0] + t.kv_head * p.v_stride[1] + 8 * chunk));
+    }
+}
+
+// ---- a warp and a tile of keys ------------------------------------------------------------------------------------------
+// Lane l has rows l / 4 and l / 4 + 8 of the warp's sixteen; of every eight columns it has 2 * (l % 4) and the next. Element e of
+// an accumulator: row l / 4 + 8 * (e / 2), column + e % 2.
+
+template <typename W, int D>
+struct WarpState {
+    template <typename T>
+    using Reg = typename W::template Reg<T>;
+    Reg<AttentionRow> rows[2];
+    Reg<float> largest[2]; // score so far, in units of log2
+    Reg<float> sums[2];    // of the weights in this lane's columns
+    Reg<float> out[D / 8][4];
+};
+
+template <typename W, int D>
+DFLASH_HD void warp_open(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, WarpState<W, D>& s) {
+    EACH_LANE(lane) {
+        DFLASH_UNROLL
+        for (int32_t half = 0; half < 2; ++half) {
+            s.rows[half][lane] = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
+            s.largest[half][lane] = -infinity();
+            s.sums[half][lane] = 0.0f;
+        }
+        DFLASH_UNROLL
+        for (int32_t n = 0; n < D / 8; ++n) {
+            DFLASH_UNROLL
+            for (int32_t e = 0; e < 4; ++e) s.out[n][e][lane] = 0.0f;
+        }
+    }
+}
+
+template <typename W, int D, int KEYS>
+DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key,
+                           const uint16_t* queries, const uint16_t* keys, const uint16_t* values, WarpState<W, D>& s) {
+    using Bits = typename W::template Reg<uint32_t>;
+    using Float = typename W::template Reg<float>;
+    using Address = typename W::template Reg<const uint16_t*>;
+    Float scores[KEYS / 8][4];
+    EACH_LANE(lane) {
+        DFLASH_UNROLL
+        for (int32_t n = 0; n < KEYS / 8; ++n) {
+            DFLASH_UNROLL
+            for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = 0.0f;
+        }
+    }
+    DFLASH_UNROLL
+    for (int32_t step = 0; step < D / 16; ++step) {
+        Address at;
+        Bits a[4], b[4];
+        // Matrices: rows 0-7 and 8-15, first eight columns, then the same rows, next eight.
+        EACH_LANE(lane) {
+            int32_t matrix = lane / 8;
+            at[lane] = queries + swizzled<D>(warp * 16 + (matrix & 1) * 8 + lane % 8, step * 2 + (matrix >> 1));
+        }
+        W::load_matrices(at, false, a);
+        DFLASH_UNROLL
+        for (int32_t n = 0; n < KEYS / 16; ++n) {
+            // Matrices: keys 0-7, first and next eight columns, then keys 8-15.
+            EACH_LANE(lane) {
+                int32_t matrix = lane / 8;
+                at[lane] = keys + swizzled<D>(n * 16 + (matrix >> 1) * 8 + lane % 8, step * 2 + (matrix & 1));
+            }
+            W::load_matrices(at, false, b);
+            W::multiply(scores[2 * n], a, b);
+            W::multiply(scores[2 * n + 1], a, b + 2);
+        }
+    }
+    bool masked = first_key + KEYS > t.context || first_key < t.unmasked_from;
+    float scale = mul(p.scale, 1.44269504f);
+    DFLASH_UNROLL
+    for (int32_t half = 0; half < 2; ++half) {
+        Float largest;
+        EACH_LANE(lane) {
+            float most = s.largest[half][lane];
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < KEYS / 8; ++n) {
+                DFLASH_UNROLL
+                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) {
+                    float x = mul(scores[n][e][lane], scale);
+                    if (masked && !sees(p, t, s.rows[half][lane], first_key + n * 8 + 2 * (lane % 4) + (e & 1))) x = -infinity();
+                    scores[n][e][lane] = x;
+                    most = fmaxf(most, x);
+                }
+            }
+            largest[lane] = most;
+        }
+        DFLASH_UNROLL
+        for (int32_t offset = 1; offset < 4; offset *= 2) {
+            Float other = W::exchange(largest, offset);
+            EACH_LANE(lane) largest[lane] = fmaxf(largest[lane], other[lane]);
+        }
+        EACH_LANE(lane) {
+            // Nothing seen yet: any finite number in place of -inf keeps the weights at exactly 0.
+            float base = largest[lane] == -infinity() ? 0.0f : largest[lane];
+            float fade = exp2_of(sub(s.largest[half][lane], base));
+            s.largest[half][lane] = largest[lane];
+            float sum = mul(s.sums[half][lane], fade);
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < KEYS / 8; ++n) {
+                DFLASH_UNROLL
+                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) {
+                    float w = exp2_of(sub(scores[n][e][lane], base));
+                    scores[n][e][lane] = w;
+                    sum = add(sum, w);
+                }
+            }
+            s.sums[half][lane] = sum;
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < D / 8; ++n) {
+                DFLASH_UNROLL
+                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) s.out[n][e][lane] = mul(s.out[n][e][lane], fade);
+            }
+        }
+    }
+    DFLASH_UNROLL
+    for (int32_t step = 0; step < KEYS / 16; ++step) {
+        Address at;
+        Bits a[4], b[4];
+        EACH_LANE(lane) {
+            DFLASH_UNROLL
+            for (int32_t i = 0; i < 4; ++i) {
+                int32_t n = 2 * step + i / 2, e = 2 * (i & 1);
+                a[i][lane] = pack2(scores[n][e][lane], scores[n][e + 1][lane]);
+            }
+        }
+        DFLASH_UNROLL
+        for (int32_t n = 0; n < D / 16; ++n) {
+            // Matrices, read transposed: keys 0-7 and 8-15 of eight columns, then of the next eight.
+            EACH_LANE(lane) {
+                int32_t matrix = lane / 8;
+                at[lane] = values + swizzled<D>(step * 16 + (matrix & 1) * 8 + lane % 8, n * 2 + (matrix >> 1));
+            }
+            W::load_matrices(at, true, b);
+            W::multiply(s.out[2 * n], a, b);
+            W::multiply(s.out[2 * n + 1], a, b + 2);
+        }
+    }
+}
+
+DFLASH_HD void store2(uint16_t* at, float low, float high) {
+    uint32_t x = pack2(low, high);
+#if DFLASH_ON_DEVICE
+    *reinterpret_cast<uint32_t*>(at) = x;
+#else
+    memcpy(at, &x, 4);
+#endif
+}
+
+template <typename W, int D>
+DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t, WarpState<W, D>& s) {
+    DFLASH_UNROLL
+    for (int32_t half = 0; half < 2; ++half) {
+        DFLASH_UNROLL
+        for (int32_t offset = 1; offset < 4; offset *= 2) {
+            typename W::template Reg<float> other = W::exchange(s.sums[half], offset);
+            EACH_LANE(lane) s.sums[half][lane] = add(s.sums[half][lane], other[lane]);
+        }
+        EACH_LANE(lane) {
+            AttentionRow r = s.rows[half][lane];
+            if (r.query < 0) continue;
+            int64_t token = t.first_token + r.query;
+            float sum = s.sums[half][lane];
+            if (t.splits == 1) {
+                uint16_t* out = p.out + token * p.out_stride[0] + r.head * p.out_stride[1] + 2 * (lane % 4);
+                DFLASH_UNROLL
+                for (int32_t n = 0; n < D / 8; ++n)
+                    store2(out + 8 * n, div(s.out[n][2 * half][lane], sum), div(s.out[n][2 * half + 1][lane], sum));
+                continue;
+            }
+            int64_t at = (int64_t(t.split) * p.max_tokens + token) * p.q_heads + r.head;
+            if (lane % 4 == 0) {
+                p.partial_stats[2 * at] = s.largest[half][lane];
+                p.partial_stats[2 * at + 1] = sum;
+            }
+            if (sum == 0.0f) continue; // nothing seen: not read
+            float* out = p.partial_out + at * D + 2 * (lane % 4);
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < D / 8; ++n) {
+                out[8 * n] = s.out[n][2 * half][lane];
+                out[8 * n + 1] = s.out[n][2 * half + 1][lane];
+            }
+        }
+    }
+}
+
+// ---- the splits together ------------------------------------------------------------------------------------------------
+
+// A lane's D / 32 elements of one token and head.
+template <int D>
+DFLASH_HD void combine_lane(const BlockAttentionParams& p, int64_t row, int32_t lane) {
+    constexpr int32_t PER_LANE = D / 32;
+    int32_t token = int32_t(row / p.q_heads), head = int32_t(row - int64_t(token) * p.q_heads);
+    int32_t request = request_of(p.query_starts, p.num_requests, token);
+    if (request < 0) return;
+    int32_t keys = p.context_lens[request] + p.query_starts[request + 1] - p.query_starts[request];
+    int32_t splits = int32_t(ceil_div(keys, p.split_keys));
+    if (splits <= 1) return; // written already
+    int64_t stride = int64_t(p.max_tokens) * p.q_heads;
+    float largest = -infinity();
+    for (int32_t s = 0; s < splits; ++s) largest = fmaxf(largest, p.partial_stats[2 * (s * stride + row)]);
+    float sum = 0.0f, out[PER_LANE];
+    for (int32_t i = 0; i < PER_LANE; ++i) out[i] = 0.0f;
+    for (int32_t s = 0; s < splits; ++s) {
+        int64_t at = s * stride + row;
+        float part = p.partial_stats[2 * at + 1];
+        if (part == 0.0f) continue;
+        float w = exp2_of(sub(p.partial_stats[2 * at], largest));
+        sum = add(sum, mul(w, part));
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < PER_LANE; ++i) out[i] = add(out[i], mul(w, p.partial_out[at * D + lane * PER_LANE + i]));
+    }
+    uint16_t* to = p.out + token * p.out_stride[0] + head * p.out_stride[1] + lane * PER_LANE;
+    DFLASH_UNROLL
+    for (int32_t i = 0; i < PER_LANE; i += 2) store2(to + i, div(out[i], sum), div(out[i + 1], sum));
+}
+
+} // namespace dflash

@@ -1,0 +1,558 @@
+"""The CUDA kernels on torch tensors: one function per kernel family, launched on torch's current stream.
+
+    prepare_block ──> (drafter) ──> tree_top_k, tree_build ──> (target) ──> sample_rows ──> accept ──> kv_inject, compact_kv
+                                     block_attention in both models
+
+Nothing here synchronises with the host, and nothing is allocated when every output is passed in: a launch can then be
+captured in a CUDA graph, after `load()` has loaded the kernels. Sizes, types, strides, devices and overlaps are checked before
+a launch; indices that lie in device memory (lengths, slots, page ids) are not, they are the caller's promise.
+
+Integers are int32 unless said otherwise; token ids, positions and slots are int64; keys, values and queries bfloat16.
+R requests are packed to T tokens: request r owns tokens `query_starts[r] .. query_starts[r + 1]`, its anchor first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _core
+from .errors import InvalidArgument
+
+HEAD_DIMS = (64, 128, 256)
+# Keys are cut at multiples of this and partial results joined in order. It decides the bits of a long row, so it is one number.
+SPLIT_KEYS = 512
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.uint64: "uint64",
+    torch.uint8: "uint8",
+}
+_View = tuple[int, str, int, Sequence[int], Sequence[int]]
+
+
+def available(device: torch.device | str = "cuda") -> bool:
+    """Whether this build holds kernels that run on `device`."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available() or not _core.cuda_info()["fatbin_bytes"]:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = _core.cuda_info()["devices"]
+    return index < len(found) and bool(found[index]["supported"])
+
+
+def load(device: torch.device | str = "cuda") -> dict[str, tuple[int, int, int]]:
+    """Loads every kernel on `device`, once, before a graph is captured: {kernel: (registers, local bytes, shared bytes)}."""
+    with torch.cuda.device(device):
+        torch.cuda.init()
+        torch.zeros(1, device=device)  # makes torch's context current
+        return _core.cuda_load()
+
+
+def probe(device: torch.device | str = "cuda") -> int:
+    """The architecture of the code that the driver picked for `device`, such as 900."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    with torch.cuda.device(out.device):
+        _core.cuda_probe(_view(out), _stream(out))
+    return int(out.item())
+
+
+def _dtype(tensor: Tensor) -> str:
+    return _DTYPES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
+
+
+def _view(tensor: Tensor) -> _View:
+    device = tensor.get_device()  # -1 for the CPU
+    return tensor.data_ptr(), _dtype(tensor), device, tensor.shape, tensor.stride()
+
+
+def _maybe(tensor: Tensor | None) -> _View | None:
+    return None if tensor is None else _view(tensor)
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+class KvCaches:
+    """The K and V caches of all layers, each bfloat16 [num_slots, kv_heads, head_dim], as the kernels that serve all layers take them.
+
+    Keeps the tensors alive and their addresses on the device. Every layer must have the first one's shape, strides and device.
+    """
+
+    def __init__(self, k: Sequence[Tensor], v: Sequence[Tensor]):
+        if not k or len(k) != len(v):
+            raise InvalidArgument(f"v: got {len(v)} caches for {len(k)} of K, expected as many, at least one")
+        first = k[0]
+        if first.ndim != 3:
+            raise InvalidArgument(f"k[0]: got shape {list(first.shape)}, expected [num_slots, kv_heads, head_dim]")
+        for name, caches in (("k", k), ("v", v)):
+            for layer, cache in enumerate(caches):
+                for what in ("shape", "dtype", "device"):
+                    got, expected = getattr(cache, what), getattr(first, what)
+                    if got != expected:
+                        raise InvalidArgument(f"{name}[{layer}]: got {what} {got}, expected {expected} as k[0]")
+                if cache.stride() != first.stride():
+                    raise InvalidArgument(
+                        f"{name}[{layer}]: got strides {cache.stride()}, expected {first.stride()} as k[0]"
+                    )
+                if cache.data_ptr() % 16:
+                    raise InvalidArgument(f"{name}[{layer}]: address {cache.data_ptr():#x} is not aligned to 16 bytes")
+        self.k, self.v = tuple(k), tuple(v)
+        self.k_addresses = _addresses(self.k)
+        self.v_addresses = _addresses(self.v)
+
+
+def _addresses(caches: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64, device=caches[0].device)
+
+
+class PageTable(NamedTuple):
+    """Where requests keep their KV: slot of key j of request r is
+    pages[row_ids[r], j // page_size] * page_size + j % page_size."""
+
+    pages: Tensor
+    row_ids: Tensor
+    page_size: int
+
+
+def prepare_block(
+    *,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    anchors: Tensor,
+    table: PageTable,
+    token_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor | None = None,
+    drafts: Tensor | None = None,
+    depths: Tensor | None = None,
+    mask_token: int = 0,
+) -> None:
+    """Writes token_ids, positions and slots (all int64 [P]) of a step.
+
+    query_starts [R+1], context_lens [R], anchors int64 [R]; drafts int64 [R, g] behind the anchors, or `mask_token` everywhere
+    when None; depths [P] for trees. Rows from query_starts[R] to P are padding: token 0, position 0, slot -1.
+    """
+    _core.cuda_prepare_block(
+        query_starts=_view(query_starts),
+        context_lens=_view(context_lens),
+        anchors=_view(anchors),
+        page_table=_view(table.pages),
+        row_ids=_view(table.row_ids),
+        page_size=table.page_size,
+        token_ids=_view(token_ids),
+        positions=_view(positions),
+        slots=_maybe(slots),
+        drafts=_maybe(drafts),
+        depths=_maybe(depths),
+        mask_token=mask_token,
+        stream=_stream(token_ids),
+    )
+
+
+def kv_inject(
+    kv: Tensor,
+    k_norm: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    caches: KvCaches,
+    *,
+    eps: float,
+    rows: Tensor | None = None,
+) -> None:
+    """Normalises and rotates the keys of committed tokens and stores their K and V, for all drafter layers in one launch.
+
+    kv [S, layers, 2, kv_heads, head_dim]: K and V as the projections gave them. k_norm [layers, head_dim]. cos_sin float32
+    [positions, rotary_dim]: cosines, then sines. positions and slots int64 [M]; a negative slot is skipped. rows int64 [M]
+    picks the row of kv for each (row m when None).
+    """
+    _core.cuda_kv_inject(
+        kv=_view(kv),
+        k_norm=_view(k_norm),
+        cos_sin=_view(cos_sin),
+        positions=_view(positions),
+        slots=_view(slots),
+        k_caches=_view(caches.k_addresses),
+        v_caches=_view(caches.v_addresses),
+        cache=_view(caches.k[0]),
+        eps=eps,
+        rows=_maybe(rows),
+        stream=_stream(kv),
+    )
+
+
+class AttentionWorkspace(NamedTuple):
+    """Partial results of split keys: float32 [splits, T, heads, head_dim] and [splits, T, heads, 2]."""
+
+    out: Tensor
+    stats: Tensor
+
+
+def attention_workspace(
+    tokens: int, heads: int, head_dim: int, max_keys: int, device: torch.device | str
+) -> AttentionWorkspace | None:
+    """What `block_attention` needs for requests of up to `max_keys` keys; None when one split covers them."""
+    splits = -(-max_keys // SPLIT_KEYS)
+    if splits <= 1:
+        return None
+    shape = (splits, tokens, heads)
+    return AttentionWorkspace(
+        torch.empty((*shape, head_dim), dtype=torch.float32, device=device),
+        torch.empty((*shape, 2), dtype=torch.float32, device=device),
+    )
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    table: PageTable,
+    max_block_len: int,
+    max_keys: int,
+    scale: float,
+    mask: str = "causal",
+    window: int | None = None,
+    valid_from: Tensor | None = None,
+    slots: Tensor | None = None,
+    ancestors: Tensor | None = None,
+    out: Tensor | None = None,
+    workspace: AttentionWorkspace | None = None,
+) -> Tensor:
+    """softmax(scale q K^T) V over the paged context and the step's own tokens -> [T, heads, head_dim].
+
+    q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches [num_slots, kv_heads, head_dim]. With `slots` (int64 [T];
+    negative: not stored) k and v are written to the caches as well. `mask`: "causal", "block" (all own tokens) or "ancestors"
+    with `ancestors` uint64 or int64 [T, words]. `max_block_len` and `max_keys` (context and own tokens) bound every request.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if workspace is None and q.ndim == 3:
+        workspace = attention_workspace(q.shape[0], q.shape[1], q.shape[2], max_keys, q.device)
+    _core.cuda_block_attention(
+        q=_view(q),
+        k=_view(k),
+        v=_view(v),
+        k_cache=_view(k_cache),
+        v_cache=_view(v_cache),
+        out=_view(out),
+        query_starts=_view(query_starts),
+        context_lens=_view(context_lens),
+        page_table=_view(table.pages),
+        row_ids=_view(table.row_ids),
+        page_size=table.page_size,
+        max_block_len=max_block_len,
+        max_keys=max_keys,
+        scale=scale,
+        mask=mask,
+        window=window,
+        valid_from=_maybe(valid_from),
+        slots=_maybe(slots),
+        ancestors=_maybe(ancestors),
+        partial_out=None if workspace is None else _view(workspace.out),
+        partial_stats=None if workspace is None else _view(workspace.stats),
+        num_splits=max(1, -(-max_keys // SPLIT_KEYS)),
+        split_keys=SPLIT_KEYS,
+        stream=_stream(q),
+    )
+    return out
+
+
+# One request's sampling, as the kernels read it (SamplingRow of cuda/params.h).
+SAMPLING_ROW = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("top_k", np.int32),
+        ("repetition_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("history_start", np.int32),
+        ("history_end", np.int32),
+        ("bias_start", np.int32),
+        ("bias_end", np.int32),
+        ("reserved", np.int32),
+    ],
+    align=True,
+)
+
+
+class SamplingRows(NamedTuple):
+    """What R requests ask of their target distribution, on the device.
+
+    rows uint8 [R, 56] (`SAMPLING_ROW`); history_tokens and history_counts: per request the distinct tokens of prompt and output,
+    ascending, with their occurrences in the output; bias_tokens, bias_values (float32): per request, ascending. `filters`: whether
+    any request has top_k, top_p or min_p.
+    """
+
+    rows: Tensor
+    history_tokens: Tensor
+    history_counts: Tensor
+    bias_tokens: Tensor
+    bias_values: Tensor
+    filters: bool
+
+
+def sampling_rows(requests: Sequence[dict], device: torch.device | str = "cuda") -> SamplingRows:
+    """Lays out the sampling of requests, one dict each: `seed`, `temperature`, `top_k`, `top_p`, `min_p`, the three penalties,
+    `logit_bias` {token: number}, and for penalties `history` {token: occurrences in the output}, tokens of the prompt
+    included. What is left out is off (temperature 1)."""
+    rows = np.zeros(len(requests), dtype=SAMPLING_ROW)
+    rows["temperature"] = rows["top_p"] = rows["repetition_penalty"] = 1.0
+    history: list[tuple[int, int]] = []
+    bias: list[tuple[int, float]] = []
+    known = {"seed", "temperature", "top_p", "min_p", "top_k"}
+    known |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+    for row, request in zip(rows, requests):
+        for name, value in request.items():
+            if name in known:
+                row[name] = value
+            elif name not in ("logit_bias", "history"):
+                raise InvalidArgument(f"requests: got {name!r}, expected {sorted(known | {'logit_bias', 'history'})}")
+        row["history_start"], row["bias_start"] = len(history), len(bias)
+        history += sorted(request.get("history", {}).items())
+        bias += sorted(request.get("logit_bias", {}).items())
+        row["history_end"], row["bias_end"] = len(history), len(bias)
+    filters = bool(((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0)).any())
+
+    def upload(values, dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return SamplingRows(
+        torch.from_numpy(rows.view(np.uint8).reshape(len(requests), SAMPLING_ROW.itemsize)).to(device),
+        upload([token for token, _ in history], torch.int32),
+        upload([count for _, count in history], torch.int32),
+        upload([token for token, _ in bias], torch.int32),
+        upload([value for _, value in bias], torch.float32),
+        filters,
+    )
+
+
+class Sampled(NamedTuple):
+    """tokens int64 [N] (-1 where a row failed), status [N] (0 fine, 1 NaN or +inf, 2 nothing but -inf, 3 overflow of
+    logit / temperature), logprobs float32 [N] of the raw logits in nats, or None."""
+
+    tokens: Tensor
+    status: Tensor
+    logprobs: Tensor | None
+
+
+def sample_rows(
+    logits: Tensor,
+    sampling: SamplingRows,
+    *,
+    query_starts: Tensor,
+    token_ids: Tensor,
+    positions: Tensor,
+    row_tokens: Tensor | None = None,
+    parents: Tensor | None = None,
+    logprobs: bool = False,
+    out: Sampled | None = None,
+    scratch: Tensor | None = None,
+) -> Sampled:
+    """Draws the target's own token of every row of `logits` (float32 or bfloat16 [N, V]): the tokens of `Engine.accept`.
+
+    Row n belongs to packed token row_tokens[n] (n when None) and draws the token after it; token_ids and positions int64 [T].
+    parents [T] for trees: each token's parent as an index within its request.
+    """
+    n = logits.shape[0]
+    if out is None:
+        empty = {"device": logits.device}
+        out = Sampled(
+            torch.empty(n, dtype=torch.int64, **empty),
+            torch.empty(n, dtype=torch.int32, **empty),
+            torch.empty(n, dtype=torch.float32, **empty) if logprobs else None,
+        )
+    if scratch is None:
+        size = _core.cuda_sample_scratch(n, logits.shape[-1])
+        scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    _core.cuda_sample_rows(
+        logits=_view(logits),
+        sampling=_view(sampling.rows),
+        query_starts=_view(query_starts),
+        token_ids=_view(token_ids),
+        positions=_view(positions),
+        history_tokens=_view(sampling.history_tokens),
+        history_counts=_view(sampling.history_counts),
+        bias_tokens=_view(sampling.bias_tokens),
+        bias_values=_view(sampling.bias_values),
+        tokens=_view(out.tokens),
+        status=_view(out.status),
+        scratch=_view(scratch),
+        row_tokens=_maybe(row_tokens),
+        parents=_maybe(parents),
+        logprobs=_maybe(out.logprobs),
+        filters=sampling.filters,
+        stream=_stream(logits),
+    )
+    return out
+
+
+class Accepted(NamedTuple):
+    """What a step committed: accepted drafts [R], out_tokens int64 [R, n] (accepted drafts, bonus, then -1), out_lens [R],
+    context_lens [R] after the step, next_anchors int64 [R], path [R, n] (kept nodes, then -1), and per kept token, from
+    query_starts[r] on, then -1: commit_rows, commit_positions, commit_slots int64 [T]."""
+
+    accepted: Tensor
+    out_tokens: Tensor
+    out_lens: Tensor
+    context_lens: Tensor
+    next_anchors: Tensor
+    path: Tensor
+    commit_rows: Tensor
+    commit_positions: Tensor
+    commit_slots: Tensor
+
+
+def accept(
+    *,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    token_ids: Tensor,
+    sampled: Tensor,
+    table: PageTable,
+    max_nodes: int,
+    logit_starts: Tensor | None = None,
+    node_counts: Tensor | None = None,
+    parents: Tensor | None = None,
+    out: Accepted | None = None,
+) -> Accepted:
+    """Walks every request's chain, or tree if `parents` [T] is given, as far as the drawn tokens follow the drafts.
+
+    `sampled` int64: drawn tokens by logit row; logit_starts [R+1] says which rows are whose (one per packed token when None),
+    and they belong to a request's last tokens. node_counts [R]: nodes that take part (all when None). `max_nodes` bounds the
+    tokens of a request.
+    """
+    if out is None:
+        device, r, tokens = token_ids.device, context_lens.shape[0], token_ids.shape[0]
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        out = Accepted(
+            empty(r, dtype=torch.int32),
+            empty(r, max_nodes),
+            empty(r, dtype=torch.int32),
+            empty(r, dtype=torch.int32),
+            empty(r),
+            empty(r, max_nodes, dtype=torch.int32),
+            empty(tokens),
+            empty(tokens),
+            empty(tokens),
+        )
+    _core.cuda_accept(
+        query_starts=_view(query_starts),
+        context_lens=_view(context_lens),
+        token_ids=_view(token_ids),
+        sampled=_view(sampled),
+        page_table=_view(table.pages),
+        row_ids=_view(table.row_ids),
+        page_size=table.page_size,
+        accepted=_view(out.accepted),
+        out_tokens=_view(out.out_tokens),
+        out_lens=_view(out.out_lens),
+        new_context_lens=_view(out.context_lens),
+        next_anchors=_view(out.next_anchors),
+        max_nodes=max_nodes,
+        logit_starts=_maybe(logit_starts),
+        node_counts=_maybe(node_counts),
+        parents=_maybe(parents),
+        path=_view(out.path),
+        commit_rows=_view(out.commit_rows),
+        commit_positions=_view(out.commit_positions),
+        commit_slots=_view(out.commit_slots),
+        stream=_stream(token_ids),
+    )
+    return out
+
+
+def tree_top_k(values: Tensor, k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row of `values` (float32 or bfloat16 [N, V]), falling, lowest id first among equals:
+    tokens int64 [N, k] and log-probabilities float32 [N, k]. Without `normalise` values are log-probabilities already."""
+    n = values.shape[0]
+    tokens = torch.empty((n, k), dtype=torch.int64, device=values.device)
+    log_probs = torch.empty((n, k), dtype=torch.float32, device=values.device)
+    _core.cuda_tree_top_k(
+        values=_view(values),
+        tokens=_view(tokens),
+        log_probs=_view(log_probs),
+        normalise=normalise,
+        stream=_stream(values),
+    )
+    return tokens, log_probs
+
+
+class Trees(NamedTuple):
+    """Draft trees [R, n]: tokens int64, parents (-1 for the anchor), depths, masks uint64 [R, n, words] with bit j of node i
+    set for its ancestors and itself, counts [R] of nodes, the anchor included."""
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    masks: Tensor
+    counts: Tensor
+
+
+def tree_build(
+    anchors: Tensor, top_tokens: Tensor, top_log_probs: Tensor, max_nodes: int, *, budgets: Tensor | None = None
+) -> Trees:
+    """`DraftTree.build` for every request: anchors int64 [R], top_tokens int64 and top_log_probs float32 [R, depth, k]; at
+    most `max_nodes` nodes besides the anchor, or `budgets` [R] of them."""
+    r, n = anchors.shape[0], max_nodes + 1
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=anchors.device)
+
+    out = Trees(
+        empty(r, n, dtype=torch.int64),
+        empty(r, n, dtype=torch.int32),
+        empty(r, n, dtype=torch.int32),
+        empty(r, n, -(-n // 64), dtype=torch.uint64),
+        empty(r, dtype=torch.int32),
+    )
+    _core.cuda_tree_build(
+        anchors=_view(anchors),
+        top_tokens=_view(top_tokens),
+        top_log_probs=_view(top_log_probs),
+        tokens=_view(out.tokens),
+        parents=_view(out.parents),
+        depths=_view(out.depths),
+        masks=_view(out.masks),
+        counts=_view(out.counts),
+        budgets=_maybe(budgets),
+        stream=_stream(anchors),
+    )
+    return out
+
+
+def compact_kv(path: Tensor, context_lens: Tensor, caches: KvCaches, table: PageTable) -> None:
+    """Moves the KV of every request's accepted path (`Accepted.path`) behind its context, for all layers in one launch.
+
+    context_lens [R]: lengths before the step.
+    """
+    _core.cuda_compact_kv(
+        path=_view(path),
+        context_lens=_view(context_lens),
+        k_caches=_view(caches.k_addresses),
+        v_caches=_view(caches.v_addresses),
+        cache=_view(caches.k[0]),
+        page_table=_view(table.pages),
+        row_ids=_view(table.row_ids),
+        page_size=table.page_size,
+        stream=_stream(path),
+    )

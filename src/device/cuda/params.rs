@@ -1,0 +1,358 @@
+//! The structures of `cuda/params.h` field by field, and its launch geometry. `tests/cuda_params.rs` compares both with the header.
+
+use std::mem::offset_of;
+
+/// A device address; 0 where the header says "nullable" and there is nothing.
+pub type Address = u64;
+
+macro_rules! mirrored {
+    ($($name:ident { $($field:ident: $type:ty,)* })*) => {
+        $(
+            #[doc = concat!("`", stringify!($name), "` of cuda/params.h, which documents its fields.")]
+            #[repr(C)]
+            #[derive(Clone, Copy, Debug, Default, PartialEq)]
+            pub struct $name {
+                $(#[doc = concat!("`", stringify!($field), "`")] pub $field: $type,)*
+            }
+        )*
+
+        /// Every field of every structure: structure, field, offset and size in bytes.
+        pub const LAYOUT: &[(&str, &str, usize, usize)] = &[
+            $($((stringify!($name), stringify!($field), offset_of!($name, $field), size_of::<$type>()),)*)*
+        ];
+
+        /// Size of every structure in bytes.
+        pub const SIZES: &[(&str, usize)] = &[$((stringify!($name), size_of::<$name>()),)*];
+    };
+}
+
+mirrored! {
+    Launch {
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+    }
+    PageTable {
+        pages: Address,
+        row_ids: Address,
+        width: i32,
+        page_size: i32,
+    }
+    PrepareBlockParams {
+        query_starts: Address,
+        context_lens: Address,
+        anchors: Address,
+        drafts: Address,
+        depths: Address,
+        table: PageTable,
+        token_ids: Address,
+        positions: Address,
+        slots: Address,
+        mask_token: i64,
+        draft_stride: i64,
+        num_requests: i32,
+        padded_tokens: i32,
+    }
+    KvInjectParams {
+        kv: Address,
+        k_norm: Address,
+        cos_sin: Address,
+        rows: Address,
+        positions: Address,
+        slots: Address,
+        k_caches: Address,
+        v_caches: Address,
+        row_stride: i64,
+        layer_stride: i64,
+        v_offset: i64,
+        slot_stride: i64,
+        head_stride: i64,
+        max_rows: i32,
+        num_layers: i32,
+        num_heads: i32,
+        rotary_dim: i32,
+        eps: f32,
+        reserved: i32,
+    }
+    BlockAttentionParams {
+        q: Address,
+        k: Address,
+        v: Address,
+        k_cache: Address,
+        v_cache: Address,
+        out: Address,
+        query_starts: Address,
+        context_lens: Address,
+        valid_from: Address,
+        slots: Address,
+        ancestors: Address,
+        partial_out: Address,
+        partial_stats: Address,
+        table: PageTable,
+        q_stride: [i64; 2],
+        k_stride: [i64; 2],
+        v_stride: [i64; 2],
+        out_stride: [i64; 2],
+        k_cache_stride: [i64; 2],
+        v_cache_stride: [i64; 2],
+        num_requests: i32,
+        q_heads: i32,
+        kv_heads: i32,
+        max_tokens: i32,
+        max_block_len: i32,
+        num_splits: i32,
+        split_keys: i32,
+        mask: i32,
+        mask_words: i32,
+        window: i32,
+        scale: f32,
+        reserved: i32,
+    }
+    SamplingRow {
+        seed: u64,
+        temperature: f32,
+        top_p: f32,
+        min_p: f32,
+        top_k: i32,
+        repetition_penalty: f32,
+        presence_penalty: f32,
+        frequency_penalty: f32,
+        history_start: i32,
+        history_end: i32,
+        bias_start: i32,
+        bias_end: i32,
+        reserved: i32,
+    }
+    SampleRowsParams {
+        logits: Address,
+        sampling: Address,
+        query_starts: Address,
+        row_tokens: Address,
+        token_ids: Address,
+        positions: Address,
+        parents: Address,
+        history_tokens: Address,
+        history_counts: Address,
+        bias_tokens: Address,
+        bias_values: Address,
+        tokens: Address,
+        logprobs: Address,
+        status: Address,
+        scratch: Address,
+        row_stride: i64,
+        num_rows: i32,
+        num_requests: i32,
+        vocab: i32,
+        reserved: i32,
+    }
+    AcceptParams {
+        query_starts: Address,
+        logit_starts: Address,
+        context_lens: Address,
+        node_counts: Address,
+        token_ids: Address,
+        parents: Address,
+        sampled: Address,
+        table: PageTable,
+        accepted: Address,
+        out_tokens: Address,
+        out_lens: Address,
+        new_context_lens: Address,
+        next_anchors: Address,
+        path: Address,
+        commit_rows: Address,
+        commit_positions: Address,
+        commit_slots: Address,
+        out_stride: i64,
+        path_stride: i64,
+        num_requests: i32,
+        max_nodes: i32,
+    }
+    TreeTopKParams {
+        values: Address,
+        tokens: Address,
+        log_probs: Address,
+        row_stride: i64,
+        num_rows: i32,
+        vocab: i32,
+        k: i32,
+        normalise: i32,
+    }
+    TreeBuildParams {
+        anchors: Address,
+        top_tokens: Address,
+        top_log_probs: Address,
+        budgets: Address,
+        tokens: Address,
+        parents: Address,
+        depths: Address,
+        scores: Address,
+        first_child: Address,
+        next_sibling: Address,
+        masks: Address,
+        counts: Address,
+        num_requests: i32,
+        max_depth: i32,
+        k: i32,
+        max_nodes: i32,
+    }
+    CompactKvParams {
+        path: Address,
+        context_lens: Address,
+        k_caches: Address,
+        v_caches: Address,
+        table: PageTable,
+        path_stride: i64,
+        slot_stride: i64,
+        head_stride: i64,
+        num_requests: i32,
+        num_layers: i32,
+        num_heads: i32,
+        head_dim: i32,
+    }
+}
+
+/// Most tokens of one request that `accept` takes.
+pub const ACCEPT_MAX_NODES: usize = 1024;
+/// Most nodes of a tree, the anchor not counted.
+pub const TREE_MAX_NODES: usize = 1023;
+/// Most columns that `tree_top_k` finds.
+pub const TREE_MAX_K: usize = 256;
+const SAMPLE_CHUNK: u64 = 4096;
+const SAMPLE_BLOCK: u64 = 64;
+const SAMPLE_BINS: u64 = 1024;
+const SAMPLE_CANDIDATES: u64 = 2048;
+const SAMPLE_CHUNK_BYTES: u64 = 40;
+const ATTENTION_ROWS: u32 = 64;
+
+fn grid(x: u32, y: u32, z: u32, block: u32, shared: u32) -> Launch {
+    Launch {
+        grid: [x, y, z],
+        block,
+        shared,
+    }
+}
+
+impl PrepareBlockParams {
+    /// A block per request and one for the padding.
+    pub fn launch(&self) -> Launch {
+        let blocks = if self.padded_tokens > 0 {
+            self.num_requests as u32 + 1
+        } else {
+            0
+        };
+        grid(blocks, 1, 1, 64, 0)
+    }
+}
+
+impl KvInjectParams {
+    /// `head_dim / 8` threads per head vector.
+    pub fn launch(&self, head_dim: u32) -> Launch {
+        let units = self.max_rows as u64 * self.num_layers as u64 * 2 * self.num_heads as u64;
+        grid(units.div_ceil(u64::from(256 / (head_dim / 8))) as u32, 1, 1, 256, 0)
+    }
+}
+
+impl BlockAttentionParams {
+    /// Request and KV head, tile of queries, split of the keys.
+    pub fn launch(&self, head_dim: u32) -> Launch {
+        let group = (self.q_heads / self.kv_heads) as u32;
+        let queries = if group >= ATTENTION_ROWS {
+            1
+        } else {
+            ATTENTION_ROWS / group
+        };
+        let keys = if head_dim > 128 { 32 } else { 64 };
+        let shared = 2 * head_dim * (ATTENTION_ROWS + 4 * keys) + 2 * keys * 8;
+        grid(
+            (self.num_requests * self.kv_heads) as u32,
+            (self.max_block_len as u32).div_ceil(queries),
+            self.num_splits as u32,
+            128,
+            shared,
+        )
+    }
+
+    /// A warp per token and head; nothing to do with one split.
+    pub fn combine_launch(&self) -> Launch {
+        let rows = self.max_tokens as u64 * self.q_heads as u64;
+        let blocks = if self.num_splits > 1 {
+            rows.div_ceil(4) as u32
+        } else {
+            0
+        };
+        grid(blocks, 1, 1, 128, 0)
+    }
+}
+
+impl SampleRowsParams {
+    /// `sample_scan`, `sample_mass`, `sample_pick`: row, chunk of columns.
+    pub fn chunk_launch(&self) -> Launch {
+        grid(
+            self.num_rows as u32,
+            (self.vocab as u64).div_ceil(SAMPLE_CHUNK) as u32,
+            1,
+            256,
+            0,
+        )
+    }
+
+    /// `sample_finish`: a block per row, a bit per column.
+    pub fn finish_launch(&self) -> Launch {
+        let rows = if self.vocab > 0 { self.num_rows as u32 } else { 0 };
+        grid(rows, 1, 1, 256, (self.vocab as u32).div_ceil(32) * 4)
+    }
+
+    /// Bytes of scratch for `rows` rows of `vocab` columns.
+    pub fn scratch_bytes(rows: u64, vocab: u64) -> u64 {
+        let chunks = vocab.div_ceil(SAMPLE_CHUNK);
+        let per_row = chunks * SAMPLE_CHUNK_BYTES
+            + SAMPLE_BINS * 12
+            + SAMPLE_CANDIDATES * 8
+            + 16
+            + chunks * (SAMPLE_CHUNK / SAMPLE_BLOCK) * 4;
+        rows * per_row
+    }
+}
+
+impl AcceptParams {
+    /// A block per request.
+    pub fn launch(&self) -> Launch {
+        grid(self.num_requests as u32, 1, 1, 128, self.max_nodes as u32 * 8)
+    }
+}
+
+impl TreeTopKParams {
+    /// A block per row.
+    pub fn launch(&self) -> Launch {
+        grid(if self.k > 0 { self.num_rows as u32 } else { 0 }, 1, 1, 512, 0)
+    }
+}
+
+impl TreeBuildParams {
+    /// A warp per request.
+    pub fn launch(&self) -> Launch {
+        let nodes = self.max_nodes as u32 + 1;
+        grid(
+            self.num_requests as u32,
+            1,
+            1,
+            32,
+            nodes * 36 + nodes * nodes.div_ceil(64) * 8,
+        )
+    }
+}
+
+impl CompactKvParams {
+    /// Request, layer and K or V, 128 vectors of 8 elements.
+    pub fn launch(&self) -> Launch {
+        let vectors = self.num_heads as u32 * (self.head_dim as u32 / 8);
+        grid(
+            self.num_requests as u32,
+            self.num_layers as u32 * 2,
+            vectors.div_ceil(128),
+            128,
+            0,
+        )
+    }
+}

@@ -1,0 +1,390 @@
+use dflash_host_check as _;
+use dflash_rs::device::cuda::params::BlockAttentionParams;
+use dflash_rs::device::host::HostKernels;
+use dflash_rs::device::{
+    AttentionBatch, AttentionParams, AttentionTensors, BatchArrays, Bf16, Kernels, Layout, Mask, Rows, RowsMut,
+};
+use dflash_rs::draft::DraftTree;
+use dflash_rs::types::TokenId;
+
+use super::numbers::{Numbers, Pages, address, address_mut, starts};
+
+unsafe extern "C" {
+    fn dflash_host_block_attention(p: *const BlockAttentionParams, head_dim: i32);
+    fn dflash_host_seen(p: *const BlockAttentionParams, head_dim: i32, width: i32, out: *mut i64);
+}
+
+const MASKS: [Mask; 3] = [Mask::Causal, Mask::Block, Mask::Ancestors];
+
+/// A batch with everything but the numbers.
+struct Case {
+    mask: Mask,
+    window: usize,
+    dim: usize,
+    q_heads: usize,
+    kv_heads: usize,
+    lens: Vec<usize>,
+    query_starts: Vec<i32>,
+    context: Vec<i32>,
+    valid_from: Vec<i32>,
+    pages: Pages,
+    num_slots: usize,
+    slots: Vec<i64>,
+    words: usize,
+    ancestors: Vec<u64>,
+    split_keys: usize,
+    num_splits: usize,
+}
+
+impl Case {
+    fn new(numbers: &mut Numbers, dims: &[usize], most_context: usize, most_len: usize) -> Self {
+        let requests = numbers.within(1, 3);
+        let lens: Vec<usize> = (0..requests).map(|_| numbers.below(most_len + 1)).collect();
+        let context: Vec<i32> = (0..requests).map(|_| numbers.below(most_context + 1) as i32).collect();
+        let valid_from = context
+            .iter()
+            .map(|&c| {
+                if numbers.chance(0.3) {
+                    numbers.below(c as usize + 1) as i32
+                } else {
+                    0
+                }
+            })
+            .collect();
+        let kv_heads = numbers.within(1, 2);
+        let group = numbers.pick(&[1, 2, 3, 4, 7, 8, 16]);
+        let pages = Pages::new(numbers, requests, most_context + most_len);
+        let num_slots = pages.table.len() * pages.page_size;
+        let slots = (0..requests)
+            .flat_map(|r| {
+                (0..lens[r])
+                    .map(|i| pages.slot(r, context[r] as usize + i))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        let words = most_len.div_ceil(64).max(1);
+        let mut ancestors = vec![];
+        for &len in &lens {
+            if len == 0 {
+                continue;
+            }
+            let parents: Vec<u32> = (0..len).map(|i| numbers.below(i.max(1)) as u32).collect();
+            let tree = DraftTree::from_parents(&vec![TokenId(0); len], &parents).unwrap();
+            for row in tree.masks().chunks(tree.mask_words()) {
+                ancestors.extend_from_slice(row);
+                ancestors.extend(vec![0; words - row.len()]);
+            }
+        }
+        let split_keys = 64 * numbers.within(1, 4);
+        let longest = (0..requests).map(|r| context[r] as usize + lens[r]).max().unwrap();
+        Self {
+            mask: numbers.pick(&MASKS),
+            window: if numbers.chance(0.4) {
+                numbers.within(1, most_context / 2 + 2)
+            } else {
+                0
+            },
+            dim: numbers.pick(dims),
+            q_heads: kv_heads * group,
+            kv_heads,
+            query_starts: starts(&lens),
+            lens,
+            context,
+            valid_from,
+            pages,
+            num_slots,
+            slots,
+            words,
+            ancestors,
+            split_keys,
+            num_splits: longest.div_ceil(split_keys).max(1) + numbers.below(2),
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        self.slots.len()
+    }
+
+    fn params(&self) -> BlockAttentionParams {
+        let strides = |heads: usize| [(heads * self.dim) as i64, self.dim as i64];
+        BlockAttentionParams {
+            query_starts: address(&self.query_starts),
+            context_lens: address(&self.context),
+            valid_from: address(&self.valid_from),
+            slots: address(&self.slots),
+            ancestors: address(&self.ancestors),
+            table: self.pages.params(),
+            q_stride: strides(self.q_heads),
+            k_stride: strides(self.kv_heads),
+            v_stride: strides(self.kv_heads),
+            out_stride: strides(self.q_heads),
+            k_cache_stride: strides(self.kv_heads),
+            v_cache_stride: strides(self.kv_heads),
+            num_requests: self.lens.len() as i32,
+            q_heads: self.q_heads as i32,
+            kv_heads: self.kv_heads as i32,
+            max_tokens: self.tokens() as i32,
+            max_block_len: *self.lens.iter().max().unwrap() as i32,
+            num_splits: self.num_splits as i32,
+            split_keys: self.split_keys as i32,
+            mask: self.mask as i32,
+            mask_words: self.words as i32,
+            window: self.window as i32,
+            scale: (self.dim as f32).powf(-0.5),
+            ..BlockAttentionParams::default()
+        }
+    }
+
+    fn is_ancestor(&self, request: usize, ancestor: usize, node: usize) -> bool {
+        let row = (self.query_starts[request] as usize + node) * self.words;
+        self.ancestors[row + ancestor / 64] >> (ancestor % 64) & 1 == 1
+    }
+
+    /// Written from the contract: does node `node` see key `key`?
+    fn sees(&self, request: usize, node: usize, key: usize) -> bool {
+        let context = self.context[request] as usize;
+        let depth = |n: usize| match self.mask {
+            Mask::Ancestors => (0..n).filter(|&a| self.is_ancestor(request, a, n)).count(),
+            _ => n,
+        };
+        let (visible, at) = if key < context {
+            (key >= self.valid_from[request] as usize, key)
+        } else {
+            let other = key - context;
+            let visible = match self.mask {
+                Mask::Causal => other <= node,
+                Mask::Block => true,
+                Mask::Ancestors => self.is_ancestor(request, other, node),
+            };
+            (visible, context + depth(other))
+        };
+        visible && (self.window == 0 || (context + depth(node)).abs_diff(at) < self.window)
+    }
+}
+
+#[test]
+fn every_query_sees_the_keys_of_its_mask_once_and_where_they_lie() {
+    let mut numbers = Numbers(10);
+    let mut pairs = 0;
+    while pairs < 3_000_000 {
+        let case = Case::new(&mut numbers, &[64, 256], 200, 90);
+        if case.tokens() == 0 {
+            continue;
+        }
+        let width = 300;
+        let params = case.params();
+        let mut seen = vec![i64::MIN; case.tokens() * case.q_heads * width];
+        // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
+        unsafe { dflash_host_seen(&raw const params, case.dim as i32, width as i32, seen.as_mut_ptr()) };
+        for r in 0..case.lens.len() {
+            let context = case.context[r] as usize;
+            for node in 0..case.lens[r] {
+                let token = case.query_starts[r] as usize + node;
+                let expected: Vec<i64> = (0..width)
+                    .map(|key| {
+                        if key >= context + case.lens[r] || !case.sees(r, node, key) {
+                            i64::MIN
+                        } else if key < context {
+                            case.pages.slot(r, key)
+                        } else {
+                            -2 - (i64::from(case.query_starts[r]) + (key - context) as i64)
+                        }
+                    })
+                    .collect();
+                for head in 0..case.q_heads {
+                    let at = (token * case.q_heads + head) * width;
+                    assert_eq!(
+                        seen[at..at + width],
+                        expected,
+                        "{:?}, window {}",
+                        case.mask,
+                        case.window
+                    );
+                    pairs += width;
+                }
+            }
+        }
+    }
+}
+
+fn values(numbers: &mut Numbers, n: usize) -> Vec<u16> {
+    (0..n)
+        .map(|_| (((numbers.unit() * 4.0 - 2.0) as f32).to_bits() >> 16) as u16)
+        .collect()
+}
+
+/// Tensors of a case; the cache is NaN where nothing may be read.
+struct Tensors {
+    q: Vec<u16>,
+    k: Vec<u16>,
+    v: Vec<u16>,
+    k_cache: Vec<u16>,
+    v_cache: Vec<u16>,
+}
+
+impl Tensors {
+    fn new(numbers: &mut Numbers, case: &Case) -> Self {
+        let (tokens, width) = (case.tokens(), case.kv_heads * case.dim);
+        let mut cache = |_| {
+            let mut cache = vec![0x7fc0; case.num_slots * width];
+            for r in 0..case.lens.len() {
+                for key in case.valid_from[r] as usize..case.context[r] as usize {
+                    let at = case.pages.slot(r, key) as usize * width;
+                    cache[at..at + width].copy_from_slice(&values(numbers, width));
+                }
+            }
+            cache
+        };
+        let (k_cache, v_cache) = (cache(0), cache(1));
+        Self {
+            q: values(numbers, tokens * case.q_heads * case.dim),
+            k: values(numbers, tokens * width),
+            v: values(numbers, tokens * width),
+            k_cache,
+            v_cache,
+        }
+    }
+}
+
+/// What the kernels write: the result and both caches.
+fn on_device(case: &Case, tensors: &Tensors) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
+    let mut out = vec![0x7fc0; tensors.q.len()];
+    let (mut k_cache, mut v_cache) = (tensors.k_cache.clone(), tensors.v_cache.clone());
+    let rows = case.num_splits * case.tokens() * case.q_heads;
+    let mut partial_out = vec![f32::NAN; rows * case.dim];
+    let mut partial_stats = vec![f32::NAN; rows * 2];
+    let params = BlockAttentionParams {
+        q: address(&tensors.q),
+        k: address(&tensors.k),
+        v: address(&tensors.v),
+        k_cache: address_mut(&mut k_cache),
+        v_cache: address_mut(&mut v_cache),
+        out: address_mut(&mut out),
+        partial_out: address_mut(&mut partial_out),
+        partial_stats: address_mut(&mut partial_stats),
+        ..case.params()
+    };
+    // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
+    unsafe { dflash_host_block_attention(&raw const params, case.dim as i32) };
+    (out, k_cache, v_cache)
+}
+
+fn wide(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
+#[test]
+fn results_are_those_of_the_host_kernels() {
+    let mut numbers = Numbers(11);
+    for _ in 0..60 {
+        let case = Case::new(&mut numbers, &[64, 64, 128, 256], 220, 20);
+        if case.tokens() == 0 {
+            continue;
+        }
+        let tensors = Tensors::new(&mut numbers, &case);
+        let (out, k_cache, v_cache) = on_device(&case, &tensors);
+
+        let halves = |x: &[u16]| -> Vec<Bf16> { x.iter().map(|&x| Bf16(x)).collect() };
+        let (q, k, v) = (halves(&tensors.q), halves(&tensors.k), halves(&tensors.v));
+        // The host multiplies masked keys too, where it may: zeros instead of NaN for it.
+        let clean = |x: &[u16]| halves(&x.iter().map(|&x| if x == 0x7fc0 { 0 } else { x }).collect::<Vec<_>>());
+        let (mut k_host, mut v_host) = (clean(&tensors.k_cache), clean(&tensors.v_cache));
+        let mut expected = vec![Bf16(0); out.len()];
+        let batch = AttentionBatch::new(BatchArrays {
+            query_starts: &case.query_starts,
+            context_lens: &case.context,
+            page_table: &case.pages.table,
+            table_width: case.pages.width,
+            row_ids: &case.pages.row_ids,
+            page_size: case.pages.page_size,
+            num_slots: case.num_slots,
+            slots: Some(&case.slots),
+            valid_from: Some(&case.valid_from),
+            ancestors: Some((&case.ancestors, case.words)),
+        })
+        .unwrap();
+        let layout = |rows: usize, heads: usize| Layout::contiguous(rows, heads, case.dim);
+        let (tokens, slots) = (case.tokens(), case.num_slots);
+        HostKernels::default()
+            .block_attention(
+                &batch,
+                &AttentionParams {
+                    scale: case.params().scale,
+                    mask: case.mask,
+                    window: (case.window > 0).then_some(case.window),
+                },
+                AttentionTensors {
+                    q: Rows::from_slice("q", &q, layout(tokens, case.q_heads)).unwrap(),
+                    k: Rows::from_slice("k", &k, layout(tokens, case.kv_heads)).unwrap(),
+                    v: Rows::from_slice("v", &v, layout(tokens, case.kv_heads)).unwrap(),
+                    k_cache: RowsMut::from_slice("k_cache", &mut k_host, layout(slots, case.kv_heads)).unwrap(),
+                    v_cache: RowsMut::from_slice("v_cache", &mut v_host, layout(slots, case.kv_heads)).unwrap(),
+                    out: RowsMut::from_slice("out", &mut expected, layout(tokens, case.q_heads)).unwrap(),
+                },
+            )
+            .unwrap();
+        for (got, expected) in out.iter().zip(&expected) {
+            let (got, expected) = (wide(*got), wide(expected.0));
+            assert!(
+                (got - expected).abs() <= 0.02,
+                "{got} {expected}: {:?} dim {}",
+                case.mask,
+                case.dim
+            );
+        }
+        assert!(
+            clean(&k_cache) == k_host && clean(&v_cache) == v_host,
+            "stored keys and values"
+        );
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
+    let mut numbers = Numbers(12);
+    for _ in 0..12 {
+        let mut case = Case::new(&mut numbers, &[64, 128], 200, 9);
+        case.mask = Mask::Causal;
+        if case.tokens() == 0 {
+            continue;
+        }
+        let tensors = Tensors::new(&mut numbers, &case);
+        let (out, k_cache, v_cache) = on_device(&case, &tensors);
+        for r in 0..case.lens.len() {
+            for node in 0..case.lens[r] {
+                let token = case.query_starts[r] as usize + node;
+                let part =
+                    |x: &[u16], heads: usize| x[token * heads * case.dim..(token + 1) * heads * case.dim].to_vec();
+                let context = case.context[r] + node as i32;
+                let alone = Case {
+                    lens: vec![1],
+                    query_starts: vec![0, 1],
+                    context: vec![context],
+                    valid_from: vec![case.valid_from[r]],
+                    pages: Pages {
+                        table: case.pages.table.clone(),
+                        row_ids: vec![case.pages.row_ids[r]],
+                        ..case.pages
+                    },
+                    slots: vec![case.slots[token]],
+                    ancestors: vec![1],
+                    words: 1,
+                    num_splits: (context as usize + 1).div_ceil(case.split_keys),
+                    ..case
+                };
+                let one = Tensors {
+                    q: part(&tensors.q, case.q_heads),
+                    k: part(&tensors.k, case.kv_heads),
+                    v: part(&tensors.v, case.kv_heads),
+                    k_cache: k_cache.clone(),
+                    v_cache: v_cache.clone(),
+                };
+                assert!(
+                    on_device(&alone, &one).0 == part(&out, case.q_heads),
+                    "node {node} of {}",
+                    case.lens[r]
+                );
+            }
+        }
+    }
+}

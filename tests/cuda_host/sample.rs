@@ -1,0 +1,264 @@
+use dflash_host_check as _;
+use dflash_rs::device::cuda::params::{SampleRowsParams, SamplingRow};
+use dflash_rs::error::Error;
+use dflash_rs::types::TokenId;
+use dflash_rs::verify::{History, Sampler, Sampling};
+
+use super::numbers::{Numbers, address, address_mut};
+
+unsafe extern "C" {
+    fn dflash_host_sample_f32(p: *const SampleRowsParams);
+    fn dflash_host_sample_bf16(p: *const SampleRowsParams);
+    fn dflash_geometry_sample_scratch(rows: i64, vocab: i64) -> u64;
+}
+
+fn normal(numbers: &mut Numbers) -> f32 {
+    (0..6).map(|_| numbers.unit() - 0.5).sum::<f64>() as f32 * 1.4
+}
+
+/// Logits of several kinds: spread, flat, full of ties, with forbidden columns, broken.
+fn logits(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
+    let spread = numbers.pick(&[0.1, 1.0, 3.0, 8.0, 40.0]);
+    let step = numbers.pick(&[0.0, 0.0, 0.5, 2.0]);
+    let shift = numbers.pick(&[0.0, 20.0, -500.0]);
+    let forbidden = numbers.pick(&[0.0, 0.0, 0.3, 0.99]);
+    let mut row: Vec<f32> = (0..vocab)
+        .map(|_| {
+            let x = normal(numbers) * spread;
+            let x = if step > 0.0 { (x / step).round() * step } else { x } + shift;
+            if numbers.chance(forbidden) {
+                f32::NEG_INFINITY
+            } else {
+                x
+            }
+        })
+        .collect();
+    if numbers.chance(0.3) {
+        let at = numbers.below(vocab);
+        row[at] = shift + spread * 5.0;
+    }
+    match numbers.below(200) {
+        0 => row.fill(f32::NEG_INFINITY),
+        1 => row[numbers.below(vocab)] = f32::NAN,
+        2 => row[numbers.below(vocab)] = f32::INFINITY,
+        3 => row.fill(0.0),
+        4 => row.iter_mut().for_each(|x| *x *= 1e30),
+        _ => {}
+    }
+    row
+}
+
+fn sampling(numbers: &mut Numbers, vocab: usize) -> Sampling {
+    let mut s = Sampling {
+        seed: numbers.next(),
+        temperature: numbers.pick(&[0.0, 0.3, 0.7, 1.0, 1.3, 3.0, 1e-5]),
+        ..Sampling::default()
+    };
+    if numbers.chance(0.4) {
+        s.top_k = numbers
+            .pick(&[1, 2, 5, 20, 50, 1000, u32::MAX >> 1])
+            .min(numbers.within(1, 2 * vocab) as u32);
+    }
+    if numbers.chance(0.4) {
+        s.top_p = numbers.pick(&[1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 0.999_999_9]);
+    }
+    if numbers.chance(0.3) {
+        s.min_p = numbers.pick(&[1e-4, 0.02, 0.3, 1.0]);
+    }
+    if numbers.chance(0.4) {
+        s.repetition_penalty = numbers.pick(&[1.0, 1.1, 0.7, 1.3]);
+        s.presence_penalty = numbers.pick(&[0.0, 0.5, -0.3]);
+        s.frequency_penalty = numbers.pick(&[0.0, 0.2, -0.1]);
+    }
+    if numbers.chance(0.3) {
+        let mut ids = numbers.shuffled(vocab);
+        ids.truncate(numbers.within(1, 6));
+        for id in ids {
+            let bias = numbers.pick(&[1.5, -2.0, f32::NEG_INFINITY, 30.0]);
+            s.logit_bias.push((TokenId(id as u32), bias));
+        }
+    }
+    s
+}
+
+/// Draws rows of a few requests through both implementations; returns how many rows were compared.
+fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool) -> usize {
+    let requests = numbers.within(1, 3);
+    let chain = numbers.chance(0.5);
+    let stride = vocab + numbers.below(3) * 4;
+    let (mut query_starts, mut token_ids, mut positions, mut parents) = (vec![0i32], vec![], vec![], vec![]);
+    let (mut histories, mut samplings, mut rows) = (vec![], vec![], vec![]);
+    let (mut history_tokens, mut history_counts) = (vec![0i32; 2], vec![0i32; 2]);
+    let (mut bias_tokens, mut bias_values) = (vec![0i32; 1], vec![0f32; 1]);
+    for _ in 0..requests {
+        let nodes = numbers.below(8);
+        let base = numbers.below(1 << 20) as i64;
+        for i in 0..nodes {
+            token_ids.push(numbers.below(vocab) as i64);
+            let parent = if i == 0 {
+                -1
+            } else if chain {
+                i as i32 - 1
+            } else {
+                numbers.below(i) as i32
+            };
+            parents.push(parent);
+            positions.push(base + i as i64);
+        }
+        query_starts.push(token_ids.len() as i32);
+        let s = sampling(numbers, vocab);
+        let prompt: Vec<TokenId> = (0..numbers.below(6))
+            .map(|_| TokenId(numbers.below(vocab) as u32))
+            .collect();
+        let mut history = History::new(&prompt);
+        for _ in 0..numbers.below(6) {
+            history.push(TokenId(numbers.below(vocab) as u32));
+        }
+        let mut counts = history.counts().to_vec();
+        counts.sort_unstable();
+        let mut bias = s.logit_bias.clone();
+        bias.sort_by_key(|b| b.0);
+        rows.push(SamplingRow {
+            seed: s.seed,
+            temperature: s.temperature,
+            top_p: s.top_p,
+            min_p: s.min_p,
+            top_k: s.top_k as i32,
+            repetition_penalty: s.repetition_penalty,
+            presence_penalty: s.presence_penalty,
+            frequency_penalty: s.frequency_penalty,
+            history_start: history_tokens.len() as i32,
+            history_end: (history_tokens.len() + counts.len()) as i32,
+            bias_start: bias_tokens.len() as i32,
+            bias_end: (bias_tokens.len() + bias.len()) as i32,
+            reserved: 0,
+        });
+        history_tokens.extend(counts.iter().map(|c| c.0.0 as i32));
+        history_counts.extend(counts.iter().map(|c| c.1 as i32));
+        bias_tokens.extend(bias.iter().map(|b| b.0.0 as i32));
+        bias_values.extend(bias.iter().map(|b| b.1));
+        histories.push(history);
+        samplings.push(s);
+    }
+    let total = token_ids.len();
+    // All rows, or some of them in another order, with a graph's padding.
+    let chosen = numbers.chance(0.5);
+    let mut row_tokens: Vec<i32> = if chosen {
+        numbers.shuffled(total).into_iter().map(|t| t as i32).collect()
+    } else {
+        (0..total as i32).collect()
+    };
+    row_tokens.push(if chosen { -1 } else { total as i32 });
+    let count = row_tokens.len();
+    let mut values = vec![f32::NAN; count * stride];
+    for row in values.chunks_mut(stride) {
+        row[..vocab].copy_from_slice(&logits(numbers, vocab));
+    }
+    let halves: Vec<u16> = values.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+    if bf16 {
+        for (x, half) in values.iter_mut().zip(&halves) {
+            *x = f32::from_bits(u32::from(*half) << 16);
+        }
+    }
+    let score = numbers.chance(0.5);
+    let (mut tokens, mut logprobs, mut status) = (vec![-9i64; count], vec![-9f32; count], vec![-9i32; count]);
+    // SAFETY: plain numbers.
+    let bytes = unsafe { dflash_geometry_sample_scratch(count as i64, vocab as i64) };
+    let mut scratch = vec![0xdede_dede_dede_dedeu64; bytes.div_ceil(8) as usize];
+    let params = SampleRowsParams {
+        logits: if bf16 { address(&halves) } else { address(&values) },
+        sampling: address(&rows),
+        query_starts: address(&query_starts),
+        row_tokens: if chosen { address(&row_tokens) } else { 0 },
+        token_ids: address(&token_ids),
+        positions: address(&positions),
+        parents: if chain { 0 } else { address(&parents) },
+        history_tokens: address(&history_tokens),
+        history_counts: address(&history_counts),
+        bias_tokens: address(&bias_tokens),
+        bias_values: address(&bias_values),
+        tokens: address_mut(&mut tokens),
+        logprobs: if score { address_mut(&mut logprobs) } else { 0 },
+        status: address_mut(&mut status),
+        scratch: address_mut(&mut scratch),
+        row_stride: stride as i64,
+        num_rows: count as i32,
+        num_requests: requests as i32,
+        vocab: vocab as i32,
+        reserved: 0,
+    };
+    // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
+    unsafe {
+        if bf16 {
+            dflash_host_sample_bf16(&raw const params);
+        } else {
+            dflash_host_sample_f32(&raw const params);
+        }
+    }
+    let mut sampler = Sampler::new();
+    for n in 0..count - 1 {
+        let t = row_tokens[n] as usize;
+        let r = query_starts
+            .iter()
+            .rposition(|&s| s as usize <= t)
+            .unwrap()
+            .min(requests - 1);
+        let r = (0..=r)
+            .rev()
+            .find(|&r| query_starts[r] as usize <= t && t < query_starts[r + 1] as usize)
+            .unwrap();
+        let first = query_starts[r] as usize;
+        let mut path = vec![];
+        let mut node = t - first;
+        while node > 0 {
+            path.push(TokenId(token_ids[first + node] as u32));
+            node = parents[first + node] as usize;
+        }
+        path.reverse();
+        let row = &values[n * stride..n * stride + vocab];
+        let position = positions[t] as u64 + 1;
+        let drawn = sampler.draw_row(row, &samplings[r], &histories[r], &path, position);
+        let expected = match &drawn {
+            Ok(token) => (i64::from(token.0), 0),
+            Err(Error::BadLogit { value, .. }) if value.contains("overflow") => (-1, 3),
+            Err(Error::BadLogit { .. }) => (-1, 1),
+            Err(Error::EmptyRow { .. }) => (-1, 2),
+            Err(other) => panic!("{other}"),
+        };
+        assert_eq!(
+            (tokens[n], status[n]),
+            expected,
+            "{:?}, path {path:?}, vocab {vocab}",
+            samplings[r]
+        );
+        if score && let Ok(token) = drawn {
+            let expected = sampler.logprob(row, token).unwrap();
+            assert_eq!(logprobs[n].to_bits(), expected.to_bits(), "{} {expected}", logprobs[n]);
+        }
+    }
+    assert_eq!((tokens[count - 1], status[count - 1]), (-1, 0), "padding");
+    count - 1
+}
+
+#[test]
+fn every_row_draws_the_token_of_the_reference() {
+    let mut numbers = Numbers(6);
+    let mut rows = 0;
+    while rows < 100_000 {
+        let vocab = numbers.pick(&[1, 2, 5, 63, 64, 65, 100, 130]);
+        let bf16 = numbers.chance(0.3);
+        rows += compare(&mut numbers, vocab, bf16);
+    }
+}
+
+#[test]
+fn wide_rows_draw_the_token_of_the_reference() {
+    let mut numbers = Numbers(7);
+    let mut rows = 0;
+    while rows < 600 {
+        // More columns than one block takes, a last block that is partly full, lists that overflow.
+        let vocab = numbers.pick(&[4096, 4097, 8193, 10_000, 20_011]);
+        let bf16 = numbers.chance(0.3);
+        rows += compare(&mut numbers, vocab, bf16);
+    }
+}
