@@ -12,9 +12,9 @@ from .batch import StepBatch
 from .draft import DFlashDraft
 from .target import TargetModel
 
-# Enough repeats for a minimum to be near the truth, and no more once a big model has taken this long.
-_REPEATS = 6
-_PATIENCE_S = 2.0
+# Enough rounds for each minimum to be near the truth even on a busy machine, and no more once a big model has taken this long.
+_ROUNDS = 12
+_PATIENCE_S = 1.0
 _ROWS = 16
 
 
@@ -24,9 +24,15 @@ def measure(target: TargetModel, draft: DFlashDraft, block_size: int) -> StepCos
     Uses the first slots of the caches, which hold nothing yet.
     """
     rows = min(_ROWS, target.num_slots)
-    one, many = _fastest(lambda: _verify(target, 1)), _fastest(lambda: _verify(target, rows))
+    one, many, short, long = _fastest(
+        [
+            lambda: _verify(target, 1),
+            lambda: _verify(target, rows),
+            lambda: _propose(draft, 2),
+            lambda: _propose(draft, block_size),
+        ]
+    )
     row = max(0.0, (many - one) / max(1, rows - 1))
-    short, long = _fastest(lambda: _propose(draft, 2)), _fastest(lambda: _propose(draft, block_size))
     draft_row = max(0.0, (long - short) / (block_size - 2)) if block_size > 2 else 0.0
     return StepCosts(max(one - row, 1e-9), row, max(0.0, short - 2 * draft_row), draft_row)
 
@@ -54,16 +60,18 @@ def _propose(draft: DFlashDraft, block: int) -> None:
     )
 
 
-def _fastest(run) -> float:
-    """Shortest time of a few calls in seconds, the first one not counted."""
-    times = []
+def _fastest(passes) -> list[float]:
+    """Shortest time of each pass in seconds. They take turns, so that a busy moment does not single one out."""
+    times: list[list[float]] = [[] for _ in passes]
     begun = time.perf_counter()
-    for _ in range(1 + _REPEATS):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        if len(times) > 1 and time.perf_counter() - begun > _PATIENCE_S:
+    for turn in range(1 + _ROUNDS):
+        for run, taken in zip(passes, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        if turn > 0 and time.perf_counter() - begun > _PATIENCE_S:
             break
-    return min(times[1:])
+    # The first round warms up.
+    return [min(taken[1:]) for taken in times]
