@@ -149,7 +149,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     bench.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs per arm; default: 3")
     bench.add_argument("--prompts", type=_positive, metavar="N", help="use the first N prompts; default: all")
     bench.add_argument("--prompt-file", metavar="FILE", help="your prompts instead of the bundled held-out ones")
-    bench.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="per prompt; default: 128")
+    bench.add_argument("--max-tokens", type=_positive, default=96, metavar="N", help="per prompt; default: 96")
     _add_engine(bench)
     bench.add_argument("--json", metavar="PATH", help="write header and rows; - writes to standard output")
     bench.add_argument("--plot", metavar="FILE.png", help="draw speed-up over concurrency and the acceptance histogram")

@@ -67,6 +67,7 @@ def add_parsers(subparsers) -> None:
     _corpus(own)
     own.add_argument("--out", type=Path, required=True, metavar="DIR", help="shards of sequences; resumable")
     own.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
+    own.add_argument("--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work")
     _add_settings(own, ResponseSettings)
     own.set_defaults(run=_responses)
 
@@ -117,7 +118,10 @@ def _responses(args: argparse.Namespace) -> int:
     from .responses import ResponseSettings, generate
 
     _threads(args)
-    generate(args.target, args.corpus, args.out, _settings(args, ResponseSettings))
+    part = args.part.split("/")
+    if len(part) != 2 or not all(p.isdigit() for p in part):
+        raise ValueError(f"part: got {args.part!r}, expected K/N, for example 0/2")
+    generate(args.target, args.corpus, args.out, _settings(args, ResponseSettings), (int(part[0]), int(part[1])))
     return 0
 
 

@@ -14,7 +14,8 @@ def loop_report(target: Path, draft: Path, prompts: Path, max_tokens: int) -> li
 
     texts = [p["prompt"] for p in json.loads(prompts.read_text(encoding="utf-8"))]
     rows = []
-    with LLM(model=target, draft=draft) as llm:
+    # Whole blocks: what the drafter can do, not what pays on this machine.
+    with LLM(model=target, draft=draft, adaptive=False) as llm:
         ids = [llm.encode(t) for t in texts]
         for temperature in (0.0, 0.7):
             params = [

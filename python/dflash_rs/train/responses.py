@@ -42,14 +42,17 @@ class ResponseSettings:
         return [float(t) for t in self.temperatures.split(",")]
 
 
-def generate(target: Path, data: Path, out: Path, settings: ResponseSettings) -> None:
+def generate(target: Path, data: Path, out: Path, settings: ResponseSettings, part: tuple[int, int] = (0, 1)) -> None:
     """Writes ``out/shard-NNNNN.npy`` (``uint16 [batch_size, seq_len]``) until `sequences` are there.
 
-    `target` is a model folder, `data` a corpus folder (`corpus.prepare`). A shard depends on the seed and its own number only.
+    `target` is a model folder, `data` a corpus folder (`corpus.prepare`). A shard depends on the seed and its own number only, so
+    several processes can share the work: `part` (k, n) writes every n-th shard, from shard k on.
     """
     from dflash_rs import LLM, SamplingParams
 
     settings.check()
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part: got {part[0]}/{part[1]}, expected K/N with 0 <= K < N")
     out.mkdir(parents=True, exist_ok=True)
     described = out / "settings.json"
     # How many there are to be is no part of what one of them is: more may be asked for later.
@@ -60,7 +63,7 @@ def generate(target: Path, data: Path, out: Path, settings: ResponseSettings) ->
 
     tokens = np.load(data / "train.npy")
     shards = -(-settings.sequences // settings.batch_size)
-    missing = [i for i in range(shards) if not (out / f"shard-{i:05}.npy").exists()]
+    missing = [i for i in range(part[0], shards, part[1]) if not (out / f"shard-{i:05}.npy").exists()]
     if not missing:
         return
     llm = LLM(
@@ -89,7 +92,7 @@ def generate(target: Path, data: Path, out: Path, settings: ResponseSettings) ->
         ]
         outputs = llm.generate(prompts, params)
         rows = np.asarray([p + o.token_ids for p, o in zip(prompts, outputs, strict=True)], dtype=np.uint16)
-        temporary = out / "shard.tmp.npy"
+        temporary = out / f"shard-{i:05}.tmp.npy"
         np.save(temporary, rows)
         temporary.rename(out / f"shard-{i:05}.npy")
         progress.show(i + 1, f"{rows.size * (i + 1):,} tokens")
