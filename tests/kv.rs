@@ -161,33 +161,23 @@ fn a_drafting_request_computes_pages_without_draft_context_again_and_leaves_bett
     let plain = prefilled(&mut kv, &text(0..12), false);
     let held = kv.admit(&text(0..5), 0, false).unwrap().unwrap();
     kv.release(plain.key).unwrap();
-    let row = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
-    assert_eq!((row.cached_tokens, row.draft_valid_from), (0, 0));
-    let launched = kv.reserve(row.key, 13, 13).unwrap().unwrap();
-    assert!(
-        launched
-            .launch(kv.table_mut())
-            .unwrap()
-            .commit(kv.table_mut(), 13)
-            .unwrap()
-    );
-    kv.share(row.key, &text(0..13), 13, 0).unwrap();
+    let drafting = |kv: &mut Kv| {
+        let row = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
+        assert_eq!((row.cached_tokens, row.draft_valid_from), (0, 0));
+        let reserved = kv.reserve(row.key, 13, 13).unwrap().unwrap();
+        let launched = reserved.launch(kv.table_mut()).unwrap();
+        assert!(launched.commit(kv.table_mut(), 13).unwrap());
+        kv.share(row.key, &text(0..13), 13, 0).unwrap();
+        row
+    };
+    let row = drafting(&mut kv);
     kv.release(row.key).unwrap();
     let next = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
     assert_eq!(next.cached_tokens, 0, "somebody reads the first page, so it stayed");
     kv.release(next.key).unwrap();
     kv.release(held.key).unwrap();
 
-    let row = kv.admit(&text(0..13), 0, true).unwrap().unwrap();
-    let launched = kv.reserve(row.key, 13, 13).unwrap().unwrap();
-    assert!(
-        launched
-            .launch(kv.table_mut())
-            .unwrap()
-            .commit(kv.table_mut(), 13)
-            .unwrap()
-    );
-    kv.share(row.key, &text(0..13), 13, 0).unwrap();
+    let row = drafting(&mut kv);
     assert_eq!(kv.cache().len(), 3);
     let own = kv.table().pages(row.key).unwrap()[..3].to_vec();
     kv.release(row.key).unwrap();

@@ -276,16 +276,8 @@ impl<'a, E: Element> RowsMut<'a, E> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref, reason = "rows are written from several threads, each its own")]
     pub(super) unsafe fn row(&self, row: usize, head: usize) -> &mut [E] {
-        let Layout {
-            rows,
-            heads,
-            dim,
-            row_stride,
-            head_stride,
-        } = self.layout;
-        assert!(row < rows && head < heads);
-        // SAFETY: see the module, "In bounds" and "Aliasing".
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * row_stride + head * head_stride), dim) }
+        // SAFETY: the caller's promise is for the whole head.
+        unsafe { self.part(row, head, 0..self.layout.dim) }
     }
 
     /// Copies `values` to one head of one row.
