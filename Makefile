@@ -142,7 +142,7 @@ $(VENV)/.stamp-package: $(VENV)/.stamp-tools $(PACKAGE_SOURCES)
 	touch $@
 
 clean:
-	rm -rf target dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf target dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks tests/sglang/host/build tests/sglang/host/*.egg-info
 	rm -f $(VENV)/.stamp-package
 
 distclean: clean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import cases
@@ -124,7 +123,7 @@ def tight(logs) -> Any:
         enable_deterministic_inference=True,
         disable_overlap_schedule=True,
         chunked_prefill_size=16,
-        max_total_tokens=640,
+        max_total_tokens=560,
         schedule_conservativeness=0.05,
         grammar_backend="none",
     )
@@ -136,13 +135,14 @@ def test_without_overlap_with_chunks_and_retractions_the_tokens_are_the_same(tig
     names = [*cases.greedy(), *(n for n in cases.seeded() if "top_" in n)]
     bodies = [body for name in names for body in cases.bodies(matrix()[name])]
     assert tokens(tight.together(bodies)) == [answer for name in names for answer in tokens(reference[name])]
-    long = {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True, "frequency_penalty": 0.75}
-    alone = [tight.generate(prompt, long)["output_ids"] for prompt in cases.prompts(6)]
+    # Forbidding the end token, rather than ignoring it, has SGLang admit requests that the pool cannot hold to their end.
+    long = {"temperature": 0, "max_new_tokens": 150, "logit_bias": {"0": -1000.0}, "frequency_penalty": 0.75}
+    alone = [tight.generate(prompt, long)["output_ids"] for prompt in cases.prompts()]
+    full = "KV cache pool is full. Retract requests."
     tight.post("/flush_cache", {})
-    assert "retracted" not in tight.log.read_text(errors="replace").lower().replace("#retracted-req: 0", "")
-    assert tokens(tight.together(cases.bodies(long, 6))) == alone
-    time.sleep(0.5)
-    assert "retract" in tight.log.read_text(errors="replace").lower(), "the pool was meant to run out"
+    assert full not in tight.log.read_text(errors="replace")
+    assert tokens(tight.together(cases.bodies(long))) == alone
+    assert full in tight.log.read_text(errors="replace"), "the pool was meant to run out"
     assert tight.flush_is_clean()
 
 

@@ -142,10 +142,10 @@ def same_on_all_ranks(worker: Any, tokens: Any, drawn: bool) -> Any:
 
 
 def hook_request_check(refusal: Any) -> None:
-    """Has the scheduler ask `refusal(req, enable_overlap)` as well; a text refuses that request."""
+    """Has the scheduler ask `refusal(req, enable_overlap)` first; a text refuses that request."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def ask(original, req, enable_overlap):
-        return original(req, enable_overlap) or refusal(req, enable_overlap)
+        return refusal(req, enable_overlap) or original(req, enable_overlap)
 
     HookRegistry.register(REQUEST_CHECK, ask, HookType.AROUND)
