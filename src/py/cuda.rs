@@ -626,9 +626,14 @@ pub(super) fn cuda_sample_rows(
     let bytes = SampleRowsParams::scratch_bytes(rows as u64, vocab as u64) as usize;
     let mut call = Call::default();
     let parameters = SampleRowsParams {
-        logits: call
-            .0
-            .strided("logits", &view, view.dtype, &[Any, AtLeast(1)], VECTOR, Read)?,
+        logits: call.0.strided(
+            "logits",
+            &view,
+            view.dtype,
+            &[Any, AtLeast(1)],
+            view.dtype.bytes(),
+            Read,
+        )?,
         sampling: call.dense("sampling", &sampling, Dtype::U8, &[Is(r), Is(size_of::<SamplingRow>())])?,
         query_starts: call.dense("query_starts", &query_starts, Dtype::I32, &[Is(r + 1)])?,
         row_tokens: call.optional("row_tokens", row_tokens.as_ref(), Dtype::I32, &[Is(rows)], Read)?,
@@ -779,9 +784,14 @@ pub(super) fn cuda_tree_top_k(
     let instance = logit_type("values", view.dtype)?;
     let mut call = Call::default();
     let parameters = TreeTopKParams {
-        values: call
-            .0
-            .strided("values", &view, view.dtype, &[Any, AtLeast(k.max(1))], VECTOR, Read)?,
+        values: call.0.strided(
+            "values",
+            &view,
+            view.dtype,
+            &[Any, AtLeast(k.max(1))],
+            view.dtype.bytes(),
+            Read,
+        )?,
         tokens: call.written("tokens", &tokens, Dtype::I64, &[Is(rows), Any])?,
         log_probs: call.written("log_probs", &log_probs, Dtype::F32, &[Is(rows), Is(k)])?,
         row_stride: values.stride(0),
