@@ -333,13 +333,7 @@ impl TreeBuildParams {
     /// A warp per request.
     pub fn launch(&self) -> Launch {
         let nodes = self.max_nodes as u32 + 1;
-        grid(
-            self.num_requests as u32,
-            1,
-            1,
-            32,
-            nodes * 36 + nodes * nodes.div_ceil(64) * 8,
-        )
+        grid(self.num_requests as u32, 1, 1, 32, nodes * 48)
     }
 }
 
