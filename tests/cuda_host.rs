@@ -1,6 +1,8 @@
 //! The CUDA kernels' logic, compiled for the host, against the Rust reference: same bits, same tokens, same walks.
 //!
-//! `cuda/host_check.cpp` runs each kernel's own functions, its threads one after the other between barriers.
+//! `cuda/host_check.cpp` runs each kernel in two ways: its functions, threads one after the other between barriers, which is fast; and
+//! the kernel as it stands, its threads as fibers, which shows its barriers and warp-wide operations as well.
+#![cfg(target_os = "linux")]
 
 mod cuda_host {
     mod attention;
