@@ -241,17 +241,8 @@ pub(super) fn cuda_load(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         add(kernel, kernel.load::<BlockAttentionParams>(one.launch(head_dim).shared))?;
         add(combine, combine.load::<BlockAttentionParams>(0))?;
     }
-    let widest = SampleRowsParams {
-        num_rows: 1,
-        vocab: 1 << 20,
-        ..Default::default()
-    };
-    for stage in &SAMPLE {
-        for kernel in stage {
-            let finish = std::ptr::eq(stage, &raw const SAMPLE[3]);
-            let shared = if finish { widest.finish_launch().shared } else { 0 };
-            add(kernel, kernel.load::<SampleRowsParams>(shared))?;
-        }
+    for kernel in SAMPLE.iter().flatten() {
+        add(kernel, kernel.load::<SampleRowsParams>(0))?;
     }
     add(&ACCEPT, ACCEPT.load::<AcceptParams>(0))?;
     for kernel in &TREE_TOP_K {
