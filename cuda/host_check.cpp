@@ -343,6 +343,15 @@ void dflash_host_ln(const float* x, uint32_t count, float* out) {
     for (uint32_t i = 0; i < count; ++i) out[i] = ln(x[i]);
 }
 
+// exp(x), its weight and the order key of each x <= 0.
+void dflash_host_weights(const float* x, uint32_t count, float* exps, uint64_t* weights, uint32_t* keys) {
+    for (uint32_t i = 0; i < count; ++i) {
+        exps[i] = exp_nonpositive(x[i]);
+        weights[i] = weight(x[i]);
+        keys[i] = order_key(x[i]);
+    }
+}
+
 void dflash_host_prepare_block(const PrepareBlockParams* p) {
     Launch launch = prepare_block_launch(*p);
     for (uint32_t block = 0; block < launch.grid[0]; ++block) {

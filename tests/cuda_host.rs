@@ -4,7 +4,12 @@
 //! the kernel as it stands, its threads as fibers, which shows its barriers and warp-wide operations as well.
 #![cfg(target_os = "linux")]
 
+use dflash_rs::{error, rng}; // `verify` names them as the crate does
+#[path = "cuda_host/verify.rs"]
+mod verify;
+
 mod cuda_host {
+    mod arithmetic;
     mod attention;
     mod kv;
     pub mod numbers;
