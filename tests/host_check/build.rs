@@ -16,7 +16,11 @@ fn main() {
     build
         .cpp(true)
         .std("c++17")
-        .files([Path::new("geometry.cpp"), Path::new("../../cuda/host_check.cpp"), &layout])
+        .files([
+            Path::new("geometry.cpp"),
+            Path::new("../../cuda/host_check.cpp"),
+            &layout,
+        ])
         .include("../../cuda")
         .opt_level(1)
         // Device code rounds every operation of the generator on its own; so must the host.
