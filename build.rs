@@ -9,6 +9,7 @@
 //! Without an nvcc the fatbin is empty and everything else builds. The result is kept in the target folder under a hash of
 //! everything that went into it: clippy, tests and the wheel compile the kernels once between them.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
 use std::env;
 use std::fmt::Write as _;
@@ -60,8 +61,8 @@ fn main() {
         "0" => None,
         "1" => Some(find().unwrap_or_else(|why| {
             fail(&format!(
-                "DFLASH_CUDA=1 asks for CUDA kernels, but {why}: install nvcc (pip install nvidia-cuda-nvcc and its parts, see \
-                 docs/guide.md), name one in DFLASH_NVCC, or set DFLASH_CUDA=0"
+                "DFLASH_CUDA=1 asks for CUDA kernels, but {why}: install one (pip install -r scripts/nvcc-requirements.txt), \
+                 name one in DFLASH_NVCC, or set DFLASH_CUDA=0"
             ))
         })),
         "" | "auto" => match find() {
@@ -302,21 +303,27 @@ fn compile(nvcc: &Nvcc, cuda: &Path, archs: &[(String, Vec<String>)], out: &Path
     }
 }
 
-/// The kernel files and headers with their text, by name.
-fn sources(cuda: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut paths: Vec<PathBuf> = fs::read_dir(cuda)
+/// The kernel files and, transitively, the headers of this folder that they include, with their text, by name.
+fn sources(cuda: &Path) -> Vec<(PathBuf, String)> {
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|e| fail(&format!("{}: {e}", path.display())));
+    let mut waiting: Vec<PathBuf> = fs::read_dir(cuda)
         .unwrap_or_else(|e| fail(&format!("{}: {e}", cuda.display())))
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "cu" || e == "cuh" || e == "h"))
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
         .collect();
-    paths.sort();
-    paths
-        .into_iter()
-        .map(|path| {
-            let text = fs::read(&path).unwrap_or_else(|e| fail(&format!("{}: {e}", path.display())));
-            (path, text)
-        })
-        .collect()
+    let mut found = BTreeMap::new();
+    while let Some(path) = waiting.pop() {
+        if found.contains_key(&path) {
+            continue;
+        }
+        let text = read(&path);
+        let quoted = text
+            .lines()
+            .filter_map(|line| line.trim_start().strip_prefix("#include \"")?.split('"').next());
+        waiting.extend(quoted.map(|name| cuda.join(name)).filter(|header| header.is_file()));
+        found.insert(path, text);
+    }
+    found.into_iter().collect()
 }
 
 fn target_folder(out: &Path) -> Option<&Path> {

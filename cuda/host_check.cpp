@@ -1,4 +1,6 @@
 // The kernels on the host: the same functions, a kernel's threads one after the other between its barriers. For tests.
+#include <string.h>
+
 #include <vector>
 
 #include "logic_attention.cuh"
@@ -10,7 +12,25 @@
 
 using namespace dflash;
 
-namespace {
+// The kernel files themselves, under an emulation of a block's threads.
+#ifdef __linux__
+#define DFLASH_EMULATED
+#include "emulate.h"
+
+#include "accept.cu"
+#include "block_attention.cu"
+#include "compact_kv.cu"
+#include "kv_inject.cu"
+#include "prepare_block.cu"
+#include "sample_rows.cu"
+#include "tree_build.cu"
+
+#undef accept
+#undef asm
+#undef volatile
+#endif
+
+namespace host {
 
 struct HostRow {
     OpenRow row;
@@ -298,7 +318,7 @@ void top_k(const TreeTopKParams& p) {
     }
 }
 
-} // namespace
+} // namespace host
 
 extern "C" {
 
@@ -321,6 +341,15 @@ void dflash_host_gumbel(const uint32_t* words, uint32_t count, float* numbers, f
 
 void dflash_host_ln(const float* x, uint32_t count, float* out) {
     for (uint32_t i = 0; i < count; ++i) out[i] = ln(x[i]);
+}
+
+// exp(x), its weight and the order key of each x <= 0.
+void dflash_host_weights(const float* x, uint32_t count, float* exps, uint64_t* weights, uint32_t* keys) {
+    for (uint32_t i = 0; i < count; ++i) {
+        exps[i] = exp_nonpositive(x[i]);
+        weights[i] = weight(x[i]);
+        keys[i] = order_key(x[i]);
+    }
 }
 
 void dflash_host_prepare_block(const PrepareBlockParams* p) {
@@ -346,17 +375,17 @@ void dflash_host_accept(const AcceptParams* p) {
 }
 
 void dflash_host_sample_f32(const SampleRowsParams* p) {
-    for (int32_t row = 0; row < p->num_rows; ++row) sample_row<float>(*p, row);
+    for (int32_t row = 0; row < p->num_rows; ++row) host::sample_row<float>(*p, row);
 }
 
 void dflash_host_sample_bf16(const SampleRowsParams* p) {
-    for (int32_t row = 0; row < p->num_rows; ++row) sample_row<uint16_t>(*p, row);
+    for (int32_t row = 0; row < p->num_rows; ++row) host::sample_row<uint16_t>(*p, row);
 }
 
 void dflash_host_kv_inject(const KvInjectParams* p, int32_t head_dim) {
-    if (head_dim == 64) inject<64>(*p);
-    else if (head_dim == 128) inject<128>(*p);
-    else inject<256>(*p);
+    if (head_dim == 64) host::inject<64>(*p);
+    else if (head_dim == 128) host::inject<128>(*p);
+    else host::inject<256>(*p);
 }
 
 void dflash_host_compact_kv(const CompactKvParams* p) {
@@ -368,9 +397,9 @@ void dflash_host_compact_kv(const CompactKvParams* p) {
 }
 
 void dflash_host_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
-    if (head_dim == 64) attend<64>(*p);
-    else if (head_dim == 128) attend<128>(*p);
-    else attend<256>(*p);
+    if (head_dim == 64) host::attend<64>(*p);
+    else if (head_dim == 128) host::attend<128>(*p);
+    else host::attend<256>(*p);
 }
 
 // For every token, query head and key < width: where it is read from if it is seen (see key_source), else INT64_MIN.
@@ -400,8 +429,8 @@ void dflash_host_seen(const BlockAttentionParams* p, int32_t head_dim, int32_t w
     }
 }
 
-void dflash_host_tree_top_k_f32(const TreeTopKParams* p) { top_k<float>(*p); }
-void dflash_host_tree_top_k_bf16(const TreeTopKParams* p) { top_k<uint16_t>(*p); }
+void dflash_host_tree_top_k_f32(const TreeTopKParams* p) { host::top_k<float>(*p); }
+void dflash_host_tree_top_k_bf16(const TreeTopKParams* p) { host::top_k<uint16_t>(*p); }
 
 void dflash_host_tree_build(const TreeBuildParams* p) {
     Launch launch = tree_build_launch(*p);
@@ -423,4 +452,37 @@ void dflash_host_tree_build(const TreeBuildParams* p) {
         for (int32_t lane = 0; lane < 32; ++lane) tree_write(*p, t, request, count, lane);
     }
 }
+
+#ifdef DFLASH_EMULATED
+void dflash_emulated_prepare_block(const PrepareBlockParams* p) { emulation::run(prepare_block, *p, prepare_block_launch(*p)); }
+void dflash_emulated_accept(const AcceptParams* p) { emulation::run(accept_kernel, *p, accept_launch(*p)); }
+void dflash_emulated_compact_kv(const CompactKvParams* p) { emulation::run(compact_kv, *p, compact_kv_launch(*p)); }
+void dflash_emulated_tree_build(const TreeBuildParams* p) { emulation::run(tree_build, *p, tree_build_launch(*p)); }
+void dflash_emulated_tree_top_k_f32(const TreeTopKParams* p) { emulation::run(tree_top_k_f32, *p, tree_top_k_launch(*p)); }
+void dflash_emulated_tree_top_k_bf16(const TreeTopKParams* p) { emulation::run(tree_top_k_bf16, *p, tree_top_k_launch(*p)); }
+
+void dflash_emulated_kv_inject(const KvInjectParams* p, int32_t head_dim) {
+    auto kernel = head_dim == 64 ? kv_inject_64 : head_dim == 128 ? kv_inject_128 : kv_inject_256;
+    emulation::run(kernel, *p, kv_inject_launch(*p, head_dim));
+}
+
+void dflash_emulated_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
+    auto kernel = head_dim == 64 ? block_attention_64 : head_dim == 128 ? block_attention_128 : block_attention_256;
+    auto combine = head_dim == 64 ? block_attention_combine_64
+        : head_dim == 128         ? block_attention_combine_128
+                                  : block_attention_combine_256;
+    emulation::run(kernel, *p, block_attention_launch(*p, head_dim));
+    emulation::run(combine, *p, block_attention_combine_launch(*p));
+}
+
+void dflash_emulated_sample_f32(const SampleRowsParams* p) {
+    for (auto kernel : {sample_scan_f32, sample_mass_f32, sample_pick_f32}) emulation::run(kernel, *p, sample_chunk_launch(*p));
+    emulation::run(sample_finish_f32, *p, sample_finish_launch(*p));
+}
+
+void dflash_emulated_sample_bf16(const SampleRowsParams* p) {
+    for (auto kernel : {sample_scan_bf16, sample_mass_bf16, sample_pick_bf16}) emulation::run(kernel, *p, sample_chunk_launch(*p));
+    emulation::run(sample_finish_bf16, *p, sample_finish_launch(*p));
+}
+#endif
 }

@@ -73,14 +73,37 @@ struct EdgeShared {
     Edge edge;
 };
 
-// Where the row's prefix ends. Thread t sums its four bins, a warp finds the 32 bins and one lane walks them.
+// A warp's lanes hold neighbouring groups of columns: which lane's group has the prefix's last column (-1: none), given the
+// budget on entering the first. `budget` becomes the one on entering that group.
+__device__ int32_t edge_lane(uint64_t count, uint64_t mass, Budget& budget) {
+    int32_t lane = int32_t(threadIdx.x % 32);
+    uint64_t count_to = count, mass_to = mass; // inclusive prefix sums
+    for (int offset = 1; offset < 32; offset *= 2) {
+        uint64_t c = __shfl_up_sync(ALL, count_to, offset), m = __shfl_up_sync(ALL, mass_to, offset);
+        if (lane >= offset) {
+            count_to += c;
+            mass_to += m;
+        }
+    }
+    unsigned ends = __ballot_sync(ALL, ends_within(budget, count_to, mass_to));
+    if (ends == 0) return -1;
+    int32_t found = __ffs(int(ends)) - 1;
+    uint64_t count_before = __shfl_sync(ALL, count_to - count, found), mass_before = __shfl_sync(ALL, mass_to - mass, found);
+    if (budget.count != UINT64_MAX) budget.count -= count_before;
+    if (budget.mass != UINT64_MAX) budget.mass -= mass_before;
+    return found;
+}
+
+// Where the row's prefix ends: a thread sums four bins, a warp finds 32 bins and then the one among them.
 __device__ Edge find_edge(const SampleScratch& scratch, EdgeShared& e, const OpenRow& row, int32_t index) {
     constexpr int32_t PER_THREAD = SAMPLE_BINS / SAMPLE_THREADS, PER_LANE = SAMPLE_THREADS / 32;
+    static_assert(PER_THREAD * PER_LANE == 32, "a lane's bins are as many as lanes");
     const uint32_t* counts = scratch.counts + int64_t(index) * SAMPLE_BINS;
     const uint64_t* masses = scratch.masses + int64_t(index) * SAMPLE_BINS;
     int32_t thread = int32_t(threadIdx.x);
     uint32_t count = 0;
     uint64_t mass = 0;
+    DFLASH_UNROLL
     for (int32_t i = 0; i < PER_THREAD; ++i) {
         count += counts[thread * PER_THREAD + i];
         mass += masses[thread * PER_THREAD + i];
@@ -94,23 +117,12 @@ __device__ Edge find_edge(const SampleScratch& scratch, EdgeShared& e, const Ope
             own_count += e.counts[thread * PER_LANE + i];
             own_mass += e.masses[thread * PER_LANE + i];
         }
-        uint64_t count_to = own_count, mass_to = own_mass; // inclusive prefix sums
-        for (int offset = 1; offset < 32; offset *= 2) {
-            uint64_t c = __shfl_up_sync(ALL, count_to, offset), m = __shfl_up_sync(ALL, mass_to, offset);
-            if (thread >= offset) {
-                count_to += c;
-                mass_to += m;
-            }
-        }
-        Budget budget = budget_of(row.s, __shfl_sync(ALL, mass_to, 31));
-        unsigned ends = __ballot_sync(ALL, ends_within(budget, count_to, mass_to));
-        int32_t lane = ends ? __ffs(int(ends)) - 1 : 31;
-        if (thread == lane) {
-            if (budget.count != UINT64_MAX) budget.count -= count_to - own_count;
-            if (budget.mass != UINT64_MAX) budget.mass -= mass_to - own_mass;
-            int32_t bins = PER_THREAD * PER_LANE;
-            e.edge = ends ? edge_walk(counts, masses, lane * bins, (lane + 1) * bins, budget) : Edge{SAMPLE_BINS, budget};
-        }
+        uint64_t total = own_mass;
+        for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(ALL, total, offset);
+        Budget budget = budget_of(row.s, total);
+        int32_t bin = SAMPLE_BINS, group = edge_lane(own_count, own_mass, budget);
+        if (group >= 0) bin = group * 32 + edge_lane(counts[group * 32 + thread], masses[group * 32 + thread], budget);
+        if (thread == 0) e.edge = {bin, budget};
     }
     __syncthreads();
     return e.edge;

@@ -13,7 +13,7 @@ R requests are packed to T tokens: request r owns tokens `query_starts[r] .. que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +81,15 @@ def _stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
+def _launch(function: Callable[..., None], tensor: Tensor, **arguments) -> None:
+    # The kernel runs in the current device's context: that of the tensors, whatever the caller's thread had.
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            function(**arguments, stream=_stream(tensor))
+    else:
+        function(**arguments, stream=_stream(tensor))
+
+
 class KvCaches:
     """The K and V caches of all layers, each bfloat16 [num_slots, kv_heads, head_dim], as the kernels that serve all layers take them.
 
@@ -141,7 +150,9 @@ def prepare_block(
     query_starts [R+1], context_lens [R], anchors int64 [R]; drafts int64 [R, g] behind the anchors, or `mask_token` everywhere
     when None; depths [P] for trees. Rows from query_starts[R] to P are padding: token 0, position 0, slot -1.
     """
-    _core.cuda_prepare_block(
+    _launch(
+        _core.cuda_prepare_block,
+        token_ids,
         query_starts=_view(query_starts),
         context_lens=_view(context_lens),
         anchors=_view(anchors),
@@ -154,7 +165,6 @@ def prepare_block(
         drafts=_maybe(drafts),
         depths=_maybe(depths),
         mask_token=mask_token,
-        stream=_stream(token_ids),
     )
 
 
@@ -175,7 +185,9 @@ def kv_inject(
     [positions, rotary_dim]: cosines, then sines. positions and slots int64 [M]; a negative slot is skipped. rows int64 [M]
     picks the row of kv for each (row m when None).
     """
-    _core.cuda_kv_inject(
+    _launch(
+        _core.cuda_kv_inject,
+        kv,
         kv=_view(kv),
         k_norm=_view(k_norm),
         cos_sin=_view(cos_sin),
@@ -186,7 +198,6 @@ def kv_inject(
         cache=_view(caches.k[0]),
         eps=eps,
         rows=_maybe(rows),
-        stream=_stream(kv),
     )
 
 
@@ -242,7 +253,9 @@ def block_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if workspace is None and q.ndim == 3:
         workspace = attention_workspace(q.shape[0], q.shape[1], q.shape[2], max_keys, q.device)
-    _core.cuda_block_attention(
+    _launch(
+        _core.cuda_block_attention,
+        q,
         q=_view(q),
         k=_view(k),
         v=_view(v),
@@ -266,7 +279,6 @@ def block_attention(
         partial_stats=None if workspace is None else _view(workspace.stats),
         num_splits=max(1, -(-max_keys // SPLIT_KEYS)),
         split_keys=SPLIT_KEYS,
-        stream=_stream(q),
     )
     return out
 
@@ -381,7 +393,9 @@ def sample_rows(
     if scratch is None:
         size = _core.cuda_sample_scratch(n, logits.shape[-1])
         scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    _core.cuda_sample_rows(
+    _launch(
+        _core.cuda_sample_rows,
+        logits,
         logits=_view(logits),
         sampling=_view(sampling.rows),
         query_starts=_view(query_starts),
@@ -398,7 +412,6 @@ def sample_rows(
         parents=_maybe(parents),
         logprobs=_maybe(out.logprobs),
         filters=sampling.filters,
-        stream=_stream(logits),
     )
     return out
 
@@ -455,7 +468,9 @@ def accept(
             empty(tokens),
             empty(tokens),
         )
-    _core.cuda_accept(
+    _launch(
+        _core.cuda_accept,
+        token_ids,
         query_starts=_view(query_starts),
         context_lens=_view(context_lens),
         token_ids=_view(token_ids),
@@ -476,7 +491,6 @@ def accept(
         commit_rows=_view(out.commit_rows),
         commit_positions=_view(out.commit_positions),
         commit_slots=_view(out.commit_slots),
-        stream=_stream(token_ids),
     )
     return out
 
@@ -487,12 +501,13 @@ def tree_top_k(values: Tensor, k: int, *, normalise: bool = True) -> tuple[Tenso
     n = values.shape[0]
     tokens = torch.empty((n, k), dtype=torch.int64, device=values.device)
     log_probs = torch.empty((n, k), dtype=torch.float32, device=values.device)
-    _core.cuda_tree_top_k(
+    _launch(
+        _core.cuda_tree_top_k,
+        values,
         values=_view(values),
         tokens=_view(tokens),
         log_probs=_view(log_probs),
         normalise=normalise,
-        stream=_stream(values),
     )
     return tokens, log_probs
 
@@ -525,7 +540,9 @@ def tree_build(
         empty(r, n, -(-n // 64), dtype=torch.uint64),
         empty(r, dtype=torch.int32),
     )
-    _core.cuda_tree_build(
+    _launch(
+        _core.cuda_tree_build,
+        anchors,
         anchors=_view(anchors),
         top_tokens=_view(top_tokens),
         top_log_probs=_view(top_log_probs),
@@ -535,7 +552,6 @@ def tree_build(
         masks=_view(out.masks),
         counts=_view(out.counts),
         budgets=_maybe(budgets),
-        stream=_stream(anchors),
     )
     return out
 
@@ -545,7 +561,9 @@ def compact_kv(path: Tensor, context_lens: Tensor, caches: KvCaches, table: Page
 
     context_lens [R]: lengths before the step.
     """
-    _core.cuda_compact_kv(
+    _launch(
+        _core.cuda_compact_kv,
+        path,
         path=_view(path),
         context_lens=_view(context_lens),
         k_caches=_view(caches.k_addresses),
@@ -554,5 +572,4 @@ def compact_kv(path: Tensor, context_lens: Tensor, caches: KvCaches, table: Page
         page_table=_view(table.pages),
         row_ids=_view(table.row_ids),
         page_size=table.page_size,
-        stream=_stream(path),
     )

@@ -11,9 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import shapes  # noqa: E402
 
 
-def main() -> None:
+def main(device: torch.device) -> None:
     """Runs the calls; the sanitizer judges them."""
-    device = torch.device("cuda", 0)
     batch, longer = shapes.Batch(device, 3, 5, 21), shapes.Batch(device, 2, 5, 600)
     cases = [
         shapes.prepare_case(batch),
@@ -39,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(torch.device("cuda", 0))

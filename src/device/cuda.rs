@@ -68,9 +68,11 @@ const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
 const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
 const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
 const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
+/// Shared memory of a block that asked for permission, static and dynamic.
+const DEVICE_ATTRIBUTE_MAX_SHARED: c_int = 97;
 const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
-/// Dynamic shared memory that needs no permission.
-const FREE_SHARED: u32 = 48 * 1024;
+/// Dynamic shared memory that needs no permission: 48 KiB less what any kernel has in static shared memory.
+const FREE_SHARED: u32 = 24 * 1024;
 
 type Handle = *mut c_void;
 
@@ -443,8 +445,8 @@ impl Kernel {
         }
     }
 
-    /// Loads it into the current context, as a launch that is to be captured in a graph needs, with permission for `shared` bytes of
-    /// dynamic shared memory; says what its code takes on the current device.
+    /// Loads it into the current context, as a launch that is to be captured in a graph needs, with permission for up to `shared` bytes
+    /// of dynamic shared memory; says what its code takes on the current device.
     ///
     /// # Errors
     /// As [`Self::launch`].
@@ -460,14 +462,17 @@ impl Kernel {
             return Err(unsupported(driver));
         }
         driver.check(&format!("cuKernelGetFunction of {}", self.name()), code)?;
-        if shared > FREE_SHARED {
-            self.allow_shared(driver, kernel, shared)?;
-        }
         let mut values = [0; 3];
         for (value, attribute) in values.iter_mut().zip(USAGE_ATTRIBUTES) {
             // SAFETY: see the module.
             let code = unsafe { (driver.kernel_attribute)(&raw mut *value, attribute, kernel, device) };
             driver.check(&format!("cuKernelGetAttribute of {}", self.name()), code)?;
+        }
+        // What a launch will need at most; a device that has less takes what fits, and refuses a launch that asks for more.
+        let limit = driver.attribute(DEVICE_ATTRIBUTE_MAX_SHARED, device)? - values[2];
+        let shared = shared.min(u32::try_from(limit).unwrap_or(0));
+        if shared > FREE_SHARED {
+            self.allow_shared(driver, kernel, shared)?;
         }
         Ok(Usage {
             registers: values[0],

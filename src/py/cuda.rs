@@ -241,17 +241,8 @@ pub(super) fn cuda_load(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         add(kernel, kernel.load::<BlockAttentionParams>(one.launch(head_dim).shared))?;
         add(combine, combine.load::<BlockAttentionParams>(0))?;
     }
-    let widest = SampleRowsParams {
-        num_rows: 1,
-        vocab: 1 << 20,
-        ..Default::default()
-    };
-    for stage in &SAMPLE {
-        for kernel in stage {
-            let finish = std::ptr::eq(stage, &raw const SAMPLE[3]);
-            let shared = if finish { widest.finish_launch().shared } else { 0 };
-            add(kernel, kernel.load::<SampleRowsParams>(shared))?;
-        }
+    for kernel in SAMPLE.iter().flatten() {
+        add(kernel, kernel.load::<SampleRowsParams>(0))?;
     }
     add(&ACCEPT, ACCEPT.load::<AcceptParams>(0))?;
     for kernel in &TREE_TOP_K {
@@ -626,9 +617,14 @@ pub(super) fn cuda_sample_rows(
     let bytes = SampleRowsParams::scratch_bytes(rows as u64, vocab as u64) as usize;
     let mut call = Call::default();
     let parameters = SampleRowsParams {
-        logits: call
-            .0
-            .strided("logits", &view, view.dtype, &[Any, AtLeast(1)], VECTOR, Read)?,
+        logits: call.0.strided(
+            "logits",
+            &view,
+            view.dtype,
+            &[Any, AtLeast(1)],
+            view.dtype.bytes(),
+            Read,
+        )?,
         sampling: call.dense("sampling", &sampling, Dtype::U8, &[Is(r), Is(size_of::<SamplingRow>())])?,
         query_starts: call.dense("query_starts", &query_starts, Dtype::I32, &[Is(r + 1)])?,
         row_tokens: call.optional("row_tokens", row_tokens.as_ref(), Dtype::I32, &[Is(rows)], Read)?,
@@ -779,9 +775,14 @@ pub(super) fn cuda_tree_top_k(
     let instance = logit_type("values", view.dtype)?;
     let mut call = Call::default();
     let parameters = TreeTopKParams {
-        values: call
-            .0
-            .strided("values", &view, view.dtype, &[Any, AtLeast(k.max(1))], VECTOR, Read)?,
+        values: call.0.strided(
+            "values",
+            &view,
+            view.dtype,
+            &[Any, AtLeast(k.max(1))],
+            view.dtype.bytes(),
+            Read,
+        )?,
         tokens: call.written("tokens", &tokens, Dtype::I64, &[Is(rows), Any])?,
         log_probs: call.written("log_probs", &log_probs, Dtype::F32, &[Is(rows), Is(k)])?,
         row_stride: values.stride(0),

@@ -11,6 +11,7 @@ use super::numbers::{Numbers, Pages, address, address_mut, starts};
 
 unsafe extern "C" {
     fn dflash_host_block_attention(p: *const BlockAttentionParams, head_dim: i32);
+    fn dflash_emulated_block_attention(p: *const BlockAttentionParams, head_dim: i32);
     fn dflash_host_seen(p: *const BlockAttentionParams, head_dim: i32, width: i32, out: *mut i64);
 }
 
@@ -247,7 +248,7 @@ impl Tensors {
 }
 
 /// What the kernels write: the result and both caches.
-fn on_device(case: &Case, tensors: &Tensors) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
+fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
     let mut out = vec![0x7fc0; tensors.q.len()];
     let (mut k_cache, mut v_cache) = (tensors.k_cache.clone(), tensors.v_cache.clone());
     let rows = case.num_splits * case.tokens() * case.q_heads;
@@ -265,7 +266,13 @@ fn on_device(case: &Case, tensors: &Tensors) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
         ..case.params()
     };
     // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-    unsafe { dflash_host_block_attention(&raw const params, case.dim as i32) };
+    unsafe {
+        if emulated {
+            dflash_emulated_block_attention(&raw const params, case.dim as i32);
+        } else {
+            dflash_host_block_attention(&raw const params, case.dim as i32);
+        }
+    }
     (out, k_cache, v_cache)
 }
 
@@ -275,14 +282,22 @@ fn wide(x: u16) -> f32 {
 
 #[test]
 fn results_are_those_of_the_host_kernels() {
-    let mut numbers = Numbers(11);
-    for _ in 0..60 {
-        let case = Case::new(&mut numbers, &[64, 64, 128, 256], 220, 20);
+    compare_with_host(&mut Numbers(11), 60, false);
+}
+
+#[test]
+fn the_kernels_themselves_give_the_results_of_the_host_kernels() {
+    compare_with_host(&mut Numbers(111), 6, true);
+}
+
+fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
+    for _ in 0..cases {
+        let case = Case::new(numbers, &[64, 64, 128, 256], 220, 20);
         if case.tokens() == 0 {
             continue;
         }
-        let tensors = Tensors::new(&mut numbers, &case);
-        let (out, k_cache, v_cache) = on_device(&case, &tensors);
+        let tensors = Tensors::new(numbers, &case);
+        let (out, k_cache, v_cache) = on_device(&case, &tensors, emulated);
 
         let halves = |x: &[u16]| -> Vec<Bf16> { x.iter().map(|&x| Bf16(x)).collect() };
         let (q, k, v) = (halves(&tensors.q), halves(&tensors.k), halves(&tensors.v));
@@ -349,7 +364,7 @@ fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
             continue;
         }
         let tensors = Tensors::new(&mut numbers, &case);
-        let (out, k_cache, v_cache) = on_device(&case, &tensors);
+        let (out, k_cache, v_cache) = on_device(&case, &tensors, false);
         for r in 0..case.lens.len() {
             for node in 0..case.lens[r] {
                 let token = case.query_starts[r] as usize + node;
@@ -380,7 +395,7 @@ fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
                     v_cache: v_cache.clone(),
                 };
                 assert!(
-                    on_device(&alone, &one).0 == part(&out, case.q_heads),
+                    on_device(&alone, &one, false).0 == part(&out, case.q_heads),
                     "node {node} of {}",
                     case.lens[r]
                 );

@@ -6,6 +6,8 @@ use super::numbers::{Numbers, Pages, address, address_mut};
 unsafe extern "C" {
     fn dflash_host_kv_inject(p: *const KvInjectParams, head_dim: i32);
     fn dflash_host_compact_kv(p: *const CompactKvParams);
+    fn dflash_emulated_kv_inject(p: *const KvInjectParams, head_dim: i32);
+    fn dflash_emulated_compact_kv(p: *const CompactKvParams);
 }
 
 const POISON: u16 = 0xdede;
@@ -34,9 +36,13 @@ fn addresses(caches: &mut [Vec<u16>]) -> Vec<u64> {
 
 #[test]
 fn injection_stores_normed_and_rotated_keys_of_committed_rows_and_nothing_else() {
-    let mut numbers = Numbers(8);
+    inject(&mut Numbers(8), 20_000, dflash_host_kv_inject);
+    inject(&mut Numbers(108), 300, dflash_emulated_kv_inject);
+}
+
+fn inject(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*const KvInjectParams, i32)) {
     let mut vectors = 0;
-    while vectors < 20_000 {
+    while vectors < most {
         let dim = numbers.pick(&[64usize, 128, 256]);
         let rotary = if numbers.chance(0.7) {
             dim
@@ -55,8 +61,8 @@ fn injection_stores_normed_and_rotated_keys_of_committed_rows_and_nothing_else()
             (per_layer, layers * per_layer)
         };
         let row_stride = 2 * layers * per_layer + pad_row;
-        let kv = values(&mut numbers, source_rows * row_stride);
-        let k_norm = values(&mut numbers, layers * dim);
+        let kv = values(numbers, source_rows * row_stride);
+        let k_norm = values(numbers, layers * dim);
         let positions: Vec<i64> = (0..rows).map(|_| numbers.below(50) as i64).collect();
         let cos_sin: Vec<f32> = (0..50)
             .flat_map(|p| {
@@ -110,7 +116,7 @@ fn injection_stores_normed_and_rotated_keys_of_committed_rows_and_nothing_else()
             reserved: 0,
         };
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-        unsafe { dflash_host_kv_inject(&raw const params, dim as i32) };
+        unsafe { kernel(&raw const params, dim as i32) };
         let (mut k_expected, mut v_expected) = (vec![], vec![]);
         for layer in 0..layers {
             let mut k_cache: Vec<Option<f64>> = vec![None; slots_len * slot_stride];
@@ -161,12 +167,16 @@ fn injection_stores_normed_and_rotated_keys_of_committed_rows_and_nothing_else()
 
 #[test]
 fn compaction_moves_the_accepted_path_and_nothing_else() {
-    let mut numbers = Numbers(9);
+    compact(&mut Numbers(9), 100_000, dflash_host_compact_kv);
+    compact(&mut Numbers(109), 2_000, dflash_emulated_compact_kv);
+}
+
+fn compact(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*const CompactKvParams)) {
     let mut moved = 0;
-    while moved < 100_000 {
+    while moved < most {
         let (requests, layers, heads) = (numbers.below(4), numbers.within(1, 2), numbers.within(1, 3));
         let dim = numbers.pick(&[8usize, 64, 128]);
-        let pages = Pages::new(&mut numbers, requests, 60);
+        let pages = Pages::new(numbers, requests, 60);
         let num_slots = pages.table.len() * pages.page_size;
         let (slot_stride, head_stride) = (heads * dim + 8, dim);
         let stride = numbers.within(1, 24);
@@ -187,7 +197,7 @@ fn compaction_moves_the_accepted_path_and_nothing_else() {
                 .map(|_| (0..num_slots * slot_stride).map(|_| numbers.next() as u16).collect())
                 .collect()
         };
-        let (mut k_caches, mut v_caches) = (filled(&mut numbers), filled(&mut numbers));
+        let (mut k_caches, mut v_caches) = (filled(numbers), filled(numbers));
         let (k_before, v_before) = (k_caches.clone(), v_caches.clone());
         let (k_addresses, v_addresses) = (addresses(&mut k_caches), addresses(&mut v_caches));
         let params = CompactKvParams {
@@ -205,7 +215,7 @@ fn compaction_moves_the_accepted_path_and_nothing_else() {
             head_dim: dim as i32,
         };
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-        unsafe { dflash_host_compact_kv(&raw const params) };
+        unsafe { kernel(&raw const params) };
         for (got, before) in k_caches.iter().zip(&k_before).chain(v_caches.iter().zip(&v_before)) {
             let mut expected = before.clone();
             for r in 0..requests {

@@ -9,6 +9,8 @@ use super::numbers::{Numbers, address, address_mut};
 unsafe extern "C" {
     fn dflash_host_sample_f32(p: *const SampleRowsParams);
     fn dflash_host_sample_bf16(p: *const SampleRowsParams);
+    fn dflash_emulated_sample_f32(p: *const SampleRowsParams);
+    fn dflash_emulated_sample_bf16(p: *const SampleRowsParams);
     fn dflash_geometry_sample_scratch(rows: i64, vocab: i64) -> u64;
 }
 
@@ -82,7 +84,7 @@ fn sampling(numbers: &mut Numbers, vocab: usize) -> Sampling {
 }
 
 /// Draws rows of a few requests through both implementations; returns how many rows were compared.
-fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool) -> usize {
+fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> usize {
     let requests = numbers.within(1, 3);
     let chain = numbers.chance(0.5);
     let stride = vocab + numbers.below(3) * 4;
@@ -189,10 +191,11 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool) -> usize {
     };
     // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
     unsafe {
-        if bf16 {
-            dflash_host_sample_bf16(&raw const params);
-        } else {
-            dflash_host_sample_f32(&raw const params);
+        match (bf16, emulated) {
+            (false, false) => dflash_host_sample_f32(&raw const params),
+            (true, false) => dflash_host_sample_bf16(&raw const params),
+            (false, true) => dflash_emulated_sample_f32(&raw const params),
+            (true, true) => dflash_emulated_sample_bf16(&raw const params),
         }
     }
     let mut sampler = Sampler::new();
@@ -247,7 +250,7 @@ fn every_row_draws_the_token_of_the_reference() {
     while rows < 100_000 {
         let vocab = numbers.pick(&[1, 2, 5, 63, 64, 65, 100, 130]);
         let bf16 = numbers.chance(0.3);
-        rows += compare(&mut numbers, vocab, bf16);
+        rows += compare(&mut numbers, vocab, bf16, false);
     }
 }
 
@@ -259,6 +262,17 @@ fn wide_rows_draw_the_token_of_the_reference() {
         // More columns than one block takes, a last block that is partly full, lists that overflow.
         let vocab = numbers.pick(&[4096, 4097, 8193, 10_000, 20_011]);
         let bf16 = numbers.chance(0.3);
-        rows += compare(&mut numbers, vocab, bf16);
+        rows += compare(&mut numbers, vocab, bf16, false);
+    }
+}
+
+#[test]
+fn the_kernels_themselves_draw_the_token_of_the_reference() {
+    let mut numbers = Numbers(106);
+    let mut rows = 0;
+    while rows < 60 {
+        let vocab = numbers.pick(&[1, 65, 300, 4097, 8200]);
+        let bf16 = numbers.chance(0.5);
+        rows += compare(&mut numbers, vocab, bf16, true);
     }
 }

@@ -11,6 +11,8 @@ use super::numbers::{Numbers, Pages, address, address_mut, starts};
 unsafe extern "C" {
     fn dflash_host_prepare_block(p: *const PrepareBlockParams);
     fn dflash_host_accept(p: *const AcceptParams);
+    fn dflash_emulated_prepare_block(p: *const PrepareBlockParams);
+    fn dflash_emulated_accept(p: *const AcceptParams);
 }
 
 /// Random parents; a chain now and then.
@@ -22,9 +24,13 @@ fn parents(numbers: &mut Numbers, len: usize, chain: bool) -> Vec<u32> {
 
 #[test]
 fn tokens_positions_and_slots_of_a_step_are_those_of_the_table() {
-    let mut numbers = Numbers(4);
+    prepare(&mut Numbers(4), 200_000, dflash_host_prepare_block);
+    prepare(&mut Numbers(104), 2_000, dflash_emulated_prepare_block);
+}
+
+fn prepare(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*const PrepareBlockParams)) {
     let mut tokens_seen = 0;
-    while tokens_seen < 200_000 {
+    while tokens_seen < most {
         let requests = numbers.below(5);
         let lens: Vec<usize> = (0..requests).map(|_| numbers.below(40)).collect();
         let starts = starts(&lens);
@@ -32,7 +38,7 @@ fn tokens_positions_and_slots_of_a_step_are_those_of_the_table() {
         let padded = total + numbers.below(4);
         // The table may end before a block does: no slot there.
         let context: Vec<i32> = (0..requests).map(|_| numbers.below(100) as i32).collect();
-        let pages = Pages::new(&mut numbers, requests, 120);
+        let pages = Pages::new(numbers, requests, 120);
         let anchors: Vec<i64> = (0..requests).map(|_| numbers.below(1000) as i64).collect();
         let drafts: Vec<i64> = (0..requests * 40).map(|_| numbers.below(1000) as i64).collect();
         let depths: Vec<i32> = (0..total).map(|_| numbers.below(10) as i32).collect();
@@ -54,7 +60,7 @@ fn tokens_positions_and_slots_of_a_step_are_those_of_the_table() {
             padded_tokens: padded as i32,
         };
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-        unsafe { dflash_host_prepare_block(&raw const params) };
+        unsafe { kernel(&raw const params) };
         for r in 0..requests {
             for i in 0..lens[r] {
                 let t = starts[r] as usize + i;
@@ -87,9 +93,13 @@ fn tokens_positions_and_slots_of_a_step_are_those_of_the_table() {
 
 #[test]
 fn a_batch_accepts_what_the_walks_accept() {
-    let mut numbers = Numbers(5);
+    accept(&mut Numbers(5), 100_000, dflash_host_accept);
+    accept(&mut Numbers(105), 1_000, dflash_emulated_accept);
+}
+
+fn accept(numbers: &mut Numbers, most_walks: usize, kernel: unsafe extern "C" fn(*const AcceptParams)) {
     let mut walks = 0;
-    while walks < 100_000 {
+    while walks < most_walks {
         let requests = numbers.within(1, 6);
         let chain = numbers.chance(0.4);
         let partial = numbers.chance(0.5);
@@ -109,7 +119,7 @@ fn a_batch_accepts_what_the_walks_accept() {
         let by_row = partial || numbers.chance(0.5);
         let rows = if by_row { logit_starts[requests] as usize } else { total };
         let context: Vec<i32> = (0..requests).map(|_| numbers.below(100) as i32).collect();
-        let pages = Pages::new(&mut numbers, requests, 180);
+        let pages = Pages::new(numbers, requests, 180);
         let vocab = numbers.pick(&[2, 3, 10]);
         let token_ids: Vec<i64> = (0..total).map(|_| numbers.below(vocab) as i64).collect();
         let failing = numbers.chance(0.2);
@@ -122,7 +132,7 @@ fn a_batch_accepts_what_the_walks_accept() {
                 }
             })
             .collect();
-        let parents: Vec<Vec<u32>> = lens.iter().map(|&n| parents(&mut numbers, n, chain)).collect();
+        let parents: Vec<Vec<u32>> = lens.iter().map(|&n| parents(numbers, n, chain)).collect();
         let flat: Vec<i32> = parents.iter().flatten().map(|&p| p as i32).collect();
         let live: Vec<i32> = drawn.iter().map(|&n| numbers.within(1, n.max(1)) as i32).collect();
         let cut = numbers.chance(0.3);
@@ -159,7 +169,7 @@ fn a_batch_accepts_what_the_walks_accept() {
             max_nodes: most as i32,
         };
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-        unsafe { dflash_host_accept(&raw const params) };
+        unsafe { kernel(&raw const params) };
 
         for r in 0..requests {
             walks += 1;

@@ -10,6 +10,9 @@ unsafe extern "C" {
     fn dflash_host_tree_top_k_f32(p: *const TreeTopKParams);
     fn dflash_host_tree_top_k_bf16(p: *const TreeTopKParams);
     fn dflash_host_tree_build(p: *const TreeBuildParams);
+    fn dflash_emulated_tree_top_k_f32(p: *const TreeTopKParams);
+    fn dflash_emulated_tree_top_k_bf16(p: *const TreeTopKParams);
+    fn dflash_emulated_tree_build(p: *const TreeBuildParams);
 }
 
 /// Log-probabilities: spread, in steps (ties), or with few finite ones; a rising row has its best columns side by side, a
@@ -42,7 +45,7 @@ fn row(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
         .collect()
 }
 
-fn best_columns(numbers: &mut Numbers, vocab: usize, most: usize) -> usize {
+fn best_columns(numbers: &mut Numbers, vocab: usize, most: usize, emulated: bool) -> usize {
     let (rows, k) = (numbers.within(1, 3), numbers.within(1, most.min(vocab)));
     let stride = vocab + numbers.below(5);
     let bf16 = numbers.chance(0.3);
@@ -70,10 +73,11 @@ fn best_columns(numbers: &mut Numbers, vocab: usize, most: usize) -> usize {
     };
     // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
     unsafe {
-        if bf16 {
-            dflash_host_tree_top_k_bf16(&raw const params);
-        } else {
-            dflash_host_tree_top_k_f32(&raw const params);
+        match (bf16, emulated) {
+            (false, false) => dflash_host_tree_top_k_f32(&raw const params),
+            (true, false) => dflash_host_tree_top_k_bf16(&raw const params),
+            (false, true) => dflash_emulated_tree_top_k_f32(&raw const params),
+            (true, true) => dflash_emulated_tree_top_k_bf16(&raw const params),
         }
     }
     for r in 0..rows {
@@ -100,19 +104,27 @@ fn the_best_columns_are_those_of_the_reference() {
     let mut rows = 0;
     while rows < 20_000 {
         let vocab = numbers.pick(&[1, 7, 33, 100]);
-        rows += best_columns(&mut numbers, vocab, 64);
+        rows += best_columns(&mut numbers, vocab, 64, false);
     }
     while rows < 20_500 {
         let vocab = numbers.pick(&[600, 1023, 1024, 2048, 2049, 5000, 9001]);
-        rows += best_columns(&mut numbers, vocab, 256);
+        rows += best_columns(&mut numbers, vocab, 256, false);
+    }
+    while rows < 20_512 {
+        let vocab = numbers.pick(&[3, 1024, 5000, 9001]);
+        rows += best_columns(&mut numbers, vocab, 256, true);
     }
 }
 
 #[test]
 fn trees_are_those_of_the_reference() {
-    let mut numbers = Numbers(14);
+    build(&mut Numbers(14), 1_000_000, dflash_host_tree_build);
+    build(&mut Numbers(114), 3_000, dflash_emulated_tree_build);
+}
+
+fn build(numbers: &mut Numbers, most_nodes: usize, kernel: unsafe extern "C" fn(*const TreeBuildParams)) {
     let mut nodes_seen = 0;
-    while nodes_seen < 1_000_000 {
+    while nodes_seen < most_nodes {
         let requests = numbers.within(1, 3);
         let most = numbers.pick(&[0usize, 1, 7, 31, 63, 64, 130, 1023]);
         let (depth, k) = (numbers.within(1, 16), numbers.pick(&[1usize, 2, 5, 16, 64]));
@@ -165,7 +177,7 @@ fn trees_are_those_of_the_reference() {
             max_nodes: most as i32,
         };
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-        unsafe { dflash_host_tree_build(&raw const params) };
+        unsafe { kernel(&raw const params) };
         for r in 0..requests {
             let part = r * depth * k..(r + 1) * depth * k;
             let ids: Vec<TokenId> = tokens[part.clone()].iter().map(|&t| TokenId(t as u32)).collect();

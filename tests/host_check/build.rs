@@ -16,16 +16,17 @@ fn main() {
     build
         .cpp(true)
         .std("c++17")
-        .files([Path::new("geometry.cpp"), &layout])
+        .files([
+            Path::new("geometry.cpp"),
+            Path::new("../../cuda/host_check.cpp"),
+            &layout,
+        ])
         .include("../../cuda")
         .opt_level(1)
         // Device code rounds every operation of the generator on its own; so must the host.
         .flag_if_supported("-ffp-contract=off")
         .flag_if_supported("-Wno-unknown-pragmas")
         .warnings_into_errors(true);
-    if Path::new("../../cuda/host_check.cpp").is_file() {
-        build.file("../../cuda/host_check.cpp");
-    }
     if let Err(why) = build.try_compile("dflash_host_check") {
         eprintln!(
             "error: `cargo test` runs the kernels' host-compiled logic and needs a C++17 compiler (g++ or clang++; CXX names one): {why}"

@@ -54,7 +54,7 @@ int cuDeviceGetCount(int* count) { return *count = 1, 0; }
 int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, (size_t)size, "Fake %d", device), 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     int capability = number("FAKE_CUDA_CAPABILITY", 90);
-    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 132;
+    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 97 ? 232448 : 132;
     return device;
 }
 int cuGetErrorName(int code, const char** text) { return *text = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_FAKE", 0; }

@@ -195,7 +195,7 @@ def test_every_kernel_is_found_by_its_name_and_loaded_on_demand(fake_driver):
     assert done.returncode == 0, done.stderr
     names = set(json.loads(done.stdout))
     table = (ROOT / "cuda" / "registers.txt").read_text(encoding="utf-8").splitlines()[2:]
-    assert names >= {line.split()[0] for line in table}
+    assert names == {line.split()[0] for line in table}
 
 
 def test_the_doctor_and_the_extension_say_what_was_built_and_found(fake_driver):
@@ -213,6 +213,24 @@ def test_importing_opens_no_driver(fake_driver):
     code = "import dflash_rs, dflash_rs._core; print('libcuda' in open('/proc/self/maps').read())"
     done, _ = fake_driver(code)
     assert done.stdout.strip() == "False"
+
+
+@needs_kernels
+def test_the_gpu_suites_small_shapes_are_launches_that_are_in_order(fake_driver):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts' / 'gpu_suite')!r})\n"
+        "import torch, small\n"
+        "from dflash_rs import cuda\n"
+        "cuda._view = lambda t: (t.data_ptr(), cuda._dtype(t), 0, tuple(t.shape), t.stride())\n"
+        "torch.cuda.synchronize = lambda: None\n"
+        "small.main(torch.device('cpu'))"
+    )
+    done, log = fake_driver(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "small shapes done"
+    table = (ROOT / "cuda" / "registers.txt").read_text(encoding="utf-8").splitlines()[2:]
+    launched = {entry["kernel"] for entry in log if "kernel" in entry}
+    assert {line.split()[0] for line in table if "f32" not in line} - launched <= {"probe"}
 
 
 # ---- refused before anything reaches a driver ------------------------------------------------------------------------

@@ -222,7 +222,7 @@ const SAMPLE_CHUNK: u64 = 4096;
 const SAMPLE_BLOCK: u64 = 64;
 const SAMPLE_BINS: u64 = 1024;
 const SAMPLE_CANDIDATES: u64 = 2048;
-const SAMPLE_CHUNK_BYTES: u64 = 40;
+const SAMPLE_CHUNK_BYTES: u64 = 32;
 const ATTENTION_ROWS: u32 = 64;
 
 fn grid(x: u32, y: u32, z: u32, block: u32, shared: u32) -> Launch {
@@ -297,10 +297,10 @@ impl SampleRowsParams {
         )
     }
 
-    /// `sample_finish`: a block per row, a bit per column.
+    /// `sample_finish`: a block per row.
     pub fn finish_launch(&self) -> Launch {
         let rows = if self.vocab > 0 { self.num_rows as u32 } else { 0 };
-        grid(rows, 1, 1, 256, (self.vocab as u32).div_ceil(32) * 4)
+        grid(rows, 1, 1, 256, 0)
     }
 
     /// Bytes of scratch for `rows` rows of `vocab` columns.
@@ -333,13 +333,7 @@ impl TreeBuildParams {
     /// A warp per request.
     pub fn launch(&self) -> Launch {
         let nodes = self.max_nodes as u32 + 1;
-        grid(
-            self.num_requests as u32,
-            1,
-            1,
-            32,
-            nodes * 36 + nodes * nodes.div_ceil(64) * 8,
-        )
+        grid(self.num_requests as u32, 1, 1, 32, nodes * 48)
     }
 }
 
