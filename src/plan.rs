@@ -64,6 +64,9 @@ const ASSUMED: f64 = 0.7;
 /// Every so many steps a whole block is drafted although a shorter one or none looked best.
 const EXPLORE: u64 = 32;
 
+/// Longer blocks than this are a mistake.
+const MOST_BLOCK: usize = 4096;
+
 /// Chooses block lengths from costs and from what was accepted so far.
 #[derive(Clone, Debug)]
 pub struct Planner {
@@ -84,11 +87,11 @@ impl Planner {
     /// `InvalidArgument` for a block of none or a cost that is no time.
     pub fn new(block: usize, cost: StepCost) -> Result<Self> {
         cost.check()?;
-        if block == 0 {
+        if !(1..=MOST_BLOCK).contains(&block) {
             return Err(Error::InvalidArgument {
-                name: "block",
-                got: "0".into(),
-                expected: "at least 1".into(),
+                name: "block_size",
+                got: block.to_string(),
+                expected: format!("1 to {MOST_BLOCK}"),
             });
         }
         Ok(Self {
@@ -117,12 +120,22 @@ impl Planner {
     }
 
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
-    pub fn record(&mut self, drafted: usize, accepted: usize) {
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`.
+    pub fn record(&mut self, drafted: usize, accepted: usize) -> Result<()> {
+        if accepted > drafted {
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: accepted as u32,
+                drafted: drafted as u32,
+            });
+        }
         let fade = 1.0 - 1.0 / MEMORY;
         for position in 0..drafted.min(self.block - 1).min(accepted + 1) {
             self.reached[position] = self.reached[position] * fade + 1.0;
             self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(position < accepted));
         }
+        Ok(())
     }
 
     /// Block length for a step in which `requests` could draft and `others` tokens run beside them; 1 is a plain step.
@@ -286,7 +299,7 @@ mod tests {
     fn a_drafter_that_is_never_right_is_left_alone_but_for_a_look_now_and_then() {
         let mut planner = planner(0.05);
         for _ in 0..100 {
-            planner.record(7, 0);
+            planner.record(7, 0).unwrap();
         }
         let blocks: Vec<usize> = (0..2 * EXPLORE).map(|_| planner.block(1, 0)).collect();
         assert_eq!(blocks.iter().filter(|&&b| b == 8).count(), 2);
@@ -297,7 +310,7 @@ mod tests {
     fn a_drafter_that_is_always_right_drafts_whole_blocks() {
         let mut planner = planner(0.05);
         for _ in 0..100 {
-            planner.record(7, 7);
+            planner.record(7, 7).unwrap();
         }
         assert_eq!(planner.block(1, 0), 8);
     }

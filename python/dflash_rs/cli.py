@@ -99,7 +99,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   dflash-rs generate 'def fibonacci(n):' --max-tokens 64
   dflash-rs generate --example 3 --temperature 0.7 --seed 1
   echo 'class Stack:' | dflash-rs generate - --json
-  dflash-rs generate --model Qwen/Qwen3-4B --draft z-lab/Qwen3-4B-DFlash-b16 'Prove that 2 is prime.'
+  dflash-rs generate --model Qwen/Qwen3-4B --draft path/to/Qwen3-4B-DFlash-b16 'Prove that 2 is prime.'
 
 """
         + EXIT_CODES,
@@ -213,7 +213,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models and engine")
     group.add_argument("--model", metavar="PATH", help="target: folder or Hugging Face id; default: the bundled pair")
-    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
+    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: a folder")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
     group.add_argument(
@@ -444,12 +444,14 @@ def stream_outputs(llm: Any, prompts: Sequence[Any], params: Any, paint: Painter
         out.write(text)
         out.flush()
 
+    # What cannot be taken is refused here, before anything is written.
+    events = llm.stream([prompt.text for prompt in prompts], params)
     write(paint.legend())
     ordered = Ordered(len(prompts), write)
     finished: list[Any] = [None] * len(prompts)
     for i, prompt in enumerate(prompts):
         ordered.add(i, paint("prompt", prompt.text))
-    for event in llm.stream([prompt.text for prompt in prompts], params):
+    for event in events:
         drafted, own = split_delta(event, llm.decode)
         ordered.add(event.index, paint("draft", drafted) + paint("own", own))
         if event.finish_reason is not None:

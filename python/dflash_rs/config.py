@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -57,6 +58,16 @@ class StepCosts:
     row: float = 0.0
     draft_fixed: float = 0.0
     draft_row: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("fixed", "row", "draft_fixed", "draft_row"):
+            value = getattr(self, name)
+            good = (
+                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            )
+            if not good or (name == "fixed" and value == 0):
+                expected = "a positive number" if name == "fixed" else "a number of at least 0"
+                raise InvalidArgument(f"costs.{name}: got {value!r}, expected {expected}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -13,8 +13,8 @@ class InvalidArgument(DflashError, ValueError):
     """A caller passed a value that cannot be honoured exactly."""
 
 
-class OutOfPages(DflashError):
-    """The KV page pool cannot hold what was asked of it."""
+class OutOfPages(DflashError, ValueError):
+    """The KV page pool cannot hold what was asked of it, not even if nothing else ran."""
 
 
 class CheckpointError(DflashError, ValueError):

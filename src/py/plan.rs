@@ -44,8 +44,8 @@ impl Planner {
     }
 
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
-    fn record(&mut self, drafted: usize, accepted: usize) {
-        self.0.record(drafted, accepted);
+    fn record(&mut self, drafted: usize, accepted: usize) -> PyResult<()> {
+        Ok(self.0.record(drafted, accepted)?)
     }
 
     /// Chance that the draft at each position is accepted when all before it were.

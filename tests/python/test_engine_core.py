@@ -350,6 +350,10 @@ def test_the_planner_weighs_rows_against_tokens():
     assert dear.block(4) == 1 and dear.acceptance[0] < 0.05
     with pytest.raises(InvalidArgument, match="fixed: got 0"):
         Planner(8, fixed=0.0)
+    with pytest.raises(InvalidArgument, match="block_size: got 1099511627776, expected 1 to 4096"):
+        Planner(2**40)
+    with pytest.raises(DflashError):
+        dear.record(3, 5)
     with pytest.raises(InvalidArgument, match="probabilities: got"):
         dear.widths(np.ones((2, 14), np.float32)[:, ::2])
 

@@ -386,3 +386,65 @@ def test_a_drafter_is_never_dropped_in_silence():
         LLM(model=assets() / "target")
     with pytest.raises(InvalidArgument, match="block_size"):
         LLM(draft=None, block_size=8)
+
+
+def test_a_stream_that_others_finished_or_aborted_still_has_its_events(one):
+    short = SamplingParams(max_tokens=3, ignore_eos=True)
+    stream = one.stream(PROMPTS[0], short)
+    one.generate(PROMPTS[1], SamplingParams(max_tokens=24, ignore_eos=True))
+    events = list(stream)
+    assert events[-1].output.finish_reason == "length" and len(events[-1].output.token_ids) == 3
+    stream = one.stream(PROMPTS[0], short)
+    (request,) = one._active
+    assert one.abort(request)
+    assert [e.finish_reason for e in stream] == ["abort"]
+
+
+def test_a_stream_that_was_never_begun_is_aborted_when_it_is_dropped(one):
+    stream = one.stream(PROMPTS[0], SamplingParams(max_tokens=400, ignore_eos=True))
+    assert one.stats()["waiting"] == 1
+    del stream
+    assert idle(one) and not one._active
+
+
+def test_a_closed_engine_says_so():
+    engine = LLM(device="cpu")
+    engine.close()
+    with pytest.raises(dflash_rs.DflashError, match="this LLM is closed"):
+        engine.generate("a")
+    with pytest.raises(dflash_rs.DflashError, match="this LLM is closed"):
+        engine.next_token_logits([5])
+
+
+@pytest.mark.parametrize("prompt", [b"import os", [b"import os"], [None], [[1.0]], 5])
+def test_what_is_no_prompt_is_refused(one, prompt):
+    with pytest.raises(InvalidArgument, match="^prompts"):
+        one.generate(prompt)
+    assert idle(one)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("tokenizer.json", "{"), ("tokenizer.json", None), ("config.json", '"num_hidden_layers": 9')],
+)
+def test_a_damaged_target_folder_is_one_kind_of_error(tmp_path, file, text):
+    import shutil
+
+    folder = shutil.copytree(assets() / "target", tmp_path / "target")
+    if text is None:
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif file == "config.json":
+        config = (folder / file).read_text()
+        (folder / file).write_text(config.replace('"num_hidden_layers": 10', text))
+    else:
+        (folder / file).write_text(text)
+    with pytest.raises(dflash_rs.CheckpointError):
+        LLM(folder, draft=None, device="cpu")
+
+
+@pytest.mark.parametrize("change", [{"fixed": 0}, {"row": -1.0}, {"draft_row": float("nan")}, {"row": "a"}])
+def test_costs_that_are_no_times_are_refused_by_name(change):
+    (name,) = change
+    with pytest.raises(InvalidArgument, match=f"^costs.{name}: got"):
+        StepCosts(**change)

@@ -245,11 +245,12 @@ class DFlashDraft(nn.Module):
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.fc.weight.dtype.itemsize
 
-    def inject(self, features: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None = None) -> None:
+    def inject(self, features: Tensor, positions, slots, rows=None) -> None:
         """Writes the context K and V of M committed tokens.
 
         features [T, K*H] in `target_layer_ids` order; rows int64 [M]: whose features they are (0..T-1 when None); positions
-        and slots int64 [M]. Each token once, in any order; a slot may be written again when its page changed hands.
+        and slots int64 [M]; host arrays or tensors. Each token once, in any order; a slot may be written again when its page
+        changed hands.
         """
         if self._engine is None:
             raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
@@ -446,7 +447,7 @@ class _DraftEngine:
                 eps=self.eps,
             )
 
-    def inject(self, features: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None) -> None:
+    def inject(self, features: Tensor, positions, slots, rows) -> None:
         c = self.config
         if features.ndim != 2 or features.shape[1] != c.feature_size:
             raise InvalidArgument(f"features: got shape {list(features.shape)}, expected [T, {c.feature_size}]")
@@ -458,12 +459,14 @@ class _DraftEngine:
         if count == 0:
             return
         if self.injector is not None and features.dtype == torch.float32 and features.stride(1) == 1:
-            rows = np.arange(count) if rows is None else rows.numpy()
+            rows = np.arange(count) if rows is None else np.asarray(rows)
             self.injector.inject(
-                (features.data_ptr(), features.stride(0), c.feature_size), features.shape[0], rows, positions.numpy(),
-                slots.numpy(), self.rotary.address(int(positions.max()) + 1), addresses(self.caches), self.num_slots, torch.get_num_threads(),
+                (features.data_ptr(), features.stride(0), c.feature_size), features.shape[0], rows, np.asarray(positions),
+                np.asarray(slots), self.rotary.address(int(positions.max()) + 1), addresses(self.caches), self.num_slots,
+                torch.get_num_threads(),
             )  # fmt: skip
             return
+        positions, slots, rows = (self._tensor(x) for x in (positions, slots, rows))
         features = features if rows is None else features[rows]
         x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
         kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
@@ -477,6 +480,11 @@ class _DraftEngine:
         for index, (k_cache, v_cache) in enumerate(self.caches):
             k_cache.index_copy_(0, slots, keys[:, index])
             v_cache.index_copy_(0, slots, kv[:, index, 1])
+
+    def _tensor(self, values) -> Tensor | None:
+        if values is None or isinstance(values, Tensor):
+            return values
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.device)
 
     def draft(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int):
         c = self.config

@@ -20,6 +20,8 @@ from ..errors import CheckpointError
 from .draft import FULL, SLIDING, DFlashDraft, DraftConfig
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Published drafters have 16; a file that says a thousand is damaged.
+_MOST_BLOCK = 256
 _DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
@@ -69,6 +71,13 @@ class _Fields:
         return value
 
 
+def _block_size(fields: _Fields) -> int:
+    size = fields.integer("block_size", 2, 16)
+    if size > _MOST_BLOCK:
+        raise fields.fail("block_size", f"at most {_MOST_BLOCK}")
+    return size
+
+
 def read_draft_config(path: str | Path) -> DraftConfig:
     """The validated configuration of the checkpoint folder `path`. Raises CheckpointError."""
     file = Path(path) / "config.json"
@@ -114,7 +123,7 @@ def read_draft_config(path: str | Path) -> DraftConfig:
         target_layer_ids=_layer_ids(fields, target_layers, layers),
         mask_token_id=mask,
         num_target_layers=target_layers,
-        block_size=fields.integer("block_size", 2, 16),
+        block_size=_block_size(fields),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         attention_bias=fields.boolean("attention_bias", False),
         rope_parameters=_rope(fields),

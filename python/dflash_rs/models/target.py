@@ -126,17 +126,18 @@ def check_architecture(config) -> None:
 
 
 @contextlib.contextmanager
-def _readable(path: str | Path):
+def readable(path: str | Path, what: str = "target"):
     """Turns whatever the loaders raise about the checkpoint at `path` into one CheckpointError."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     if not Path(path).exists() and (Path(path).is_absolute() or str(path).count("/") > 1):
-        raise CheckpointError(f"target {path}: there is no such folder")
+        raise CheckpointError(f"{what} {path}: there is no such folder")
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"target {path}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(f"{what} {path}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 class TargetModel:
@@ -191,10 +192,10 @@ class TargetModel:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with _readable(path):
+        with readable(path):
             config = AutoConfig.from_pretrained(path)
         check_architecture(config)
-        with _readable(path):
+        with readable(path):
             model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         lost = sorted(found["missing_keys"])
         if lost:

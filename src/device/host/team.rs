@@ -24,7 +24,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 /// How long a helper stays awake without work.
-const AWAKE: Duration = Duration::from_micros(200);
+const AWAKE: Duration = Duration::from_millis(1);
 /// More helpers than this help nobody.
 const MAX_HELPERS: usize = 63;
 
