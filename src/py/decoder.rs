@@ -34,12 +34,12 @@ fn floats(name: &'static str, values: &PyReadonlyArray1<'_, f32>) -> PyResult<Ve
 
 /// `(k, v)` of every layer.
 type Caches = Vec<(Pointer, Pointer)>;
+/// The same, checked.
+type CacheRows<'a> = Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>;
+/// Tokens and their probabilities.
+type Drafts<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>);
 
-fn caches_mut<'a>(
-    caches: &Caches,
-    slots: usize,
-    shapes: &[(usize, usize)],
-) -> Result<Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>, Error> {
+fn caches_mut<'a>(caches: &Caches, slots: usize, shapes: &[(usize, usize)]) -> Result<CacheRows<'a>, Error> {
     if caches.len() != shapes.len() {
         return Err(Error::Length {
             name: "caches",
@@ -192,7 +192,6 @@ impl HostDecoder {
     /// Drafts `[n, block - 1]` tokens and their probabilities: rows 1.. of every block of `block` tokens.
     #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, threads=1))]
     #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
-    #[allow(clippy::type_complexity, reason = "two arrays")]
     fn draft<'py>(
         &self,
         py: Python<'py>,
@@ -205,7 +204,7 @@ impl HostDecoder {
         block: usize,
         never: Option<usize>,
         threads: usize,
-    ) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>)> {
+    ) -> PyResult<Drafts<'py>> {
         let batch = &batch.get().0;
         if block < 2 || !batch.tokens().is_multiple_of(block) {
             let expected = format!("at least 2, dividing the {} tokens", batch.tokens());
