@@ -40,7 +40,7 @@ PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md build.rs \
   $(shell find src cuda python docs/architecture.md -type f -not -name '*.pyc' -not -name '*.so')
 
 demo: install
-	$(BIN)/dflash-rs generate --example 1 --max-tokens 160 --temperature 0.7 --seed 1
+	$(BIN)/dflash-rs generate --example 43 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
 
 test: kernels lint rust-test install stubs python-test sglang-test
