@@ -437,12 +437,21 @@ fn a_step_without_draft_context_says_so_to_the_next() {
         engine.commit(&mut plan, &accepted, injected).unwrap();
     }
     assert!(!engine.has_work());
-    engine.add((0..10).map(TokenId).collect(), Params::default()).unwrap();
-    let plan = engine.plan(4).unwrap().unwrap();
-    assert_eq!(
-        (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]),
-        (8, 8)
-    );
+    // A plain request takes the pages as they are, a drafting one computes them again.
+    for (draft, start) in [(false, 8), (true, 0)] {
+        let params = Params {
+            draft,
+            ..Params::default()
+        };
+        let id = engine.add((0..10).map(TokenId).collect(), params).unwrap();
+        let plan = engine.plan(4).unwrap().unwrap();
+        assert_eq!(
+            (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]),
+            (start, start)
+        );
+        drop(plan);
+        engine.abort(id).unwrap();
+    }
 }
 
 #[test]
