@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from dflash_rs.errors import DflashError, InvalidArgument
+from dflash_rs.errors import DflashError, InvalidArgument, OutOfPages
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DflashError as error:
         if debug:
             raise
-        return _complain(str(error), BAD_INPUT if isinstance(error, ValueError) else FAILED)
+        return _complain(str(error), BAD_INPUT if isinstance(error, ValueError | OutOfPages) else FAILED)
     except Exception as error:  # the last net: a defect is reported, not dumped
         return _crash(error, debug)
 

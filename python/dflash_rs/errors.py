@@ -13,7 +13,7 @@ class InvalidArgument(DflashError, ValueError):
     """A caller passed a value that cannot be honoured exactly."""
 
 
-class OutOfPages(DflashError, ValueError):
+class OutOfPages(DflashError):
     """The KV page pool cannot hold what was asked of it, not even if nothing else ran."""
 
 
