@@ -298,7 +298,7 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     if plain:
         options["draft"] = None
     if args.model is None and args.threads is None:
-        # Its matrices are small: two threads share a block's products well, more would mostly wait for each other.
+        # Its matrices are small: two threads share a block's products well, more were never measured.
         options["threads"] = min(
             2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
