@@ -3,6 +3,7 @@
 mod attention;
 pub mod decoder;
 mod linear;
+mod rowwise;
 mod simd;
 mod team;
 pub(super) mod view;

@@ -14,7 +14,9 @@
 use std::sync::Arc;
 
 use super::linear::PackedWeight;
-use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
+pub use super::rowwise::{Guess, guess};
+use super::rowwise::{RotateHead, SwiGlu, rms_norm, rotate_head};
+use super::simd::{Lanes, Routine, dispatch};
 use super::view::{Layout, Rows, RowsMut};
 use super::{HostKernels, attention};
 use crate::device::{AttentionBatch, AttentionParams, AttentionTensors};
@@ -399,34 +401,6 @@ impl Head {
     }
 }
 
-/// What a drafter says about one position: its likeliest token (the lowest id among equals) and that token's probability.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Guess {
-    /// The token.
-    pub token: usize,
-    /// Its share of the softmax.
-    pub probability: f32,
-}
-
-/// The likeliest token of a row of logits other than `never`. NaN logits are passed over.
-pub fn guess(isa: Isa, logits: &mut [f32], never: Option<usize>) -> Guess {
-    if let Some(never) = never.filter(|&never| never < logits.len()) {
-        logits[never] = f32::NEG_INFINITY;
-    }
-    let mut found = Guess {
-        token: 0,
-        probability: 0.0,
-    };
-    dispatch(
-        isa,
-        Likeliest {
-            logits,
-            found: &mut found,
-        },
-    );
-    found
-}
-
 /// Keys and values of committed context for all layers of a drafter: one product each, no block.
 ///
 /// `features [M, K*H] -> fc -> norm -> k v of every layer -> head norm, rotate -> the cache of each layer, at slots`.
@@ -561,49 +535,6 @@ impl Injector {
     }
 }
 
-/// `out[row] = weight * x[row] / sqrt(mean(x[row]^2) + eps)`.
-fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    dispatch(isa, RmsNorm { x, weight, eps, out });
-}
-
-struct RmsNorm<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    eps: f32,
-    out: &'a mut [f32],
-}
-
-impl Routine for RmsNorm<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let width = self.weight.len();
-        for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
-            let inverse = inverse_rms::<L>(x, self.eps);
-            for i in 0..width {
-                out[i] = x[i] * inverse * self.weight[i];
-            }
-        }
-    }
-}
-
-/// `1 / sqrt(mean(x^2) + eps)`: sixteen sums side by side, then a tree.
-#[inline(always)]
-fn inverse_rms<L: Lanes>(x: &[f32], eps: f32) -> f32 {
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    let mut sums = L::splat(0.0);
-    for chunk in chunks {
-        let x = L::load(chunk);
-        sums = x.mul_add(x, sums);
-    }
-    if !tail.is_empty() {
-        let mut chunk = [0.0; LANES];
-        chunk[..tail.len()].copy_from_slice(tail);
-        let x = L::load(&chunk);
-        sums = x.mul_add(x, sums);
-    }
-    1.0 / (sums.sum() / x.len() as f32 + eps).sqrt()
-}
-
 struct Rotate<'a> {
     qkv: &'a mut [f32],
     width: usize,
@@ -635,119 +566,5 @@ impl Routine for Rotate<'_> {
                 rotate_head::<L>(head, norm, self.eps, cos, sin);
             }
         }
-    }
-}
-
-struct RotateHead<'a> {
-    head: &'a mut [f32],
-    norm: Option<&'a [f32]>,
-    eps: f32,
-    cos: &'a [f32],
-    sin: &'a [f32],
-}
-
-impl Routine for RotateHead<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        rotate_head::<L>(self.head, self.norm, self.eps, self.cos, self.sin);
-    }
-}
-
-/// Normalises a head, if it has a norm, and rotates it: `x * cos + swap_halves(x) * sin`.
-#[inline(always)]
-fn rotate_head<L: Lanes>(head: &mut [f32], norm: Option<&[f32]>, eps: f32, cos: &[f32], sin: &[f32]) {
-    if let Some(norm) = norm {
-        let inverse = inverse_rms::<L>(head, eps);
-        for (x, scale) in head.iter_mut().zip(norm) {
-            *x = *x * inverse * scale;
-        }
-    }
-    let half = head.len() / 2;
-    let (low, high) = head.split_at_mut(half);
-    for i in 0..half {
-        let (a, b) = (low[i], high[i]);
-        low[i] = a * cos[i] + b * sin[i];
-        high[i] = b * cos[half + i] + a * sin[half + i];
-    }
-}
-
-struct SwiGlu<'a> {
-    gate_up: &'a [f32],
-    width: usize,
-    inner: &'a mut [f32],
-}
-
-impl Routine for SwiGlu<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let width = self.width;
-        for (both, inner) in self
-            .gate_up
-            .chunks_exact(2 * width)
-            .zip(self.inner.chunks_exact_mut(width))
-        {
-            let (gate, up) = both.split_at(width);
-            let mut at = 0;
-            while at + LANES <= width {
-                let mut y = [0.0; LANES];
-                silu(load::<L>(gate, at)).mul(load::<L>(up, at)).store(&mut y);
-                inner[at..at + LANES].copy_from_slice(&y);
-                at += LANES;
-            }
-            if at < width {
-                let (mut g, mut u, mut y) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-                g[..width - at].copy_from_slice(&gate[at..]);
-                u[..width - at].copy_from_slice(&up[at..]);
-                silu(L::load(&g)).mul(L::load(&u)).store(&mut y);
-                inner[at..].copy_from_slice(&y[..width - at]);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn load<L: Lanes>(x: &[f32], at: usize) -> L {
-    L::load(x[at..at + LANES].try_into().expect("sixteen elements"))
-}
-
-/// `x / (1 + exp(-x))`. The exponential is taken of `-|x|` and so never overflows.
-#[inline(always)]
-fn silu<L: Lanes>(x: L) -> L {
-    let zero = L::splat(0.0);
-    let one = L::splat(1.0);
-    let negative = zero.sub(x.max(zero.sub(x)));
-    let e = negative.mul(L::splat(std::f32::consts::LOG2_E)).exp2();
-    // 1 where x >= 0, e elsewhere.
-    let top = e.add(one.sub(e).zero_where_below(x, 0.0));
-    x.mul(top).div(one.add(e))
-}
-
-struct Likeliest<'a> {
-    logits: &'a [f32],
-    found: &'a mut Guess,
-}
-
-impl Routine for Likeliest<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let (chunks, tail) = self.logits.as_chunks::<LANES>();
-        let mut last = [f32::NEG_INFINITY; LANES];
-        last[..tail.len()].copy_from_slice(tail);
-        let mut most = L::splat(f32::NEG_INFINITY).max(L::load(&last));
-        for chunk in chunks {
-            // `max` keeps the second operand where the two do not compare: a NaN never stays.
-            most = L::load(chunk).max(most);
-        }
-        let most = most.max_lane();
-        let token = self.logits.iter().position(|&x| x == most).unwrap_or(0);
-        let (top, scale) = (L::splat(most), L::splat(std::f32::consts::LOG2_E));
-        let mut sum = L::load(&last).sub(top).mul(scale).exp2();
-        for chunk in chunks {
-            sum = sum.add(L::load(chunk).sub(top).mul(scale).exp2());
-        }
-        *self.found = Guess {
-            token,
-            probability: 1.0 / sum.sum(),
-        };
     }
 }
