@@ -518,14 +518,27 @@ class Events:
     def errors(self) -> list[tuple[int, str]]:
         """``(request_id, message)`` of each request that ended with an error."""
 
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies pairs of bfloat16 in one instruction: what makes ``precision="medium"`` fast."""
+
+def swiglu(gate_up: tuple[int, int, int], rows: int, width: int, out: tuple[int, int, int], threads: int = 1) -> None:
+    """``out = silu(gate) * up`` on the host. ``gate_up`` f32 ``[rows, 2 * width]`` is gate, then up; ``out`` f32 ``[rows, width]``.
+
+    Arrays are given as (address, row stride, head stride) in elements, as for ``paged_attention``; the caller keeps them alive.
+    """
+
 @final
 class PackedWeight:
     """A weight f32 ``[N, K]`` (C-contiguous), and a bias f32 ``[N]``, packed for products with few rows on the host.
 
     A weight whose values are all bfloat16 values is stored in two bytes each; the arithmetic is f32 in any case.
+    ``precision`` "highest" multiplies inputs and weights as they are, "medium" rounds both to bfloat16 first and takes them two by
+    two; sums are f32.
     """
 
-    def __new__(cls, weight: NDArray[np.float32], bias: NDArray[np.float32] | None = None) -> PackedWeight: ...
+    def __new__(
+        cls, weight: NDArray[np.float32], bias: NDArray[np.float32] | None = None, precision: str = "highest"
+    ) -> PackedWeight: ...
     @property
     def bytes(self) -> int:
         """Bytes it takes."""

@@ -217,6 +217,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
     group.add_argument(
+        "--matmul-precision",
+        choices=("highest", "medium", "auto"),
+        help="medium multiplies in bfloat16 (float32 on a CPU only), auto does where the processor can; default: auto for "
+        "the bundled pair, highest for other models and for --suite reference",
+    )
+    group.add_argument(
         "--threads",
         type=_positive,
         metavar="N",
@@ -293,10 +299,12 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     quiet_libraries()
     from dflash_rs.llm import LLM
 
-    names = ("model", "draft", "device", "dtype", "threads", "block_size", "page_size", "num_pages")
+    names = ("model", "draft", "device", "dtype", "matmul_precision", "threads", "block_size", "page_size", "num_pages")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if plain:
         options["draft"] = None
+    if args.model is None and args.matmul_precision is None and getattr(args, "suite", None) != "reference":
+        options["matmul_precision"] = "auto"
     if args.model is None and args.threads is None:
         # Its matrices are small: two threads share a block's products well, more were never measured.
         options["threads"] = min(

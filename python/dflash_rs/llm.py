@@ -142,6 +142,9 @@ class LLM:
       None decodes plainly; "auto" is the bundled drafter, and only goes with the bundled model.
     - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
       GPU). float32 makes rounding differences between block sizes as rare as they can be.
+    - `matmul_precision`: "highest"; "medium", which multiplies bfloat16 values and adds up in float32 (what torch calls medium, too; for
+      float32 on a CPU); or "auto", medium where the processor has an instruction for it. Medium costs some digits of the
+      logits, as bfloat16 checkpoints do anywhere; with and without a drafter they are the same digits.
     - `block_size`: tokens of a block, anchor included; None is the drafter's own.
     - `threads`: torch's CPU threads for the whole process; None leaves them.
     - `adaptive`: draft and verify as many tokens as pay, judged by what a pass and a row of it cost here (measured when the
@@ -162,6 +165,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        matmul_precision: str = "highest",
         block_size: int | None = None,
         threads: int | None = None,
         page_size: int = 16,
@@ -199,8 +203,11 @@ class LLM:
         self.dtype = _dtype(torch, dtype, self.device)
         self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
 
-        self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype)
-        self._draft = None if draft is None else load_draft(draft, self._target)
+        self.matmul_precision = _precision(matmul_precision, self.device, self.dtype)
+        products = {"matmul_precision": self.matmul_precision}
+
+        self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype, **products)
+        self._draft = None if draft is None else load_draft(draft, self._target, **products)
         if self._draft is not None:
             self._target.set_taps(self._draft.config.target_layer_ids)
         self.block_size = self._pick_block(block_size)
@@ -723,3 +730,16 @@ def _dtype(torch: Any, name: str, device: Any) -> Any:
     if name not in known:
         raise InvalidArgument(f"dtype: got {name!r}, expected 'auto' or one of {sorted(known)}")
     return known[name]
+
+
+def _precision(name: str, device: Any, dtype: Any) -> str:
+    if name not in ("highest", "medium", "auto"):
+        raise InvalidArgument(f"matmul_precision: got {name!r}, expected 'highest', 'medium' or 'auto'")
+    applies = device.type == "cpu" and str(dtype) == "torch.float32"
+    if name == "medium" and not applies:
+        raise InvalidArgument(
+            f"matmul_precision: got 'medium' with {dtype} on {device}, expected 'highest': it is for float32 on a CPU"
+        )
+    if name == "auto":
+        return "medium" if applies and _core.multiplies_bf16() else "highest"
+    return name

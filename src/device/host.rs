@@ -8,11 +8,11 @@ mod simd;
 mod team;
 pub(super) mod view;
 
-pub use linear::PackedWeight;
+pub use linear::{PackedWeight, Precision};
 pub use simd::Isa;
 
-use super::{AttentionBatch, AttentionParams, AttentionTensors, Element, Kernels};
-use crate::error::Result;
+use super::{AttentionBatch, AttentionParams, AttentionTensors, Element, Kernels, Rows, RowsMut};
+use crate::error::{Error, Result};
 
 /// The CPU as a device.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +49,37 @@ impl HostKernels {
             "{isa:?} is not available on this processor"
         );
         Self { isa, ..self }
+    }
+}
+
+/// Elements that are worth a helper.
+const SWIGLU_PART: usize = 1 << 13;
+
+impl HostKernels {
+    /// `out = silu(gate) * up`. `gate_up` is `[T, 1, 2 I]`, gate first; `out` is `[T, 1, I]`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for arrays whose shapes do not fit each other.
+    pub fn swiglu(&self, gate_up: Rows<'_, f32>, out: RowsMut<'_, f32>) -> Result<()> {
+        let (from, to) = (*gate_up.layout(), *out.layout());
+        if (to.rows, to.heads, to.dim * 2) != (from.rows, 1, from.dim) || from.heads != 1 {
+            return Err(Error::InvalidArgument {
+                name: "out",
+                got: format!("[{}, {}, {}]", to.rows, to.heads, to.dim),
+                expected: format!("half of [{}, {}, {}]", from.rows, from.heads, from.dim),
+            });
+        }
+        let rows = (SWIGLU_PART / to.dim.max(1)).max(1);
+        team::run(self.threads, to.rows.div_ceil(rows), |part| {
+            for row in part * rows..((part + 1) * rows).min(to.rows) {
+                // SAFETY: every row is in one part, and a part runs once.
+                let inner = unsafe { out.part(row, 0, 0..to.dim) };
+                let gate_up = gate_up.row(row, 0);
+                let width = to.dim;
+                simd::dispatch(self.isa, rowwise::SwiGlu { gate_up, width, inner });
+            }
+        });
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@
 //! What no check can see is left to the caller, `dflash_rs.attention`, which reads every number from a live CPU tensor:
 //! the memory is as large as its shape says, and the tensor outlives the call and is not resized by another thread.
 
-use crate::device::host::{self, HostKernels, Isa};
+use crate::device::host::{self, HostKernels, Isa, Precision};
 use crate::device::{
     self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
 };
@@ -296,6 +296,37 @@ impl Call<'_> {
     }
 }
 
+/// `out = silu(gate) * up`; `gate_up` `[rows, 2 * width]` f32 is gate, then up.
+#[pyfunction]
+#[pyo3(signature = (gate_up, rows, width, out, threads=1))]
+pub fn swiglu(
+    py: Python<'_>,
+    gate_up: Pointer,
+    rows: usize,
+    width: usize,
+    out: Pointer,
+    threads: usize,
+) -> PyResult<()> {
+    let too_wide = || unknown("width", &width.to_string(), "rows within the address space");
+    let gate_up = Checked::<f32>::new("gate_up", gate_up, rows, 1, width.checked_mul(2).ok_or_else(too_wide)?)?;
+    let out = Checked::<f32>::new("out", out, rows, 1, width)?;
+    out.alone(&[&gate_up])?;
+    let (gate_up, out) = (gate_up.rows(), out.rows_mut());
+    let run = || HostKernels::default().with_threads(threads).swiglu(gate_up, out);
+    if rows.saturating_mul(width) < DETACH_WORK {
+        run()?;
+    } else {
+        py.detach(run)?;
+    }
+    Ok(())
+}
+
+/// Whether this processor multiplies pairs of bfloat16 in one instruction.
+#[pyfunction]
+pub fn multiplies_bf16() -> bool {
+    Isa::detect().multiplies_bf16()
+}
+
 /// A weight packed for products with few rows.
 #[pyclass(frozen, module = "dflash_rs._core")]
 pub struct PackedWeight {
@@ -306,11 +337,20 @@ pub struct PackedWeight {
 #[pymethods]
 impl PackedWeight {
     #[new]
-    #[pyo3(signature = (weight, bias=None))]
-    fn new(weight: PyReadonlyArray2<'_, f32>, bias: Option<PyReadonlyArray1<'_, f32>>) -> PyResult<Self> {
+    #[pyo3(signature = (weight, bias=None, precision="highest"))]
+    fn new(
+        weight: PyReadonlyArray2<'_, f32>,
+        bias: Option<PyReadonlyArray1<'_, f32>>,
+        precision: &str,
+    ) -> PyResult<Self> {
         let values = weight.as_slice().map_err(|_| not_contiguous("weight"))?;
         let bias = bias.as_ref().map(|b| contiguous("bias", b)).transpose()?;
-        let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias)?;
+        let precision = match precision {
+            "highest" => Precision::Highest,
+            "medium" => Precision::Medium,
+            other => return Err(unknown("precision", other, "'highest' or 'medium'")),
+        };
+        let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias, precision)?;
         Ok(Self {
             weight: Arc::new(weight),
             isa: Isa::detect(),

@@ -37,12 +37,17 @@ SAMPLING = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 16], ids=["page1", "page16"])
+@pytest.fixture(
+    scope="module",
+    params=[(1, "highest"), (16, "highest"), (16, "medium")],
+    ids=lambda p: f"page{p[0]}" + ("" if p[1] == "highest" else f"-{p[1]}"),
+)
 def llm(request):
     torch.set_num_threads(1)
     # Whole blocks, so that every draft position is put to the test, whatever pays on this machine.
-    pages = 16 * 256 // request.param * 2
-    with LLM(page_size=request.param, device="cpu", num_pages=pages, adaptive=False) as engine:
+    page_size, precision = request.param
+    pages = 16 * 256 // page_size * 2
+    with LLM(page_size=page_size, device="cpu", num_pages=pages, adaptive=False, matmul_precision=precision) as engine:
         yield engine
 
 
@@ -448,3 +453,22 @@ def test_costs_that_are_no_times_are_refused_by_name(change):
     (name,) = change
     with pytest.raises(InvalidArgument, match=f"^costs.{name}: got"):
         StepCosts(**change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matmul_precision": "low"}, "matmul_precision: got 'low', expected 'highest', 'medium' or 'auto'"),
+        ({"matmul_precision": "medium", "dtype": "bfloat16"}, "matmul_precision: got 'medium' with torch.bfloat16"),
+    ],
+)
+def test_a_precision_that_does_not_apply_is_refused(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        LLM(device="cpu", **options)
+
+
+def test_precision_auto_is_what_the_processor_can():
+    with LLM(device="cpu", matmul_precision="auto") as engine:
+        assert engine.matmul_precision == ("medium" if dflash_rs._core.multiplies_bf16() else "highest")
+    with LLM(device="cpu", dtype="bfloat16", matmul_precision="auto") as engine:
+        assert engine.matmul_precision == "highest"

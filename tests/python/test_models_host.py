@@ -148,3 +148,90 @@ def test_measured_costs_are_times():
     draft.alloc_kv(64)
     costs = measure(target, draft, 6)
     assert costs.fixed > 0 and min(costs.row, costs.draft_fixed, costs.draft_row) >= 0
+
+
+def addressed(array: np.ndarray) -> tuple[int, int, int]:
+    return array.ctypes.data, array.strides[0] // array.itemsize, array.shape[1]
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(x).bfloat16().double().numpy()
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 64), (7, 65), (40, 130)])
+def test_a_product_has_the_precision_it_was_packed_with(precision, rows, inputs):
+    generator = np.random.default_rng(rows)
+    weight, x, residual = (
+        generator.standard_normal(shape).astype(np.float32) for shape in ((50, inputs), (rows, inputs), (rows, 50))
+    )
+    bias = generator.standard_normal(50).astype(np.float32)
+    out = np.full((rows, 50), np.nan, np.float32)
+    packed = _core.PackedWeight(weight, bias, precision)
+    packed.product(addressed(x), rows, addressed(out), addressed(residual))
+    exact, coarse = x.astype(np.float64) @ weight.T.astype(np.float64), rounded(x) @ rounded(weight).T
+    expected, other = (exact, coarse) if precision == "highest" else (coarse, exact)
+    np.testing.assert_allclose(out, expected + bias + residual, rtol=1e-5, atol=1e-4)
+    assert np.abs(out - (other + bias + residual)).max() > 1e-3
+    assert packed.bytes == 64 * (4 * inputs if precision == "highest" else 2 * (inputs + inputs % 2))
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(InvalidArgument, match="precision: got low, expected 'highest' or 'medium'"):
+        _core.PackedWeight(np.ones((2, 2), np.float32), None, "low")
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(0, 1), (1, 1), (5, 3), (100, 2)])
+def test_swiglu_is_that_of_torch(rows, threads):
+    generator = np.random.default_rng(rows)
+    gate_up = (6 * generator.standard_normal((rows, 2 * 70))).astype(np.float32)
+    out = np.full((rows, 70), np.nan, np.float32)
+    _core.swiglu(addressed(gate_up), rows, 70, addressed(out), threads)
+    both = torch.from_numpy(gate_up)
+    expected = torch.nn.functional.silu(both[:, :70]) * both[:, 70:]
+    np.testing.assert_allclose(out, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu_refuses_memory_that_overlaps():
+    gate_up = np.ones((2, 8), np.float32)
+    with pytest.raises(InvalidArgument, match="out"):
+        _core.swiglu(addressed(gate_up), 2, 4, (gate_up.ctypes.data, 4, 4))
+
+
+@pytest.mark.parametrize("family", ["target", "drafter"])
+def test_medium_precision_changes_digits_and_no_more(family):
+    """Against highest: close, not equal; a pass of a row alone gives the bits it has in company."""
+    if family == "drafter":
+        exact, pages = filled("full", 16, host=True)
+        coarse, _ = filled("full", 16, host=True)
+        coarse.matmul_precision = "medium"
+        coarse.alloc_kv(pages.num_slots)
+        features = torch.randn(9, 3 * HIDDEN, generator=torch.Generator().manual_seed(1))
+        for draft in (exact, coarse):
+            draft.inject(features, torch.arange(9), torch.from_numpy(pages.slots(2, np.arange(9))))
+        (k, _), (k_coarse, _) = (draft._engine.caches[0] for draft in (exact, coarse))
+        slots = pages.slots(2, np.arange(9))
+        assert not torch.equal(k[slots], k_coarse[slots])
+        torch.testing.assert_close(k_coarse[slots], k[slots], rtol=0.1, atol=0.1)
+        return
+    results = []
+    for precision in ("highest", "medium"):
+        target = TargetModel(qwen3_target(), matmul_precision=precision)
+        assert target.path == "fused"
+        pages = Pages(2, 40, 16)
+        target.alloc_kv(pages.num_slots)
+        tokens = np.random.default_rng(3).integers(2, VOCAB, 12).tolist()
+        together = target.forward(pages.batch([(0, 0, tokens), (1, 0, tokens[:5])], logit_rows=[11, 16]))[0]
+        alone = target.forward(pages.batch([(1, 0, tokens[:5])], logit_rows=[4]))[0]
+        assert torch.equal(together[1], alone[0])
+        results.append(together)
+    exact, coarse = results
+    assert not torch.equal(exact, coarse)
+    assert float((exact - coarse).norm() / exact.norm()) < 0.1
+
+
+def test_medium_precision_is_refused_where_it_does_not_apply():
+    with pytest.raises(InvalidArgument, match="matmul_precision: got 'medium'.*turned off"):
+        TargetModel(qwen3_target(), fused=False, matmul_precision="medium")
+    with pytest.raises(InvalidArgument, match="matmul_precision: got 'medium' with torch.bfloat16"):
+        TargetModel(qwen3_target().bfloat16(), matmul_precision="medium")

@@ -43,6 +43,7 @@ def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
     if llm is not None:
         info["device"] = str(getattr(llm, "device", "cpu"))
         info["dtype"] = str(getattr(llm, "dtype", "")).removeprefix("torch.")
+        info["matmul_precision"] = getattr(llm, "matmul_precision", None)
         info["block_size"] = getattr(llm, "block_size", None)
     return info
 

@@ -24,17 +24,20 @@ def measure(target: TargetModel, draft: DFlashDraft, block_size: int) -> StepCos
     Uses the first slots of the caches, which hold nothing yet.
     """
     rows = min(_ROWS, target.num_slots)
-    one, many, short, long = _fastest(
+    features = torch.zeros(1, draft.config.feature_size, dtype=target.dtype, device=target.device)
+    one, many, short, long, inject = _fastest(
         [
             lambda: _verify(target, 1),
             lambda: _verify(target, rows),
             lambda: _propose(draft, 2),
             lambda: _propose(draft, block_size),
+            lambda: draft.inject(features, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)),
         ]
     )
     row = max(0.0, (many - one) / max(1, rows - 1))
     draft_row = max(0.0, (long - short) / (block_size - 2)) if block_size > 2 else 0.0
-    return StepCosts(max(one - row, 1e-9), row, max(0.0, short - 2 * draft_row), draft_row)
+    # Every pass that drafts is followed by an injection.
+    return StepCosts(max(one - row, 1e-9), row, max(0.0, short + inject - 2 * draft_row), draft_row)
 
 
 def _verify(target: TargetModel, rows: int) -> None:

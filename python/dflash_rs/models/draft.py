@@ -190,6 +190,8 @@ class DFlashDraft(nn.Module):
             self._inv_freq, self._rope_factor = rope_frequencies(config)
         self._bound: tuple[nn.Module, nn.Module] | None = None
         self._engine: _DraftEngine | None = None
+        # Of the products of `draft` and `inject`, see `TargetModel`; read by `alloc_kv`.
+        self.matmul_precision = "highest"
 
     # ---- the target's two modules ----------------------------------------------------------------------------
 
@@ -399,19 +401,32 @@ class _DraftEngine:
         self.embedding = embedding.weight.detach()
         self.eps, self.hidden = c.rms_norm_eps, (c.hidden_size,)
         self.context_norm, self.norm = draft.hidden_norm.weight.detach(), draft.norm.weight.detach()
-        self.fc = PackedLinear([draft.fc])
+        precision = draft.matmul_precision
+        self.fc = PackedLinear([draft.fc], precision=precision)
         # Every layer reads the same context input, so all K and V come from one product.
         self.context_kv = PackedLinear(
-            [proj for layer in draft.layers for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)], share=False
+            [proj for layer in draft.layers for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)],
+            share=False,
+            precision=precision,
         )
         self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in draft.layers])[
             :, None
         ].contiguous()
         self.layers = [
-            FusedLayer(layer, head_dim=c.head_dim, eps=self.eps, scale=c.head_dim**-0.5, window=window, causal=causal)
+            FusedLayer(
+                layer,
+                head_dim=c.head_dim,
+                eps=self.eps,
+                scale=c.head_dim**-0.5,
+                window=window,
+                causal=causal,
+                precision=precision,
+            )
             for layer, window, causal in zip(draft.layers, c.layer_window, c.layer_causal, strict=True)
         ]
-        self.head = PackedLinear([lm_head], share=False) if type(lm_head) is nn.Linear else lm_head
+        self.head = lm_head
+        if type(lm_head) is nn.Linear:
+            self.head = PackedLinear([lm_head], share=False, precision=precision)
         self.rotary = RotaryTable(lambda p: tuple(x.squeeze(-2) for x in draft._cos_sin(p, self.dtype)))
         shape = (num_slots, c.num_key_value_heads, c.head_dim)
         self.caches = [

@@ -27,9 +27,11 @@ class PackedLinear:
     weight. Above `_COPY_LIMIT` the weight is stored transposed instead, which MKL likes better for 1..16 rows, and the modules'
     own parameters become views of it (unless `share` is False). In bfloat16 the weight is packed once for oneDNN, which would
     otherwise reorder it on every call.
+
+    `precision` "medium" (float32 on a CPU only) rounds x and W to bfloat16 before they are multiplied, whatever their size.
     """
 
-    def __init__(self, modules: list[nn.Linear], *, share: bool = True):
+    def __init__(self, modules: list[nn.Linear], *, share: bool = True, precision: str = "highest"):
         weight = torch.cat([m.weight.detach() for m in modules]) if len(modules) > 1 else modules[0].weight.detach()
         self.bias = None
         if any(m.bias is not None for m in modules):
@@ -38,11 +40,16 @@ class PackedLinear:
         self.weight, self.transposed, self.packed, self.host = weight, None, None, None
         self.outputs, self.inputs = weight.shape
         small = weight.numel() <= _COPY_LIMIT
+        if precision != "highest" and (weight.device.type != "cpu" or weight.dtype != torch.float32):
+            raise InvalidArgument(
+                f"matmul_precision: got {precision!r} with {weight.dtype} on {weight.device}, expected 'highest': other precisions "
+                "are for float32 on a CPU"
+            )
         if weight.device.type != "cpu":
             return
-        if weight.dtype == torch.float32 and small:
+        if weight.dtype == torch.float32 and (small or precision != "highest"):
             bias = None if self.bias is None else self.bias.numpy()
-            self.host = _core.PackedWeight(weight.contiguous().numpy(), bias)
+            self.host = _core.PackedWeight(weight.contiguous().numpy(), bias, precision)
         elif weight.dtype == torch.float32 and share:
             self.transposed = weight.t().contiguous()
             self.weight = self.transposed.t()
@@ -140,13 +147,28 @@ class FusedLayer:
     """One decoder layer. `layer` has input_layernorm, self_attn.{q,k,v,o}_proj (q_norm and k_norm optional),
     post_attention_layernorm and mlp.{gate,up,down}_proj, in the order Llama uses them."""
 
-    def __init__(self, layer: nn.Module, *, head_dim: int, eps: float, scale: float, window: int | None, causal: bool):
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        head_dim: int,
+        eps: float,
+        scale: float,
+        window: int | None,
+        causal: bool,
+        precision: str = "highest",
+    ):
         attention, mlp = layer.self_attn, layer.mlp
         self.norm1, self.norm2 = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
-        self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = PackedLinear([attention.o_proj])
-        self.gate_up = PackedLinear([mlp.gate_proj, mlp.up_proj])
-        self.down = PackedLinear([mlp.down_proj])
+        self.qkv, self.out, self.gate_up, self.down = (
+            PackedLinear(modules, precision=precision)
+            for modules in (
+                [attention.q_proj, attention.k_proj, attention.v_proj],
+                [attention.o_proj],
+                [mlp.gate_proj, mlp.up_proj],
+                [mlp.down_proj],
+            )
+        )
         self.heads = attention.q_proj.out_features // head_dim
         self.kv_heads = attention.k_proj.out_features // head_dim
         self.head_dim, self.eps, self.scale, self.window, self.causal = head_dim, eps, scale, window, causal
@@ -174,7 +196,23 @@ class FusedLayer:
         )  # fmt: skip
         x = self.out.plus(attended.reshape(x.shape[0], -1), x)
         gate_up = self.gate_up(torch.rms_norm(x, self.hidden, self.norm2, self.eps))
-        return self.down.plus(F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :]), x)
+        return self.down.plus(self._swiglu(gate_up), x)
+
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 I] -> [T, I]."""
+        if self.gate_up.host is None:
+            return F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :])
+        # From some tens of rows on torch would start threads of its own, which then keep the processors from those of the products.
+        rows, width = gate_up.shape[0], self.inner
+        out = torch.empty(rows, width)
+        _core.swiglu(
+            (gate_up.data_ptr(), 2 * width, 2 * width),
+            rows,
+            width,
+            (out.data_ptr(), width, width),
+            torch.get_num_threads(),
+        )
+        return out
 
 
 class HostRun:

@@ -326,11 +326,16 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, T
 
 
 def load_draft(
-    path: str | Path, target=None, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    target=None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    matmul_precision: str = "highest",
 ) -> DFlashDraft:
     """Loads a DFlash checkpoint folder; with a `TargetModel`, checks it against the target and binds it.
 
-    `dtype` and `device` default to the target's (float32 on the CPU without one).
+    `dtype` and `device` default to the target's (float32 on the CPU without one). `matmul_precision`: see `TargetModel`.
     """
     path = Path(path)
     config = read_draft_config(path)
@@ -343,6 +348,7 @@ def load_draft(
     _check_tensors(path, draft.state_dict(), tensors)
     draft.load_state_dict(tensors, assign=True)
     draft.to(device=device or "cpu", dtype=dtype or torch.float32)
+    draft.matmul_precision = matmul_precision
     if target is not None:
         draft.bind_target(target.embedding, target.lm_head)
     return draft.eval()

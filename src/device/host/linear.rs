@@ -6,6 +6,8 @@
 //!
 //! Promise: element `(row, n)` is `sum over k ascending of x[row][k] * W[n][k]`, one fused multiply-add each, then `+ b[n]`, then
 //! `+ residual[row][n]`. It depends on its own row only, bit for bit: not on the other rows, the threads, or how W is stored.
+//! In [`Precision::Medium`] x and W are rounded to bfloat16 first and k runs 1, 0, 3, 2, 5, 4, ...: products of bfloat16 values are
+//! exact in f32, and that is the order of the instruction that adds two of them at once.
 //!
 //! ```text
 //!   W [N, K]  -->  panels of 32 outputs, each [K, 32]        x rows, eight at a time
@@ -14,7 +16,7 @@
 
 use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
 use super::team;
-use super::view::{Bf16, Rows, RowsMut};
+use super::view::{Bf16, Element, Rows, RowsMut};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -24,11 +26,27 @@ const PANEL: usize = VECTORS * LANES;
 /// Multiply-adds that are worth handing out: some microseconds of work.
 const WORK_PER_PART: usize = 1 << 17;
 
+/// What is multiplied; sums are f32 in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Inputs and weights as they are.
+    #[default]
+    Highest,
+    /// Both rounded to bfloat16. Twice the speed where the processor multiplies pairs of them ([`Isa::multiplies_bf16`]), the same
+    /// bits where it does not.
+    Medium,
+}
+
+/// Two inputs, or two weights of an output.
+type Pair = [Bf16; 2];
+
 /// How a packed weight is stored.
 #[derive(Clone, Debug)]
 enum Panels {
     F32(Vec<f32>),
     Bf16(Vec<Bf16>),
+    /// `[K / 2, 32]`, for [`Precision::Medium`].
+    Pairs(Vec<Pair>),
 }
 
 /// A weight `[N, K]` and an optional bias `[N]`, packed for products with few rows.
@@ -40,22 +58,64 @@ pub struct PackedWeight {
     bias: Option<Vec<f32>>,
 }
 
-/// A stored weight that a vector can be made of.
+/// A stored weight: sixteen of them, of as many outputs, meet one input at a time.
 trait Weight: Copy + Send + Sync {
-    fn lanes<L: Lanes>(x: &[Self; LANES]) -> L;
+    type Input: Copy;
+    type Vector<L: Lanes>: Copy;
+    fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [Self::Input];
+    fn vector<L: Lanes>(w: &[Self; LANES]) -> Self::Vector<L>;
+    fn add<L: Lanes>(sum: L, x: Self::Input, w: Self::Vector<L>) -> L;
 }
 
 impl Weight for f32 {
+    type Input = f32;
+    type Vector<L: Lanes> = L;
     #[inline(always)]
-    fn lanes<L: Lanes>(x: &[Self; LANES]) -> L {
-        L::load(x)
+    fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [f32] {
+        job.x.row(row, 0)
+    }
+    #[inline(always)]
+    fn vector<L: Lanes>(w: &[Self; LANES]) -> L {
+        L::load(w)
+    }
+    #[inline(always)]
+    fn add<L: Lanes>(sum: L, x: f32, w: L) -> L {
+        L::splat(x).mul_add(w, sum)
     }
 }
 
 impl Weight for Bf16 {
+    type Input = f32;
+    type Vector<L: Lanes> = L;
     #[inline(always)]
-    fn lanes<L: Lanes>(x: &[Self; LANES]) -> L {
-        L::load_bf16(x)
+    fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [f32] {
+        job.x.row(row, 0)
+    }
+    #[inline(always)]
+    fn vector<L: Lanes>(w: &[Self; LANES]) -> L {
+        L::load_bf16(w)
+    }
+    #[inline(always)]
+    fn add<L: Lanes>(sum: L, x: f32, w: L) -> L {
+        L::splat(x).mul_add(w, sum)
+    }
+}
+
+impl Weight for Pair {
+    type Input = Self;
+    type Vector<L: Lanes> = L::Pairs;
+    #[inline(always)]
+    fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [Self] {
+        let width = job.weight.inputs.next_multiple_of(2);
+        job.rounded[row * width..(row + 1) * width].as_chunks().0
+    }
+    #[inline(always)]
+    fn vector<L: Lanes>(w: &[Self; LANES]) -> L::Pairs {
+        L::load_pairs(w)
+    }
+    #[inline(always)]
+    fn add<L: Lanes>(sum: L, x: Self, w: L::Pairs) -> L {
+        sum.add_pairs(x, w)
     }
 }
 
@@ -64,7 +124,13 @@ impl PackedWeight {
     ///
     /// # Errors
     /// `Length` for a weight or bias of another size, `InvalidArgument` for an empty one.
-    pub fn new(weight: &[f32], outputs: usize, inputs: usize, bias: Option<&[f32]>) -> Result<Self> {
+    pub fn new(
+        weight: &[f32],
+        outputs: usize,
+        inputs: usize,
+        bias: Option<&[f32]>,
+        precision: Precision,
+    ) -> Result<Self> {
         if outputs == 0 || inputs == 0 {
             return Err(Error::InvalidArgument {
                 name: "weight",
@@ -89,10 +155,10 @@ impl PackedWeight {
             });
         }
         let halves = weight.iter().all(|w| w.to_bits() & 0xffff == 0);
-        let panels = if halves {
-            Panels::Bf16(pack(weight, outputs, inputs, |w| Bf16((w.to_bits() >> 16) as u16)))
-        } else {
-            Panels::F32(pack(weight, outputs, inputs, |w| w))
+        let panels = match precision {
+            Precision::Medium => Panels::Pairs(pack_pairs(weight, outputs, inputs)),
+            Precision::Highest if halves => Panels::Bf16(pack(weight, outputs, inputs, Bf16::from)),
+            Precision::Highest => Panels::F32(pack(weight, outputs, inputs, |w| w)),
         };
         Ok(Self {
             inputs,
@@ -117,6 +183,7 @@ impl PackedWeight {
         match &self.panels {
             Panels::F32(panels) => size_of_val(&panels[..]),
             Panels::Bf16(panels) => size_of_val(&panels[..]),
+            Panels::Pairs(panels) => size_of_val(&panels[..]),
         }
     }
 
@@ -149,9 +216,21 @@ impl PackedWeight {
                 });
             }
         }
+        let mut rounded = Vec::new();
+        if let Panels::Pairs(_) = self.panels {
+            rounded.resize(rows * self.inputs.next_multiple_of(2), Bf16::default());
+            dispatch(
+                isa,
+                Round {
+                    x: &x,
+                    out: &mut rounded,
+                },
+            );
+        }
         let job = Job {
             weight: self,
             x,
+            rounded,
             residual,
             out,
         };
@@ -178,10 +257,40 @@ fn pack<W: Copy + Default>(weight: &[f32], outputs: usize, inputs: usize, store:
     panels
 }
 
+/// Rows of f32 as rows of bfloat16, with room for an even number of them; an odd last one meets zero.
+struct Round<'a, 'x> {
+    x: &'a Rows<'x, f32>,
+    out: &'a mut [Bf16],
+}
+
+impl Routine for Round<'_, '_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let width = self.x.layout().dim;
+        for (row, out) in self.out.chunks_exact_mut(width.next_multiple_of(2)).enumerate() {
+            Bf16::narrow(self.x.row(row, 0), &mut out[..width]);
+        }
+    }
+}
+
+fn pack_pairs(weight: &[f32], outputs: usize, inputs: usize) -> Vec<Pair> {
+    let depth = inputs.div_ceil(2);
+    let mut panels = vec![Pair::default(); outputs.div_ceil(PANEL) * PANEL * depth];
+    for (n, row) in weight.chunks_exact(inputs).enumerate() {
+        let panel = &mut panels[n / PANEL * PANEL * depth..];
+        for (k, &w) in row.iter().enumerate() {
+            panel[k / 2 * PANEL + n % PANEL][k % 2] = w.into();
+        }
+    }
+    panels
+}
+
 /// One call's arrays. Threads share it and take disjoint panels.
 struct Job<'a> {
     weight: &'a PackedWeight,
     x: Rows<'a, f32>,
+    /// The rows of `x` in bfloat16, if the weight is stored in pairs.
+    rounded: Vec<Bf16>,
     residual: Option<Rows<'a, f32>>,
     out: RowsMut<'a, f32>,
 }
@@ -189,32 +298,30 @@ struct Job<'a> {
 impl Job<'_> {
     /// All rows of the outputs in `panels`.
     fn run(&self, isa: Isa, panels: Range<usize>) {
-        let at = panels.start * PANEL * self.weight.inputs..panels.end * PANEL * self.weight.inputs;
-        let first = panels.start;
         match &self.weight.panels {
-            Panels::F32(all) => dispatch(
-                isa,
-                Share {
-                    job: self,
-                    panels: &all[at],
-                    first,
-                },
-            ),
-            Panels::Bf16(all) => dispatch(
-                isa,
-                Share {
-                    job: self,
-                    panels: &all[at],
-                    first,
-                },
-            ),
+            Panels::F32(all) => self.share(isa, all, panels),
+            Panels::Bf16(all) => self.share(isa, all, panels),
+            Panels::Pairs(all) => self.share(isa, all, panels),
         }
+    }
+
+    fn share<W: Weight>(&self, isa: Isa, all: &[W], panels: Range<usize>) {
+        let size = all.len() / self.weight.outputs.div_ceil(PANEL);
+        let share = Share {
+            job: self,
+            panels: &all[panels.start * size..panels.end * size],
+            size,
+            first: panels.start,
+        };
+        dispatch(isa, share);
     }
 }
 
 struct Share<'a, W> {
     job: &'a Job<'a>,
     panels: &'a [W],
+    /// Weights of a panel.
+    size: usize,
     /// Index of the first of them.
     first: usize,
 }
@@ -228,7 +335,7 @@ impl<W: Weight> Routine for Share<'_, W> {
         let rows = self.job.x.layout().rows;
         for begin in (0..rows).step_by(PASS) {
             let end = rows.min(begin + PASS);
-            for (index, panel) in (self.first..).zip(self.panels.chunks_exact(PANEL * self.job.weight.inputs)) {
+            for (index, panel) in (self.first..).zip(self.panels.chunks_exact(self.size)) {
                 let mut row = begin;
                 while row < end {
                     let size = (end - row).min(L::PRODUCT_ROWS);
@@ -258,18 +365,17 @@ impl<W: Weight> Share<'_, W> {
         let weights = panel.as_chunks::<LANES>().0.as_chunks::<VECTORS>().0;
         let mut x = [&[][..]; R];
         for (r, x) in x.iter_mut().enumerate() {
-            *x = &self.job.x.row(row + r, 0)[..weights.len()];
+            *x = &W::inputs(self.job, row + r)[..weights.len()];
         }
         for (k, w) in weights.iter().enumerate() {
             // Counted loops: these unroll early enough for the sums to live in registers.
-            let mut lanes = [L::splat(0.0); VECTORS];
-            for v in 0..VECTORS {
-                lanes[v] = W::lanes::<L>(&w[v]);
+            let mut lanes = [W::vector::<L>(&w[0]); VECTORS];
+            for v in 1..VECTORS {
+                lanes[v] = W::vector::<L>(&w[v]);
             }
             for r in 0..R {
-                let x = L::splat(x[r][k]);
                 for v in 0..VECTORS {
-                    acc[r][v] = x.mul_add(lanes[v], acc[r][v]);
+                    acc[r][v] = W::add(acc[r][v], x[r][k], lanes[v]);
                 }
             }
         }
@@ -343,7 +449,12 @@ mod tests {
         }
 
         fn run(&self, isa: Isa, threads: usize) -> Vec<f32> {
-            let weight = PackedWeight::new(&self.weight, self.outputs, self.inputs, self.bias.as_deref()).unwrap();
+            self.run_in(Precision::Highest, isa, threads)
+        }
+
+        fn run_in(&self, precision: Precision, isa: Isa, threads: usize) -> Vec<f32> {
+            let bias = self.bias.as_deref();
+            let weight = PackedWeight::new(&self.weight, self.outputs, self.inputs, bias, precision).unwrap();
             let mut out = vec![f32::NAN; self.rows * self.outputs];
             let layout = |width| Layout::contiguous(self.rows, 1, width);
             let x = Rows::from_slice("x", &self.x, layout(self.inputs)).unwrap();
@@ -358,12 +469,25 @@ mod tests {
 
         /// The promise, literally.
         fn expected(&self) -> Vec<f32> {
+            self.expected_in(|x| x.iter().copied().collect())
+        }
+
+        /// The promise of `Medium`: rounded, and each pair the other way round.
+        fn expected_medium(&self) -> Vec<f32> {
+            self.expected_in(|x| {
+                let mut rounded: Vec<f32> = x.iter().map(|&x| Bf16::from(x).into()).collect();
+                rounded.chunks_mut(2).for_each(<[f32]>::reverse);
+                rounded
+            })
+        }
+
+        fn expected_in(&self, order: impl Fn(&[f32]) -> Vec<f32>) -> Vec<f32> {
             let mut out = Vec::new();
             for r in 0..self.rows {
                 for n in 0..self.outputs {
-                    let x = &self.x[r * self.inputs..][..self.inputs];
-                    let w = &self.weight[n * self.inputs..][..self.inputs];
-                    let mut sum = x.iter().zip(w).fold(0.0f32, |sum, (x, w)| x.mul_add(*w, sum));
+                    let x = order(&self.x[r * self.inputs..][..self.inputs]);
+                    let w = order(&self.weight[n * self.inputs..][..self.inputs]);
+                    let mut sum = x.into_iter().zip(w).fold(0.0f32, |sum, (x, w)| x.mul_add(w, sum));
                     if let Some(bias) = &self.bias {
                         sum += bias[n];
                     }
@@ -389,12 +513,26 @@ mod tests {
                 prop_assert_eq!(&case.run(isa, 1), &expected, "{:?}", isa);
             }
         }
+
+        #[test]
+        fn products_of_pairs_are_those_of_rounded_inputs_to_the_bit(
+            rows in 1usize..40, outputs in 1usize..100, inputs in 1usize..70, halves: bool, seed in 1u64..1000,
+        ) {
+            let case = Case::new(rows, outputs, inputs, halves, seed);
+            let expected = case.expected_medium();
+            for isa in Isa::available() {
+                prop_assert_eq!(&case.run_in(Precision::Medium, isa, 1), &expected, "{:?}", isa);
+            }
+        }
     }
 
     #[test]
     fn threads_do_not_change_a_bit() {
         let case = Case::new(200, 300, 256, true, 6);
-        assert_eq!(case.run(Isa::detect(), 1), case.run(Isa::detect(), 3));
+        for precision in [Precision::Highest, Precision::Medium] {
+            let run = |threads| case.run_in(precision, Isa::detect(), threads);
+            assert_eq!(run(1), run(3));
+        }
     }
 
     #[test]
@@ -405,21 +543,21 @@ mod tests {
 
     #[test]
     fn a_bfloat16_weight_takes_half_the_memory() {
-        let halves = PackedWeight::new(&numbers(64 * 32, 1, true), 64, 32, None).unwrap();
-        let whole = PackedWeight::new(&numbers(64 * 32, 1, false), 64, 32, None).unwrap();
+        let halves = PackedWeight::new(&numbers(64 * 32, 1, true), 64, 32, None, Precision::Highest).unwrap();
+        let whole = PackedWeight::new(&numbers(64 * 32, 1, false), 64, 32, None, Precision::Highest).unwrap();
         assert_eq!((halves.bytes(), whole.bytes()), (64 * 32 * 2, 64 * 32 * 4));
     }
 
     #[test]
     fn an_array_of_the_wrong_shape_is_named() {
-        let weight = PackedWeight::new(&[1.0; 6], 2, 3, None).unwrap();
+        let weight = PackedWeight::new(&[1.0; 6], 2, 3, None, Precision::Highest).unwrap();
         let (x, mut out) = ([0.0; 4], [0.0; 2]);
         let x = Rows::from_slice("x", &x, Layout::contiguous(1, 1, 4)).unwrap();
         let view = RowsMut::from_slice("out", &mut out, Layout::contiguous(1, 1, 2)).unwrap();
         let error = weight.product(Isa::Portable, 1, x, None, view).unwrap_err().to_string();
         assert!(error.contains("x: got [1, 1, 4], expected [1, 1, 3]"), "{error}");
-        assert!(PackedWeight::new(&[1.0; 5], 2, 3, None).is_err());
-        assert!(PackedWeight::new(&[1.0; 6], 2, 3, Some(&[0.0])).is_err());
-        assert!(PackedWeight::new(&[], 0, 3, None).is_err());
+        assert!(PackedWeight::new(&[1.0; 5], 2, 3, None, Precision::Highest).is_err());
+        assert!(PackedWeight::new(&[1.0; 6], 2, 3, Some(&[0.0]), Precision::Highest).is_err());
+        assert!(PackedWeight::new(&[], 0, 3, None, Precision::Highest).is_err());
     }
 }

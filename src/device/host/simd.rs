@@ -1,4 +1,4 @@
-//! Sixteen lanes of f32, three ways: AVX-512, a pair of AVX2 registers, or plain arrays.
+//! Sixteen lanes of f32, three ways: AVX-512 (with and without bfloat16 products), a pair of AVX2 registers, or plain arrays.
 //!
 //! Promise: every instruction set gives the same bits. All of them do the same IEEE operations (fused multiply-add included) in the
 //! same order, lane by lane, so a machine without AVX computes the text that a machine with it computes. `[f32; 16]` is the
@@ -24,6 +24,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F.
     Avx512,
+    /// AVX-512 F with products of bfloat16 pairs.
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -42,10 +44,18 @@ impl Isa {
                 sets.push(Self::Avx2);
                 if is_x86_feature_detected!("avx512f") {
                     sets.push(Self::Avx512);
+                    if is_x86_feature_detected!("avx512bf16") {
+                        sets.push(Self::Avx512Bf16);
+                    }
                 }
             }
         }
         sets
+    }
+
+    /// Whether products of bfloat16 pairs are one instruction, and so about twice as fast as products of f32.
+    pub fn multiplies_bf16(self) -> bool {
+        self == Self::Avx512Bf16
     }
 }
 
@@ -79,7 +89,7 @@ pub(super) fn dispatch<R: Routine>(isa: Isa, routine: R) {
         Isa::Avx512 => {
             #[target_feature(enable = "avx512f,avx2,fma")]
             fn run<R: Routine>(routine: R) {
-                routine.run::<x86::Wide>();
+                routine.run::<x86::Wide<false>>();
             }
             assert!(is_x86_feature_detected!("avx512f"), "no AVX-512 here");
             assert!(
@@ -89,8 +99,25 @@ pub(super) fn dispatch<R: Routine>(isa: Isa, routine: R) {
             // SAFETY: the lines above.
             unsafe { run(routine) }
         }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 => {
+            #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+            fn run<R: Routine>(routine: R) {
+                routine.run::<x86::Wide<true>>();
+            }
+            assert!(
+                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16"),
+                "no AVX-512 BF16 here"
+            );
+            assert!(
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+                "no AVX2 here"
+            );
+            // SAFETY: the lines above.
+            unsafe { run(routine) }
+        }
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => panic!("{isa:?} is an x86 instruction set"),
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => panic!("{isa:?} is an x86 instruction set"),
     }
 }
 
@@ -103,10 +130,17 @@ pub(super) trait Lanes: Copy {
     /// Rows of a product whose sums over two vectors fit the registers; 8, 4, 2 or 1.
     const PRODUCT_ROWS: usize;
 
+    /// Sixteen pairs of bfloat16 values, ready to be multiplied.
+    type Pairs: Copy;
+
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
     /// Sixteen bfloat16 values, widened exactly.
     fn load_bf16(x: &[Bf16; LANES]) -> Self;
+    fn load_pairs(x: &[[Bf16; 2]; LANES]) -> Self::Pairs;
+    /// Per lane the product of the second halves is added to `self`, then that of the first halves; each addition rounds once, the
+    /// products are exact. That is the order of the processors that have an instruction for it; those take values below 2^-126 for 0.
+    fn add_pairs(self, x: [Bf16; 2], w: Self::Pairs) -> Self;
     fn store(self, out: &mut [f32; LANES]);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -185,6 +219,16 @@ impl Lanes for [f32; LANES] {
     const ROWS: usize = 1;
     const VECTORS: usize = 2;
     const PRODUCT_ROWS: usize = 2;
+    type Pairs = [Self; 2];
+    #[inline(always)]
+    fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [Self; 2] {
+        [0, 1].map(|half| std::array::from_fn(|i| x[i][half].into()))
+    }
+    #[inline(always)]
+    fn add_pairs(self, x: [Bf16; 2], w: [Self; 2]) -> Self {
+        let second = Self::splat(x[1].into()).mul_add(w[1], self);
+        Self::splat(x[0].into()).mul_add(w[0], second)
+    }
     #[inline(always)]
     fn splat(x: f32) -> Self {
         [x; LANES]
@@ -252,8 +296,9 @@ mod x86 {
     use super::{Bf16, KeyChunk, LANES, Lanes, vector};
     use std::arch::x86_64::*;
 
+    /// `DOT`: the processor multiplies pairs of bfloat16.
     #[derive(Clone, Copy)]
-    pub(super) struct Wide(__m512);
+    pub(super) struct Wide<const DOT: bool>(__m512);
 
     /// Sums of sixteen vectors, one per lane, each as a tree over distances 8, 4, 2, 1. Every step halves two vectors into one, so
     /// the whole costs 15 additions and 30 shuffles instead of 64 and 64.
@@ -285,10 +330,40 @@ mod x86 {
         }
     }
 
-    impl Lanes for Wide {
+    impl<const DOT: bool> Lanes for Wide<DOT> {
         const ROWS: usize = 4;
         const VECTORS: usize = 4;
         const PRODUCT_ROWS: usize = 8;
+        // The pairs as they are and nothing, or first and second halves.
+        type Pairs = [__m512; 2];
+        #[inline(always)]
+        fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [__m512; 2] {
+            unsafe {
+                let pairs = _mm512_loadu_si512(x.as_ptr().cast());
+                if DOT {
+                    return [_mm512_castsi512_ps(pairs), _mm512_setzero_ps()];
+                }
+                let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+                let (first, second) = (_mm512_slli_epi32::<16>(pairs), _mm512_and_si512(pairs, high));
+                [_mm512_castsi512_ps(first), _mm512_castsi512_ps(second)]
+            }
+        }
+        #[inline(always)]
+        fn add_pairs(self, x: [Bf16; 2], w: [__m512; 2]) -> Self {
+            if !DOT {
+                let second = Self::splat(x[1].into()).mul_add(Self(w[1]), self);
+                return Self::splat(x[0].into()).mul_add(Self(w[0]), second);
+            }
+            unsafe {
+                let x = _mm512_set1_epi32((u32::from(x[1].0) << 16 | u32::from(x[0].0)).cast_signed());
+                // Bit patterns: the three types are one register.
+                let (x, w) = (
+                    std::mem::transmute::<__m512i, __m512bh>(x),
+                    std::mem::transmute::<__m512, __m512bh>(w[0]),
+                );
+                Self(_mm512_dpbf16_ps(self.0, x, w))
+            }
+        }
         #[inline(always)]
         fn load_bf16(x: &[Bf16; LANES]) -> Self {
             unsafe {
@@ -389,6 +464,30 @@ mod x86 {
         const ROWS: usize = 2;
         const VECTORS: usize = 2;
         const PRODUCT_ROWS: usize = 2;
+        type Pairs = [Self; 2];
+        #[inline(always)]
+        fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [Self; 2] {
+            unsafe {
+                let low = _mm256_loadu_si256(x.as_ptr().cast());
+                let high = _mm256_loadu_si256(x.as_ptr().add(8).cast());
+                let second = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+                [
+                    Self(
+                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+                    ),
+                    Self(
+                        _mm256_castsi256_ps(_mm256_and_si256(low, second)),
+                        _mm256_castsi256_ps(_mm256_and_si256(high, second)),
+                    ),
+                ]
+            }
+        }
+        #[inline(always)]
+        fn add_pairs(self, x: [Bf16; 2], w: [Self; 2]) -> Self {
+            let second = Self::splat(x[1].into()).mul_add(w[1], self);
+            Self::splat(x[0].into()).mul_add(w[0], second)
+        }
         #[inline(always)]
         fn load_bf16(x: &[Bf16; LANES]) -> Self {
             unsafe {

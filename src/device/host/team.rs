@@ -55,12 +55,17 @@ impl Helper {
             let mut turns = 0u32;
             while self.state.load(Ordering::Acquire) != POSTED {
                 turns = turns.wrapping_add(1);
-                if turns.is_multiple_of(64) && since.elapsed() > AWAKE {
-                    self.asleep.store(true, Ordering::SeqCst);
-                    while self.state.load(Ordering::SeqCst) != POSTED {
-                        std::thread::park();
+                if turns.is_multiple_of(64) {
+                    if since.elapsed() > AWAKE {
+                        self.asleep.store(true, Ordering::SeqCst);
+                        while self.state.load(Ordering::SeqCst) != POSTED {
+                            std::thread::park();
+                        }
+                        self.asleep.store(false, Ordering::SeqCst);
+                    } else {
+                        // Others may want the processor: between our products the caller's own library wakes threads of its own.
+                        std::thread::yield_now();
                     }
-                    self.asleep.store(false, Ordering::SeqCst);
                 }
                 std::hint::spin_loop();
             }
