@@ -469,7 +469,7 @@ mod tests {
 
         /// The promise, literally.
         fn expected(&self) -> Vec<f32> {
-            self.expected_in(|x| x.iter().copied().collect())
+            self.expected_in(|x| x.to_vec())
         }
 
         /// The promise of `Medium`: rounded, and each pair the other way round.
