@@ -8,50 +8,87 @@
 //! everything is verified; with many requests, or on a processor that computes more slowly than it reads, the least likely drafts
 //! are not worth their row. What is verified never changes the text: every token is the target's own draw.
 //!
-//! Step times are a line: `fixed + row * rows`, and for the drafter `draft_fixed + draft_row * rows`, in any one unit. The chance
-//! of a draft is the product of the drafter's probabilities along its path; how the drafter errs is learnt per position.
+//! Step times are curves over the number of rows, in any one unit: flat as long as memory is what limits, a line where arithmetic
+//! does, stairs where a device runs in fixed sizes. The chance of a draft is the product of the drafter's probabilities along its
+//! path; how the drafter errs is learnt per position.
 
 use crate::error::{Error, Result};
 
+/// Time over rows: straight between the points, that of the first before it, and beyond the last as between the last two.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Curve {
+    // Rows rise, times do not fall.
+    points: Vec<(f64, f64)>,
+}
+
+impl Curve {
+    /// Through `points`, pairs of rows and time. One point alone is a time that depends on nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming `name` when there is none, rows do not rise, or a time is negative, falls, or is no number.
+    pub fn new(name: &'static str, points: &[(f64, f64)]) -> Result<Self> {
+        let refuse = |got: String, expected: &str| {
+            Err(Error::InvalidArgument {
+                name,
+                got,
+                expected: expected.into(),
+            })
+        };
+        if points.is_empty() {
+            return refuse("no points".into(), "at least one pair of rows and time");
+        }
+        let (mut rows, mut time) = (-1.0, 0.0);
+        for &(r, t) in points {
+            let point = format!("({r}, {t})");
+            if !r.is_finite() || !t.is_finite() {
+                return refuse(point, "finite numbers");
+            }
+            if r < 0.0 || r <= rows {
+                return refuse(point, "rows of at least 0 that rise from point to point");
+            }
+            if t < time {
+                return refuse(point, "times of at least 0 that never fall from point to point");
+            }
+            (rows, time) = (r, t);
+        }
+        Ok(Self { points: points.into() })
+    }
+
+    /// A time that depends on nothing.
+    pub fn flat(time: f64) -> Self {
+        Self {
+            points: vec![(0.0, time)],
+        }
+    }
+
+    /// The time of `rows`.
+    pub fn at(&self, rows: usize) -> f64 {
+        let (points, rows) = (&self.points, (rows as f64).max(self.points[0].0));
+        let Some(last) = points.len().checked_sub(2) else {
+            return points[0].1;
+        };
+        let first = points.partition_point(|p| p.0 <= rows).saturating_sub(1).min(last);
+        let ((r0, t0), (r1, t1)) = (points[first], points[first + 1]);
+        t0 + (rows - r0) * (t1 - t0) / (r1 - r0)
+    }
+}
+
 /// Where a step's time goes, in one unit of the caller's choice.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepCost {
-    /// A target pass, whatever it holds.
-    pub fixed: f64,
-    /// Each token in it.
-    pub row: f64,
-    /// A drafter pass.
-    pub draft_fixed: f64,
-    /// Each token of its blocks.
-    pub draft_row: f64,
+    /// A target pass, over the tokens in it.
+    pub target: Curve,
+    /// A drafter pass and what follows from it, over the tokens of its blocks.
+    pub draft: Curve,
 }
 
 impl StepCost {
     /// Only the number of passes counts: whole blocks are drafted and verified.
-    pub const PASSES: Self = Self {
-        fixed: 1.0,
-        row: 0.0,
-        draft_fixed: 0.0,
-        draft_row: 0.0,
-    };
-
-    fn check(&self) -> Result<()> {
-        let fields = [
-            ("fixed", self.fixed),
-            ("row", self.row),
-            ("draft_fixed", self.draft_fixed),
-            ("draft_row", self.draft_row),
-        ];
-        for (name, value) in fields {
-            if !value.is_finite() || value < 0.0 || (name == "fixed" && value == 0.0) {
-                return Err(Error::InvalidArgument {
-                    name,
-                    got: value.to_string(),
-                    expected: "a time: finite, not negative, and for fixed positive".into(),
-                });
-            }
+    pub fn passes() -> Self {
+        Self {
+            target: Curve::flat(1.0),
+            draft: Curve::flat(0.0),
         }
-        Ok(())
     }
 }
 
@@ -84,9 +121,15 @@ impl Planner {
     /// For blocks of at most `block` tokens, the anchor counted.
     ///
     /// # Errors
-    /// `InvalidArgument` for a block of none or a cost that is no time.
+    /// `InvalidArgument` for a block of none, or target passes that take no time.
     pub fn new(block: usize, cost: StepCost) -> Result<Self> {
-        cost.check()?;
+        if cost.target.at(1) <= 0.0 {
+            return Err(Error::InvalidArgument {
+                name: "target",
+                got: "no time for one row".into(),
+                expected: "a positive time".into(),
+            });
+        }
         if !(1..=MOST_BLOCK).contains(&block) {
             return Err(Error::InvalidArgument {
                 name: "block_size",
@@ -105,8 +148,8 @@ impl Planner {
     }
 
     /// The costs in use.
-    pub fn cost(&self) -> StepCost {
-        self.cost
+    pub fn cost(&self) -> &StepCost {
+        &self.cost
     }
 
     /// Most tokens of a block, the anchor counted.
@@ -147,21 +190,14 @@ impl Planner {
         if self.steps.is_multiple_of(EXPLORE) {
             return self.block;
         }
-        let StepCost {
-            fixed,
-            row,
-            draft_fixed,
-            draft_row,
-        } = self.cost;
-        let (requests, others) = (requests as f64, others as f64);
-        let (mut best, mut most) = (1, requests / (fixed + row * (requests + others)));
+        let StepCost { target, draft } = &self.cost;
+        let (mut best, mut most) = (1, requests as f64 / target.at(requests + others));
         let (mut tokens, mut alive) = (1.0, 1.0);
         for block in 2..=self.block {
             alive *= self.acceptance(block - 2);
             tokens += alive;
-            let rows = requests * block as f64;
-            let time = fixed + row * (rows + others) + draft_fixed + draft_row * rows;
-            let goodput = requests * tokens / time;
+            let rows = requests * block;
+            let goodput = requests as f64 * tokens / (target.at(rows + others) + draft.at(rows));
             if goodput >= most {
                 (best, most) = (block, goodput);
             }
@@ -184,10 +220,6 @@ impl Planner {
             });
         }
         let requests = probabilities.len() / width;
-        let StepCost { fixed, row, .. } = self.cost;
-        if row == 0.0 {
-            return Ok(vec![width as i32; requests]);
-        }
         self.queue.clear();
         for (request, row) in probabilities.chunks_exact(width).enumerate() {
             let mut chance = 1.0;
@@ -199,23 +231,24 @@ impl Planner {
         }
         // Stable: among equals a request's earlier drafts come first, so every prefix of the queue is a set of prefixes.
         self.queue.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let mut time = fixed + row * (requests + others) as f64 + self.drafting(requests, width);
+        // Every prefix of the queue is looked at: where time rises in stairs, what does not pay now may pay further on.
+        let drafting = self.cost.draft.at(requests * (width + 1));
+        let goodput =
+            |tokens: f64, drafts: usize| tokens / (self.cost.target.at(requests + others + drafts) + drafting);
         let mut tokens = requests as f64;
-        let mut keep = vec![0; requests];
-        for &(chance, request) in &self.queue {
-            // The queue falls and the time rises in a straight line: once it does not pay it never does.
-            if (tokens + f64::from(chance)) * time < tokens * (time + row) {
-                break;
-            }
+        let (mut admitted, mut most) = (0, goodput(tokens, 0));
+        for (index, &(chance, _)) in self.queue.iter().enumerate() {
             tokens += f64::from(chance);
-            time += row;
+            let now = goodput(tokens, index + 1);
+            if now >= most {
+                (admitted, most) = (index + 1, now);
+            }
+        }
+        let mut keep = vec![0; requests];
+        for &(_, request) in &self.queue[..admitted] {
             keep[request as usize] += 1;
         }
         Ok(keep)
-    }
-
-    fn drafting(&self, requests: usize, width: usize) -> f64 {
-        self.cost.draft_fixed + self.cost.draft_row * (requests * (width + 1)) as f64
     }
 }
 
@@ -224,66 +257,95 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn line(fixed: f64, row: f64) -> Curve {
+        Curve::new("line", &[(0.0, fixed), (1.0, fixed + row)]).unwrap()
+    }
+
     fn planner(row: f64) -> Planner {
         let cost = StepCost {
-            fixed: 1.0,
-            row,
-            draft_fixed: 0.1,
-            draft_row: row / 3.0,
+            target: line(1.0, row),
+            draft: line(0.1, row / 3.0),
         };
         Planner::new(8, cost).unwrap()
+    }
+
+    /// Expected tokens over time when request `r` verifies `keep[r]` drafts.
+    fn goodput(planner: &Planner, p: &[f32], width: usize, others: usize, keep: &[usize]) -> f64 {
+        let (mut tokens, mut rows) = (0.0, others);
+        for (p, &keep) in p.chunks_exact(width).zip(keep) {
+            let mut chance = 1.0;
+            tokens += 1.0;
+            for &x in &p[..keep] {
+                chance *= f64::from(x);
+                tokens += chance;
+            }
+            rows += 1 + keep;
+        }
+        let cost = planner.cost();
+        tokens / (cost.target.at(rows) + cost.draft.at(keep.len() * (width + 1)))
     }
 
     /// Every way to keep prefixes, by hand.
     fn best_by_trying(planner: &Planner, p: &[f32], width: usize, others: usize) -> f64 {
         let requests = p.len() / width;
-        let mut best = f64::MIN;
-        for choice in 0..(width + 1).pow(requests as u32) {
-            let (mut rest, mut tokens, mut rows) = (choice, 0.0, others);
-            for request in 0..requests {
-                let keep = rest % (width + 1);
-                rest /= width + 1;
-                let mut chance = 1.0;
-                tokens += 1.0;
-                for &x in &p[request * width..request * width + keep] {
-                    chance *= f64::from(x);
-                    tokens += chance;
-                }
-                rows += 1 + keep;
-            }
-            let cost = planner.cost;
-            let time = cost.fixed + cost.row * rows as f64 + planner.drafting(requests, width);
-            best = best.max(tokens / time);
-        }
-        best
+        (0..(width + 1).pow(requests as u32))
+            .map(|choice| {
+                let keep: Vec<usize> = (0..requests as u32)
+                    .map(|r| choice / (width + 1).pow(r) % (width + 1))
+                    .collect();
+                goodput(planner, p, width, others, &keep)
+            })
+            .fold(f64::MIN, f64::max)
     }
 
     proptest! {
         #[test]
         fn the_widths_give_the_best_goodput_of_all_choices(
-            p in prop::collection::vec(0.01f32..1.0, 9), row in 0.001f64..0.6, others in 0usize..5,
+            p in prop::collection::vec(0.01f32..1.0, 9),
+            steps in prop::collection::vec((1usize..5, 0.0f64..2.0), 1..6),
+            others in 0usize..5,
         ) {
-            let mut planner = planner(row);
-            let keep = planner.widths(&p, 3, others).unwrap();
-            let (mut tokens, mut rows) = (0.0, others);
-            for (request, &keep) in keep.iter().enumerate() {
-                let mut chance = 1.0;
-                tokens += 1.0;
-                for &x in &p[request * 3..request * 3 + keep as usize] {
-                    chance *= f64::from(x);
-                    tokens += chance;
-                }
-                rows += 1 + keep as usize;
+            // Any curve that does not fall: flat, lines, stairs.
+            let (mut rows, mut time) = (0, 1.0);
+            let points: Vec<(f64, f64)> = steps
+                .iter()
+                .map(|&(more, slower)| {
+                    rows += more;
+                    time += if slower < 0.7 { 0.0 } else { slower };
+                    (rows as f64, time)
+                })
+                .collect();
+            let target = Curve::new("target", &points).unwrap();
+            let mut planner = Planner::new(8, StepCost { target, draft: line(0.1, 0.01) }).unwrap();
+            let keep: Vec<usize> = planner.widths(&p, 3, others).unwrap().iter().map(|&k| k as usize).collect();
+            let (got, best) = (goodput(&planner, &p, 3, others, &keep), best_by_trying(&planner, &p, 3, others));
+            prop_assert!(got >= best * (1.0 - 1e-5), "{} against {}", got, best);
+        }
+
+        #[test]
+        fn a_curve_passes_through_its_points_and_never_falls(
+            steps in prop::collection::vec((1usize..9, 0.0f64..2.0), 2..8),
+        ) {
+            let (mut rows, mut time) = (0, 0.5);
+            let mut points = Vec::new();
+            for (more, slower) in steps {
+                rows += more;
+                time += slower;
+                points.push((rows as f64, time));
             }
-            let time = planner.cost.fixed + row * rows as f64 + planner.drafting(3, 3);
-            let best = best_by_trying(&planner, &p, 3, others);
-            prop_assert!(tokens / time >= best * (1.0 - 1e-5), "{} against {best}", tokens / time);
+            let curve = Curve::new("curve", &points).unwrap();
+            for &(rows, time) in &points {
+                prop_assert!((curve.at(rows as usize) - time).abs() < 1e-9);
+            }
+            for rows in 0..100 {
+                prop_assert!(curve.at(rows + 1) >= curve.at(rows) - 1e-9);
+            }
         }
     }
 
     #[test]
     fn where_rows_are_free_everything_is_verified() {
-        let mut planner = Planner::new(8, StepCost::PASSES).unwrap();
+        let mut planner = Planner::new(8, StepCost::passes()).unwrap();
         assert_eq!(planner.block(5, 100), 8);
         assert_eq!(planner.widths(&[0.0; 14], 7, 3).unwrap(), [7, 7]);
     }
@@ -321,17 +383,40 @@ mod tests {
     }
 
     #[test]
-    fn costs_that_are_no_times_are_refused_by_name() {
+    fn what_costs_nothing_until_a_step_is_filled_up() {
+        let target = Curve::new("target", &[(4.0, 1.0), (5.0, 10.0), (6.0, 10.0)]).unwrap();
         let cost = StepCost {
-            row: -1.0,
-            ..StepCost::PASSES
+            target,
+            draft: Curve::flat(0.0),
+        };
+        // Four rows cost what one does, the fifth ten times as much.
+        assert_eq!(Planner::new(8, cost).unwrap().widths(&[0.1; 7], 7, 0).unwrap(), [3]);
+    }
+
+    #[test]
+    fn curves_that_are_no_times_are_refused_by_name() {
+        let refused: [(&[(f64, f64)], &str); 6] = [
+            (&[], "draft: got no points"),
+            (&[(0.0, -1.0)], "draft: got (0, -1), expected times of at least 0"),
+            (&[(0.0, 2.0), (1.0, 1.0)], "draft: got (1, 1), expected times"),
+            (&[(1.0, 1.0), (1.0, 2.0)], "draft: got (1, 2), expected rows"),
+            (&[(-1.0, 1.0)], "draft: got (-1, 1), expected rows"),
+            (&[(0.0, f64::NAN)], "draft: got (0, NaN), expected finite"),
+        ];
+        for (points, message) in refused {
+            let error = Curve::new("draft", points).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+        let free = StepCost {
+            target: Curve::flat(0.0),
+            draft: Curve::flat(0.0),
         };
         assert!(
-            Planner::new(4, cost)
+            Planner::new(4, free)
                 .unwrap_err()
                 .to_string()
-                .starts_with("row: got -1")
+                .starts_with("target: got")
         );
-        assert!(Planner::new(0, StepCost::PASSES).is_err());
+        assert!(Planner::new(0, StepCost::passes()).is_err());
     }
 }

@@ -657,18 +657,17 @@ class HostInjector:
 class Planner:
     """Chooses how much to draft and how much of it to verify: most expected tokens per time.
 
-    Costs are lines over packed tokens in any one unit: a target pass ``fixed + row * rows``, a drafter pass
-    ``draft_fixed + draft_row * rows``. The defaults count passes only: whole blocks.
+    Costs are curves, pairs of packed tokens and time in any one unit: of a target pass, and of a drafter pass with what follows
+    from it. Straight between the points, flat before the first, beyond the last as between the last two. The defaults count
+    target passes only: whole blocks.
     """
 
     def __new__(
         cls,
         block_size: int,
         *,
-        fixed: float = 1.0,
-        row: float = 0.0,
-        draft_fixed: float = 0.0,
-        draft_row: float = 0.0,
+        target: list[tuple[float, float]] | None = None,
+        draft: list[tuple[float, float]] | None = None,
     ) -> Planner: ...
     def block(self, requests: int, others: int = 0) -> int:
         """Block length for a step in which ``requests`` could draft and ``others`` tokens run beside them; 1 is a plain step."""

@@ -143,7 +143,10 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--concurrency", type=_integers, default=(1,), metavar="N,N", help="requests at once; default: 1"
     )
     bench.add_argument(
-        "--temperature", type=_numbers, metavar="T,T", help="default: 0,0.7 (reference: 0); above 0 runs are seeded"
+        "--temperature",
+        type=_temperatures,
+        metavar="T,T",
+        help="default: 0,0.7 (reference: 0); above 0 runs are seeded",
     )
     bench.add_argument("--seed", type=int, default=1, help="prompt i is sampled with seed + i; default: 1")
     bench.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs per arm; default: 3")
@@ -162,7 +165,16 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="train a small target, or a DFlash drafter for a target",
         description="Train a small target model, or a DFlash drafter for an existing target.",
         formatter_class=formatter,
-        epilog="For training at large scale see docs/training.md.\n\n" + EXIT_CODES,
+        epilog="""examples:
+  dflash-rs train target --corpus runs/corpus --out runs/target
+  dflash-rs train responses --target runs/target --corpus runs/corpus --out runs/responses
+  dflash-rs train drafter --target runs/target --responses runs/responses --corpus runs/corpus --out runs/draft
+  dflash-rs train report --target runs/target --draft runs/draft --prompts runs/prompts.json
+
+Every step says with --help what it reads and writes. For training at large scale see docs/training.md.
+
+"""
+        + EXIT_CODES,
     )
     if _command(arguments) == "train":
         from dflash_rs.train.cli import add_parsers
@@ -213,7 +225,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models and engine")
     group.add_argument("--model", metavar="PATH", help="target: folder or Hugging Face id; default: the bundled pair")
-    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: a folder")
+    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
     group.add_argument(
@@ -239,24 +251,33 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (honoured exactly, with and without drafting)")
     group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: 0")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens; default: all")
+    group.add_argument("--top-p", type=float, metavar="P", help="the likeliest tokens that hold P together; default: 1")
+    group.add_argument("--min-p", type=float, metavar="P", help="tokens with P times the likeliest's share; default: 0")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    group.add_argument("--repetition-penalty", type=float, metavar="X")
-    group.add_argument("--presence-penalty", type=float, metavar="X")
-    group.add_argument("--frequency-penalty", type=float, metavar="X")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1 against tokens of prompt and output"
+    )
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="taken off tokens of the output")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same for every time they occurred")
     group.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be given repeatedly")
     group.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly; \\n means a new line")
-    group.add_argument("--stop-token-id", type=int, action="append", dest="stop_token_ids", metavar="ID")
+    group.add_argument(
+        "--stop-token-id",
+        type=int,
+        action="append",
+        dest="stop_token_ids",
+        metavar="ID",
+        help="may be given repeatedly",
+    )
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, with N alternatives")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.strip().isascii() and text.strip().isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
     return value
 
 
@@ -264,8 +285,13 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+def _temperatures(text: str) -> tuple[float, ...]:
+    from dflash_rs.sampling import SamplingParams
+
+    try:
+        return tuple(float(SamplingParams(temperature=float(part)).temperature) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected temperatures, for example 0,0.7") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ._core import Planner
 from .errors import InvalidArgument
 
 # What the KV cache may take by default. A serving machine sets num_pages itself.
@@ -36,6 +37,8 @@ class EngineConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("num_pages", "max_context"):
             _at_least(name, getattr(self, name), 0)
+        if not isinstance(self.prefix_cache, bool):
+            raise InvalidArgument(f"prefix_cache: got {self.prefix_cache!r}, expected True or False")
 
     def pages(self, bytes_per_token: int, max_context: int, block_size: int) -> int:
         """Pages of the pool for KV of `bytes_per_token`."""
@@ -48,26 +51,37 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What a step costs, in seconds or any other one unit: lines over the number of rows (packed tokens).
+    """What a step costs, in seconds or any other one unit: curves over its rows (packed tokens), each as pairs of rows and time.
 
-    A target pass takes ``fixed + row * rows``, a drafter pass ``draft_fixed + draft_row * rows``. ``LLM(costs=...)`` takes them
-    where measuring anew is not wanted, for example to make the number of steps repeatable.
+    `target`: a target pass. `draft`: a drafter pass and the injection that follows, over the rows of its blocks. Times are
+    straight between the points, flat before the first, and beyond the last as between the last two. ``LLM(costs=...)`` takes
+    them where measuring anew is not wanted, for example to make the number of steps repeatable.
     """
 
-    fixed: float = 1.0
-    row: float = 0.0
-    draft_fixed: float = 0.0
-    draft_row: float = 0.0
+    target: Sequence[tuple[float, float]] = ((0, 1.0),)
+    draft: Sequence[tuple[float, float]] = ((0, 0.0),)
 
     def __post_init__(self) -> None:
-        for name in ("fixed", "row", "draft_fixed", "draft_row"):
+        for name in ("target", "draft"):
             value = getattr(self, name)
-            good = (
-                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-            )
-            if not good or (name == "fixed" and value == 0):
-                expected = "a positive number" if name == "fixed" else "a number of at least 0"
-                raise InvalidArgument(f"costs.{name}: got {value!r}, expected {expected}")
+            try:
+                points = tuple((float(rows), float(time)) for rows, time in value)
+            except (TypeError, ValueError):
+                raise InvalidArgument(f"costs.{name}: got {value!r}, expected pairs of rows and time") from None
+            object.__setattr__(self, name, points)
+        try:
+            self.planner(2)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"costs.{error}") from None
+
+    @classmethod
+    def lines(cls, fixed: float, row: float, draft_fixed: float, draft_row: float) -> StepCosts:
+        """A target pass takes ``fixed + row * rows``, a drafter pass ``draft_fixed + draft_row * rows``."""
+        return cls(((0, fixed), (1, fixed + row)), ((0, draft_fixed), (1, draft_fixed + draft_row)))
+
+    def planner(self, block_size: int) -> Planner:
+        """A planner that judges by these costs."""
+        return Planner(block_size, target=list(self.target), draft=list(self.draft))
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -138,7 +138,7 @@ def _bump(counts: list[int], at: int) -> None:
 class LLM:
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
-    - `model`: folder or hub name of a Hugging Face causal LM; None is the bundled pair. `draft`: folder of a DFlash checkpoint;
+    - `model`: folder or hub name of a Hugging Face causal LM; None is the bundled pair. `draft`: folder or hub name of a DFlash checkpoint;
       None decodes plainly; "auto" is the bundled drafter, and only goes with the bundled model.
     - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
       GPU). float32 makes rounding differences between block sizes as rare as they can be.
@@ -190,12 +190,18 @@ class LLM:
             draft = assets() / "draft" if draft == "auto" else draft
         elif draft == "auto":
             raise InvalidArgument(
-                "draft: got 'auto' with a model of your own, expected a drafter's folder, or None to decode plainly"
+                "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, or None to decode plainly"
             )
+        if draft is not None and not isinstance(draft, str | Path):
+            raise InvalidArgument(
+                f"draft: got {draft!r}, expected a drafter's folder or hub name, or None to decode plainly"
+            )
+        if not isinstance(adaptive, bool):
+            raise InvalidArgument(f"adaptive: got {adaptive!r}, expected True or False")
         if costs is not None and not isinstance(costs, StepCosts):
             raise InvalidArgument(f"costs: got {costs!r}, expected a StepCosts")
         if threads is not None:
-            if not isinstance(threads, int) or threads < 1:
+            if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
                 raise InvalidArgument(f"threads: got {threads!r}, expected an integer of at least 1")
             torch.set_num_threads(threads)
         self._torch = torch
@@ -227,9 +233,7 @@ class LLM:
         self.max_context = max_context or limit
         per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
         pages = self.config.pages(per_token, self.max_context, self.block_size)
-        self._target.alloc_kv(pages * page_size)
-        if self._draft is not None:
-            self._draft.alloc_kv(pages * page_size)
+        self._alloc_kv(pages, per_token)
         self._core = _core.Engine(
             num_pages=pages,
             page_size=page_size,
@@ -247,12 +251,30 @@ class LLM:
         self._planner: _core.Planner | None = None
         if self._draft is not None and adaptive:
             self.costs = costs or measure(self._target, self._draft, self.block_size)
-            self._planner = _core.Planner(self.block_size, **asdict(self.costs))
+            self._planner = self.costs.planner(self.block_size)
         self._active: dict[int, _Active] = {}
         self._closed = False
         self._lock = threading.RLock()
         self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
         self._steps = 0
+
+    def _alloc_kv(self, pages: int, bytes_per_token: int) -> None:
+        slots = pages * self.config.page_size
+        # A size that torch cannot even express, or that the system does not give.
+        too_much = InvalidArgument(
+            f"num_pages, page_size: got {pages} pages of {self.config.page_size} tokens, expected a cache that fits the memory; this "
+            f"one takes {slots * bytes_per_token / 2**30:,.1f} GiB"
+        )
+        if slots >= 2**31:
+            raise too_much
+        try:
+            self._target.alloc_kv(slots)
+            if self._draft is not None:
+                self._draft.alloc_kv(slots)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise too_much from error
 
     def _kernels_here(self) -> bool:
         if self.device.type != "cuda":
@@ -290,11 +312,17 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as `generate` would make them."""
+        if not isinstance(text, str):
+            raise InvalidArgument(f"text: got {text!r}, expected a string")
         return list(self.tokenizer(text).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are not shown."""
-        return Detokenizer(self.tokenizer, self._bytes).push([int(i) for i in ids], None, True)
+        tokens = [int(i) if isinstance(i, int | np.integer) and not isinstance(i, bool) else -1 for i in ids]
+        bad = next((given for given, t in zip(ids, tokens, strict=True) if not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise InvalidArgument(f"ids: got {bad!r}, expected token ids in 0..{self.vocab_size - 1}")
+        return Detokenizer(self.tokenizer, self._bytes).push(tokens, None, True)
 
     def generate(
         self,
@@ -672,6 +700,8 @@ def _params_for(texts: list[Prompt], params: SamplingParams | Sequence[SamplingP
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * len(texts)
+    if isinstance(params, str | bytes) or not isinstance(params, Sequence):
+        raise InvalidArgument(f"params: got {params!r}, expected SamplingParams, or a list of them")
     params = list(params)
     if len(params) != len(texts):
         raise InvalidArgument(f"params: got {len(params)}, expected one, or one for each of {len(texts)} prompts")
@@ -712,6 +742,8 @@ def _logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
 
 
 def _device(torch: Any, name: str) -> Any:
+    if not isinstance(name, str):
+        raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":

@@ -6,7 +6,6 @@ penalties, logit bias, temperature, softmax, top-k and top-p jointly on the temp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -15,6 +14,11 @@ from typing import Any
 from .errors import InvalidArgument
 
 MAX_LOGPROBS = 64
+# Below this a temperature is meant to be 0, and the tempered logits would leave float32.
+MIN_TEMPERATURE = 1e-5
+# The core computes in float32: its largest number, and the smallest above 0 that keeps all its digits.
+_FLOAT32 = 3.4028234e38
+_TINY = 1.1754944e-38
 _SEEDS = 2**64
 
 
@@ -22,7 +26,7 @@ _SEEDS = 2**64
 class SamplingParams:
     """Sampling options of one request.
 
-    - `temperature` >= 0; 0 is greedy (the lowest id wins ties), and then top_k, top_p, min_p and seed have nothing to do.
+    - `temperature`: at least 1e-5, or 0, which is greedy (the lowest id wins ties), and then top_k, top_p, min_p and seed have nothing to do.
     - `top_k` >= 0 keeps the k likeliest tokens; 0 keeps all. `top_p` in (0, 1] keeps the nucleus of the unfiltered
       distribution. `min_p` in [0, 1] keeps tokens with p >= min_p * max p.
     - `seed` in 0..2^64-1 fixes every draw by (seed, position): the text is then the same in any batch, with and without
@@ -53,14 +57,17 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _real("temperature", self.temperature, 0.0, math.inf)
+        if _real("temperature", self.temperature, 0.0, _FLOAT32) != 0 and self.temperature < MIN_TEMPERATURE:
+            raise _bad(
+                "temperature", self.temperature, f"0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
+            )
         _integer("top_k", self.top_k, 0, 2**31 - 1)
-        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _real("top_p", self.top_p, _TINY, 1.0)
         _real("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _integer("seed", self.seed, 0, _SEEDS - 1)
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _real("repetition_penalty", self.repetition_penalty, _TINY, _FLOAT32)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.logprobs is not None:
@@ -81,7 +88,7 @@ class SamplingParams:
             raise _bad("logit_bias", self.logit_bias, "a mapping from token id to number")
         for token, bias in self.logit_bias.items():
             _integer("logit_bias (token id)", token, 0, 2**31 - 1)
-            _real(f"logit_bias[{token}]", bias, -math.inf, math.inf)
+            _real(f"logit_bias[{token}]", bias, -_FLOAT32, _FLOAT32)
         object.__setattr__(self, "logit_bias", {int(t): float(b) for t, b in self.logit_bias.items()})
 
 
@@ -93,15 +100,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    if not ok or (open_low and value == low):
-        span = (
-            f"{'above' if open_low else 'at least'} {low:g}"
-            if high == math.inf
-            else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
-        )
-        raise _bad(name, value, "a finite number" if low == -math.inf else f"a finite number {span}")
+def _real(name: str, value: Any, low: float, high: float) -> Real:
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+        raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
+    return value
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

@@ -138,6 +138,8 @@ def sample_rows(
     raises ``InvalidArgument`` naming row and column.
     """
     rows = logits.shape[0] if isinstance(logits, np.ndarray) and logits.ndim else 0
+    if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 0 <= top_k < 2**32:
+        raise InvalidArgument(f"top_k: got {top_k!r}, expected an integer of at least 0; 0 keeps all")
     return _core.sample_rows(
         logits,
         _unsigned("positions", positions),

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 use crate::error::Error;
 use crate::kv::PagePool as Core;
+use crate::py::arrays::Count;
 use crate::py::errors::invalid;
 use crate::types::PageId;
 
@@ -38,15 +39,16 @@ fn page_ids(pages: &[i64]) -> PyResult<Vec<PageId>> {
 #[pymethods]
 impl PagePool {
     #[new]
-    fn new(num_pages: usize) -> PyResult<Self> {
+    fn new(num_pages: Count) -> PyResult<Self> {
         Ok(Self {
-            pool: Mutex::new(Core::new(num_pages)?),
+            pool: Mutex::new(Core::new(num_pages.of("num_pages")?)?),
         })
     }
 
     /// Takes `count` free pages, one owner each, or raises `OutOfPages` and takes none.
-    #[pyo3(signature = (count = 1))]
-    fn alloc<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Bound<'py, PyArray1<i32>>> {
+    #[pyo3(signature = (count = Count::ONE), text_signature = "($self, count=1)")]
+    fn alloc<'py>(&self, py: Python<'py>, count: Count) -> PyResult<Bound<'py, PyArray1<i32>>> {
+        let count: usize = count.of("count")?;
         let pages = self.with(|pool| {
             let mut pages = Vec::with_capacity(count.min(pool.num_pages()));
             match pool.alloc_many(count, &mut pages) {
@@ -104,8 +106,9 @@ impl PagePool {
     }
 
     /// Owners of a page, 0 when it is free.
-    fn owners(&self, page: u32) -> u32 {
-        self.with(|pool| pool.owners(PageId(page)))
+    fn owners(&self, page: Count) -> PyResult<u32> {
+        let page = PageId(page.of("page")?);
+        Ok(self.with(|pool| pool.owners(page)))
     }
 
     /// Pages nobody holds.

@@ -5,7 +5,7 @@ use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMetho
 use pyo3::prelude::*;
 
 use crate::draft::{DraftTree as Core, NO_NODE, TopK, top_k};
-use crate::py::arrays::{array, shaped};
+use crate::py::arrays::{Count, array, shaped};
 use crate::py::errors::{invalid, token_ids};
 use crate::types::TokenId;
 use crate::verify::walk_tree;
@@ -60,8 +60,9 @@ impl DraftTree {
         anchor: i64,
         tokens: &Bound<'_, PyAny>,
         log_probs: &Bound<'_, PyAny>,
-        nodes: usize,
+        nodes: Count,
     ) -> PyResult<Self> {
+        let nodes: usize = nodes.of("nodes")?;
         let tokens = array::<i64, Ix2>("tokens", tokens, "[L, K]")?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, K]")?;
         shaped("log_probs", log_probs.shape(), tokens.shape(), "[L, K], that of tokens")?;
@@ -75,7 +76,8 @@ impl DraftTree {
 
     /// The `nodes` likeliest prefixes from whole rows of log-probabilities, f32 `[L, V]`.
     #[staticmethod]
-    fn from_log_probs(py: Python<'_>, anchor: i64, log_probs: &Bound<'_, PyAny>, nodes: usize) -> PyResult<Self> {
+    fn from_log_probs(py: Python<'_>, anchor: i64, log_probs: &Bound<'_, PyAny>, nodes: Count) -> PyResult<Self> {
+        let nodes: usize = nodes.of("nodes")?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, V]")?;
         let [depth, vocab] = [log_probs.shape()[0], log_probs.shape()[1]];
         if vocab == 0 {
@@ -180,8 +182,8 @@ impl DraftTree {
     }
 
     /// Drafts from depth 1 down to `node`, i64.
-    fn path_tokens<'py>(&self, py: Python<'py>, node: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        Ok(ids(py, &self.tree.path_tokens(self.node(node)?)))
+    fn path_tokens<'py>(&self, py: Python<'py>, node: Count) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        Ok(ids(py, &self.tree.path_tokens(self.node(node.of("node")?)?)))
     }
 
     /// Walks with tokens drawn at every node, i64 `[n]`: accepted nodes and the bonus token.

@@ -5,7 +5,7 @@ use numpy::{Element, IntoPyArray, PyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::py::arrays::{array, describe, holds, shaped};
+use crate::py::arrays::{Count, array, describe, holds, shaped};
 use crate::py::errors::{invalid, token_ids};
 use crate::rng::{Domain, Stream, gumbel_of_word};
 use crate::types::TokenId;
@@ -312,7 +312,8 @@ pub fn sample_rows<'py>(
 
 /// The `n` likeliest tokens of one raw row, f32 `[V]`, with their log-softmax.
 #[pyfunction]
-pub fn top_logprobs<'py>(py: Python<'py>, logits: &Bound<'py, PyAny>, n: usize) -> PyResult<Scored<'py>> {
+pub fn top_logprobs<'py>(py: Python<'py>, logits: &Bound<'py, PyAny>, n: Count) -> PyResult<Scored<'py>> {
+    let n = n.of("n")?;
     let logits = array::<f32, Ix1>("logits", logits, "[V]")?;
     let best = verify::top_logprobs(logits.as_slice()?, n)?;
     let tokens: Vec<i64> = best.iter().map(|(token, _)| i64::from(token.0)).collect();
@@ -325,11 +326,16 @@ pub fn top_logprobs<'py>(py: Python<'py>, logits: &Bound<'py, PyAny>, n: usize) 
 #[pyo3(signature = (seed, position, columns, domain = "draw"))]
 pub fn gumbel<'py>(
     py: Python<'py>,
-    seed: u64,
-    position: u64,
-    columns: u32,
+    seed: Count,
+    position: Count,
+    columns: Count,
     domain: &str,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let (seed, position, columns) = (
+        seed.of("seed")?,
+        position.of("position")?,
+        columns.of::<u32>("columns")?,
+    );
     let domain = match domain {
         "draw" => Domain::Draw,
         "accept" => Domain::Accept,

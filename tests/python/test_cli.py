@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
@@ -280,3 +281,24 @@ def test_the_reference_suite_says_how_to_get_its_package(fake, monkeypatch, tmp_
 def test_models_that_do_not_go_together_are_refused_before_anything_loads(words, message, capsys):
     assert cli.main(["generate", "x", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1", "1e-9", "a", "nan", ""])
+def test_a_temperature_that_cannot_be_sampled_at_ends_bench_before_a_model_is_loaded(value, fake, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", f"--temperature={value}"])
+    assert end.value.code == 2 and fake == []
+    assert f"argument --temperature: got {value!r}, expected temperatures" in capsys.readouterr().err
+
+
+def test_every_option_is_explained():
+    parser = cli.build_parser(["train"])
+    kinds = [parser]
+    for kind in kinds:
+        for action in kind._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                kinds += action.choices.values()
+    assert len(kinds) > 8
+    for kind in kinds:
+        for action in kind._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from dflash_rs import cli
+from dflash_rs.config import assets
 
 pytestmark = pytest.mark.pair
 
@@ -174,3 +176,36 @@ def test_a_prompt_that_can_never_fit_is_refused():
     done = dflash("generate", PROMPT * 20, "--num-pages", "1", "--page-size", "4")
     assert done.returncode == 2, done.stdout
     assert "error" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_drafter_may_be_named_as_on_the_hub(tmp_path):
+    """From a cache as the hub's library leaves it, without a network."""
+    repository = tmp_path / "hub" / "models--someone--drafter"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(assets() / "draft", repository / "snapshots" / ("0" * 40))
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+
+    def run(draft: str) -> subprocess.CompletedProcess:
+        words = [
+            "generate",
+            "import",
+            "--max-tokens",
+            "4",
+            "--json",
+            "--model",
+            str(assets() / "target"),
+            "--draft",
+            draft,
+        ]
+        return subprocess.run(
+            [sys.executable, "-m", "dflash_rs", *words], capture_output=True, text=True, env=environment, check=False
+        )
+
+    done = run("someone/drafter")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["output_tokens"] == 4
+    done = run("someone/nothing")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("dflash-rs: error: draft someone/nothing: there is no such folder"), done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from dflash_rs import DflashError, InvalidArgument, OutOfPages
+from dflash_rs import DflashError, InvalidArgument, OutOfPages, verify
 from dflash_rs._core import Engine, PagePool, Planner
 
 VOCAB = 31
@@ -432,3 +432,28 @@ def test_a_page_pool_counts_owners_and_refuses_a_second_free():
         pool.release(pages)
     with pytest.raises(InvalidArgument):
         PagePool(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: PagePool(-1), "num_pages"),
+        (lambda: PagePool(2**70), "num_pages"),
+        (lambda: PagePool(4).alloc(-1), "count"),
+        (lambda: PagePool(4).owners(2**40), "page"),
+        (lambda: Planner(-1), "block_size"),
+        (lambda: Planner(8).block(-1), "requests"),
+        (lambda: Planner(8).block(1, 2**70), "others"),
+        (lambda: Planner(8).record(-1, 2), "drafted"),
+        (lambda: Planner(8).widths(np.zeros((2, 3), np.float32), -1), "others"),
+        (lambda: Planner(8).widths(np.zeros((2, 3))), "probabilities"),
+        (lambda: verify.sample_rows(np.zeros((1, 4), np.float32), [0], top_k=-1), "top_k"),
+        (lambda: verify.top_logprobs(np.zeros(4, np.float32), -1), "n"),
+        (lambda: verify.gumbel(-1, 0, 4), "seed"),
+        (lambda: verify.gumbel(0, 2**64, 4), "position"),
+        (lambda: verify.gumbel(0, 0, 2**32), "columns"),
+    ],
+)
+def test_a_number_that_does_not_fit_is_refused_by_name(call, name):
+    with pytest.raises(InvalidArgument, match=f"^{name}: got"):
+        call()

@@ -377,13 +377,58 @@ def test_a_prompt_that_can_never_fit_is_refused_with_numbers():
     [
         {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}, {"min_p": 2.0},
         {"seed": -1}, {"max_tokens": 0}, {"stop": ""}, {"stop": [""]}, {"repetition_penalty": 0.0}, {"presence_penalty": 3.0},
-        {"logit_bias": {-1: 0.0}}, {"logit_bias": {1: math.inf}}, {"logprobs": 1000}, {"ignore_eos": 1}, {"stop_token_ids": 3},
+        {"temperature": 1e-9}, {"temperature": 1e39}, {"top_p": 1e-50}, {"repetition_penalty": 1e39}, {"repetition_penalty": 1e-46},
+        {"logit_bias": {1: 1e39}}, {"logit_bias": {-1: 0.0}}, {"logit_bias": {1: math.inf}}, {"logprobs": 1000}, {"ignore_eos": 1}, {"stop_token_ids": 3},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_bad_sampling_option_is_an_error_that_names_it(options):
     with pytest.raises(InvalidArgument, match=next(iter(options))):
         SamplingParams(**options)
+
+
+def test_every_sampling_option_that_is_taken_also_runs(one):
+    extremes = [
+        {"temperature": 1e-5}, {"temperature": 3.4e38}, {"top_p": 1.2e-38, "temperature": 1.0}, {"repetition_penalty": 3.4e38},
+        {"repetition_penalty": 1.2e-38}, {"logit_bias": {7: 3.4e38}}, {"min_p": 1e-60, "temperature": 1.0},
+    ]  # fmt: skip
+    for options in extremes:
+        output = one.generate("def f", SamplingParams(max_tokens=3, ignore_eos=True, **options))[0]
+        assert output.finish_reason == "length" or output.error, options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": None}, "device: got None"),
+        ({"threads": True}, "threads: got True"),
+        ({"page_size": 2**40}, "num_pages, page_size: got 1 pages of"),
+        ({"num_pages": 2**60}, "num_pages, page_size: got"),
+        ({"prefix_cache": "x"}, "prefix_cache: got 'x'"),
+        ({"adaptive": "no"}, "adaptive: got 'no'"),
+        ({"draft": 5}, "draft: got 5"),
+    ],
+    ids=str,
+)
+def test_an_engine_option_of_the_wrong_kind_or_size_is_named(options, message):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        LLM(**({"device": "cpu"} | options))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate("a", 5), "params: got 5"),
+        (lambda llm: llm.generate("a", {"temperature": 1.0}), "params: got {"),
+        (lambda llm: llm.decode([99999]), "ids: got 99999"),
+        (lambda llm: llm.decode([-1]), "ids: got -1"),
+        (lambda llm: llm.decode("abc"), "ids: got 'a'"),
+        (lambda llm: llm.encode(5), "text: got 5"),
+    ],
+)
+def test_what_a_call_cannot_take_is_named(one, call, message):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        call(one)
 
 
 def test_a_drafter_is_never_dropped_in_silence():

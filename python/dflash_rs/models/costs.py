@@ -15,29 +15,40 @@ from .target import TargetModel
 # Enough rounds for each minimum to be near the truth even on a busy machine, and no more once a big model has taken this long.
 _ROUNDS = 12
 _PATIENCE_S = 1.0
-_ROWS = 16
+# A pass is flat where memory limits it, then a line: few points show where it turns.
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+# Requests that draft a whole block each.
+_REQUESTS = (1, 4, 8)
 
 
 def measure(target: TargetModel, draft: DFlashDraft, block_size: int) -> StepCosts:
-    """Times passes with few and with more rows on empty context and draws lines through them.
+    """Times passes of both models over numbers of rows, on empty context.
 
     Uses the first slots of the caches, which hold nothing yet.
     """
-    rows = min(_ROWS, target.num_slots)
+    slots = target.num_slots
+    rows = [n for n in _ROWS if n <= slots]
+    blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
     features = torch.zeros(1, draft.config.feature_size, dtype=target.dtype, device=target.device)
-    one, many, short, long, inject = _fastest(
-        [
-            lambda: _verify(target, 1),
-            lambda: _verify(target, rows),
-            lambda: _propose(draft, 2),
-            lambda: _propose(draft, block_size),
-            lambda: draft.inject(features, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)),
-        ]
-    )
-    row = max(0.0, (many - one) / max(1, rows - 1))
-    draft_row = max(0.0, (long - short) / (block_size - 2)) if block_size > 2 else 0.0
+    first = np.zeros(1, dtype=np.int64)
+    passes = [lambda n=n: _verify(target, n) for n in rows]
+    passes += [lambda n=n, size=size: _propose(draft, n, size) for n, size in blocks]
+    passes.append(lambda: draft.inject(features, first, first))
+    times = _fastest(passes)
+    verify, propose, inject = times[: len(rows)], times[len(rows) : -1], times[-1]
     # Every pass that drafts is followed by an injection.
-    return StepCosts(max(one - row, 1e-9), row, max(0.0, short + inject - 2 * draft_row), draft_row)
+    drafting = sorted((n * size, time + inject) for (n, size), time in zip(blocks, propose, strict=True))
+    return StepCosts(_rising(zip(rows, verify, strict=True)), _rising(drafting))
+
+
+def _rising(points) -> tuple[tuple[int, float], ...]:
+    """What was measured, without the falls that are noise, one point for each number of rows."""
+    curve: dict[int, float] = {}
+    last = 1e-9
+    for rows, time in points:
+        last = max(last, time)
+        curve.setdefault(rows, last)
+    return tuple(curve.items())
 
 
 def _verify(target: TargetModel, rows: int) -> None:
@@ -57,10 +68,9 @@ def _verify(target: TargetModel, rows: int) -> None:
     target.forward(batch)
 
 
-def _propose(draft: DFlashDraft, block: int) -> None:
-    draft.draft(
-        np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros((1, 1), dtype=np.int32), page_size=1, block_size=block
-    )
+def _propose(draft: DFlashDraft, requests: int, block: int) -> None:
+    anchors, table = np.zeros(requests, dtype=np.int64), np.zeros((requests, 1), dtype=np.int32)
+    draft.draft(anchors, np.zeros(requests), table, page_size=1, block_size=block)
 
 
 def _fastest(passes) -> list[float]:

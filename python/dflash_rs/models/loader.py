@@ -325,6 +325,24 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, T
             raise CheckpointError(f"{path}: {name}: has values that are not finite")
 
 
+def draft_folder(path: str | Path) -> Path:
+    """The folder of a drafter: `path` itself, or a copy of the Hugging Face repository of this name. Raises CheckpointError."""
+    path = Path(path)
+    if path.exists() or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = ["config.json", "*.safetensors", "model.safetensors.index.json"]
+        return Path(snapshot_download(path.as_posix(), allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"draft {path}: there is no such folder, and no such Hugging Face repository could be had ({type(error).__name__}: {reason})"
+        ) from error
+
+
 def load_draft(
     path: str | Path,
     target=None,
@@ -333,11 +351,11 @@ def load_draft(
     device: torch.device | str | None = None,
     matmul_precision: str = "highest",
 ) -> DFlashDraft:
-    """Loads a DFlash checkpoint folder; with a `TargetModel`, checks it against the target and binds it.
+    """Loads a DFlash checkpoint, a folder or a hub name; with a `TargetModel`, checks it against the target and binds it.
 
     `dtype` and `device` default to the target's (float32 on the CPU without one). `matmul_precision`: see `TargetModel`.
     """
-    path = Path(path)
+    path = draft_folder(path)
     config = read_draft_config(path)
     if target is not None:
         check_against_target(path, config, target)

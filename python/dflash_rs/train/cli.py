@@ -6,17 +6,55 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+_HELP = {
+    "anchors": "random blocks per sequence",
+    "batch_size": "sequences per step, or per shard",
+    "block_size": "tokens of a block, the anchor counted",
+    "decay": "share of the steps over which the learning rate falls",
+    "gamma": "slot k of a block weighs exp(-(k-1)/gamma)",
+    "grow_at": "share of the budget after which the model gets all its layers",
+    "head_dim": "elements of a head; even",
+    "hidden_size": "width of the residual stream",
+    "init_from": "folder of a model to go on from",
+    "intermediate_size": "width of the MLP",
+    "lr": "peak learning rate",
+    "mask_token_id": "token that stands for what is to be predicted",
+    "max_position_embeddings": "positions the model declares",
+    "max_prompt": "longest prompt, tokens",
+    "min_prompt": "shortest prompt, tokens",
+    "num_heads": "query heads",
+    "num_kv_heads": "key heads",
+    "num_layers": "layers",
+    "own_text": "share of the target's own text in a batch, the rest is true text",
+    "seed": "of everything random",
+    "seq_len": "tokens of a sequence",
+    "sequences": "sequences to write",
+    "soft_labels": "weight of the target's law as label; 0 trains on the tokens alone",
+    "start_layers": "layers to begin with, to be grown; 0 begins with all",
+    "steps": "training steps",
+    "taps": "target layers whose outputs the drafter reads",
+    "temperatures": "sampling temperatures, in turn",
+    "tokens": "training tokens in all",
+    "train_block_sizes": "block sizes to draw from",
+    "vocab_size": "entries of the tokenizer that is trained",
+    "warmup": "share of the steps over which the learning rate rises",
+    "warmup_steps": "steps over which the learning rate rises",
+    "weight_decay": "of the matrices",
+}
+_METAVAR = {int: "N", float: "X", str: "TEXT"}
+
 
 def _add_settings(parser: argparse.ArgumentParser, cls) -> None:
     """One option per field of a settings dataclass, with the field's default."""
     for f in dataclasses.fields(cls):
         kind = type(f.default)
+        default = "none" if f.default == "" else "%(default)s"
         parser.add_argument(
             f"--{f.name.replace('_', '-')}",
             type=kind,
             default=f.default,
-            metavar=kind.__name__,
-            help="default: %(default)s",
+            metavar=_METAVAR[kind],
+            help=f"{_HELP[f.name]}; default: {default}",
         )
 
 
@@ -28,7 +66,9 @@ def _add_run(parser: argparse.ArgumentParser, save_every: int) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints and the finished model")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
-    parser.add_argument("--save-every", type=int, default=save_every, metavar="STEPS")
+    parser.add_argument(
+        "--save-every", type=int, default=save_every, metavar="STEPS", help="between checkpoints; default: %(default)s"
+    )
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
@@ -63,7 +103,7 @@ def add_parsers(subparsers) -> None:
     target.set_defaults(run=_train_target)
 
     own = subparsers.add_parser("responses", help="let the target write the sequences its drafter is trained on")
-    own.add_argument("--target", type=Path, required=True, metavar="DIR")
+    own.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model that writes")
     _corpus(own)
     own.add_argument("--out", type=Path, required=True, metavar="DIR", help="shards of sequences; resumable")
     own.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
@@ -72,7 +112,7 @@ def add_parsers(subparsers) -> None:
     own.set_defaults(run=_responses)
 
     drafter = subparsers.add_parser("drafter", help="train a DFlash drafter for a target")
-    drafter.add_argument("--target", type=Path, required=True, metavar="DIR")
+    drafter.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model to draft for")
     drafter.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
     _corpus(drafter)
     _add_run(drafter, save_every=250)
@@ -81,17 +121,17 @@ def add_parsers(subparsers) -> None:
 
     prompts = subparsers.add_parser("prompts", help="cut held-out prompts for demonstrations and benchmarks")
     _corpus(prompts)
-    prompts.add_argument("--out", type=Path, required=True, metavar="FILE")
-    prompts.add_argument("--count", type=int, default=48)
+    prompts.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
+    prompts.add_argument("--count", type=int, default=48, metavar="N", help="prompts; default: %(default)s")
     prompts.set_defaults(run=_prompts)
 
     report = subparsers.add_parser(
         "report", help="held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up"
     )
-    report.add_argument("--target", type=Path, required=True, metavar="DIR")
-    report.add_argument("--draft", type=Path, required=True, metavar="DIR")
+    report.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target")
+    report.add_argument("--draft", type=Path, required=True, metavar="DIR", help="its drafter")
     report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="written by `train prompts`")
-    report.add_argument("--max-tokens", type=int, default=128)
+    report.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt; default: %(default)s")
     report.set_defaults(run=_report)
 
 
