@@ -341,15 +341,23 @@ def test_the_planner_weighs_rows_against_tokens():
     free = Planner(8)
     assert free.block(64) == 8
     assert free.widths(np.zeros((2, 7), np.float32)).tolist() == [7, 7]
-    dear = Planner(8, fixed=1.0, row=0.1)
+    dear = Planner(8, target=[(0, 1.0), (10, 2.0)])
     sure, unsure = [0.9] * 7, [0.9, 0.05] + [0.9] * 5
     widths = dear.widths(np.array([sure, unsure], np.float32))
     assert widths.dtype == np.int32 and widths[0] > 3 and widths[1] == 1
     for _ in range(200):
         dear.record(7, 0)
     assert dear.block(4) == 1 and dear.acceptance[0] < 0.05
-    with pytest.raises(InvalidArgument, match="fixed: got 0"):
-        Planner(8, fixed=0.0)
+    stairs = Planner(8, target=[(4, 1.0), (5, 9.0)])
+    assert stairs.widths(np.full((1, 7), 0.3, np.float32)).tolist() == [3]
+    for options, message in (
+        ({"target": [(0, 0.0)]}, "target: got no time"),
+        ({"target": []}, "target: got no points"),
+        ({"draft": [(0, 1.0), (4, 0.5)]}, r"draft: got \(4, 0.5\), expected times"),
+        ({"draft": [(4, 1.0), (4, 1.0)]}, r"draft: got \(4, 1\), expected rows"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{message}"):
+            Planner(8, **options)
     with pytest.raises(InvalidArgument, match="block_size: got 1099511627776, expected 1 to 4096"):
         Planner(2**40)
     with pytest.raises(DflashError):

@@ -147,9 +147,9 @@ def test_the_block_size_does_not_change_the_text(one, block_size):
 
 # A machine on which rows are free, one on which the least likely are not worth it, one on which drafting never pays.
 COSTS = {
-    "free": StepCosts(1.0, 0.0, 0.1, 0.0),
-    "dear": StepCosts(1.0, 0.03, 0.1, 0.01),
-    "forbidding": StepCosts(0.01, 1.0, 5.0, 1.0),
+    "free": StepCosts.lines(1.0, 0.0, 0.1, 0.0),
+    "dear": StepCosts.lines(1.0, 0.03, 0.1, 0.01),
+    "forbidding": StepCosts.lines(0.01, 1.0, 5.0, 1.0),
 }
 
 
@@ -493,10 +493,20 @@ def test_a_damaged_target_folder_is_one_kind_of_error(tmp_path, file, text):
         LLM(folder, draft=None, device="cpu")
 
 
-@pytest.mark.parametrize("change", [{"fixed": 0}, {"row": -1.0}, {"draft_row": float("nan")}, {"row": "a"}])
-def test_costs_that_are_no_times_are_refused_by_name(change):
-    (name,) = change
-    with pytest.raises(InvalidArgument, match=f"^costs.{name}: got"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": ()}, "costs.target: got no points"),
+        ({"target": ((1, 0.0),)}, "costs.target: got no time"),
+        ({"target": ((1, 2.0), (2, 1.0))}, r"costs.target: got \(2, 1\), expected times"),
+        ({"draft": ((1, float("nan")),)}, r"costs.draft: got \(1, NaN\)"),
+        ({"draft": ((2, 1.0), (1, 2.0))}, r"costs.draft: got \(1, 2\), expected rows"),
+        ({"draft": 3}, "costs.draft: got 3, expected pairs"),
+        ({"draft": (("a", 1.0),)}, "costs.draft: got .*, expected pairs"),
+    ],
+)
+def test_costs_that_are_no_times_are_refused_by_name(change, message):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
         StepCosts(**change)
 
 

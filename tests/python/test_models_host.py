@@ -147,7 +147,21 @@ def test_measured_costs_are_times():
     target.alloc_kv(64)
     draft.alloc_kv(64)
     costs = measure(target, draft, 6)
-    assert costs.fixed > 0 and min(costs.row, costs.draft_fixed, costs.draft_row) >= 0
+    assert [rows for rows, _ in costs.target] == [1, 2, 4, 8, 16, 32, 64]
+    assert [rows for rows, _ in costs.draft] == [2, 4, 6, 24, 48]
+    for curve in (costs.target, costs.draft):
+        times = [time for _, time in curve]
+        assert times[0] > 0 and times == sorted(times)
+    # What the planner is made of takes them as they are.
+    assert 1 <= costs.planner(6).block(1) <= 6
+
+
+def test_a_cache_of_a_few_slots_is_measured_as_far_as_it_goes():
+    target = TargetModel(qwen3_target())
+    draft = random_draft().bind_target(target.embedding, target.lm_head)
+    target.alloc_kv(5)
+    draft.alloc_kv(5)
+    assert [rows for rows, _ in measure(target, draft, 2).target] == [1, 2, 4]
 
 
 def addressed(array: np.ndarray) -> tuple[int, int, int]:

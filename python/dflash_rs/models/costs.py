@@ -45,8 +45,8 @@ def _rising(points) -> tuple[tuple[int, float], ...]:
     """What was measured, without the falls that are noise, one point for each number of rows."""
     curve: dict[int, float] = {}
     last = 1e-9
-    for rows, time in points:
-        last = max(last, time)
+    for rows, taken in points:
+        last = max(last, taken)
         curve.setdefault(rows, last)
     return tuple(curve.items())
 
