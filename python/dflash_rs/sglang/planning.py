@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dflash_rs import _core
+from dflash_rs import serving
 from dflash_rs.sglang import compat
 
 
@@ -32,7 +32,7 @@ class DraftInput(compat.draft_input_class()):
         wanted = torch.empty(rows, dtype=torch.int32, pin_memory=pinned)
         block = int(get_spec().speculative_num_draft_tokens)
         page = batch.token_to_kv_pool_allocator.page_size
-        missing, committed_sum, wanted_sum = _core.plan_decode(
+        missing, committed_sum, wanted_sum = serving.plan_decode(
             batch.reqs, 2 * block, page, committed.numpy(), owned.numpy(), wanted.numpy()
         )
         if missing:
