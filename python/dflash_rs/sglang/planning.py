@@ -19,6 +19,9 @@ class DraftInput(compat.draft_input_class()):
 
     def prepare_for_decode(self, batch: Any) -> None:
         """Reserves KV for the next block of every request; leaves SGLang's batch as its own draft input would."""
+        if not compat.lengths_in_kv():
+            super().prepare_for_decode(batch)
+            return
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
 

@@ -37,7 +37,9 @@ class DflashRsWorker(compat.worker_class()):
         algorithm.require_registered()
         self.options = config.load()
         compat.check(self.options.allow_untested_sglang)
-        super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
+        super().__init__(
+            server_args=server_args, gpu_id=gpu_id, nccl_port=nccl_port, target_worker=target_worker, **kwargs
+        )
         self._check_drafter()
         runner = self.model_runner
         self._targets: TargetSampler | None = None
