@@ -78,7 +78,7 @@ sglang-test: sglang-install
 sglang-demo: sglang-install
 	$(SGLANG)/python tests/sglang/demo.py $(SERVE)
 
-sglang-install: install $(SGLANG_VENV)/.stamp
+sglang-install: install $(SGLANG_VENV)/.stamp $(SGLANG_VENV)/.stamp-oldest
 
 $(SGLANG_VENV)/.stamp: tests/sglang/requirements.txt $(wildcard tests/sglang/host/*.toml tests/sglang/host/*/*.py) | $(VENV)/.stamp-tools
 	test -x $(SGLANG)/python || $(BIN)/python -m venv $(SGLANG_VENV)
@@ -88,6 +88,12 @@ $(SGLANG_VENV)/.stamp: tests/sglang/requirements.txt $(wildcard tests/sglang/hos
 	paths='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  printf 'import site; site.addsitedir("%s")\nimport sglang_host.cpu_torch\n' "$$($(BIN)/python -c "$$paths")" \
 	  > "$$($(SGLANG)/python -c "$$paths")/zz_dflash_rs_venv.pth"
+	touch $@
+
+# The oldest version supported, in a folder that its tests put in front of the newest.
+$(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VENV)/.stamp
+	rm -rf $(SGLANG_VENV)/sglang-0.5.17
+	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --target $(SGLANG_VENV)/sglang-0.5.17 -r $<
 	touch $@
 
 bench: bench-core bench-demo bench-reference bench-sglang

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages, UnsupportedModel
 
 if TYPE_CHECKING:
-    from dflash_rs import verify
+    from dflash_rs import serving, verify
     from dflash_rs._core import DraftTree, PagePool, Planner
     from dflash_rs.config import StepCosts
     from dflash_rs.llm import LLM, Output, StreamEvent
@@ -43,6 +43,7 @@ __all__ = [
     "StreamEvent",
     "UnsupportedModel",
     "__version__",
+    "serving",
     "verify",
 ]
 
@@ -50,8 +51,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name == "verify":
-        return import_module("dflash_rs.verify")
+    if name in ("serving", "verify"):
+        return import_module(f"dflash_rs.{name}")
     module = _LATER.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -721,13 +721,7 @@ def plan_decode(
     allocated: NDArray[np.int32],
     next: NDArray[np.int32],
 ) -> tuple[int, int, int]:
-    """KV room for the next step of requests that a serving engine keeps.
-
-    Each request has ``kv.kv_committed_len`` tokens that the host knows of and ``kv.kv_allocated_len`` slots; a step may write
-    ``ahead`` slots behind the former. Fills the first ``len(requests)`` entries of ``committed``, ``allocated`` and ``next``, the
-    slots each must own (whole pages, never fewer than it has), and returns the slots to allocate, the sum of ``committed`` and
-    the sum of ``next``. Raises ``InvalidArgument`` for an array of another type or too short.
-    """
+    """See ``dflash_rs.serving.plan_decode``."""
 
 # --- verification -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1, PyUntypedArrayMethods, dtype};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyList, PyString};
 
 use crate::kv::room;
 use crate::py::arrays::describe;
@@ -26,21 +26,42 @@ fn writable<'py, T: numpy::Element>(
     array.try_readwrite().map_err(|_| refuse())
 }
 
+/// `requests[row].kv.<name>`, a number of slots.
+fn length(row: usize, kv: &Bound<'_, PyAny>, name: &Bound<'_, PyString>) -> PyResult<i32> {
+    let value = kv.getattr(name)?;
+    value.extract().ok().filter(|n| *n >= 0).ok_or_else(|| {
+        invalid(
+            "requests",
+            format!("{value} for kv.{name} of request {row}"),
+            "0 to 2^31 - 1 slots",
+        )
+    })
+}
+
 /// Reads each request's `kv.kv_committed_len` and `kv.kv_allocated_len`, and says what each must own before the next step.
 #[pyfunction]
 #[pyo3(signature = (requests, ahead, page_size, committed, allocated, next))]
 pub fn plan_decode(
-    requests: &Bound<'_, PyList>,
-    ahead: usize,
-    page_size: usize,
+    requests: &Bound<'_, PyAny>,
+    ahead: i64,
+    page_size: i64,
     committed: &Bound<'_, PyAny>,
     allocated: &Bound<'_, PyAny>,
     next: &Bound<'_, PyAny>,
 ) -> PyResult<(u64, u64, u64)> {
-    if page_size == 0 {
-        return Err(invalid("page_size", "0", "at least 1"));
-    }
-    let (py, rows) = (requests.py(), requests.len());
+    let py = requests.py();
+    let requests = requests
+        .cast::<PyList>()
+        .map_err(|_| invalid("requests", describe(requests), "a list"))?;
+    let within = |name, value: i64, least: i64| {
+        i32::try_from(value)
+            .ok()
+            .filter(|n| i64::from(*n) >= least)
+            .map(|n| n as usize)
+            .ok_or_else(|| invalid(name, value.to_string(), format!("{least} to 2^31 - 1")))
+    };
+    let (ahead, page_size) = (within("ahead", ahead, 0)?, within("page_size", page_size, 1)?);
+    let rows = requests.len();
     let mut committed = writable::<i64>("committed", committed, rows)?;
     let mut allocated = writable::<i32>("allocated", allocated, rows)?;
     let mut next = writable::<i32>("next", next, rows)?;
@@ -52,16 +73,20 @@ pub fn plan_decode(
     let (mut missing, mut committed_sum, mut next_sum) = (0, 0, 0);
     for (row, request) in requests.iter().enumerate() {
         let kv = request.getattr(intern!(py, "kv"))?;
-        let known: u32 = kv.getattr(intern!(py, "kv_committed_len"))?.extract()?;
-        let owned: u32 = kv.getattr(intern!(py, "kv_allocated_len"))?.extract()?;
+        let known = length(row, &kv, intern!(py, "kv_committed_len"))?;
+        let owned = length(row, &kv, intern!(py, "kv_allocated_len"))?;
         let wanted = room(known as usize, owned as usize, ahead, page_size);
-        let slots =
-            |n: usize| i32::try_from(n).map_err(|_| invalid("requests", n.to_string(), "at most 2^31 - 1 slots"));
         committed[row] = i64::from(known);
-        allocated[row] = slots(owned as usize)?;
-        next[row] = slots(wanted)?;
-        missing += wanted as u64 - u64::from(owned);
-        committed_sum += u64::from(known);
+        allocated[row] = owned;
+        next[row] = i32::try_from(wanted).map_err(|_| {
+            invalid(
+                "requests",
+                format!("{wanted} slots for request {row}"),
+                "at most 2^31 - 1",
+            )
+        })?;
+        missing += wanted as u64 - owned as u64;
+        committed_sum += known as u64;
         next_sum += wanted as u64;
     }
     Ok((missing, committed_sum, next_sum))

@@ -55,6 +55,7 @@ def greedy() -> dict[str, dict[str, Any]]:
         | {"ignore_eos": False, "min_new_tokens": 24, "stop_token_ids": sorted(set(ids("\n() .:=,self")))},
         "stop_token_ids": base | {"stop_token_ids": ids("\n")[:1]},
         "stop": base | {"stop": ["return", "):"]},
+        "stop_regex": base | {"stop_regex": r"ret\w+|[)\]]:"},
         "eos": base | {"ignore_eos": False, "logit_bias": {"0": 6.0}},
     }
 
@@ -142,6 +143,38 @@ def custom() -> dict[str, dict[str, Any]]:
             params = base | extra | {"custom_params": given}
             out[label + name] = {"params": params, "custom_logit_processor": space[kind].to_str()}
     return out
+
+
+def crowd() -> list[dict[str, Any]]:
+    """Sixteen /generate bodies, greedy with penalties and seeded in turn; both kinds filter, so that no draw depends on the other.
+
+    Forbidding the end token, rather than ignoring it, has SGLang admit requests that a small pool cannot hold to their end.
+    """
+    kinds = (
+        {"temperature": 0, "frequency_penalty": 0.75},
+        {"temperature": 0.9, "sampling_seed": 29, "top_k": 20, "repetition_penalty": 1.1},
+    )
+    base = {"max_new_tokens": 120, "logit_bias": {"0": -1000.0}}
+    return [{"text": prompt, "sampling_params": base | kind} for kind in kinds for prompt in prompts(8)]
+
+
+def converse(server: Any, rounds: int = 3) -> list[list[dict[str, Any]]]:
+    """Conversations of token ids: every round sends what was said so far and something new. Answers with their prompts, by round."""
+    params = [greedy()["greedy"], greedy()["all penalties"]] * 2
+    said, talk = [ids(prompt) for prompt in prompts(4)], []
+    for number in range(rounds):
+        answers = server.together([{"input_ids": text, "sampling_params": p} for text, p in zip(said, params)])
+        talk.append([answer | {"prompt": text} for answer, text in zip(answers, said)])
+        new = [ids(prompt)[number : number + 20] for prompt in prompts(8)[4:]]
+        said = [text + answer["output_ids"] + more for text, answer, more in zip(said, answers, new)]
+    return talk
+
+
+def kit_prompts() -> list[str]:
+    """Prompts of SGLang's own parity test."""
+    from kits import spec_server_kits
+
+    return spec_server_kits.SpecParityKit.parity_prompts
 
 
 def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,35 @@ def reference(started: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
         answers["eight"] = server.together(cases.bodies(cases.greedy()["greedy"], 8))
         for name, fields in cases.custom().items():
             answers[name] = server.together(cases.bodies(**fields))
+        answers["crowd"] = server.together(cases.crowd())
+        answers["talk"] = [answer for answers in cases.converse(server) for answer in answers]
+        for prompt in cases.kit_prompts():
+            answers[f"kit: {prompt}"] = [server.generate(prompt, {"temperature": 0, "max_new_tokens": 48})]
     return answers
+
+
+@pytest.fixture(scope="session")
+def web(logs: Path) -> Iterator[Server]:
+    """DFLASH_RS as most would start it: overlap scheduling, unseeded draws, metrics, chat, grammars.
+
+    The context is longer than the target was trained for, because SGLang's own tests send long prompts.
+    """
+    template = logs / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    options = speculative(
+        enable_metrics=True,
+        chat_template=template,
+        speculative_num_draft_tokens=6,
+        grammar_backend="xgrammar",
+        constrained_json_disable_any_whitespace=True,
+        context_length=2048,
+    )
+    env = {
+        "DFLASH_RS_CONFIG": json.dumps({"alarm_passes": 64, "alarm_tau": 7}),
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    }
+    with Server(logs / "web.log", env=env, **options) as server:
+        yield server
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

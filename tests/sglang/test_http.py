@@ -7,26 +7,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from typing import Any
 
 import cases
 import pytest
 import torch
 from cases import tokens
-from servers import DRAFT, TARGET, Server, environment, speculative
-
-
-@pytest.fixture(scope="module")
-def web(logs) -> Any:
-    """DFLASH_RS as most would start it: overlap scheduling, unseeded draws, metrics."""
-    template = logs / "chat.jinja"
-    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    options = speculative(enable_metrics=True, chat_template=template, speculative_num_draft_tokens=6)
-    env = {
-        "DFLASH_RS_CONFIG": json.dumps({"alarm_passes": 64, "alarm_tau": 7}),
-    }
-    with Server(logs / "web.log", env=env, **options) as server:
-        yield server
+from servers import DRAFT, TARGET, Server, environment
 
 
 @pytest.mark.parametrize("name", ["greedy", "logit_bias", "stop", "all penalties"])

@@ -14,7 +14,6 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import _REGISTRY, get_spec
 
 import dflash_rs.sglang
-from dflash_rs import _core
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, requests
 from dflash_rs.sglang.metrics import Acceptance, Exporter
@@ -283,21 +282,6 @@ def test_requests_without_penalties_cost_nothing() -> None:
     sampler = TargetSampler(None, 4, V, "cpu")
     sampler.committed([request()], torch.tensor([0]), torch.tensor([[1]]), torch.tensor([1]))
     assert sampler.history.table is None
-
-
-# --- planning ---------------------------------------------------------------------------------------------------------
-
-
-def test_room_is_planned_in_one_crossing() -> None:
-    kv = [(10, 10), (33, 64), (96, 112)]
-    several = [SimpleNamespace(kv=SimpleNamespace(kv_committed_len=c, kv_allocated_len=a)) for c, a in kv]
-    committed, owned, wanted = torch.empty(4, dtype=torch.int64), *torch.empty((2, 4), dtype=torch.int32)
-    sums = _core.plan_decode(several, 16, 16, committed.numpy(), owned.numpy(), wanted.numpy())
-    assert committed[:3].tolist() == [10, 33, 96] and owned[:3].tolist() == [10, 64, 112]
-    assert wanted[:3].tolist() == [32, 64, 112]
-    assert sums == (22, 139, 208)
-    with pytest.raises(InvalidArgument, match="wanted|next: got"):
-        _core.plan_decode(several, 16, 16, committed.numpy(), owned.numpy(), committed.numpy())
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

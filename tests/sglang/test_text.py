@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cases
@@ -115,6 +116,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(ours: Server, reference: dic
     assert tokens(ours.together(cases.bodies(cases.greedy()["greedy"], 1))) == tokens(reference["greedy"])[:1]
 
 
+# SGLang counts its KV pool after every pass, and looks for slots that are owned twice or owned and free: it stops if any are.
+CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+FULL = "KV cache pool is full. Retract requests."
+
+
 @pytest.fixture(scope="module")
 def tight(logs) -> Any:
     """DFLASH_RS: no overlap, pages of one, prompts in chunks of 16, a pool too small for eight requests."""
@@ -127,23 +133,82 @@ def tight(logs) -> Any:
         schedule_conservativeness=0.05,
         grammar_backend="none",
     )
-    with Server(logs / "tight.log", **options) as server:
+    with Server(logs / "tight.log", env=CHECKED, **options) as server:
         yield server
 
 
-def test_without_overlap_with_chunks_and_retractions_the_tokens_are_the_same(tight: Server, reference: dict) -> None:
+@pytest.fixture(scope="module")
+def crowded(logs) -> Any:
+    """DFLASH_RS with overlap scheduling, pages of 4 and a pool too small for eight requests."""
+    options = speculative(
+        page_size=4,
+        enable_deterministic_inference=True,
+        max_total_tokens=640,
+        schedule_conservativeness=0.05,
+        grammar_backend="none",
+    )
+    with Server(logs / "crowded.log", env=CHECKED, **options) as server:
+        yield server
+
+
+def retractions(answers: list[dict[str, Any]]) -> int:
+    """How often these requests were put back into the queue."""
+    return sum(answer["meta_info"]["num_retractions"] for answer in answers)
+
+
+def test_without_overlap_with_chunks_the_tokens_are_the_same(tight: Server, reference: dict) -> None:
     names = [*cases.greedy(), *(n for n in cases.seeded() if "top_" in n)]
     bodies = [body for name in names for body in cases.bodies(matrix()[name])]
     assert tokens(tight.together(bodies)) == [answer for name in names for answer in tokens(reference[name])]
-    # Forbidding the end token, rather than ignoring it, has SGLang admit requests that the pool cannot hold to their end.
-    long = {"temperature": 0, "max_new_tokens": 150, "logit_bias": {"0": -1000.0}, "frequency_penalty": 0.75}
-    alone = [tight.generate(prompt, long)["output_ids"] for prompt in cases.prompts()]
-    full = "KV cache pool is full. Retract requests."
-    tight.post("/flush_cache", {})
-    assert full not in tight.log.read_text(errors="replace")
-    assert tokens(tight.together(cases.bodies(long))) == alone
-    assert full in tight.log.read_text(errors="replace"), "the pool was meant to run out"
     assert tight.flush_is_clean()
+
+
+@pytest.mark.parametrize("name", ["crowded", "tight"])
+def test_requests_that_are_retracted_go_on_where_they_were(request, reference: dict, name: str) -> None:
+    server: Server = request.getfixturevalue(name)
+    answers = server.together(cases.crowd())
+    assert tokens(answers) == tokens(reference["crowd"])
+    assert retractions(answers) > 0 and FULL in server.log.read_text(errors="replace"), "the pool was meant to run out"
+    assert retractions(reference["crowd"]) == 0
+    assert server.flush_is_clean()
+
+
+def test_aborts_in_a_full_pool_harm_nobody(crowded: Server, reference: dict) -> None:
+    """Half the crowd leaves while it is being written; the other half must not notice, and its pages must come back."""
+    bodies, expected = cases.crowd(), tokens(reference["crowd"])
+    leaving, staying = bodies[0::2], list(range(1, len(bodies), 2))
+
+    def leave(number: int) -> str:
+        body = leaving[number] | {"rid": f"leaving-{number}"}
+        body["sampling_params"] = body["sampling_params"] | {"max_new_tokens": 400}
+        stream = crowded.stream("/generate", body)
+        for _ in range(1 + number % 3):
+            next(stream)
+        if number % 2:
+            stream.close()  # the client hangs up
+            return "closed"
+        crowded.post("/abort_request", {"rid": f"leaving-{number}"})
+        *_, last = stream
+        return last["meta_info"]["finish_reason"]["type"]
+
+    with ThreadPoolExecutor(len(leaving)) as pool:
+        ends = pool.map(leave, range(len(leaving)))
+        answers = crowded.together([bodies[n] for n in staying])
+        assert list(ends) == ["abort", "closed"] * (len(leaving) // 2)
+    assert tokens(answers) == [expected[n] for n in staying]
+    assert crowded.flush_is_clean()
+    assert tokens(crowded.together(bodies[:2])) == expected[:2]
+
+
+def test_a_conversation_finds_its_past_in_the_cache(ours: Server, reference: dict) -> None:
+    assert ours.flush_is_clean()
+    talk = cases.converse(ours)
+    assert tokens([answer for answers in talk for answer in answers]) == tokens(reference["talk"])
+    for before, after in zip(talk, talk[1:]):
+        for earlier, answer in zip(before, after):
+            # All but the last token, whose KV nobody has needed yet, in whole pages.
+            known = len(earlier["prompt"]) + len(earlier["output_ids"]) - 1
+            assert answer["meta_info"]["cached_tokens"] >= known // 16 * 16 > len(earlier["prompt"]) // 16 * 16
 
 
 def test_stock_dflash_beside_it(reference: dict, logs) -> None:

@@ -17,31 +17,36 @@ from dflash_rs.sglang import ALGORITHM, compat, config
 
 logger = logging.getLogger(__name__)
 
-# Asked of DFLASH itself, so that a version of SGLang that changes its mind changes ours.
-AS_DFLASH = (
-    "is_some",
-    "is_none",
-    "is_speculative",
-    "is_eagle",
-    "is_eagle3",
-    "is_frozen_kv_mtp",
-    "is_dflash",
-    "is_uno",
-    "is_dspark",
-    "is_dflash_family",
-    "is_standalone",
-    "is_ngram",
-    "supports_target_verify_for_draft",
-    "supports_prefill_shared_read_done",
-    "supports_ragged_verify",
-    "supports_grammar_overlap",
-    "has_draft_kv",
-    "carries_draft_hidden_states",
-    "create_future_map",
-    "build_disagg_draft_input",
-    "need_topk",
-    "resolve_max_speculative_num_draft_tokens",
-    "get_num_tokens_per_req_for_target_verify",
+# Asked of DFLASH itself, so that a version of SGLang that changes its mind changes ours. Not every version asks all of them.
+AS_DFLASH = tuple(
+    name
+    for name in (
+        "is_some",
+        "is_none",
+        "is_speculative",
+        "is_eagle",
+        "is_eagle3",
+        "is_frozen_kv_mtp",
+        "is_dflash",
+        "is_uno",
+        "is_dspark",
+        "is_dflash_family",
+        "is_standalone",
+        "is_ngram",
+        "supports_target_verify_for_draft",
+        "supports_prefill_shared_read_done",
+        "supports_ragged_verify",
+        "supports_grammar_overlap",
+        "has_draft_kv",
+        "carries_draft_hidden_states",
+        "create_future_map",
+        "build_disagg_draft_input",
+        "need_topk",
+        "resolve_max_speculative_num_draft_tokens",
+        "get_num_tokens_per_req_for_target_verify",
+        "get_num_tokens_per_bs_for_target_verify",
+    )
+    if hasattr(SpeculativeAlgorithm, name)
 )
 # Class methods, and the answers given below.
 OWN = (
@@ -181,4 +186,5 @@ def platform_draft_backend() -> str | None:
 
     if not current_platform.is_out_of_tree():
         return None
-    return current_platform.get_default_speculative_draft_attention_backend("DFLASH")
+    ask = getattr(current_platform, "get_default_speculative_draft_attention_backend", None)
+    return None if ask is None else ask("DFLASH")

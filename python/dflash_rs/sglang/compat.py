@@ -7,12 +7,13 @@ it. ``check`` compares the version and every name the worker leans on, and says 
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from importlib import metadata
 from typing import Any
 
 from dflash_rs.errors import DflashError
 
-TESTED = ("0.5.23",)
+TESTED = ("0.5.17", "0.5.23")
 
 # Methods of DFlashWorkerV2 that are overridden, and the parameters that are relied on.
 SEAMS = {
@@ -54,7 +55,78 @@ def worker_class() -> type:
     """SGLang's own DFLASH worker."""
     from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
-    return DFlashWorkerV2
+    return DFlashWorkerV2 if hasattr(DFlashWorkerV2, "_accept_block") else _with_accept_block(DFlashWorkerV2)
+
+
+@cache
+def _with_accept_block(stock: type) -> type:
+    """0.5.17 accepts in the middle of ``forward_batch_generation``: its worker with ``_accept_block``, as later versions have it.
+
+    Three functions that it calls there are replaced. The one that adjusts logits only remembers them: there is nothing to adjust,
+    see ``sampling.bare``. The one that asks whether this device can sample says no, so that the drafts are always compared with
+    tokens, and the one that compares them hands over to ``_accept_block``. In between SGLang masks the same logits by grammar.
+    """
+    from sglang.srt.speculative import dflash_worker_v2 as module
+
+    compare = module.compute_dflash_correct_drafts_and_bonus
+    running: dict[str, Any] = {}
+
+    class Worker(stock):
+        def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, **kwargs: Any):
+            super().__init__(
+                server_args=server_args, gpu_id=gpu_id, nccl_port=nccl_port, target_worker=target_worker, **kwargs
+            )
+            # The fused kernel knows the argmax only.
+            self._use_triton_accept_bonus = False
+            self._target_tp_rank = self.ps.tp_rank
+
+        def forward_batch_generation(
+            self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
+        ) -> Any:
+            running.update(worker=self, batch=batch)
+            try:
+                return super().forward_batch_generation(batch, on_publish, grammar_barrier)
+            finally:
+                running.clear()
+
+        def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
+            return False
+
+        def _accept_block(
+            self,
+            *,
+            candidates: Any,
+            next_token_logits: Any,
+            sampling_info: Any,
+            draft_input: Any,
+            prefix_lens: Any,
+            bs: int,
+            target_predict: Any = None,
+        ) -> tuple:
+            sampled = target_predict.view_as(candidates)
+            accepted, bonus = compare(candidates=candidates, target_predict=sampled)
+            commit_lens = accepted + 1
+            return accepted, commit_lens, bonus, sampled, prefix_lens + commit_lens.to(prefix_lens.dtype)
+
+    def remember(*, next_token_logits: Any, **_: Any) -> None:
+        running["logits"] = next_token_logits
+
+    def accept(*, candidates: Any, target_predict: Any) -> tuple:
+        batch = running["batch"]
+        accepted, _, bonus, _, _ = running["worker"]._accept_block(
+            candidates=candidates,
+            next_token_logits=running["logits"],
+            sampling_info=batch.sampling_info,
+            draft_input=batch.spec_info,
+            prefix_lens=batch.seq_lens,
+            bs=len(batch.seq_lens),
+        )
+        return accepted, bonus
+
+    module.apply_dflash_verify_logits_adjustments = remember
+    module.compute_dflash_correct_drafts_and_bonus = accept
+    module.is_dflash_sampling_verify_available = lambda: False
+    return Worker
 
 
 def draft_input_class() -> type:
@@ -62,6 +134,11 @@ def draft_input_class() -> type:
     from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 
     return DFlashDraftInputV2
+
+
+def lengths_in_kv() -> bool:
+    """Whether requests keep their committed length in ``req.kv``, from where ``serving.plan_decode`` reads it."""
+    return "nxt_kv_lens_cpu" in draft_input_class().__dataclass_fields__
 
 
 def problems() -> list[str]:
@@ -106,9 +183,11 @@ def request_check_in_place() -> bool:
 
 def resolved(server_args: Any) -> Any:
     """Server arguments with everything filled in."""
-    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups import overrides
 
-    return resolving_view(server_args)
+    # 0.5.17 fills them in themselves.
+    view = getattr(overrides, "resolving_view", None)
+    return server_args if view is None else view(server_args)
 
 
 def metrics_enabled(server_args: Any) -> bool:
@@ -135,6 +214,8 @@ def simulates_acceptance() -> bool:
 
 def same_on_all_ranks(worker: Any, tokens: Any, drawn: bool) -> Any:
     """Tokens of rank 0 on every rank of the tensor-parallel group, as SGLANG_SPEC_TP_SYNC asks for `drawn` ones or others."""
+    if not hasattr(worker, "_tp_sync"):
+        return tokens  # 0.5.17 has no such setting
     from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
     site = SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE if drawn else SpecTpSyncSite.DFLASH_ACCEPT_GREEDY
@@ -149,3 +230,19 @@ def hook_request_check(refusal: Any) -> None:
         return refusal(req, enable_overlap) or original(req, enable_overlap)
 
     HookRegistry.register(REQUEST_CHECK, ask, HookType.AROUND)
+
+
+def processors(info: Any) -> list[tuple[Any, list[int]]]:
+    """The custom logit processors of a batch, each with the numbers of its requests."""
+    return [
+        (entry[0], entry[1].nonzero().flatten().tolist()) if isinstance(entry, tuple) else (entry.processor, entry.rows)
+        for entry in info.custom_logit_processor.values()
+    ]
+
+
+def no_sampling_mask() -> dict[str, Any]:
+    """The fields of the sampling info that have a sampler record what its filters left, empty."""
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    names = ("sampling_mask_batch_indices", "return_sampling_masks")
+    return {name: None for name in names if name in SamplingBatchInfo.__dataclass_fields__}

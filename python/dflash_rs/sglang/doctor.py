@@ -68,7 +68,8 @@ def _device(name: str) -> Check:
     from sglang.srt.platforms import current_platform
 
     if current_platform.is_out_of_tree():
-        fits = current_platform.supports_speculative_algorithm("DFLASH")
+        ask = getattr(current_platform, "supports_speculative_algorithm", None)
+        fits = ask is None or ask("DFLASH")
         return Check(name, OK if fits else BROKEN, f"platform {type(current_platform).__name__}", needed=True)
     if not torch.cuda.is_available():
         detail = "no GPU that torch can use; SGLang's own CPU platform does not speculate with drafters"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dflash_rs import _core
+from dflash_rs import serving
 from dflash_rs.sglang import compat
 
 
@@ -19,6 +19,9 @@ class DraftInput(compat.draft_input_class()):
 
     def prepare_for_decode(self, batch: Any) -> None:
         """Reserves KV for the next block of every request; leaves SGLang's batch as its own draft input would."""
+        if not compat.lengths_in_kv():
+            super().prepare_for_decode(batch)
+            return
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
 
@@ -32,7 +35,7 @@ class DraftInput(compat.draft_input_class()):
         wanted = torch.empty(rows, dtype=torch.int32, pin_memory=pinned)
         block = int(get_spec().speculative_num_draft_tokens)
         page = batch.token_to_kv_pool_allocator.page_size
-        missing, committed_sum, wanted_sum = _core.plan_decode(
+        missing, committed_sum, wanted_sum = serving.plan_decode(
             batch.reqs, 2 * block, page, committed.numpy(), owned.numpy(), wanted.numpy()
         )
         if missing:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from dflash_rs.sglang import compat
+
 # Requests with custom processors whose last tokens are remembered; those of requests that ended are dropped, oldest first.
 _REMEMBERED = 4096
 
@@ -246,13 +248,11 @@ class TargetSampler:
         if info.logit_bias is not None:
             logits.add_(info.logit_bias[:, None].to(logits.dtype))
         if info.has_custom_logit_processor:
-            for entry in info.custom_logit_processor.values():
-                rows = torch.as_tensor(entry.rows, device=logits.device)
-                params = [
-                    p for i in entry.rows for p in self._places(reqs[i], info.custom_params[i], block[i], starts[i])
-                ]
-                result = entry.processor(logits[rows].flatten(0, 1), params)
-                logits[rows] = result.view(len(entry.rows), *logits.shape[1:]).to(logits.dtype)
+            for processor, indices in compat.processors(info):
+                rows = torch.as_tensor(indices, device=logits.device)
+                params = [p for i in indices for p in self._places(reqs[i], info.custom_params[i], block[i], starts[i])]
+                result = processor(logits[rows].flatten(0, 1), params)
+                logits[rows] = result.view(len(indices), *logits.shape[1:]).to(logits.dtype)
 
     def committed(self, reqs: Sequence[Any], slots: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """A step gained the first ``lengths[r]`` of ``tokens[r]``; i64 ``[R, B]``, i32 ``[R]``."""
@@ -325,7 +325,7 @@ def _spread(info: Any, places: int) -> Any:
     return dataclasses.replace(
         bare(info),
         grammars=None,
-        sampling_mask_batch_indices=None,
+        **compat.no_sampling_mask(),
         **{
             name: None if (value := getattr(info, name)) is None else value.repeat_interleave(places, dim=0)
             for name in _PER_REQUEST

@@ -6,7 +6,7 @@ A step, in SGLang's order; ours are the lines marked *::
     draft, verify               DFlashWorkerV2.forward_batch_generation
     grammar mask                the same, behind SGLang's barrier
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
-    walk the drafts             _accept_block -> dflash_rs._core.walk    *  (on a GPU: SGLang's kernel)
+    walk the drafts             _accept_block -> dflash_rs.verify.walk   *  (on a GPU: SGLang's kernel)
     publish, log-probabilities  DFlashWorkerV2
     inject draft KV             DFlashWorkerV2
     count                       on_verify_complete_cpu -> metrics        *
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dflash_rs import _core
+from dflash_rs import verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare
@@ -37,7 +37,9 @@ class DflashRsWorker(compat.worker_class()):
         algorithm.require_registered()
         self.options = config.load()
         compat.check(self.options.allow_untested_sglang)
-        super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
+        super().__init__(
+            server_args=server_args, gpu_id=gpu_id, nccl_port=nccl_port, target_worker=target_worker, **kwargs
+        )
         self._check_drafter()
         runner = self.model_runner
         self._targets: TargetSampler | None = None
@@ -140,7 +142,7 @@ class DflashRsWorker(compat.worker_class()):
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
         drafts = block[:, 1:].contiguous()
-        accepted, bonus = map(torch.from_numpy, _core.walk(drafts.numpy(), sampled.contiguous().numpy()))
+        accepted, bonus = map(torch.from_numpy, verify.walk(drafts.numpy(), sampled.contiguous().numpy()))
         # The tokens gained stand at the front; what is behind the bonus token is never read.
         commit_lens = accepted + 1
         return accepted, commit_lens, bonus, sampled.clone(), prefix_lens + commit_lens.to(prefix_lens.dtype)

@@ -1,8 +1,8 @@
 """What SGLang asks of a platform, answered for a host with torch and nothing else."""
 
+from sglang.srt.platforms import interface
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 ATTENTION = "host"
 
@@ -12,13 +12,14 @@ def activate() -> str:
     return "sglang_host.platform:HostPlatform"
 
 
-class HostPlatform(CpuDeviceMixin, SRTPlatform):
+class HostPlatform(CpuDeviceMixin, interface.SRTPlatform):
     """No Triton, no graphs, one attention backend."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
-    capabilities = PlatformCapabilities()
+    if hasattr(interface, "PlatformCapabilities"):
+        capabilities = interface.PlatformCapabilities()
 
     def get_default_attention_backend(self):
         return ATTENTION
@@ -46,6 +47,14 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_host.pool import HostKVPool
 
         return HostKVPool
+
+    def get_mha_kv_pool_cls(self):
+        return self.get_kv_pool_cls(kind="mha")  # the name in 0.5.17
+
+    def get_paged_allocator_cls(self):
+        from sglang_host import older
+
+        return older.allocator if older.is_it() else super().get_paged_allocator_cls()
 
     def init_backend(self):
         import torch

@@ -8,16 +8,22 @@ PENALTIES = "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchest
 
 def register() -> None:
     """The entry point."""
-    from sglang.srt.arg_groups import choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import kernels
+    from sglang_host import kernels, older
 
+    if older.is_it():
+        from sglang.srt import server_args as choices
+
+        older.register(ATTENTION)
+    else:
+        from sglang.srt.arg_groups import choices
+
+        choices.add_draft_attention_backend_choices([ATTENTION])
     for add in (
         choices.add_attention_backend_choices,
         choices.add_deterministic_attention_backend_choices,
-        choices.add_draft_attention_backend_choices,
         choices.add_radix_supported_deterministic_attention_backend_choices,
     ):
         add([ATTENTION])

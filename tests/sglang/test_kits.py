@@ -1,0 +1,249 @@
+"""SGLang's own server tests, from its wheel, against a DFLASH_RS server with the bundled pair.
+
+The methods are SGLang's; here are the server, the thresholds and the sizes that fit a target of 5 million parameters on a CPU.
+What does not run, and why:
+
+| kit | why not |
+|---|---|
+| SpecAccuracyKit, KLDivergenceMixin, UnifiedRadixTreeTestMixin, LMEvalMixin | they download data sets |
+| SpecPerfKit, SpecDecodingMixin, perf_bench_kit | they assert speed |
+| SpecHiddenStatesKit, SpecSamplingMaskKit | refused by name, which `test_text` tests |
+| BasicDecodeCorrectnessMixin, MatchedStopMixin, Regex- and EBNFConstrainedMixin | some methods, marked below |
+| BasicSchedulerStressMixin | asks for capitals of countries, and for 8000 tokens of prompt |
+| JSONModeMixin | any JSON: this target opens objects and never closes them |
+| WaitingTimeoutMixin, RunningTimeoutTwoWaveMixin | servers with time limits: what happens depends on the machine's speed |
+| reasoning_kit, anthropic_messages_kit, mmmu_vlm_kit | other models; they test the front end |
+| PrefixCacheBranchingMixin | caches of state-space models |
+| streaming_session_kit | a server of its own, with --enable-streaming-session |
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import unittest
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import pytest
+import requests
+from kits import (
+    abort_timeout_kit,
+    basic_api_contract_kit,
+    basic_decode_correctness_kit,
+    cache_hit_kit,
+    ebnf_constrained_kit,
+    json_constrained_kit,
+    matched_stop_kit,
+    pause_generation_kit,
+    radix_cache_server_kit,
+    regex_constrained_kit,
+    spec_server_kits,
+)
+from servers import TARGET, Server
+
+LEFT_OUT = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left(web: Server) -> Iterator[None]:
+    yield
+    assert web.flush_is_clean()
+
+
+class Served(unittest.TestCase):
+    """What the kits ask of the class they are mixed into."""
+
+    model = TARGET
+
+    @pytest.fixture(autouse=True)
+    def _served(self, web: Server) -> None:
+        self.server, self.process = web, web.process
+        self.base_url = f"http://127.0.0.1:{web.port}"
+
+    @property
+    def tokenizer(self) -> Any:
+        """The bundled tokenizer, as far as the kits use one."""
+        end = json.loads((Path(TARGET) / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        return SimpleNamespace(encode=lambda text, **_: cases.ids(text), eos_token_id=end)
+
+    def _post(self, params: dict[str, Any], text: str = "def main():\n", **fields: Any) -> requests.Response:
+        timeout = fields.pop("timeout", 120)
+        body = {"text": text, "sampling_params": params, **fields}
+        return requests.post(f"{self.base_url}/generate", json=body, timeout=timeout)
+
+    def run_decode(self, params: dict[str, Any]) -> None:
+        """One request of the penalty kit."""
+        answer = self._post(
+            {"max_new_tokens": 48, "temperature": 0.7} | params, return_logprob=True, top_logprobs_num=5
+        )
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["meta_info"]["output_token_logprobs"]) >= params.get("min_new_tokens", 1)
+
+    def send_request(self) -> None:
+        """A client that waits."""
+        for prompt in cases.prompts(3):
+            assert self._post({"temperature": 0, "max_new_tokens": 64}, prompt).status_code == 200
+
+    def send_requests_abort(self) -> None:
+        """A client that does not."""
+        for prompt in cases.prompts(6):
+            try:
+                self._post({"temperature": 0, "max_new_tokens": 1024, "ignore_eos": True}, prompt, timeout=0.5)
+            except requests.exceptions.Timeout:
+                continue
+            raise AssertionError("1024 tokens within half a second")
+
+
+class TestCorrectness(spec_server_kits.SpecCorrectnessKit, Served):
+    """Drafts are accepted; end tokens; requests that end within the first block."""
+
+    acc_length_thres = 1.5
+    batch_accept_len_thres = 1.2
+
+
+class TestParity(spec_server_kits.SpecParityKit, Served):
+    """Greedy text; the reference server is the one that the other tests use."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        pass
+
+    @pytest.fixture(autouse=True)
+    def _expected(self, reference: dict) -> None:
+        self.parity_ref_outputs = {p: reference[f"kit: {p}"][0]["text"] for p in self.parity_prompts}
+
+
+class TestLogprobs(spec_server_kits.SpecLogprobKit, Served):
+    """Log-probabilities of drafting and of a prefill; float32, so far nearer than the kit asks."""
+
+    logprob_match_delta = 2e-3
+
+    @pytest.fixture(autouse=True)
+    def _shorter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The kit goes through 112 requests of up to 2000 tokens; those of up to 500 are as much as a CPU can be asked.
+        check = spec_server_kits.run_logprob_check
+        monkeypatch.setattr(
+            spec_server_kits, "run_logprob_check", lambda case, given: given[0] > 500 or check(case, given)
+        )
+
+
+class TestPenalties(spec_server_kits.SpecPenaltyKit, Served):
+    """Penalties of all kinds side by side."""
+
+
+class TestFeatures(spec_server_kits.SpecFeatureKit, Served):
+    """Prefix trees, clients that hang up, JSON."""
+
+    @pytest.fixture(autouse=True)
+    def _smaller(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The kit numbers tokens up to 32000 and asks for 400 nodes.
+        numbers = random.Random(5)
+        capped = SimpleNamespace(
+            choice=numbers.choice,
+            shuffle=numbers.shuffle,
+            randint=lambda low, high: numbers.randint(low, min(high, 4095)),
+        )
+        monkeypatch.setattr(radix_cache_server_kit, "random", capped)
+        tree = partial(radix_cache_server_kit.gen_radix_tree, 24, 48)
+        monkeypatch.setattr(radix_cache_server_kit, "gen_radix_tree", tree)
+
+
+class TestGrammar(spec_server_kits.SpecGrammarKit, Served):
+    """Nothing is written behind the end of a grammar."""
+
+    grammar_json_schema = json.dumps(
+        {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+                "population": {"type": "integer", "minimum": 0, "maximum": 999},
+                "country": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+                "capital": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+            },
+            "required": ["name", "population", "country", "capital"],
+            "additionalProperties": False,
+        }
+    )
+
+
+class TestRegex(regex_constrained_kit.RegexConstrainedMixin, Served):
+    """Regular expressions, three samples each."""
+
+    test_regex_generate_complex_json = LEFT_OUT  # white space without end
+
+
+class TestEbnf(ebnf_constrained_kit.EBNFConstrainedMixin, Served):
+    """Grammars, three samples each."""
+
+    test_ebnf_generate_complex_json = LEFT_OUT  # the grammar allows other objects than the pattern that is looked for
+
+
+class TestJson(json_constrained_kit.JSONConstrainedMixin, Served):
+    """JSON schemas, beside requests without one."""
+
+    json_schema = json.dumps(
+        {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+                "population": {"type": "integer", "minimum": 0, "maximum": 999},
+            },
+            "required": ["name", "population"],
+            "additionalProperties": False,
+        }
+    )
+
+
+class TestStops(matched_stop_kit.MatchedStopMixin, Served):
+    """Stop strings and lengths, and which string matched."""
+
+    test_finish_stop_eos = LEFT_OUT  # other models' end tokens
+    test_finish_stop_regex_str = LEFT_OUT  # ends of sentences
+
+
+class TestContract(basic_api_contract_kit.BasicAPIContractMixin, Served):
+    """The HTTP interface."""
+
+
+class TestDecode(basic_decode_correctness_kit.BasicDecodeCorrectnessMixin, Served):
+    """Greedy decoding twice, one token, no gibberish."""
+
+    test_capital_france = test_basic_math = test_color_completion = LEFT_OUT  # facts
+
+
+class TestAbortAll(abort_timeout_kit.AbortAllMixin, Served):
+    """Everything is aborted at once, running and waiting."""
+
+    abort_all_num_requests = 16
+    abort_all_max_new_tokens = 1800
+    abort_all_sleep = 1
+
+
+class TestPause(pause_generation_kit.PauseResumeInPlaceMixin, Served):
+    """Generation is held and goes on."""
+
+    pause_num_requests = 12
+    pause_max_new_tokens = 192
+    pause_duration = 1
+    pause_ignore_eos = True
+
+
+def test_a_conversation_hits_the_cache(web: Server, tmp_path: Path) -> None:
+    texts = cases.prompts(8)
+    talk = [{"conversations": [{"value": text}, {"value": text}]} for text in texts]
+    data = tmp_path / "talk.json"
+    data.write_text(json.dumps(talk))
+    cache_hit_kit.run_multiturn_cache_hit_test(
+        f"http://127.0.0.1:{web.port}",
+        TARGET,
+        num_clients=4,
+        num_rounds=3,
+        request_length=48,
+        output_length=16,
+        dataset_path=str(data),
+    )
