@@ -558,6 +558,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
     out = sys.stderr if args.json == "-" else sys.stdout
     print(report.table(rows), file=out)
+    print(report.machine(heads[0]), file=out)
     for line in report.remarks(rows):
         print(line, file=out)
     if args.profile:

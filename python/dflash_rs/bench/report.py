@@ -48,6 +48,14 @@ def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
     return info
 
 
+def machine(head: dict[str, Any]) -> str:
+    """What was computed on and with, in words."""
+    words = [head.get("gpu") if str(head.get("device")).startswith("cuda") else head.get("cpu")]
+    words += [f"{head.get('cpus', '?')} cores", f"{head.get('threads', '?')} threads", head.get("dtype")]
+    words.append("products of bfloat16" if head.get("matmul_precision") == "medium" else None)
+    return ", ".join(word for word in words if word)
+
+
 def version(package: str) -> str | None:
     """The installed version of a package, None when it is not installed."""
     try:
@@ -229,7 +237,7 @@ def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8, loc="upper right")
     figure.suptitle(
-        f"{head.get('cpu', '')}, {head.get('cpus', '?')} cores, {head.get('dtype', '')}".rstrip(", "),
+        machine(head),
         fontsize=8,
         color="#555555",
     )
