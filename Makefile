@@ -127,6 +127,7 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py
 	$(BIN)/python scripts/requirements.py torch bench dev > $(VENV)/requirements.new
 	if ! cmp -s $(VENV)/requirements.new $(VENV)/requirements.txt; then \
 	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements.new)"; \
+	  echo "(torch alone is a few hundred megabytes as a CPU build, several gigabytes otherwise: this takes minutes)"; \
 	  $(PIP) install -r $(VENV)/requirements.new; \
 	  $(PIP) install --no-deps $(REFERENCE); \
 	  mv $(VENV)/requirements.new $(VENV)/requirements.txt; \
@@ -143,6 +144,7 @@ endif
 
 $(VENV)/.stamp-package: $(VENV)/.stamp-tools $(PACKAGE_SOURCES)
 	rm -rf dist
+	@echo "Compiling the extension (a few minutes the first time)"
 	$(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist
 	$(PIP) install --force-reinstall --no-deps dist/*.whl
 	touch $@

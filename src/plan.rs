@@ -61,6 +61,11 @@ impl Curve {
         }
     }
 
+    /// Pairs of rows and time.
+    pub fn points(&self) -> &[(f64, f64)] {
+        &self.points
+    }
+
     /// The time of `rows`.
     pub fn at(&self, rows: usize) -> f64 {
         let (points, rows) = (&self.points, (rows as f64).max(self.points[0].0));
@@ -70,6 +75,26 @@ impl Curve {
         let first = points.partition_point(|p| p.0 <= rows).saturating_sub(1).min(last);
         let ((r0, t0), (r1, t1)) = (points[first], points[first + 1]);
         t0 + (rows - r0) * (t1 - t0) / (r1 - r0)
+    }
+
+    /// `rows` took no more than `time`: a curve that says more was measured when the machine was busy. It only ever falls.
+    fn lower(&mut self, rows: usize, time: f64) {
+        let now = self.at(rows);
+        if !(time > 0.0 && time < now) {
+            return;
+        }
+        let scale = time / now;
+        let first = self.points.partition_point(|p| p.0 <= rows as f64).saturating_sub(1);
+        let first = first.min(self.points.len().saturating_sub(2));
+        // The two points it lies between; one alone where it lies on that, or before all.
+        let alone = rows as f64 <= self.points[first].0;
+        for point in self.points.iter_mut().skip(first).take(if alone { 1 } else { 2 }) {
+            point.1 *= scale;
+        }
+        let most = self.points[first].1;
+        for point in &mut self.points[..first] {
+            point.1 = point.1.min(most);
+        }
     }
 }
 
@@ -179,6 +204,15 @@ impl Planner {
             self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(position < accepted));
         }
         Ok(())
+    }
+
+    /// What a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what
+    /// follows from it. Costs that were measured on a busy machine come down to what is seen later; they never rise.
+    pub fn observe(&mut self, target: (usize, f64), draft: (usize, f64)) {
+        self.cost.target.lower(target.0, target.1);
+        if draft.0 > 0 {
+            self.cost.draft.lower(draft.0, draft.1);
+        }
     }
 
     /// Block length for a step in which `requests` could draft and `others` tokens run beside them; 1 is a plain step.
@@ -320,6 +354,31 @@ mod tests {
             let keep: Vec<usize> = planner.widths(&p, 3, others).unwrap().iter().map(|&k| k as usize).collect();
             let (got, best) = (goodput(&planner, &p, 3, others, &keep), best_by_trying(&planner, &p, 3, others));
             prop_assert!(got >= best * (1.0 - 1e-5), "{} against {}", got, best);
+        }
+
+        #[test]
+        fn what_was_seen_lowers_a_curve_to_it_and_leaves_it_a_curve(
+            steps in prop::collection::vec((1usize..9, 0.0f64..2.0), 1..8),
+            seen in prop::collection::vec((0usize..70, 0.01f64..9.0), 1..20),
+        ) {
+            let (mut rows, mut time) = (0, 0.5);
+            let mut points = Vec::new();
+            for (more, slower) in steps {
+                rows += more;
+                time += slower;
+                points.push((rows as f64, time));
+            }
+            let mut curve = Curve::new("curve", &points).unwrap();
+            let last = rows;
+            for &(rows, time) in &seen {
+                let before: Vec<f64> = (0..80).map(|r| curve.at(r)).collect();
+                curve.lower(rows, time);
+                prop_assert!((curve.at(rows) - time.min(before[rows])).abs() < 1e-9);
+                // Beyond the last point a curve goes on as before it, which may now be steeper.
+                prop_assert!((0..=last).all(|r| curve.at(r) <= before[r] + 1e-9));
+                // It would still be taken as a curve.
+                prop_assert!(Curve::new("curve", &curve.points).is_ok(), "{:?}", curve);
+            }
         }
 
         #[test]

@@ -675,6 +675,16 @@ class Planner:
     def widths(self, probabilities: NDArray[np.float32], others: int = 0) -> NDArray[np.int32]:
         """How many of its drafts each request verifies, ``[n]``, from the drafter's own probabilities ``[n, width]``."""
 
+    def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
+        """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
+
+        Costs that were measured on a busy machine come down to what is seen later; they never rise.
+        """
+
+    @property
+    def costs(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """Costs in use: the curves of target and drafter."""
+
     def record(self, drafted: int, accepted: int) -> None:
         """Books one request's pass: ``drafted`` drafts verified, ``accepted`` of them kept."""
 

@@ -148,7 +148,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         metavar="T,T",
         help="default: 0,0.7 (reference: 0); above 0 runs are seeded",
     )
-    bench.add_argument("--seed", type=int, default=1, help="prompt i is sampled with seed + i; default: 1")
+    bench.add_argument("--seed", type=_seed, default=1, help="prompt i is sampled with seed + i; default: 1")
     bench.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs per arm; default: 3")
     bench.add_argument("--prompts", type=_positive, metavar="N", help="use the first N prompts; default: all")
     bench.add_argument("--prompt-file", metavar="FILE", help="your prompts instead of the bundled held-out ones")
@@ -283,6 +283,12 @@ def _positive(text: str) -> int:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+    return int(text)
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

@@ -85,7 +85,7 @@ class StepCosts:
 
 
 def _at_least(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
         raise InvalidArgument(f"{name}: got {value!r}, expected an integer of at least {low}")
 
 

@@ -30,6 +30,8 @@ from .text import Detokenizer, token_bytes
 Prompt = str | Sequence[int]
 _REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
 _ABORT = 5
+# Page tables beyond this are a mistake, not a plan.
+_MOST_TABLE_BYTES = 1 << 30
 # Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.53 at temperature 0, 0.68 at
 # 0.7, 1.0 at 1. The curve below passes close to these (0.50, 0.67, 1).
 _GREEDY_SHARPNESS = np.float32(0.5)
@@ -201,8 +203,8 @@ class LLM:
         if costs is not None and not isinstance(costs, StepCosts):
             raise InvalidArgument(f"costs: got {costs!r}, expected a StepCosts")
         if threads is not None:
-            if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-                raise InvalidArgument(f"threads: got {threads!r}, expected an integer of at least 1")
+            if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads < 2**15:
+                raise InvalidArgument(f"threads: got {threads!r}, expected an integer in 1..{2**15 - 1}")
             torch.set_num_threads(threads)
         self._torch = torch
         self.device = _device(torch, device)
@@ -232,6 +234,12 @@ class LLM:
             raise InvalidArgument(f"max_context: got {max_context}, expected at most {limit}, the target's own limit")
         self.max_context = max_context or limit
         per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
+        table = max_running * -(-(self.max_context + self.block_size) // page_size) * 4
+        if table > _MOST_TABLE_BYTES:
+            raise InvalidArgument(
+                f"max_running: got {max_running}, expected at most {max_running * _MOST_TABLE_BYTES // table}: page tables of so many "
+                f"requests would take {table / 2**30:,.1f} GiB"
+            )
         pages = self.config.pages(per_token, self.max_context, self.block_size)
         self._alloc_kv(pages, per_token)
         self._core = _core.Engine(
@@ -249,8 +257,11 @@ class LLM:
         self._draws_on_device = self._kernels_here()
         self.costs: StepCosts | None = None
         self._planner: _core.Planner | None = None
+        self._observes = False
         if self._draft is not None and adaptive:
             self.costs = costs or measure(self._target, self._draft, self.block_size)
+            # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
+            self._observes = costs is None and self.device.type == "cpu"
             self._planner = self.costs.planner(self.block_size)
         self._active: dict[int, _Active] = {}
         self._closed = False
@@ -312,12 +323,14 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as `generate` would make them."""
-        if not isinstance(text, str):
-            raise InvalidArgument(f"text: got {text!r}, expected a string")
+        if not isinstance(text, str) or not _encodable(text):
+            raise InvalidArgument(f"text: got {text!r}, expected a string without lone surrogates")
         return list(self.tokenizer(text).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are not shown."""
+        if not isinstance(ids, Sequence | np.ndarray):
+            raise InvalidArgument(f"ids: got {ids!r}, expected a list of token ids")
         tokens = [int(i) if isinstance(i, int | np.integer) and not isinstance(i, bool) else -1 for i in ids]
         bad = next((given for given, t in zip(ids, tokens, strict=True) if not 0 <= t < self.vocab_size), None)
         if bad is not None:
@@ -350,6 +363,8 @@ class LLM:
         draft: bool = True,
     ) -> Iterator[StreamEvent]:
         """Like `generate`, but yields tokens as they are committed. Leaving the iterator early aborts what is unfinished."""
+        if not isinstance(draft, bool):
+            raise InvalidArgument(f"draft: got {draft!r}, expected True or False")
         texts = _as_list(prompts)
         options = _params_for(texts, params)
         return _Stream(self, self._submit(texts, options, draft))
@@ -390,6 +405,8 @@ class LLM:
     def _check(self, index: int, prompt: Prompt, params: SamplingParams) -> list[int]:
         name = f"prompts[{index}]"
         if isinstance(prompt, str):
+            if not _encodable(prompt):
+                raise InvalidArgument(f"{name}: got {prompt!r}, expected a string without lone surrogates")
             tokens = self.encode(prompt)
         else:
             ids = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray)
@@ -437,6 +454,7 @@ class LLM:
             with self._torch.inference_mode():
                 page_table = self._core.page_table
                 t1 = clock()
+                drafted_lengths = plan.block_len[plan.draft_rows]
                 if plan.draft_rows.size:
                     self._propose(plan, page_table)
                 t2 = clock()
@@ -472,6 +490,9 @@ class LLM:
         self._route(events)
         t7 = clock()
         self._steps += 1
+        if self._observes and plan.logit_rows.size == plan.token_ids.size:  # a prefill computes fewer logits than rows
+            rows = drafted_lengths.size * int(drafted_lengths.max(initial=0))
+            self._planner.observe(plan.token_ids.size, t3 - t2, rows if inject else 0, t2 - t1 + t5 - t4)
         for name, begin, end in (
             ("plan", t0, t1), ("draft", t1, t2), ("verify", t2, t3), ("accept", t3, t4),
             ("inject", t4, t5), ("commit", t5, t6), ("text", t6, t7),
@@ -605,8 +626,12 @@ class LLM:
 
         if self._closed:
             raise DflashError("this LLM is closed: make a new one")
-        tokens = np.asarray(self._check(0, list(ids), SamplingParams()), dtype=np.int64)
+        tokens = np.asarray(self._check(0, ids, SamplingParams()), dtype=np.int64)
         n = tokens.size
+        if n > self.max_context:
+            raise InvalidArgument(
+                f"ids: got {n} tokens, expected at most {self.max_context}, this engine's max_context"
+            )
         batch = StepBatch.from_arrays(
             token_ids=tokens,
             positions=np.arange(n),
@@ -686,7 +711,8 @@ class _Stream(Iterator[StreamEvent]):
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence | np.ndarray):
+    array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
+    if isinstance(prompts, bytes | bytearray) or not (array or isinstance(prompts, Sequence)):
         raise InvalidArgument(
             f"prompts: got {type(prompts).__name__}, expected a string, token ids, or a list of these"
         )
@@ -705,9 +731,9 @@ def _params_for(texts: list[Prompt], params: SamplingParams | Sequence[SamplingP
     params = list(params)
     if len(params) != len(texts):
         raise InvalidArgument(f"params: got {len(params)}, expected one, or one for each of {len(texts)} prompts")
-    bad = next((p for p in params if not isinstance(p, SamplingParams)), None)
-    if bad is not None:
-        raise InvalidArgument(f"params: got {bad!r}, expected SamplingParams")
+    for one in params:
+        if not isinstance(one, SamplingParams):
+            raise InvalidArgument(f"params: got {one!r}, expected SamplingParams")
     return params
 
 
@@ -741,6 +767,14 @@ def _logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
     return found
 
 
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _device(torch: Any, name: str) -> Any:
     if not isinstance(name, str):
         raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
@@ -758,6 +792,8 @@ def _device(torch: Any, name: str) -> Any:
 def _dtype(torch: Any, name: str, device: Any) -> Any:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if not isinstance(name, str):
+        raise InvalidArgument(f"dtype: got {name!r}, expected a name, for example 'float32'")
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise InvalidArgument(f"dtype: got {name!r}, expected 'auto' or one of {sorted(known)}")

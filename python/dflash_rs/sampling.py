@@ -6,6 +6,7 @@ penalties, logit bias, temperature, softmax, top-k and top-p jointly on the temp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -14,6 +15,8 @@ from typing import Any
 from .errors import InvalidArgument
 
 MAX_LOGPROBS = 64
+# Half a character, which no text has.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Below this a temperature is meant to be 0, and the tempered logits would leave float32.
 MIN_TEMPERATURE = 1e-5
 # The core computes in float32: its largest number, and the smallest above 0 that keeps all its digits.
@@ -76,7 +79,8 @@ class SamplingParams:
             raise _bad("ignore_eos", self.ignore_eos, "True or False")
 
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not _is_list(stops) or not all(isinstance(s, str) and s for s in stops):
+        good = _is_list(stops) and all(isinstance(s, str) and s and not _SURROGATE.search(s) for s in stops)
+        if not good:
             raise _bad("stop", self.stop, "a non-empty string or a list of them")
         object.__setattr__(self, "stop", tuple(stops))
         if not _is_list(self.stop_token_ids):

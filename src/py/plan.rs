@@ -48,6 +48,22 @@ impl Planner {
         ))
     }
 
+    /// What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
+    #[pyo3(signature = (target_rows, target_time, draft_rows=Count::ZERO, draft_time=0.0),
+           text_signature = "($self, target_rows, target_time, draft_rows=0, draft_time=0.0)")]
+    fn observe(&mut self, target_rows: Count, target_time: f64, draft_rows: Count, draft_time: f64) -> PyResult<()> {
+        let (target_rows, draft_rows) = (target_rows.of("target_rows")?, draft_rows.of("draft_rows")?);
+        self.0.observe((target_rows, target_time), (draft_rows, draft_time));
+        Ok(())
+    }
+
+    /// Costs in use: the curves of target and drafter.
+    #[getter]
+    fn costs(&self) -> (Vec<(f64, f64)>, Vec<(f64, f64)>) {
+        let cost = self.0.cost();
+        (cost.target.points().to_vec(), cost.draft.points().to_vec())
+    }
+
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
     fn record(&mut self, drafted: Count, accepted: Count) -> PyResult<()> {
         Ok(self.0.record(drafted.of("drafted")?, accepted.of("accepted")?)?)

@@ -177,7 +177,7 @@ def test_prompts_are_read_from_lists_lines_and_plain_text(tmp_path):
     ],
 )
 def test_a_bad_prompt_file_is_refused_with_the_place(tmp_path, text, message):
-    path = tmp_path / "prompts"
+    path = tmp_path / "prompts.json"
     path.write_text(text)
     with pytest.raises(InvalidArgument, match=message):
         read_prompts(path)

@@ -13,7 +13,7 @@ import pytest
 from fake_llm import FakeEvent, FakeLLM
 
 from dflash_rs import cli
-from dflash_rs.errors import CheckpointError, DflashError
+from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
 
 
 @pytest.fixture
@@ -302,3 +302,42 @@ def test_every_option_is_explained():
     for kind in kinds:
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)
+
+
+@pytest.mark.parametrize("value", ["-5", "1.5", "a"])
+def test_a_seed_that_is_none_ends_bench_before_a_model_is_loaded(value, fake, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", f"--seed={value}"])
+    assert end.value.code == 2 and fake == []
+    assert f"argument --seed: got {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["drafter", "--target", "/nope", "--responses", "/nope", "--corpus", "/nope"],
+        ["responses", "--target", "/nope", "--corpus", "/nope"],
+        ["target", "--corpus", "CORPUS", "--data", "/nope"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_training_on_what_is_not_there_is_one_line_and_exit_code_2(words, tmp_path, capsys):
+    words = [str(tmp_path / "corpus") if word == "CORPUS" else word for word in words]
+    assert cli.main(["train", *words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dflash-rs: error: --") and "got /nope, which does not exist" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_of_prompts_that_begins_with_a_bracket_is_text_unless_it_is_json(tmp_path):
+    from dflash_rs.bench.workloads import read_prompts
+
+    (tmp_path / "text").write_text("[x for x in y]\ndef f(\n")
+    assert [p.text for p in read_prompts(tmp_path / "text")] == ["[x for x in y]", "def f("]
+    (tmp_path / "braces").write_text("{x for x in y}\n")
+    assert [p.text for p in read_prompts(tmp_path / "braces")] == ["{x for x in y}"]
+    (tmp_path / "list").write_text('["a", "b"]')
+    assert [p.text for p in read_prompts(tmp_path / "list")] == ["a", "b"]
+    (tmp_path / "broken.json").write_text('["a", ')
+    with pytest.raises(InvalidArgument, match="not a JSON list"):
+        read_prompts(tmp_path / "broken.json")

@@ -345,6 +345,11 @@ def test_the_planner_weighs_rows_against_tokens():
     sure, unsure = [0.9] * 7, [0.9, 0.05] + [0.9] * 5
     widths = dear.widths(np.array([sure, unsure], np.float32))
     assert widths.dtype == np.int32 and widths[0] > 3 and widths[1] == 1
+    before = dear.costs
+    dear.observe(10, 3.0, 8, 9.0)
+    assert dear.costs == before == ([(0.0, 1.0), (10.0, 2.0)], [(0.0, 0.0)])
+    dear.observe(10, 1.5)
+    assert dear.costs[0] == [(0.0, 0.75), (10.0, 1.5)]
     for _ in range(200):
         dear.record(7, 0)
     assert dear.block(4) == 1 and dear.acceptance[0] < 0.05
@@ -453,6 +458,7 @@ def test_a_page_pool_counts_owners_and_refuses_a_second_free():
         (lambda: Planner(8).block(-1), "requests"),
         (lambda: Planner(8).block(1, 2**70), "others"),
         (lambda: Planner(8).record(-1, 2), "drafted"),
+        (lambda: Planner(8).observe(-1, 1.0), "target_rows"),
         (lambda: Planner(8).widths(np.zeros((2, 3), np.float32), -1), "others"),
         (lambda: Planner(8).widths(np.zeros((2, 3))), "probabilities"),
         (lambda: verify.sample_rows(np.zeros((1, 4), np.float32), [0], top_k=-1), "top_k"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -407,6 +408,11 @@ def test_every_sampling_option_that_is_taken_also_runs(one):
         ({"prefix_cache": "x"}, "prefix_cache: got 'x'"),
         ({"adaptive": "no"}, "adaptive: got 'no'"),
         ({"draft": 5}, "draft: got 5"),
+        ({"max_running": 10**7}, "max_running: got 10000000, expected at most"),
+        ({"max_running": 2**64}, "max_running: got"),
+        ({"max_batch_tokens": 2**64}, "max_batch_tokens: got"),
+        ({"threads": 2**31}, "threads: got 2147483648"),
+        ({"dtype": []}, "dtype: got"),
     ],
     ids=str,
 )
@@ -424,6 +430,16 @@ def test_an_engine_option_of_the_wrong_kind_or_size_is_named(options, message):
         (lambda llm: llm.decode([-1]), "ids: got -1"),
         (lambda llm: llm.decode("abc"), "ids: got 'a'"),
         (lambda llm: llm.encode(5), "text: got 5"),
+        (lambda llm: llm.encode("\ud800"), "text: got"),
+        (lambda llm: llm.generate("\ud800"), r"prompts\[0\]: got"),
+        (lambda llm: llm.generate("a", [None]), "params: got None"),
+        (lambda llm: llm.generate("a", draft="no"), "draft: got 'no'"),
+        (lambda llm: llm.generate("a", draft=None), "draft: got None"),
+        (lambda llm: llm.generate(np.array(5)), "prompts: got ndarray"),
+        (lambda llm: llm.decode(None), "ids: got None"),
+        (lambda llm: llm.next_token_logits(None), r"prompts\[0\]: got None"),
+        (lambda llm: llm.next_token_logits([1] * 2000), "ids: got 2000 tokens, expected at most 1024"),
+        (lambda llm: SamplingParams(stop="\ud800"), "stop: got"),
     ],
 )
 def test_what_a_call_cannot_take_is_named(one, call, message):
@@ -478,7 +494,6 @@ def test_what_is_no_prompt_is_refused(one, prompt):
     [("tokenizer.json", "{"), ("tokenizer.json", None), ("config.json", '"num_hidden_layers": 9')],
 )
 def test_a_damaged_target_folder_is_one_kind_of_error(tmp_path, file, text):
-    import shutil
 
     folder = shutil.copytree(assets() / "target", tmp_path / "target")
     if text is None:
@@ -527,3 +542,38 @@ def test_precision_auto_is_what_the_processor_can():
         assert engine.matmul_precision == ("medium" if dflash_rs._core.multiplies_bf16() else "highest")
     with LLM(device="cpu", dtype="bfloat16", matmul_precision="auto") as engine:
         assert engine.matmul_precision == "highest"
+
+
+def test_what_steps_take_corrects_costs_that_were_measured_in_a_busy_moment(monkeypatch):
+    """With target passes believed to take a second a row, nothing would ever be drafted."""
+    import dflash_rs.models.costs as costs
+
+    monkeypatch.setattr(costs, "measure", lambda *_: StepCosts.lines(1e-9, 1.0, 1.0, 1.0))
+    with LLM(device="cpu") as engine:
+        engine.generate(PROMPTS[:2], SamplingParams(max_tokens=64, ignore_eos=True))
+        target, draft = engine._planner.costs
+        assert max(time for _, time in target) < 1.0 and max(time for _, time in draft) < 1.0
+
+
+def test_costs_of_the_users_own_stay_as_they_are():
+    own = StepCosts.lines(1e-9, 1.0, 1.0, 1.0)
+    with LLM(device="cpu", costs=own) as engine:
+        engine.generate(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
+        assert engine._planner.costs == ([(0.0, 1e-9), (1.0, 1e-9 + 1.0)], [(0.0, 1.0), (1.0, 2.0)])
+
+
+@pytest.mark.parametrize("damage", ["shape", "nan"])
+def test_a_damaged_weight_of_the_target_is_named(tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "target"
+    shutil.copytree(assets() / "target", folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone() if damage == "shape" else tensors[name] * float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = (
+        r"got shape \[703, 256\], expected \[704, 256\]" if damage == "shape" else "has values that are not finite"
+    )
+    with pytest.raises(dflash_rs.CheckpointError, match=f"{name}: {message}"):
+        LLM(folder, draft=None, device="cpu")

@@ -63,15 +63,17 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
 def parse_prompts(text: str, name: str) -> list[Prompt]:
     """The prompts in `text`; `name` is used in messages."""
+    # Prompts may well begin with a bracket: only a file that says so by its name, or is JSON, is read as JSON.
+    declared = name.endswith((".json", ".jsonl"))
     stripped = text.lstrip()
-    if stripped.startswith("["):
+    if stripped.startswith("[") and (declared or _is_json(text)):
         try:
             entries = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidArgument(f"{name}: not a JSON list ({error})") from None
         return [_prompt(entry, f"{name}: entry {i}") for i, entry in enumerate(entries)]
     lines = [line for line in text.splitlines() if line.strip()]
-    if stripped.startswith("{"):
+    if stripped.startswith("{") and (declared or _is_json(lines[0])):
         prompts = []
         for number, line in enumerate(lines, 1):
             try:
@@ -80,6 +82,14 @@ def parse_prompts(text: str, name: str) -> list[Prompt]:
                 raise InvalidArgument(f"{name}: line {number} is not JSON ({error})") from None
         return prompts
     return [Prompt(line) for line in lines]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _prompt(entry: object, where: str) -> Prompt:

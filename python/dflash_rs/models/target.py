@@ -204,11 +204,20 @@ class TargetModel:
             config = AutoConfig.from_pretrained(path)
         check_architecture(config)
         with readable(path):
-            model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         lost = sorted(found["missing_keys"])
         if lost:
             names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
             raise CheckpointError(f"target {path}: {len(lost)} tensors are missing ({names})")
+        for name, got, expected in sorted(found["mismatched_keys"]):
+            raise CheckpointError(
+                f"target {path}: {name}: got shape {list(got)}, expected {list(expected)} from config.json"
+            )
+        for name, tensor in model.named_parameters():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"target {path}: {name}: has values that are not finite")
         return cls(model.to(device), **options)
 
     @property

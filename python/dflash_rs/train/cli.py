@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
+
+from ..errors import DflashError, InvalidArgument
 
 _HELP = {
     "anchors": "random blocks per sequence",
@@ -100,7 +103,7 @@ def add_parsers(subparsers) -> None:
     target.add_argument("--held-out-percent", type=float, default=2.0, help="share of files kept for evaluation")
     _add_run(target, save_every=200)
     _add_settings(target, TargetTraining)
-    target.set_defaults(run=_train_target)
+    target.set_defaults(run=_clear(_train_target))
 
     own = subparsers.add_parser("responses", help="let the target write the sequences its drafter is trained on")
     own.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model that writes")
@@ -109,7 +112,7 @@ def add_parsers(subparsers) -> None:
     own.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
     own.add_argument("--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work")
     _add_settings(own, ResponseSettings)
-    own.set_defaults(run=_responses)
+    own.set_defaults(run=_clear(_responses))
 
     drafter = subparsers.add_parser("drafter", help="train a DFlash drafter for a target")
     drafter.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model to draft for")
@@ -117,13 +120,13 @@ def add_parsers(subparsers) -> None:
     _corpus(drafter)
     _add_run(drafter, save_every=250)
     _add_settings(drafter, DrafterTraining)
-    drafter.set_defaults(run=_train_drafter)
+    drafter.set_defaults(run=_clear(_train_drafter))
 
     prompts = subparsers.add_parser("prompts", help="cut held-out prompts for demonstrations and benchmarks")
     _corpus(prompts)
     prompts.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     prompts.add_argument("--count", type=int, default=48, metavar="N", help="prompts; default: %(default)s")
-    prompts.set_defaults(run=_prompts)
+    prompts.set_defaults(run=_clear(_prompts))
 
     report = subparsers.add_parser(
         "report", help="held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up"
@@ -132,7 +135,28 @@ def add_parsers(subparsers) -> None:
     report.add_argument("--draft", type=Path, required=True, metavar="DIR", help="its drafter")
     report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="written by `train prompts`")
     report.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt; default: %(default)s")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_clear(_report))
+
+
+def _clear(run):
+    """Mistakes of the user become InvalidArgument, one line and exit code 2; folders are looked for before anything is loaded."""
+
+    @functools.wraps(run)
+    def checked(args: argparse.Namespace) -> int:
+        made = {"out", "corpus"} if run is _train_target else {"out"}
+        for name, value in vars(args).items():
+            paths = value if isinstance(value, list) else [value]
+            for path in paths if name not in made else ():
+                if isinstance(path, Path) and not path.exists():
+                    raise InvalidArgument(f"--{name}: got {path}, which does not exist")
+        try:
+            return run(args)
+        except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            if isinstance(error, DflashError):
+                raise
+            raise InvalidArgument(str(error)) from error
+
+    return checked
 
 
 def _threads(args: argparse.Namespace) -> None:
