@@ -7,6 +7,9 @@ use pyo3::prelude::*;
 use super::arrays::{Count, array};
 use crate::plan;
 
+/// Pairs of rows and time.
+type Points = Vec<(f64, f64)>;
+
 /// Chooses how much to draft and to verify, from costs and from what was accepted so far.
 #[pyclass(module = "dflash_rs._core")]
 pub struct Planner(plan::Planner);
@@ -15,7 +18,7 @@ pub struct Planner(plan::Planner);
 impl Planner {
     #[new]
     #[pyo3(signature = (block_size, *, target=None, draft=None))]
-    fn new(block_size: Count, target: Option<Vec<(f64, f64)>>, draft: Option<Vec<(f64, f64)>>) -> PyResult<Self> {
+    fn new(block_size: Count, target: Option<Points>, draft: Option<Points>) -> PyResult<Self> {
         let mut cost = plan::StepCost::passes();
         if let Some(points) = target {
             cost.target = plan::Curve::new("target", &points)?;
@@ -59,7 +62,7 @@ impl Planner {
 
     /// Costs in use: the curves of target and drafter.
     #[getter]
-    fn costs(&self) -> (Vec<(f64, f64)>, Vec<(f64, f64)>) {
+    fn costs(&self) -> (Points, Points) {
         let cost = self.0.cost();
         (cost.target.points().to_vec(), cost.draft.points().to_vec())
     }
