@@ -32,9 +32,9 @@ _REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
 _ABORT = 5
 # Page tables beyond this are a mistake, not a plan.
 _MOST_TABLE_BYTES = 1 << 30
-# Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.53 at temperature 0, 0.68 at
-# 0.7, 1.0 at 1. The curve below passes close to these (0.50, 0.67, 1).
-_GREEDY_SHARPNESS = np.float32(0.5)
+# Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.43 at temperature 0, 0.51 at
+# 0.4, 0.66 at 0.7, 0.92 at 1. A square passes through these.
+_GREEDY_SHARPNESS, _MORE_SHARPNESS = np.float32(0.43), np.float32(0.49)
 
 
 @dataclass
@@ -570,7 +570,7 @@ class LLM:
         A drafter is trained on the target's law at temperature 1. A request at a lower one draws the likeliest token more often.
         """
         temperatures = [self._active[r].params.temperature if r in self._active else 1.0 for r in request_ids.tolist()]
-        return _GREEDY_SHARPNESS + (1 - _GREEDY_SHARPNESS) * np.minimum(np.asarray(temperatures, np.float32), 1) ** 3
+        return _GREEDY_SHARPNESS + _MORE_SHARPNESS * np.minimum(np.asarray(temperatures, np.float32), 1) ** 2
 
     def _route(self, events: Any) -> None:
         errors = dict(events.errors)
