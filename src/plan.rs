@@ -303,6 +303,17 @@ mod tests {
         Planner::new(8, cost).unwrap()
     }
 
+    /// Points of a curve from what is between them.
+    fn rising(steps: &[(usize, f64)]) -> Vec<(f64, f64)> {
+        let (mut rows, mut time) = (0, 0.5);
+        let step = |&(more, slower): &(usize, f64)| {
+            rows += more;
+            time += slower;
+            (rows as f64, time)
+        };
+        steps.iter().map(step).collect()
+    }
+
     /// Expected tokens over time when request `r` verifies `keep[r]` drafts.
     fn goodput(planner: &Planner, p: &[f32], width: usize, others: usize, keep: &[usize]) -> f64 {
         let (mut tokens, mut rows) = (0.0, others);
@@ -361,15 +372,9 @@ mod tests {
             steps in prop::collection::vec((1usize..9, 0.0f64..2.0), 1..8),
             seen in prop::collection::vec((0usize..70, 0.01f64..9.0), 1..20),
         ) {
-            let (mut rows, mut time) = (0, 0.5);
-            let mut points = Vec::new();
-            for (more, slower) in steps {
-                rows += more;
-                time += slower;
-                points.push((rows as f64, time));
-            }
+            let points = rising(&steps);
             let mut curve = Curve::new("curve", &points).unwrap();
-            let last = rows;
+            let last = points[points.len() - 1].0 as usize;
             for &(rows, time) in &seen {
                 let before: Vec<f64> = (0..80).map(|r| curve.at(r)).collect();
                 curve.lower(rows, time);
@@ -385,13 +390,7 @@ mod tests {
         fn a_curve_passes_through_its_points_and_never_falls(
             steps in prop::collection::vec((1usize..9, 0.0f64..2.0), 2..8),
         ) {
-            let (mut rows, mut time) = (0, 0.5);
-            let mut points = Vec::new();
-            for (more, slower) in steps {
-                rows += more;
-                time += slower;
-                points.push((rows as f64, time));
-            }
+            let points = rising(&steps);
             let curve = Curve::new("curve", &points).unwrap();
             for &(rows, time) in &points {
                 prop_assert!((curve.at(rows as usize) - time).abs() < 1e-9);
