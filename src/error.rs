@@ -91,6 +91,12 @@ pub enum Error {
         /// `"NaN"` or `"+inf"`.
         value: &'static str,
     },
+    /// A row that a device could not draw from; it does not say at which column.
+    #[error("logits: got {got}, expected a finite number or -inf in every column")]
+    RowFailed {
+        /// What stood in its way.
+        got: &'static str,
+    },
     /// A row that forbids every token.
     #[error("logits: got {columns} columns that are all -inf, expected at least one finite number")]
     EmptyRow {

@@ -332,46 +332,95 @@ impl Engine {
         })
     }
 
-    /// Walks the drafts with tokens that were drawn elsewhere, on a device say. `sampled` is `[N]` in the order of the
-    /// plan's `logit_rows`, `logprobs` likewise or empty.
+    /// Walks the drafts with tokens that were drawn elsewhere. `sampled` is `[N]` in the order of the plan's `logit_rows`,
+    /// `logprobs` likewise or empty.
     ///
     /// # Errors
     /// As [`Self::accept`]; `InvalidArgument` for a sampled token outside the vocabulary.
     pub fn accept_sampled(&mut self, plan: &StepPlan, sampled: &[i64], logprobs: &[f32]) -> Result<Accepted> {
+        self.accept_drawn(
+            plan,
+            &DrawnRows {
+                tokens: sampled,
+                logprobs,
+                ..DrawnRows::default()
+            },
+        )
+    }
+
+    /// Walks the drafts with what a device drew.
+    ///
+    /// # Errors
+    /// As [`Self::accept`]. A row that could not be drawn, or whose token is outside the vocabulary, fails its request alone.
+    pub fn accept_drawn(&mut self, plan: &StepPlan, drawn: &DrawnRows<'_>) -> Result<Accepted> {
         let vocab = self.scheduler.config().vocab_size as i64;
-        let expected = plan.arrays().logit_rows.len();
-        if sampled.len() != expected {
-            return Err(Error::Length {
-                name: "sampled",
-                got: sampled.len(),
-                expected,
-            });
-        }
-        if !logprobs.is_empty() && logprobs.len() != expected {
-            return Err(Error::Length {
-                name: "logprobs",
-                got: logprobs.len(),
-                expected,
-            });
+        let rows = plan.arrays().logit_rows.len();
+        let tops = drawn.top_count * rows;
+        for (name, got, expected) in [
+            ("sampled", drawn.tokens.len(), rows),
+            ("logprobs", drawn.logprobs.len(), rows),
+            ("status", drawn.status.len(), rows),
+            ("top_tokens", drawn.top_tokens.len(), tops),
+            ("top_logprobs", drawn.top_logprobs.len(), tops),
+        ] {
+            let left_out = got == 0 && matches!(name, "logprobs" | "status");
+            if got != expected && !left_out {
+                return Err(Error::Length { name, got, expected });
+            }
         }
         self.accept_rows(plan, |_, context, _, token| {
             let at = context.first_logit + token;
-            let drawn = sampled[at];
-            if drawn < 0 || drawn >= vocab {
+            let (chosen, status) = (drawn.tokens[at], drawn.status.get(at).copied().unwrap_or(0));
+            if status != 0 {
+                return Err(row_failure(status, vocab as usize));
+            }
+            if chosen < 0 || chosen >= vocab {
                 let expected = format!("tokens below vocab_size = {vocab}");
                 return Err(Error::InvalidArgument {
                     name: "sampled",
-                    got: format!("token {drawn}"),
+                    got: format!("token {chosen}"),
                     expected,
                 });
             }
-            let logprob = logprobs.get(at).copied().unwrap_or(f32::NAN);
+            let wanted = context.running.request.params.logprobs.unwrap_or(0) as usize;
+            let best = at * drawn.top_count..at * drawn.top_count + wanted.min(drawn.top_count);
+            let top = drawn.top_tokens[best.clone()].iter().zip(&drawn.top_logprobs[best]);
             Ok(Drawn {
-                token: TokenId(drawn as u32),
-                logprob,
-                top: Vec::new(),
+                token: TokenId(chosen as u32),
+                logprob: drawn.logprobs.get(at).copied().unwrap_or(f32::NAN),
+                top: top
+                    .map(|(&token, &logprob)| (TokenId(token as u32), logprob))
+                    .collect(),
             })
         })
+    }
+
+    /// What the penalties of a launched step's rows count, for a device that draws; only complete without overlap.
+    ///
+    /// # Errors
+    /// `OutOfTurn` when the step is closed.
+    pub fn histories(&self, plan: &StepPlan) -> Result<Histories> {
+        let flight = self.in_flight.iter().find(|flight| flight.step == plan.step());
+        let Some(flight) = flight.filter(|_| plan.is_open()) else {
+            return Err(closed(plan.step()));
+        };
+        let mut all = Histories {
+            starts: vec![0],
+            ..Histories::default()
+        };
+        let mut sorted = Vec::new();
+        for row in &flight.rows {
+            let request = self.scheduler.tenant(row).map(|running| &running.request);
+            if let Some(request) = request.filter(|request| request.params.sampling.penalises()) {
+                sorted.clear();
+                sorted.extend_from_slice(request.history.counts());
+                sorted.sort_unstable_by_key(|&(token, _)| token);
+                all.tokens.extend(sorted.iter().map(|&(token, _)| token.0 as i32));
+                all.counts.extend(sorted.iter().map(|&(_, count)| count as i32));
+            }
+            all.starts.push(all.tokens.len() as i32);
+        }
+        Ok(all)
     }
 
     fn accept_rows(
@@ -662,10 +711,49 @@ struct Context<'a> {
     position: u64,
 }
 
+/// What a device drew for the `N` rows of a plan's `logit_rows`. Everything but the tokens may be left empty.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DrawnRows<'a> {
+    /// `[N]` tokens.
+    pub tokens: &'a [i64],
+    /// `[N]` their log-softmax of the raw logits, nats.
+    pub logprobs: &'a [f32],
+    /// `[N]` 0 where a token was drawn, otherwise why there is none (`RowStatus` of `cuda/params.h`).
+    pub status: &'a [i32],
+    /// The likeliest tokens per row.
+    pub top_count: usize,
+    /// `[N, top_count]` the likeliest tokens of the raw row, falling.
+    pub top_tokens: &'a [i64],
+    /// `[N, top_count]` their log-softmax, nats.
+    pub top_logprobs: &'a [f32],
+}
+
+/// Distinct tokens of prompt and output with their number of occurrences in the output, of the rows that are penalised.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Histories {
+    /// `[R + 1]` where each row's entries start; a row without penalties has none.
+    pub starts: Vec<i32>,
+    /// Tokens, ascending within a row.
+    pub tokens: Vec<i32>,
+    /// Occurrences in the output; 0: in the prompt alone.
+    pub counts: Vec<i32>,
+}
+
 struct Drawn {
     token: TokenId,
     logprob: f32,
     top: Vec<(TokenId, f32)>,
+}
+
+/// What a `RowStatus` of `cuda/params.h` means.
+fn row_failure(status: i32, columns: usize) -> Error {
+    let got = match status {
+        1 => "NaN or +inf",
+        2 => return Error::EmptyRow { columns },
+        3 => "an overflow of logit / temperature",
+        _ => "a row of unknown status",
+    };
+    Error::RowFailed { got }
 }
 
 fn closed(step: u64) -> Error {

@@ -272,9 +272,27 @@ class Engine:
         """
 
     def accept_sampled(
-        self, plan: StepPlan, sampled: NDArray[np.int64], logprobs: NDArray[np.float32] | None = None
+        self,
+        plan: StepPlan,
+        sampled: NDArray[np.int64],
+        logprobs: NDArray[np.float32] | None = None,
+        *,
+        status: NDArray[np.int32] | None = None,
+        top_tokens: NDArray[np.int64] | None = None,
+        top_logprobs: NDArray[np.float32] | None = None,
     ) -> Accepted:
-        """Walks the drafts with tokens drawn elsewhere: i64 ``[N]`` in the order of ``plan.logit_rows``, scores f32 ``[N]``."""
+        """Walks the drafts with tokens drawn elsewhere, ``[N]`` in the order of ``plan.logit_rows``; ``logprobs`` are their scores.
+
+        ``status`` ``[N]``: 0, or why a row has no token (see ``cuda.Sampled``); such a row ends its own request. ``top_tokens`` and
+        ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for.
+        """
+
+    def histories(self, plan: StepPlan) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """What the penalties of a launched step count: starts ``[R + 1]``, tokens, and their occurrences in the output.
+
+        Rows without penalties have no entries; tokens rise within a row, those of the prompt alone count 0. Complete only when
+        no earlier step is unresolved.
+        """
 
     def commit(self, plan: StepPlan, accepted: Accepted, injected: bool = True) -> Events:
         """Resolves a step: books KV, appends tokens up to each request's stop, releases what is finished.

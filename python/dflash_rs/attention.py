@@ -160,22 +160,39 @@ class HostAttention:
 
 
 class CudaAttention:
-    """The CUDA kernel: reads and writes pages in place; a row's bits do not depend on what else is in the batch.
+    """The CUDA kernel: reads and writes pages in place; a row's bits do not depend on what else is in the batch. bfloat16.
 
-    Arguments as for `HostAttention`, checked as there. They are uploaded in one copy, and every layer uses them. bfloat16.
+    query_starts [R+1], context_lens [R], valid_from [R] and the table: int32 tensors on the device; slots int64 [T]. The bounds
+    `max_block_len` and `max_keys` (context and own tokens) hold for every request.
     """
 
     def __init__(
-        self, *, slots: np.ndarray | None, slots_device: Tensor | None, num_slots: int, device: torch.device, **arrays
+        self,
+        *,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        table: cuda.PageTable,
+        max_block_len: int,
+        max_keys: int,
+        slots: Tensor | None = None,
+        valid_from: Tensor | None = None,
     ):
+        self.query_starts, self._context_lens, self._table = query_starts, context_lens, table
+        self._max_block_len, self._max_keys = max_block_len, max_keys
+        self._slots, self._valid_from = slots, valid_from
+
+    @classmethod
+    def upload(
+        cls, *, slots: np.ndarray | None, slots_device: Tensor | None, num_slots: int, device: torch.device, **arrays
+    ) -> CudaAttention:
+        """From host arrays as `HostAttention` takes them, checked as there and uploaded in one copy."""
         _core.AttentionBatch(num_slots=num_slots, slots=slots, **arrays)
         starts, context_lens, page_size = arrays["query_starts"], arrays["context_lens"], arrays["page_size"]
         valid_from = arrays["valid_from"]
         lens = np.diff(starts)
-        self._max_block_len = int(lens.max(initial=0))
-        self._max_keys = int((context_lens + lens).max(initial=0))
+        max_keys = int((context_lens + lens).max(initial=0))
         # The rows in use, as far as they are: the whole table may be large.
-        width = -(-self._max_keys // page_size)
+        width = -(-max_keys // page_size)
         pages = arrays["page_table"][arrays["row_ids"], :width]
         r = context_lens.size
         parts = [starts, context_lens, np.arange(r, dtype=np.int32), pages.reshape(-1)]
@@ -184,10 +201,15 @@ class CudaAttention:
         packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
         ends = np.cumsum([part.size for part in parts])
         views = [packed[end - part.size : end] for part, end in zip(parts, ends, strict=True)]
-        self.query_starts, self._context_lens = views[0], views[1]
-        self._table = cuda.PageTable(views[3].view(r, pages.shape[1]), views[2], page_size)
-        self._valid_from = views[4] if valid_from is not None else None
-        self._slots = slots_device if slots is not None else None
+        return cls(
+            query_starts=views[0],
+            context_lens=views[1],
+            table=cuda.PageTable(views[3].view(r, pages.shape[1]), views[2], page_size),
+            max_block_len=int(lens.max(initial=0)),
+            max_keys=max_keys,
+            slots=slots_device if slots is not None else None,
+            valid_from=views[4] if valid_from is not None else None,
+        )
 
     def attend(
         self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None
@@ -212,8 +234,8 @@ def kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_
     """Whether a kernel of the extension attends over such a cache; the reference does otherwise."""
     if key_dim != value_dim:
         return False
-    if device.type == "cuda":
-        return dtype == torch.bfloat16 and key_dim in cuda.HEAD_DIMS and cuda.available(device)
+    if cuda.available(device):
+        return dtype == torch.bfloat16 and key_dim in cuda.HEAD_DIMS
     return device.type == "cpu" and dtype in _DTYPES and key_dim <= 256
 
 
@@ -236,7 +258,9 @@ def step_attention(
     device = batch.token_ids.device
     if kernel:
         slots = batch.slots_host if write else None
-        if device.type == "cuda":
-            return CudaAttention(slots=slots, slots_device=batch.slots, num_slots=num_slots, device=device, **arrays)
+        if cuda.available(device):
+            return CudaAttention.upload(
+                slots=slots, slots_device=batch.slots, num_slots=num_slots, device=device, **arrays
+            )
         return HostAttention(slots=slots, num_slots=num_slots, threads=torch.get_num_threads(), **arrays)
     return TorchAttention(slots=batch.slots if write else None, device=device, **arrays)

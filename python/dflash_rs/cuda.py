@@ -432,6 +432,25 @@ class Accepted(NamedTuple):
     commit_slots: Tensor
 
 
+def empty_accepted(requests: int, tokens: int, max_nodes: int, device: torch.device) -> Accepted:
+    """Room for what `accept` writes about `requests` requests of `tokens` tokens together."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return Accepted(
+        empty(requests, dtype=torch.int32),
+        empty(requests, max_nodes),
+        empty(requests, dtype=torch.int32),
+        empty(requests, dtype=torch.int32),
+        empty(requests),
+        empty(requests, max_nodes, dtype=torch.int32),
+        empty(tokens),
+        empty(tokens),
+        empty(tokens),
+    )
+
+
 def accept(
     *,
     query_starts: Tensor,
@@ -452,22 +471,7 @@ def accept(
     tokens of a request.
     """
     if out is None:
-        device, r, tokens = token_ids.device, context_lens.shape[0], token_ids.shape[0]
-
-        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        out = Accepted(
-            empty(r, dtype=torch.int32),
-            empty(r, max_nodes),
-            empty(r, dtype=torch.int32),
-            empty(r, dtype=torch.int32),
-            empty(r),
-            empty(r, max_nodes, dtype=torch.int32),
-            empty(tokens),
-            empty(tokens),
-            empty(tokens),
-        )
+        out = empty_accepted(context_lens.shape[0], token_ids.shape[0], max_nodes, token_ids.device)
     _launch(
         _core.cuda_accept,
         token_ids,

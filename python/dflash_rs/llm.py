@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from .config import EngineConfig, StepCosts, assets
 from .errors import CheckpointError, DflashError, InvalidArgument
 from .sampling import SamplingParams
 from .text import Detokenizer, token_bytes
+
+if TYPE_CHECKING:
+    from .device_step import DeviceStep, Draws
 
 Prompt = str | Sequence[int]
 _REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
@@ -92,6 +95,7 @@ class _Active:
     ):
         self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
         self.drafts = False
+        self.draws: Draws | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.steps = 0
@@ -152,6 +156,7 @@ class LLM:
     - `adaptive`: draft and verify as many tokens as pay, judged by what a pass and a row of it cost here (measured when the
       models are loaded, see `costs`), by what was accepted so far, and by the drafter's own confidence. False drafts and
       verifies whole blocks. `costs`: the costs to judge by instead, a `StepCosts`. The text is the same in every case.
+    - `cuda_graphs`: on a GPU, capture decoding steps in CUDA graphs. False launches every kernel anew, for looking for faults.
     - the rest: see `EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
@@ -178,10 +183,12 @@ class LLM:
         prefix_cache: bool = True,
         adaptive: bool = True,
         costs: StepCosts | None = None,
+        cuda_graphs: bool = True,
     ):
         import torch
         from transformers import AutoTokenizer
 
+        from .device_step import DeviceStep, serves
         from .models.costs import measure
         from .models.loader import load_draft
         from .models.target import TargetModel, readable
@@ -200,6 +207,8 @@ class LLM:
             )
         if not isinstance(adaptive, bool):
             raise InvalidArgument(f"adaptive: got {adaptive!r}, expected True or False")
+        if not isinstance(cuda_graphs, bool):
+            raise InvalidArgument(f"cuda_graphs: got {cuda_graphs!r}, expected True or False")
         if costs is not None and not isinstance(costs, StepCosts):
             raise InvalidArgument(f"costs: got {costs!r}, expected a StepCosts")
         if threads is not None:
@@ -255,11 +264,24 @@ class LLM:
             vocabulary=self._bytes,
         )
         self._draws_on_device = self._kernels_here()
+        self._device_step: DeviceStep | None = None
+        if serves(self._target, self._draft):
+            self._device_step = DeviceStep(
+                self._target,
+                self._draft,
+                self.config,
+                block_size=self.block_size,
+                max_context=self.max_context,
+                table_width=self._core.page_table.shape[1],
+                graphs=cuda_graphs,
+            )
         self.costs: StepCosts | None = None
         self._planner: _core.Planner | None = None
         self._observes = False
         if self._draft is not None and adaptive:
-            self.costs = costs or measure(self._target, self._draft, self.block_size)
+            self.costs = costs or (
+                measure(self._target, self._draft, self.block_size) if self._device_step is None else self._device_step.costs()
+            )
             # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
             self._observes = costs is None and self.device.type == "cpu"
             self._planner = self.costs.planner(self.block_size)
@@ -383,6 +405,8 @@ class LLM:
         if self._closed:
             raise DflashError("this LLM is closed: make a new one")
         prepared = [self._check(i, p, o) for i, (p, o) in enumerate(zip(texts, options, strict=True))]
+        if self._device_step is not None:
+            from .device_step import Draws
         ids: list[int] = []
         with self._lock:
             try:
@@ -392,6 +416,8 @@ class LLM:
                     request = self._core.add(tokens, **_core_params(o, seed, drafts))
                     active = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
                     active.drafts = drafts
+                    if self._device_step is not None:
+                        active.draws = Draws.of(o, seed)
                     self._active[request] = active
                     ids.append(request)
             except BaseException:
@@ -452,36 +478,45 @@ class LLM:
             raise DflashError(f"nothing can run although {len(self._active)} requests are unfinished; this is a defect")
         try:
             with self._torch.inference_mode():
-                page_table = self._core.page_table
-                t1 = clock()
-                drafted_lengths = plan.block_len[plan.draft_rows]
-                if plan.draft_rows.size:
-                    self._propose(plan, page_table)
-                t2 = clock()
-                batch = StepBatch.from_arrays(
-                    token_ids=plan.token_ids,
-                    positions=plan.positions,
-                    slots=plan.slots,
-                    query_starts=plan.query_starts,
-                    context_lens=plan.context_lens,
-                    page_table=page_table,
-                    row_ids=plan.row_ids,
-                    logit_rows=plan.logit_rows,
-                    page_size=self.config.page_size,
-                    device=self.device,
-                )
-                logits, features = self._target.forward(batch)
-                drawn = self._draw_on_device(plan, batch, logits)
-                host = logits.float().cpu().numpy() if drawn is None else None
-                t3 = clock()
-                accepted = self._core.accept(plan, host) if drawn is None else self._core.accept_sampled(plan, drawn)
-                t4 = clock()
                 # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
                 inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
-                if inject:
-                    rows = accepted.commit_rows
-                    self._draft.inject(features, plan.positions[rows], plan.slots[rows], rows)
-                t5 = clock()
+                drafted_lengths = plan.block_len[plan.draft_rows]
+                if self._device_step is not None:
+                    t1 = t2 = clock()
+                    drawn = self._take_on_device(plan, inject)
+                    t3 = clock()
+                    accepted = self._walk(plan, drawn)
+                    t4 = t5 = clock()
+                else:
+                    page_table = self._core.page_table
+                    t1 = clock()
+                    if plan.draft_rows.size:
+                        self._propose(plan, page_table)
+                    t2 = clock()
+                    batch = StepBatch.from_arrays(
+                        token_ids=plan.token_ids,
+                        positions=plan.positions,
+                        slots=plan.slots,
+                        query_starts=plan.query_starts,
+                        context_lens=plan.context_lens,
+                        page_table=page_table,
+                        row_ids=plan.row_ids,
+                        logit_rows=plan.logit_rows,
+                        page_size=self.config.page_size,
+                        device=self.device,
+                    )
+                    logits, features = self._target.forward(batch)
+                    sampled = self._draw_on_device(plan, batch, logits)
+                    host = logits.float().cpu().numpy() if sampled is None else None
+                    t3 = clock()
+                    accepted = (
+                        self._core.accept(plan, host) if sampled is None else self._core.accept_sampled(plan, sampled)
+                    )
+                    t4 = clock()
+                    if inject:
+                        rows = accepted.commit_rows
+                        self._draft.inject(features, plan.positions[rows], plan.slots[rows], rows)
+                    t5 = clock()
                 events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()
         except BaseException:
@@ -498,6 +533,23 @@ class LLM:
             ("inject", t4, t5), ("commit", t5, t6), ("text", t6, t7),
         ):  # fmt: skip
             seconds[name] += end - begin
+
+    def _take_on_device(self, plan: Any, inject: bool) -> Any:
+        """Drafts, verifies and injects without coming back in between; see device_step.py."""
+        draws = [self._active[r].draws for r in plan.request_ids.tolist()]
+        histories = self._core.histories(plan) if any(d.penalises for d in draws) else None
+        return self._device_step.run(plan, self._core.page_table, draws, histories, inject)
+
+    def _walk(self, plan: Any, drawn: Any) -> Any:
+        from .device_step import check_accepted
+
+        if drawn.drafts is not None:
+            plan.set_drafts(drawn.drafts)
+        accepted = self._core.accept_sampled(
+            plan, drawn.tokens, drawn.logprobs, status=drawn.status, top_tokens=drawn.top_tokens, top_logprobs=drawn.top_logprobs
+        )
+        check_accepted(drawn.accepted, accepted, plan.is_prefill)
+        return accepted
 
     def _draw_on_device(self, plan: Any, batch: Any, logits: Any) -> np.ndarray | None:
         """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.

@@ -4,7 +4,10 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::ndarray::Dimension;
+use numpy::{
+    Element, PyArray1, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -45,6 +48,18 @@ pub struct Events {
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic inside the core is a bug; going on with what it left beats a second, unrelated exception.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn contiguous<'a, T: Element, D: Dimension>(
+    name: &'static str,
+    array: Option<&'a PyReadonlyArray<'_, T, D>>,
+) -> PyResult<&'a [T]> {
+    let Some(array) = array else {
+        return Ok(&[]);
+    };
+    array
+        .as_slice()
+        .map_err(|_| invalid(name, "a strided array", "a C-contiguous array"))
 }
 
 // Locks and the GIL, the one rule: whoever holds a lock never waits for the GIL, which anything that makes a Python object
@@ -194,28 +209,50 @@ impl Engine {
         Ok(Accepted { accepted })
     }
 
-    /// Walks the drafts with tokens drawn elsewhere: `sampled` i64 `[N]`, `logprobs` f32 `[N]` or `None`.
-    #[pyo3(signature = (plan, sampled, logprobs = None))]
+    /// Walks the drafts with tokens drawn elsewhere: `sampled` i64 `[N]`; `logprobs` f32 and `status` i32 `[N]`, `top_tokens` i64 and
+    /// `top_logprobs` f32 `[N, k]` or `None`.
+    #[pyo3(signature = (plan, sampled, logprobs = None, *, status = None, top_tokens = None, top_logprobs = None))]
+    #[allow(clippy::too_many_arguments, reason = "what a device returns, by keyword")]
     fn accept_sampled(
         &self,
         py: Python<'_>,
         plan: &StepPlan,
         sampled: PyReadonlyArray1<'_, i64>,
         logprobs: Option<PyReadonlyArray1<'_, f32>>,
+        status: Option<PyReadonlyArray1<'_, i32>>,
+        top_tokens: Option<PyReadonlyArray2<'_, i64>>,
+        top_logprobs: Option<PyReadonlyArray2<'_, f32>>,
     ) -> PyResult<Accepted> {
-        let sampled = sampled
-            .as_slice()
-            .map_err(|_| invalid("sampled", "a strided array", "a C-contiguous i64 array"))?;
-        let logprobs = match &logprobs {
-            Some(array) => array
-                .as_slice()
-                .map_err(|_| invalid("logprobs", "a strided array", "a C-contiguous f32 array"))?,
-            None => &[],
+        let top_count = top_tokens.as_ref().map_or(0, |array| array.shape()[1]);
+        let drawn = step::DrawnRows {
+            tokens: contiguous("sampled", Some(&sampled))?,
+            logprobs: contiguous("logprobs", logprobs.as_ref())?,
+            status: contiguous("status", status.as_ref())?,
+            top_count,
+            top_tokens: contiguous("top_tokens", top_tokens.as_ref())?,
+            top_logprobs: contiguous("top_logprobs", top_logprobs.as_ref())?,
         };
-        let accepted = self.with(py, |engine| {
-            engine.accept_sampled(&locked(&plan.plan), sampled, logprobs)
-        })?;
+        let accepted = self.with(py, |engine| engine.accept_drawn(&locked(&plan.plan), &drawn))?;
         Ok(Accepted { accepted })
+    }
+
+    /// What penalties count, of the rows that have any: starts i32 `[R + 1]`, tokens i32 (ascending within a row), occurrences in the
+    /// output i32.
+    fn histories<'py>(
+        &self,
+        py: Python<'py>,
+        plan: &StepPlan,
+    ) -> PyResult<(
+        Bound<'py, PyArray1<i32>>,
+        Bound<'py, PyArray1<i32>>,
+        Bound<'py, PyArray1<i32>>,
+    )> {
+        let found = self.with(py, |engine| engine.histories(&locked(&plan.plan)))?;
+        Ok((
+            PyArray1::from_vec(py, found.starts),
+            PyArray1::from_vec(py, found.tokens),
+            PyArray1::from_vec(py, found.counts),
+        ))
     }
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.

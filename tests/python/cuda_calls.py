@@ -129,7 +129,7 @@ def main() -> None:
 def engine_step(note):
     """An engine's attention, its arrays on the host and uploaded by it."""
     slots = torch.arange(48, 57)
-    step = CudaAttention(
+    step = CudaAttention.upload(
         query_starts=np.array([0, 1, 9], dtype=np.int32), context_lens=np.array([0, 590], dtype=np.int32), page_size=16,
         page_table=np.arange(160, dtype=np.int32).reshape(4, 40), row_ids=np.array([3, 1], dtype=np.int32), num_slots=2560,
         valid_from=np.array([0, 7], dtype=np.int32), slots=slots.numpy(), slots_device=slots, device=torch.device("cpu"),

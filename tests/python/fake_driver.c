@@ -1,5 +1,6 @@
 /* A libcuda.so.1 for machines without one: it has one GPU, finds every kernel, and writes each launch to $FAKE_CUDA_LOG instead of running
-   it. It shows what the launcher passes; it computes nothing. FAKE_CUDA_* variables make it old, or a GPU of another kind. */
+   it. It shows what the launcher passes; it computes nothing. FAKE_CUDA_* variables make it old, or a GPU of another kind.
+   With RUN_KERNELS it hands each launch to tests/emulated/driver.cpp instead. */
 #include "params.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -92,9 +93,16 @@ int cuKernelSetAttribute(int attribute, int value, struct Kernel* kernel, int de
     if (log) fprintf(log, "{\"set\": \"%s\", \"attribute\": %d, \"value\": %d}\n", kernel->name, attribute, value), fclose(log);
     return device;
 }
+#ifdef RUN_KERNELS
+int run_kernel(const char* name, const void* parameters);
+#endif
+
 int cuLaunchKernelEx(const struct Config* c, struct Kernel* kernel, void** parameters, void** extra) {
     if (number("FAKE_CUDA_NO_BINARY", 0)) return 209;
     if (number("FAKE_CUDA_REFUSE", 0)) return 1;
+#ifdef RUN_KERNELS
+    return run_kernel(kernel->name, parameters[0]);
+#endif
     FILE* log = log_file();
     if (!log || extra || c->attribute_count) return 1;
     fprintf(log, "{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"stream\": %zu, \"parameters\": \"",

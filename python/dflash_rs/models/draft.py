@@ -434,7 +434,7 @@ class _DraftEngine:
             for _ in range(c.num_hidden_layers)
         ]
         self.injection = None
-        if self.device.type == "cuda" and self.kernel and c.head_dim % 16 == 0:
+        if self.kernel and cuda.available(self.device):
             # A position is below the number of slots: every token of a request has one.
             positions = torch.arange(num_slots, device=self.device)
             cos, sin = (x.squeeze(-2)[:, : c.head_dim // 2] for x in draft._cos_sin(positions, torch.float32))
@@ -482,12 +482,9 @@ class _DraftEngine:
             )  # fmt: skip
             return
         positions, slots, rows = (self._tensor(x) for x in (positions, slots, rows))
-        features = features if rows is None else features[rows]
-        x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
-        kv = self.context_kv(x).view(count, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+        kv = self.context(features if rows is None else features[rows])
         if self.injection is not None:
-            caches, cos_sin = self.injection
-            cuda.kv_inject(kv, self.k_norm.view(-1, c.head_dim), cos_sin, positions, slots, caches, eps=self.eps)
+            self.store(kv, positions, slots)
             return
         keys = torch.rms_norm(kv[:, :, 0], (c.head_dim,), None, self.eps).mul_(self.k_norm)
         cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
@@ -495,6 +492,18 @@ class _DraftEngine:
         for index, (k_cache, v_cache) in enumerate(self.caches):
             k_cache.index_copy_(0, slots, keys[:, index])
             v_cache.index_copy_(0, slots, kv[:, index, 1])
+
+    def context(self, features: Tensor) -> Tensor:
+        """Taps [M, K*H] -> K and V of all layers as the projections give them, [M, layers, 2, kv_heads, head_dim]."""
+        c = self.config
+        x = torch.rms_norm(self.fc(features.to(self.dtype)), self.hidden, self.context_norm, self.eps)
+        return self.context_kv(x).view(-1, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+
+    def store(self, kv: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None = None) -> None:
+        """Normalises, rotates and stores what `context` gave, by the CUDA kernel; see `cuda.kv_inject`."""
+        caches, cos_sin = self.injection
+        norms = self.k_norm.view(-1, self.config.head_dim)
+        cuda.kv_inject(kv, norms, cos_sin, positions, slots, caches, eps=self.eps, rows=rows)
 
     def _tensor(self, values) -> Tensor | None:
         if values is None or isinstance(values, Tensor):
@@ -540,23 +549,29 @@ class _DraftEngine:
         attention = step_attention(
             batch, num_slots=self.num_slots, write=False, kernel=self.kernel, valid_from=valid_from
         )
-        cos, sin = self.rotary.lookup(batch.positions, limit)
-        x = F.embedding(batch.token_ids, self.embedding)
+        logits = self.block(batch.token_ids, batch.positions, limit, attention, size)
+        drafts = logits.argmax(dim=-1)
+        sure = logits.float().softmax(dim=-1).gather(1, drafts[:, None])[:, 0]
+        return drafts.view(n, size - 1).cpu().numpy(), sure.view(n, size - 1).cpu().numpy()
+
+    def block(self, token_ids: Tensor, positions: Tensor, limit: int, attention, size: int) -> Tensor:
+        """Logits [n * (size - 1), V] of what follows the anchors of n blocks; token_ids and positions int64 [n * size], below `limit`."""
+        c = self.config
+        cos, sin = self.rotary.lookup(positions, limit)
+        x = F.embedding(token_ids, self.embedding)
         if c.input_embedding_scale != 1.0:
             x = x * c.input_embedding_scale
         for layer, caches in zip(self.layers, self.caches, strict=True):
             x = layer(x, cos, sin, attention, *caches)
-        rows = x.view(n, size, -1)[:, 1:].reshape(n * (size - 1), -1)
+        rows = x.view(-1, size, x.shape[-1])[:, 1:].reshape(-1, x.shape[-1])
         logits = self.head(torch.rms_norm(rows, self.hidden, self.norm, self.eps))
         if c.output_multiplier != 1.0:
             logits = logits * c.output_multiplier
         if c.final_logit_softcapping is not None:
             logits = torch.tanh(logits / c.final_logit_softcapping) * c.final_logit_softcapping
         if c.mask_token_id < logits.shape[-1]:
-            logits[:, c.mask_token_id] = -math.inf
-        drafts = logits.argmax(dim=-1)
-        sure = logits.float().softmax(dim=-1).gather(1, drafts[:, None])[:, 0]
-        return drafts.view(n, size - 1).cpu().numpy(), sure.view(n, size - 1).cpu().numpy()
+            logits[:, c.mask_token_id].fill_(-math.inf)
+        return logits
 
 
 def block_mask(block_size: int, causal: bool, window: int | None, device) -> Tensor | None:

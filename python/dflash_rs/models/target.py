@@ -317,18 +317,30 @@ class TargetModel:
             raise InvalidArgument("cache: not allocated, call alloc_kv(num_slots) first")
         with torch.inference_mode():
             attention = step_attention(batch, num_slots=self.num_slots, write=True, kernel=self.kernel)
-            if self._fused is not None:
-                return self._fused.forward(batch, attention, self.caches, self.taps)
-            output = self.model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-                **{_STEP: _Step(attention, self.caches)},
-            )
-            features = torch.cat([self._tapped[k][0] for k in self.taps], dim=-1) if self.taps else None
-            self._tapped.clear()
-            return output.logits[0], features
+            return self.run(batch.token_ids, batch.positions, batch.max_length, attention, batch.logit_rows)
+
+    def run(
+        self, token_ids: Tensor, positions: Tensor, limit: int, attention, logit_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pass of `forward` over tensors on the device, in inference mode: token_ids and positions int64 [T], positions below
+        `limit`; logit_rows int64 [N] (every row when None)."""
+        if self._fused is not None:
+            return self._fused.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
+        output = self.model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if logit_rows is None else logit_rows,
+            **{_STEP: _Step(attention, self.caches)},
+        )
+        features = torch.cat([self._tapped[k][0] for k in self.taps], dim=-1) if self.taps else None
+        self._tapped.clear()
+        return output.logits[0], features
+
+    def prepare(self, limit: int) -> None:
+        """Makes what a pass over positions below `limit` would make when it is first needed, as a captured graph must not."""
+        if self._fused is not None:
+            self._fused.rotary.rows(limit, self.device)
 
 
 class _FusedModel:
@@ -383,17 +395,19 @@ class _FusedModel:
 
         self.rotary = RotaryTable(angles)
 
-    def forward(self, batch: StepBatch, attention, caches, taps) -> tuple[Tensor, Tensor | None]:
-        cos, sin = self.rotary.lookup(batch.positions, batch.max_length)
-        x = F.embedding(batch.token_ids, self.embedding)
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, limit: int, attention, caches, taps, logit_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        cos, sin = self.rotary.lookup(positions, limit)
+        x = F.embedding(token_ids, self.embedding)
         tapped = {}
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attention, *caches[index])
             if index in taps:
                 tapped[index] = x
         features = torch.cat([tapped[k] for k in taps], dim=-1) if taps else None
-        rows = torch.rms_norm(x.index_select(0, batch.logit_rows), self.hidden, self.norm, self.eps)
-        return self.head(rows), features
+        rows = x if logit_rows is None else x.index_select(0, logit_rows)
+        return self.head(torch.rms_norm(rows, self.hidden, self.norm, self.eps)), features
 
 
 class _Check:

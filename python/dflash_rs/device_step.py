@@ -1,0 +1,500 @@
+"""A step of the engine that stays on the GPU: one copy up, two graphs, one copy down.
+
+    plan ──> upload ──> [ prepare, drafter, argmax ] ──> [ prepare, target, draw, accept, inject ] ──> download ──> walk, commit
+    host                  drafting graph                   verifying graph                              the only wait
+
+Between upload and download the host is asked for nothing: anchors, drafts, drawn tokens, what was accepted and where its draft KV
+goes are read and written on the device. A decoding step is padded to a bucket (requests to a power of two, every request to the
+longest block) and captured in a CUDA graph per bucket; a step with chunks of prompts differs every time and runs the same functions
+without a graph.
+
+Every input of a graph is a view of one block of memory that stays where it is (`_Inputs`), every output a view of another
+(`_Outputs`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cuda
+from .attention import CudaAttention
+from .config import EngineConfig, StepCosts
+from .errors import DflashError
+from .graphs import Graphs
+from .models.draft import DFlashDraft
+from .models.target import TargetModel
+
+# The likeliest tokens of a row come from a kernel that lists at most this many (TREE_MAX_K of cuda/params.h).
+MOST_ALTERNATIVES = 256
+_ROUNDS, _PATIENCE_S = 12, 2.0
+
+
+def serves(target: TargetModel, draft: DFlashDraft | None) -> bool:
+    """Whether steps of these models can stay on the device: kernels for it, heads and a type that they take."""
+    engine = None if draft is None else draft._engine
+    logits = target.dtype in (torch.bfloat16, torch.float32)
+    return cuda.available(target.device) and target.kernel and logits and (engine is None or engine.kernel)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How one request's tokens are drawn: a `cuda.SAMPLING_ROW`, its bias (ascending), and the alternatives it wants scored."""
+
+    row: np.void
+    bias_tokens: np.ndarray
+    bias_values: np.ndarray
+    penalises: bool
+    logprobs: int | None
+
+    @classmethod
+    def of(cls, params: Any, seed: int) -> Draws:
+        """From `SamplingParams`."""
+        row = np.zeros((), dtype=cuda.SAMPLING_ROW)
+        row["seed"] = seed
+        for name in ("temperature", "top_p", "min_p", "top_k"):
+            row[name] = getattr(params, name)
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+            row[name] = getattr(params, name)
+        bias = sorted(params.logit_bias.items())
+        return cls(
+            row[()],
+            np.array([token for token, _ in bias], dtype=np.int32),
+            np.array([value for _, value in bias], dtype=np.float32),
+            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0,
+            params.logprobs,
+        )
+
+    @property
+    def filters(self) -> bool:
+        """Whether part of the vocabulary is left out."""
+        return bool(self.row["top_k"] > 0 or self.row["top_p"] < 1 or self.row["min_p"] > 0)
+
+
+@dataclass
+class Drawn:
+    """What a step brought home: `drafts` int64 [n, g] (None without), and per logit row `tokens` int64, `status` int32, `logprobs`
+    float32 (None unless asked for) and the likeliest tokens with their scores [N, k] (None unless asked for). `accepted` int32 [R]
+    is the device's own count."""
+
+    drafts: np.ndarray | None
+    tokens: np.ndarray
+    status: np.ndarray
+    logprobs: np.ndarray | None
+    top_tokens: np.ndarray | None
+    top_logprobs: np.ndarray | None
+    accepted: np.ndarray
+
+
+class _Block:
+    """Named arrays in one piece of memory, on the host (pinned where that matters) and on the device, at the same offsets."""
+
+    def __init__(self, device: torch.device, parts: dict[str, tuple[tuple[int, ...], np.dtype | type]]):
+        self._ends: dict[str, int] = {}
+        at, places = 0, {}
+        for name, (shape, dtype) in parts.items():
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            places[name] = (at, size)
+            self._ends[name] = at + size
+            at += -(-size // 16) * 16
+        self.memory = torch.zeros(max(at, 16), dtype=torch.uint8, device=device)
+        self.staging = torch.zeros(max(at, 16), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        bytes_ = self.staging.numpy()
+        self.host: dict[str, np.ndarray] = {}
+        self.device: dict[str, Tensor] = {}
+        for name, (shape, dtype) in parts.items():
+            begin, size = places[name]
+            self.host[name] = bytes_[begin : begin + size].view(dtype).reshape(shape)
+            raw = self.memory[begin : begin + size]
+            torch_type = _TORCH.get(np.dtype(dtype))
+            self.device[name] = raw.view(*shape, -1) if torch_type is None else raw.view(torch_type).view(shape)
+
+    def upload(self, last: str, rows: int | None = None) -> None:
+        """Everything up to `last`, of which only the first `rows`."""
+        array = self.host[last]
+        end = self._ends[last] - array.nbytes + array[:rows].nbytes
+        self.memory[:end].copy_(self.staging[:end], non_blocking=True)
+
+    def download(self) -> None:
+        """Everything; the caller waits for it."""
+        self.staging.copy_(self.memory, non_blocking=True)
+
+
+_TORCH = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+}
+
+
+def _bucket(count: int, most: int) -> int:
+    """The next power of two, at most `most`."""
+    return min(1 << max(count - 1, 0).bit_length(), most)
+
+
+class DeviceStep:
+    """Runs the steps of an engine on the device of its target. Both models have their KV allocated.
+
+    `graphs` captures decoding steps in CUDA graphs (only if the target's forward is the fused one: other code may do anything).
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        draft: DFlashDraft | None,
+        config: EngineConfig,
+        *,
+        block_size: int,
+        max_context: int,
+        table_width: int,
+        graphs: bool = True,
+    ):
+        self.target, self.draft = target, None if draft is None else draft._engine
+        self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
+        self.rows, self.width = config.max_running, table_width
+        # Positions that a block may reach past the last one of a text.
+        self.limit = max_context + block_size
+        cuda.load(self.device)
+        self.graphs: Graphs | None = None
+        self._target_in_graph = target.path == "fused"
+        if graphs:
+            self.graphs = Graphs(self.device)
+        target.prepare(self.limit)
+        if self.draft is not None:
+            self.draft.rotary.rows(self.limit, self.device)
+        r, n = self.rows, self.rows * block_size
+        # Row `r` is an empty request, for the padding of drafting batches.
+        self._in = _Block(
+            self.device,
+            {
+                "query_starts": ((r + 1,), np.int32),
+                "context_lens": ((r + 1,), np.int32),
+                "valid_from": ((r + 1,), np.int32),
+                "draft_rows": ((r,), np.int32),
+                "draft_rows64": ((r,), np.int64),
+                "anchors": ((r + 1,), np.int64),
+                "sampling": ((r,), cuda.SAMPLING_ROW),
+                "pages": ((r + 1, table_width), np.int32),
+            },
+        )
+        self._in.upload("pages")
+        self._out = _Block(
+            self.device,
+            {
+                "tokens": ((n,), np.int64),
+                "drafts": (((r + 1) * max(block_size - 1, 1),), np.int64),
+                "status": ((n,), np.int32),
+                "logprobs": ((n,), np.float32),
+                "accepted": ((r,), np.int32),
+            },
+        )
+        self._row_ids = torch.arange(r, dtype=torch.int32, device=self.device)
+        self._edits = self._edit_room(1024)
+        self._edits_used = 0
+
+    def _edit_room(self, entries: int) -> _Block:
+        parts = {name: ((entries,), np.int32) for name in ("history_tokens", "history_counts", "bias_tokens")}
+        return _Block(self.device, {**parts, "bias_values": ((entries,), np.float32)})
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def run(
+        self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, inject: bool
+    ) -> Drawn:
+        """Takes one step. `draws`: per row of the plan; `histories`: `Engine.histories(plan)`, or None when nobody penalises;
+        `inject`: whether what is accepted gets draft KV. Waits for the result."""
+        batch, drafting, rows = plan.context_lens.size, plan.draft_rows.size, plan.logit_rows.size
+        prompts = bool(plan.is_prefill.any())
+        lens = plan.block_len
+        longest = int(lens.max())
+        bucket = batch if prompts else _bucket(batch, self.rows)
+        self._fill(plan, page_table, draws, histories, bucket)
+        max_keys = int((plan.context_lens + lens).max())
+        block = int(lens[plan.draft_rows].max()) if drafting else 1
+        drafts = self._drafts(block)
+        if drafting:
+            padded = _bucket(drafting, self.rows)
+            self._in_graph(
+                ("draft", padded, block, self._splits(max_keys)),
+                lambda: self._propose(padded, block, self._keys(max_keys)),
+            )
+        filters = any(d.filters for d in draws)
+        scored = any(d.logprobs is not None for d in draws)
+        best = min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size)
+        tops = None
+        if prompts:
+            tops = self._mixed(plan, drafts, block, longest, max_keys, filters, scored, best, inject)
+        elif best:
+            tops = self._verify(bucket, longest, max_keys, filters, scored, best, inject)
+        else:
+            self._in_graph(
+                ("verify", bucket, longest, self._splits(max_keys), filters, scored, inject),
+                lambda: self._verify(bucket, longest, self._keys(max_keys), filters, scored, 0, inject),
+                capture=self._target_in_graph,
+            )
+        self._out.download()
+        if tops is not None:
+            tops = [t[:rows].cpu().numpy() for t in tops]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        host = self._out.host
+        proposed = None
+        if drafting:
+            full = host["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
+            proposed = full[plan.draft_rows]
+        return Drawn(
+            proposed,
+            host["tokens"][:rows].copy(),
+            host["status"][:rows].copy(),
+            host["logprobs"][:rows].copy() if scored else None,
+            None if tops is None else tops[0],
+            None if tops is None else tops[1],
+            host["accepted"][:batch].copy(),
+        )
+
+    def _in_graph(self, key: tuple, work, *, capture: bool = True) -> None:
+        if self.graphs is None or not capture:
+            work()
+        else:
+            self.graphs.run(key, work)
+
+    def _splits(self, max_keys: int) -> int:
+        return _bucket(-(-max_keys // cuda.SPLIT_KEYS), 1 << 30)
+
+    def _keys(self, max_keys: int) -> int:
+        """The bound on keys of a graph: a power of two of splits."""
+        return self._splits(max_keys) * cuda.SPLIT_KEYS
+
+    def _drafts(self, block: int) -> Tensor:
+        """int64 [rows + 1, block - 1], packed: the kernel takes no gaps."""
+        return self._out.device["drafts"][: (self.rows + 1) * (block - 1)].view(self.rows + 1, block - 1)
+
+    def _fill(self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, bucket: int) -> None:
+        host, batch, drafting = self._in.host, plan.context_lens.size, plan.draft_rows.size
+        host["query_starts"][: batch + 1] = plan.query_starts
+        host["query_starts"][batch + 1 : bucket + 1] = plan.query_starts[-1]
+        host["context_lens"][:batch] = plan.context_lens
+        host["context_lens"][batch:bucket] = 0
+        host["valid_from"][:batch] = plan.draft_valid_from
+        for name in ("draft_rows", "draft_rows64"):
+            host[name][:drafting] = plan.draft_rows
+            host[name][drafting:] = self.rows
+        host["anchors"][:batch] = plan.token_ids[plan.query_starts[:-1]]
+        np.take(page_table, plan.row_ids, axis=0, out=host["pages"][:batch])
+        self._fill_sampling(draws, histories)
+        self._in.upload("pages", batch)
+
+    def _fill_sampling(self, draws: Sequence[Draws], histories: Any) -> None:
+        rows = self._in.host["sampling"]
+        rows[len(draws) :] = np.zeros((), dtype=cuda.SAMPLING_ROW)
+        used = bias = 0
+        for row, one in enumerate(draws):
+            rows[row] = one.row
+            rows["bias_start"][row] = bias
+            bias += one.bias_tokens.size
+            rows["bias_end"][row] = bias
+        if histories is not None:
+            starts, tokens, _ = histories
+            rows["history_start"][: len(draws)], rows["history_end"][: len(draws)] = starts[:-1], starts[1:]
+            used = tokens.size
+        room = self._edits.host["bias_tokens"].size
+        if max(used, bias) > room:
+            # Graphs know the old room's address.
+            if self.graphs is not None:
+                self.graphs.forget()
+            while room < max(used, bias):
+                room *= 2
+            self._edits = self._edit_room(room)
+        if not used and not bias:
+            return
+        edits = self._edits.host
+        if histories is not None:
+            edits["history_tokens"][:used], edits["history_counts"][:used] = histories[1], histories[2]
+        if bias:
+            edits["bias_tokens"][:bias] = np.concatenate([d.bias_tokens for d in draws])
+            edits["bias_values"][:bias] = np.concatenate([d.bias_values for d in draws])
+        self._edits.upload("bias_values")
+
+    # ---- what the graphs hold: no host values, the same tensors every time ----------------------------------------
+
+    def _propose(self, requests: int, block: int, max_keys: int) -> None:
+        """Drafts of `requests` rows, padding included, into `_drafts(block)`."""
+        inputs, draft = self._in.device, self.draft
+        rows, rows64 = inputs["draft_rows"][:requests], inputs["draft_rows64"][:requests]
+        starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
+        lens = inputs["context_lens"].index_select(0, rows)
+        table = cuda.PageTable(inputs["pages"], rows, self.page_size)
+        token_ids, positions = (
+            torch.empty(requests * block, dtype=torch.int64, device=self.device) for _ in range(2)
+        )
+        cuda.prepare_block(
+            query_starts=starts, context_lens=lens, anchors=inputs["anchors"].index_select(0, rows), table=table,
+            token_ids=token_ids, positions=positions, mask_token=draft.config.mask_token_id,
+        )  # fmt: skip
+        attention = CudaAttention(
+            query_starts=starts,
+            context_lens=lens,
+            table=table,
+            max_block_len=block,
+            max_keys=max_keys,
+            valid_from=inputs["valid_from"].index_select(0, rows),
+        )
+        logits = draft.block(token_ids, positions, self.limit, attention, block)
+        self._drafts(block).index_copy_(0, rows64, logits.argmax(dim=-1).view(requests, block - 1))
+
+    def _verify(
+        self, requests: int, block: int, max_keys: int, filters: bool, scored: bool, best: int, inject: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
+        inputs, tokens = self._in.device, requests * block
+        token_ids, positions, slots = (
+            torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3)
+        )
+        table = self._table(requests)
+        cuda.prepare_block(
+            query_starts=inputs["query_starts"][: requests + 1], context_lens=inputs["context_lens"][:requests],
+            anchors=inputs["anchors"][:requests], table=table, token_ids=token_ids, positions=positions, slots=slots,
+            drafts=self._drafts(block)[:requests] if block > 1 else None,
+        )  # fmt: skip
+        return self._pass(
+            requests, token_ids, positions, slots, None, None, block, max_keys, filters, scored, best, inject
+        )
+
+    def _mixed(
+        self, plan: Any, drafts: Tensor, block: int, longest: int, max_keys: int, filters: bool, scored: bool, best: int, inject: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """A step with chunks of prompts: the host knows everything but the drafts."""
+        packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
+        token_ids, positions, slots = packed.view(3, -1)
+        numbers = np.concatenate((plan.logit_starts, plan.logit_rows))
+        starts, logit_rows = torch.from_numpy(numbers).to(self.device).split(
+            [plan.logit_starts.size, plan.logit_rows.size]
+        )  # fmt: skip
+        for row in plan.draft_rows.tolist():
+            first, end = int(plan.query_starts[row]) + 1, int(plan.query_starts[row + 1])
+            token_ids[first:end] = drafts[row, : end - first]
+        return self._pass(
+            plan.context_lens.size, token_ids, positions, slots, starts, logit_rows, longest, max_keys, filters, scored, best, inject
+        )  # fmt: skip
+
+    def _table(self, requests: int) -> cuda.PageTable:
+        return cuda.PageTable(self._in.device["pages"], self._row_ids[:requests], self.page_size)
+
+    def _pass(
+        self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
+        logit_rows: Tensor | None, longest: int, max_keys: int, filters: bool, scored: bool, best: int, inject: bool,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Target, draw, accept, inject; returns the `best` likeliest tokens per row with their scores."""
+        inputs, outputs, edits = self._in.device, self._out.device, self._edits.device
+        query_starts, lens = inputs["query_starts"][: requests + 1], inputs["context_lens"][:requests]
+        table = self._table(requests)
+        attention = CudaAttention(
+            query_starts=query_starts,
+            context_lens=lens,
+            table=table,
+            max_block_len=longest,
+            max_keys=max_keys,
+            slots=slots,
+        )
+        logits, features = self.target.run(token_ids, positions, self.limit, attention, logit_rows)
+        rows = logits.shape[0]
+        sampled = outputs["tokens"][:rows]
+        if rows:
+            sampling = cuda.SamplingRows(
+                inputs["sampling"][:requests], edits["history_tokens"], edits["history_counts"], edits["bias_tokens"],
+                edits["bias_values"], filters,
+            )  # fmt: skip
+            cuda.sample_rows(
+                logits, sampling, query_starts=query_starts, token_ids=token_ids, positions=positions, row_tokens=logit_rows,
+                out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if scored else None),
+            )  # fmt: skip
+        room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
+        accepted = cuda.accept(
+            query_starts=query_starts, context_lens=lens, token_ids=token_ids, sampled=sampled, table=table,
+            max_nodes=longest, logit_starts=logit_starts,
+            # Nobody's tokens, the padding, are nobody's to write.
+            out=room._replace(accepted=outputs["accepted"][:requests], commit_slots=room.commit_slots.fill_(-1)),
+        )  # fmt: skip
+        if inject:
+            kv = self.draft.context(features)
+            self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
+        return _likeliest(logits, best) if best and rows else None
+
+    # ---- costs ---------------------------------------------------------------------------------------------------
+
+    def costs(self) -> StepCosts:
+        """What passes cost here, for the planner: the target's by rows, the drafter's with the injection that follows."""
+        shapes = sorted({(1, size) for size in (1, 2, (self.block_size + 2) // 2, self.block_size)})
+        shapes += [(n, self.block_size) for n in (2, 4, 8, 16, 32, 64) if n <= self.rows]
+        host = self._in.host
+        for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
+            host[name][:] = np.zeros((), dtype=host[name].dtype)
+        host["draft_rows"][:] = host["draft_rows64"][:] = np.arange(self.rows)
+        target, drafting = [], []
+        for requests, block in shapes:
+            host["query_starts"][:] = np.minimum(np.arange(self.rows + 1), requests) * block
+            self._in.upload("pages")
+            plain = self._time(lambda r=requests, b=block: self._pass_at(r, b, False))
+            target.append((requests * block, plain))
+            if block > 1:
+                both = self._time(lambda r=requests, b=block: (self._propose_at(r, b), self._pass_at(r, b, True)))
+                drafting.append((requests * block, max(both - plain, 0.0)))
+        return StepCosts(rising(target), rising(drafting))
+
+    def _pass_at(self, requests: int, block: int, inject: bool) -> None:
+        self._in_graph(
+            ("verify", requests, block, 1, False, False, inject),
+            lambda: self._verify(requests, block, cuda.SPLIT_KEYS, False, False, 0, inject),
+            capture=self._target_in_graph,
+        )
+
+    def _propose_at(self, requests: int, block: int) -> None:
+        self._in_graph(
+            ("draft", requests, block, 1), lambda: self._propose(requests, block, cuda.SPLIT_KEYS)
+        )
+
+    def _time(self, work) -> float:
+        """Seconds of the shortest of some rounds; the first ones warm up."""
+        begun, best = time.perf_counter(), float("inf")
+        for turn in range(2 + _ROUNDS):
+            start = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            if turn > 1:
+                best = min(best, time.perf_counter() - start)
+                if time.perf_counter() - begun > _PATIENCE_S:
+                    break
+        return best
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row with their log-softmax, falling, lowest id first among equals."""
+    if count <= MOST_ALTERNATIVES:
+        return cuda.tree_top_k(logits, count)
+    scores, tokens = torch.sort(logits.float().log_softmax(dim=-1), dim=-1, descending=True, stable=True)
+    return tokens[:, :count].contiguous(), scores[:, :count].contiguous()
+
+
+def rising(points: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """What was measured, without the falls that are noise, one point for each number of rows."""
+    curve: dict[int, float] = {}
+    last = 1e-9
+    for rows, taken in points:
+        last = max(last, taken)
+        curve.setdefault(rows, last)
+    return tuple(curve.items())
+
+
+def check_accepted(device: np.ndarray, accepted: Any, prefills: np.ndarray) -> None:
+    """Raises DflashError when the device's walk and the core's differ, which only a defect can do: draft KV went elsewhere."""
+    failed = {row for row, _ in accepted.failed}
+    for row, (there, here) in enumerate(zip(device.tolist(), accepted.accepted.tolist())):
+        if there != here and row not in failed and not prefills[row]:
+            raise DflashError(f"accepted[{row}]: the device kept {there} drafts, the core {here}; this is a defect")

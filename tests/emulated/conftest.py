@@ -1,0 +1,93 @@
+"""The GPU path of the engine without a GPU.
+
+A stand-in for CUDA's driver runs the kernels' host-compiled logic, tensors on the CPU are passed off as tensors of cuda:0, and a
+captured graph is the captured function, called again. So everything between `LLM` and the kernels' own logic is the code that
+runs on a GPU: launcher, checks, buffers, buckets, what a graph may and may not do. What it cannot show: the GPU's own execution
+(tests/gpu) and that torch's operations can be captured.
+
+Runs in a process of its own, since a driver is looked for once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a captured function must not do: ask for a value, or bring one in from the host.
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "item", "unique", "masked_select")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pair: generates with the bundled pair")
+
+
+class Capture(TorchDispatchMode):
+    """Refuses, while a function is captured, what a CUDA graph would refuse."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in FORBIDDEN:
+            raise AssertionError(f"{function} cannot be captured in a CUDA graph")
+        return function(*args, **(kwargs or {}))
+
+
+def _flat(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for part in value or () for t in _flat(part)]
+
+
+def _capture(self, work):
+    work()
+    with Capture():
+        outputs = work()
+
+    def replay():
+        for old, new in zip(_flat(outputs), _flat(work()), strict=True):
+            old.copy_(new)
+
+    return replay, outputs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def driver(tmp_path_factory):
+    """Compiles and loads the driver before anything looks for one."""
+    c, cpp = shutil.which("cc"), shutil.which("c++")
+    if c is None or cpp is None:
+        pytest.skip("no C and C++ compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    library, include = folder / "libcuda.so.1", ["-I", ROOT / "cuda"]
+    subprocess.run([c, "-c", "-O1", "-fPIC", "-DRUN_KERNELS", *include, "-o", folder / "fake.o",
+                    ROOT / "tests/python/fake_driver.c"], check=True)  # fmt: skip
+    subprocess.run([cpp, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas", *include,
+                    "-Wl,-soname,libcuda.so.1", "-o", library, folder / "fake.o", ROOT / "cuda/host_check.cpp",
+                    Path(__file__).parent / "driver.cpp"], check=True)  # fmt: skip
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture(scope="session")
+def gpu(driver):
+    """Passes the CPU off as cuda:0."""
+    from dflash_rs import _core, cuda, graphs
+
+    if not _core.cuda_info()["fatbin_bytes"]:
+        pytest.skip("this build contains no CUDA kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        view = cuda._view
+
+        def on_device(tensor):
+            address, dtype, _, shape, strides = view(tensor)
+            return address, dtype, 0, shape, strides
+
+        patch.setattr(cuda, "_view", on_device)
+        patch.setattr(cuda, "available", lambda device="cuda": True)
+        patch.setattr(cuda, "load", lambda device="cuda": _core.cuda_load())
+        patch.setattr(graphs.Graphs, "_capture", _capture)
+        yield torch.device("cpu")
