@@ -31,8 +31,6 @@ from .graphs import Graphs
 from .models.draft import DFlashDraft
 from .models.target import TargetModel
 
-# The likeliest tokens of a row come from a kernel that lists at most this many (TREE_MAX_K of cuda/params.h).
-MOST_ALTERNATIVES = 256
 _ROUNDS, _PATIENCE_S = 12, 2.0
 
 
@@ -204,9 +202,7 @@ class DeviceStep:
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
-    def run(
-        self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, inject: bool
-    ) -> Drawn:
+    def run(self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, inject: bool) -> Drawn:
         """Takes one step. `draws`: per row of the plan; `histories`: `Engine.histories(plan)`, or None when nobody penalises;
         `inject`: whether what is accepted gets draft KV. Waits for the result."""
         batch, drafting, rows = plan.context_lens.size, plan.draft_rows.size, plan.logit_rows.size
@@ -330,9 +326,7 @@ class DeviceStep:
         starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
         lens = inputs["context_lens"].index_select(0, rows)
         table = cuda.PageTable(inputs["pages"], rows, self.page_size)
-        token_ids, positions = (
-            torch.empty(requests * block, dtype=torch.int64, device=self.device) for _ in range(2)
-        )
+        token_ids, positions = (torch.empty(requests * block, dtype=torch.int64, device=self.device) for _ in range(2))
         cuda.prepare_block(
             query_starts=starts, context_lens=lens, anchors=inputs["anchors"].index_select(0, rows), table=table,
             token_ids=token_ids, positions=positions, mask_token=draft.config.mask_token_id,
@@ -353,9 +347,7 @@ class DeviceStep:
     ) -> tuple[Tensor, Tensor] | None:
         """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
         inputs, tokens = self._in.device, requests * block
-        token_ids, positions, slots = (
-            torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3)
-        )
+        token_ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3))
         table = self._table(requests)
         cuda.prepare_block(
             query_starts=inputs["query_starts"][: requests + 1], context_lens=inputs["context_lens"][:requests],
@@ -367,7 +359,16 @@ class DeviceStep:
         )
 
     def _mixed(
-        self, plan: Any, drafts: Tensor, block: int, longest: int, max_keys: int, filters: bool, scored: bool, best: int, inject: bool
+        self,
+        plan: Any,
+        drafts: Tensor,
+        block: int,
+        longest: int,
+        max_keys: int,
+        filters: bool,
+        scored: bool,
+        best: int,
+        inject: bool,
     ) -> tuple[Tensor, Tensor] | None:
         """A step with chunks of prompts: the host knows everything but the drafts."""
         packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
@@ -424,7 +425,7 @@ class DeviceStep:
         if inject:
             kv = self.draft.context(features)
             self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
-        return _likeliest(logits, best) if best and rows else None
+        return cuda.tree_top_k(logits, best) if best and rows else None
 
     # ---- costs ---------------------------------------------------------------------------------------------------
 
@@ -455,9 +456,7 @@ class DeviceStep:
         )
 
     def _propose_at(self, requests: int, block: int) -> None:
-        self._in_graph(
-            ("draft", requests, block, 1), lambda: self._propose(requests, block, cuda.SPLIT_KEYS)
-        )
+        self._in_graph(("draft", requests, block, 1), lambda: self._propose(requests, block, cuda.SPLIT_KEYS))
 
     def _time(self, work) -> float:
         """Seconds of the shortest of some rounds; the first ones warm up."""
@@ -472,14 +471,6 @@ class DeviceStep:
                 if time.perf_counter() - begun > _PATIENCE_S:
                     break
         return best
-
-
-def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row with their log-softmax, falling, lowest id first among equals."""
-    if count <= MOST_ALTERNATIVES:
-        return cuda.tree_top_k(logits, count)
-    scores, tokens = torch.sort(logits.float().log_softmax(dim=-1), dim=-1, descending=True, stable=True)
-    return tokens[:, :count].contiguous(), scores[:, :count].contiguous()
 
 
 def rising(points: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

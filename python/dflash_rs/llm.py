@@ -280,7 +280,9 @@ class LLM:
         self._observes = False
         if self._draft is not None and adaptive:
             self.costs = costs or (
-                measure(self._target, self._draft, self.block_size) if self._device_step is None else self._device_step.costs()
+                measure(self._target, self._draft, self.block_size)
+                if self._device_step is None
+                else self._device_step.costs()
             )
             # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
             self._observes = costs is None and self.device.type == "cpu"
@@ -546,7 +548,12 @@ class LLM:
         if drawn.drafts is not None:
             plan.set_drafts(drawn.drafts)
         accepted = self._core.accept_sampled(
-            plan, drawn.tokens, drawn.logprobs, status=drawn.status, top_tokens=drawn.top_tokens, top_logprobs=drawn.top_logprobs
+            plan,
+            drawn.tokens,
+            drawn.logprobs,
+            status=drawn.status,
+            top_tokens=drawn.top_tokens,
+            top_logprobs=drawn.top_logprobs,
         )
         check_accepted(drawn.accepted, accepted, plan.is_prefill)
         return accepted

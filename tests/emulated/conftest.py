@@ -66,7 +66,7 @@ def driver(tmp_path_factory):
     library, include = folder / "libcuda.so.1", ["-I", ROOT / "cuda"]
     subprocess.run([c, "-c", "-O1", "-fPIC", "-DRUN_KERNELS", *include, "-o", folder / "fake.o",
                     ROOT / "tests/python/fake_driver.c"], check=True)  # fmt: skip
-    subprocess.run([cpp, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas", *include,
+    subprocess.run([cpp, "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas", *include,
                     "-Wl,-soname,libcuda.so.1", "-o", library, folder / "fake.o", ROOT / "cuda/host_check.cpp",
                     Path(__file__).parent / "driver.cpp"], check=True)  # fmt: skip
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

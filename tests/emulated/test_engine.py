@@ -38,7 +38,11 @@ def exact(gpu):
             residual = residual.float().contiguous()
             residual = (residual.data_ptr(), residual.stride(0), self.outputs)
         self.exact.product(
-            (x.data_ptr(), x.stride(0), self.inputs), x.shape[0], (out.data_ptr(), self.outputs, self.outputs), residual, 1
+            (x.data_ptr(), x.stride(0), self.inputs),
+            x.shape[0],
+            (out.data_ptr(), self.outputs, self.outputs),
+            residual,
+            1,
         )
         return out.bfloat16()
 
@@ -81,3 +85,153 @@ def test_requests_that_ask_for_different_things_share_a_batch(llm):
     together = tokens(llm.generate(PROMPTS, each))
     alone = [tokens(llm.generate([prompt], [one], draft=False))[0] for prompt, one in zip(PROMPTS, each)]
     assert together == alone
+
+
+def test_graphs_are_captured_once_and_replayed_for_new_batches(llm, monkeypatch):
+    graphs = llm._device_step.graphs
+    llm.generate(PROMPTS, params("greedy"))
+    captured, replays = len(graphs), 0
+    keys = set(graphs._captured)
+    run = graphs.run
+
+    def counted(key, work):
+        nonlocal replays
+        replays += 1
+        return run(key, work)
+
+    monkeypatch.setattr(graphs, "run", counted)
+    for first in range(1, 4):
+        llm.generate([*PROMPTS[first:], *PROMPTS[:first]], params("greedy", 12))
+    assert keys <= set(graphs._captured)
+    # Another order ends requests in another order, which may need a bucket or two more.
+    assert replays > 8 * (len(graphs) - captured)
+
+
+def test_without_graphs_the_text_is_the_same(llm, exact):
+    expected = tokens(llm.generate(PROMPTS[:2], params("filters", 12)))
+    with engine(cuda_graphs=False) as plain:
+        assert plain._device_step.graphs is None
+        assert tokens(plain.generate(PROMPTS[:2], params("filters", 12))) == expected
+
+
+def test_small_chunks_prefix_hits_and_one_page_a_token(llm, exact):
+    prompts = [PROMPTS[0] * 6 + "x", PROMPTS[0] * 6 + "y", PROMPTS[1]]
+    expected = tokens(llm.generate(prompts, params("seeded", 10), draft=False))
+    with engine(page_size=1, max_batch_tokens=24) as small:
+        for _ in range(2):  # the second time from the prefix cache
+            outputs = small.generate(prompts, params("seeded", 10))
+            assert tokens(outputs) == expected
+        assert outputs[0].metrics["cached_prompt_tokens"] > 0
+
+
+def test_a_planner_with_costs_measured_on_the_device(exact, monkeypatch):
+    monkeypatch.setattr(device_step, "_ROUNDS", 1)
+    with LLM(device="cpu", dtype="bfloat16", max_running=2, max_context=128) as made:
+        rows = [rows for rows, _ in made.costs.target]
+        assert rows == sorted(set(rows)) and rows[0] == 1 and rows[-1] == 2 * made.block_size
+        expected = tokens(made.generate(PROMPTS[:2], params("greedy", 8), draft=False))
+        assert tokens(made.generate(PROMPTS[:2], params("greedy", 8))) == expected
+
+
+def test_without_a_drafter(exact, llm):
+    expected = tokens(llm.generate(PROMPTS[:2], params("bias", 10), draft=False))
+    with LLM(None, None, device="cpu", dtype="bfloat16", max_running=2, max_context=128) as plain:
+        assert plain._device_step is not None and plain._device_step.draft is None
+        assert tokens(plain.generate(PROMPTS[:2], params("bias", 10))) == expected
+
+
+def test_contexts_of_several_splits_up_to_the_last_position(exact):
+    prompt = list(range(100, 603))
+    sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=64, ignore_eos=True)
+    with LLM(device="cpu", dtype="bfloat16", max_running=1, adaptive=False, max_context=525) as made:
+        drafted = tokens(made.generate([prompt], sampling))
+        assert [(len(ids), reason) for ids, reason in drafted] == [
+            (22, "length")
+        ]  # ended by max_context, inside a block
+        assert tokens(made.generate([prompt], sampling, draft=False)) == drafted
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_log_probabilities_are_those_of_the_logits(llm, top):
+    sampling = SamplingParams(temperature=0.7, seed=4, max_tokens=6, logprobs=top)
+    (output,) = llm.generate([PROMPTS[0]], sampling)
+    ids = llm.encode(PROMPTS[0])
+    for place, entry in enumerate(output.logprobs):
+        logits = llm.next_token_logits(ids + output.token_ids[:place]).astype(np.float64)
+        scores = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        assert entry.token_id == output.token_ids[place]
+        assert entry.logprob == pytest.approx(scores[entry.token_id], abs=1e-4)
+        likeliest = np.argsort(-scores, kind="stable")[:top]
+        assert [token for token, _ in entry.top] == likeliest.tolist()
+        assert [score for _, score in entry.top] == pytest.approx(scores[likeliest].tolist(), abs=1e-4)
+
+
+def test_a_row_that_cannot_be_drawn_fails_its_request_alone(llm, monkeypatch):
+    expected = tokens(llm.generate([PROMPTS[0]], params("greedy", 8)))
+    step = llm._device_step
+    run, steps = step.target.run, 0
+
+    def spoiled(*args):
+        nonlocal steps
+        steps += 1
+        logits, features = run(*args)
+        if steps == 4:
+            logits[1] = torch.nan
+        return logits, features
+
+    monkeypatch.setattr(step.target, "run", spoiled)
+    monkeypatch.setattr(step, "graphs", None)  # what is captured does not change any more
+    good, bad = llm.generate([PROMPTS[0], PROMPTS[1]], params("greedy", 8), draft=False)
+    assert bad.finish_reason == "error" and "NaN" in bad.error
+    assert tokens([good]) == expected
+    assert llm.stats()["running"] == 0
+
+
+def test_many_edits_make_room_and_old_graphs_are_dropped(llm):
+    prompts = PROMPTS[:2]
+    bias = SamplingParams(temperature=0.0, max_tokens=6, logit_bias={i: -float(i % 7) for i in range(700)})
+    few = tokens(llm.generate(prompts, params("bias", 6)))
+    graphs = llm._device_step.graphs
+    room = llm._device_step._edits.host["bias_tokens"].size
+    expected = tokens(llm.generate(prompts, bias, draft=False))
+    assert llm._device_step._edits.host["bias_tokens"].size > room
+    assert tokens(llm.generate(prompts, bias)) == expected
+    assert tokens(llm.generate(prompts, params("bias", 6))) == few
+    assert len(graphs) > 0
+
+
+def test_the_host_engine_says_the_same_up_to_rounding(llm, exact, monkeypatch):
+    """The host's attention adds in another order: a text may part where two tokens are all but tied."""
+    from dflash_rs import cuda
+
+    there = llm.generate(PROMPTS, params("greedy", 16))
+    monkeypatch.setattr(cuda, "available", lambda device="cuda": False)
+    with engine() as host:
+        assert host._device_step is None
+        here = host.generate(PROMPTS, params("greedy", 16))
+        agreed = 0
+        for prompt, a, b in zip(PROMPTS, there, here):
+            same = next(
+                (i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids)) if x != y),
+                min(len(a.token_ids), len(b.token_ids)),
+            )
+            agreed += same
+            if same < len(a.token_ids):
+                logits = host.next_token_logits(host.encode(prompt) + a.token_ids[:same])
+                assert abs(logits[a.token_ids[same]] - logits[b.token_ids[same]]) < 0.15
+    assert agreed >= 32
+
+
+def test_a_walk_that_differs_from_the_cores_is_a_defect(llm, monkeypatch):
+    run = llm._device_step.run
+
+    def wrong(*args):
+        drawn = run(*args)
+        drawn.accepted += 1
+        return drawn
+
+    monkeypatch.setattr(llm._device_step, "run", wrong)
+    with pytest.raises(device_step.DflashError, match="this is a defect"):
+        llm.generate([PROMPTS[0]], params("greedy", 6))
+    monkeypatch.undo()
+    assert llm.generate([PROMPTS[0]], params("greedy", 6))[0].error is None
