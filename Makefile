@@ -69,6 +69,7 @@ stubs: install
 python-test: install
 	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/emulated
 
 # SGLang asks for the versions it likes, .venv has ours; so it gets an environment of its own, which sees .venv for torch and
 # for the package under test.

@@ -712,11 +712,16 @@ class LLM:
                 self._target.caches, self._target.num_slots = kept
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: steps, seconds per stage, pages and requests, and acceptance over all requests."""
+        """Counters since the start: steps, seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
+
+        On a GPU "verify" holds drafting and injection as well: they are one stretch of device time.
+        """
+        step = self._device_step
         with self._lock:
             return {
                 "steps": self._steps,
                 "stage_seconds": dict(self._stage_seconds),
+                "cuda_graphs": len(step.graphs) if step is not None and step.graphs is not None else 0,
                 **self._core.counts(),
                 **self._core.stats(),
             }

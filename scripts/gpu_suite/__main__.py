@@ -124,6 +124,7 @@ def part_engine(environment: dict[str, str], folder: Path) -> dict:
     """The bundled pair on the GPU."""
     report = folder / "engine.json"
     command = [sys.executable, "-m", "dflash_rs", "bench", "--suite", "demo", "--device", "cuda", "--json", report]
+    command += ["--concurrency", "1,2,4,8,16,32,64", "--max-tokens", "96", "--repeat", "2", "--profile"]
     code, _ = run(command, environment, 900)
     if not report.is_file():
         return {"status": FAILED, "detail": f"code {code}"}

@@ -34,14 +34,12 @@ def exact(gpu):
             self.exact = _core.PackedWeight(weight, None if self.bias is None else self.bias.float().numpy(), "highest")
         x = x.float().contiguous()
         out = torch.empty(x.shape[0], self.outputs)
-        if residual is not None:
-            residual = residual.float().contiguous()
-            residual = (residual.data_ptr(), residual.stride(0), self.outputs)
+        added = None if residual is None else residual.float().contiguous()
         self.exact.product(
             (x.data_ptr(), x.stride(0), self.inputs),
             x.shape[0],
             (out.data_ptr(), self.outputs, self.outputs),
-            residual,
+            None if added is None else (added.data_ptr(), added.stride(0), self.outputs),
             1,
         )
         return out.bfloat16()
@@ -60,6 +58,7 @@ def engine(**options):
 def llm(exact):
     with engine() as made:
         assert made._device_step is not None and made._device_step.graphs is not None
+        assert made._target.path == "fused"
         yield made
 
 
@@ -87,11 +86,11 @@ def test_requests_that_ask_for_different_things_share_a_batch(llm):
     assert together == alone
 
 
-def test_graphs_are_captured_once_and_replayed_for_new_batches(llm, monkeypatch):
+def test_graphs_are_captured_once_and_replayed(llm, monkeypatch):
     graphs = llm._device_step.graphs
-    llm.generate(PROMPTS, params("greedy"))
-    captured, replays = len(graphs), 0
-    keys = set(graphs._captured)
+    for _ in range(2):  # the second time prompts come from the prefix cache
+        expected = tokens(llm.generate(PROMPTS, params("greedy")))
+    captured, replays = set(graphs._captured), 0
     run = graphs.run
 
     def counted(key, work):
@@ -100,11 +99,28 @@ def test_graphs_are_captured_once_and_replayed_for_new_batches(llm, monkeypatch)
         return run(key, work)
 
     monkeypatch.setattr(graphs, "run", counted)
-    for first in range(1, 4):
-        llm.generate([*PROMPTS[first:], *PROMPTS[:first]], params("greedy", 12))
-    assert keys <= set(graphs._captured)
-    # Another order ends requests in another order, which may need a bucket or two more.
-    assert replays > 8 * (len(graphs) - captured)
+    assert tokens(llm.generate(PROMPTS, params("greedy"))) == expected
+    assert set(graphs._captured) == captured
+    assert replays > 8
+    assert llm.stats()["cuda_graphs"] == len(captured)
+
+
+def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
+    from dflash_rs.models import target
+
+    def linear(x, weight, bias=None):
+        rows = x.reshape(-1, x.shape[-1]).float()
+        out = torch.stack([torch.mv(weight.float(), row) for row in rows]) if len(rows) else rows @ weight.float().T
+        out = out if bias is None else out + bias.float()
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(target._FusedModel, "build", lambda made: (None, "turned off"))
+    with engine() as made:
+        assert made._target.path == "modules" and not made._device_step._target_in_graph
+        plain = tokens(made.generate(PROMPTS[:2], params("filters", 8), draft=False))
+        assert tokens(made.generate(PROMPTS[:2], params("filters", 8))) == plain
+        assert {key[0] for key in made._device_step.graphs._captured} == {"draft"}
 
 
 def test_without_graphs_the_text_is_the_same(llm, exact):

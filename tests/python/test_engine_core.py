@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 
 import numpy as np
@@ -272,6 +273,74 @@ def test_sampled_tokens_of_a_device_are_walked():
     assert accepted.accepted.tolist() == [2]
     assert accepted.tokens.tolist() == [5, 6, 9]
     assert accepted.logprobs.tolist() == [-1.0, -2.0, -3.0]
+
+
+def device_step(options=({},)):
+    """An engine whose requests have one token each, and the plan of their next step with drafts 5, 6, 8."""
+    core = engine(max_running=4)
+    for extra in options:
+        core.add([3, 1, 3], **{"max_tokens": 9, "temperature": 0.0, **extra})
+    plan = core.plan()
+    core.commit(plan, core.accept_sampled(plan, np.full(len(options), 7)))
+    plan = core.plan()
+    plan.set_drafts(np.array([[5, 6, 8]] * len(options)))
+    return core, plan
+
+
+def test_a_device_names_the_likeliest_tokens_and_everyone_gets_what_they_asked_for():
+    core, plan = device_step(({"logprobs": 2}, {"logprobs": 0}, {}))
+    n = len(plan.logit_rows)
+    tops = np.arange(3 * n, dtype=np.int64).reshape(n, 3) % 31
+    scores = -np.arange(3 * n, dtype=np.float32).reshape(n, 3)
+    drawn = np.array([5, 9, 1, 1] * 3)
+    accepted = core.accept_sampled(
+        plan, drawn, np.full(n, -0.5, np.float32), status=np.zeros(n, np.int32), top_tokens=tops, top_logprobs=scores
+    )
+    events = core.commit(plan, accepted)
+    assert events.tokens.tolist() == [5, 9] * 3
+    assert np.diff(events.top_starts).tolist() == [2, 2, 0, 0, 0, 0]
+    assert events.top_tokens.tolist() == tops[:2, :2].reshape(-1).tolist()
+    assert events.top_logprobs.tolist() == scores[:2, :2].reshape(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(1, "got NaN or \\+inf"), (2, "31 columns that are all -inf"), (3, "an overflow"), (9, "unknown status")],
+)
+def test_a_row_that_a_device_could_not_draw_fails_its_request_alone(status, message):
+    core, plan = device_step(({}, {}))
+    statuses = np.array([0, status, 0, 0, 0, 0, 0, status], np.int32)
+    accepted = core.accept_sampled(plan, np.array([5, -1, 1, 1, 5, 9, 1, -1]), status=statuses)
+    events = core.commit(plan, accepted)
+    assert events.finish.tolist() == [4, 0] and events.tokens.tolist() == [5, 9]
+    assert re.search(message, events.errors[0][1])
+
+
+def test_what_a_device_drew_has_the_plans_shape():
+    core, plan = device_step()
+    good = np.array([5, 6, 9, 1])
+    for name, options in (
+        ("sampled", {"sampled": good[:3]}),
+        ("logprobs", {"logprobs": np.zeros(3, np.float32)}),
+        ("status", {"status": np.zeros(5, np.int32)}),
+        ("top_tokens", {"top_tokens": np.zeros((3, 2), np.int64), "top_logprobs": np.zeros((4, 2), np.float32)}),
+        ("top_logprobs", {"top_tokens": np.zeros((4, 2), np.int64), "top_logprobs": np.zeros((4, 1), np.float32)}),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}: got"):
+            core.accept_sampled(plan, **{"sampled": good, **options})
+    core.commit(plan, core.accept_sampled(plan, good))
+
+
+def test_histories_are_what_penalties_count():
+    core, plan = device_step(({}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.1}))
+    starts, tokens, counts = core.histories(plan)
+    assert starts.tolist() == [0, 0, 3, 6]
+    assert tokens.tolist() == [1, 3, 7] * 2 and counts.tolist() == [0, 0, 1] * 2
+    core.commit(plan, core.accept_sampled(plan, np.array([5, 6, 7, 7] * 3)))
+    with pytest.raises(DflashError, match="committed or called off"):
+        core.histories(plan)
+    starts, tokens, counts = core.histories(core.plan())
+    assert tokens[:5].tolist() == [1, 3, 5, 6, 7] and counts[:5].tolist() == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -193,11 +193,12 @@ def test_rope_that_depends_on_the_batch_is_refused():
         TargetModel(qwen3_target(rope_parameters=rope))
 
 
-def test_a_forward_that_disagrees_with_the_model_is_refused(monkeypatch):
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_a_forward_that_disagrees_with_the_model_is_refused(monkeypatch, factor):
     """The self-check is what guards an architecture whose attention does more than it passes on."""
     import dflash_rs.models.target as module
 
     real = module._Step.attend_layer
-    monkeypatch.setattr(module._Step, "attend_layer", lambda self, *args: real(self, *args) * 1.5)
+    monkeypatch.setattr(module._Step, "attend_layer", lambda self, *args: real(self, *args) * factor)
     with pytest.raises(UnsupportedModel, match="differs from the model's own"):
         TargetModel(gpt_neox())

@@ -453,10 +453,11 @@ class _Check:
         return [torch.cat(parts) for parts in got]
 
     def error(self, target: TargetModel) -> float:
-        """Largest relative error of a row of logits, in the Euclidean norm."""
+        """Largest relative error of a row of logits, in the Euclidean norm; infinite where a logit is not a number."""
         worst = 0.0
         for got, expected in zip(self._run(target), self.expected, strict=True):
-            worst = max(worst, float(((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).max()))
+            errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+            worst = max(worst, float(errors.nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
         return worst
 
     def agrees(self, target: TargetModel) -> bool:
