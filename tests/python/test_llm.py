@@ -680,3 +680,47 @@ def test_loading_draws_no_bar_and_leaves_the_settings_of_transformers_alone(capf
     finally:
         (logging.enable_progress_bar if before[0] else logging.disable_progress_bar)()
         (hub.disable_progress_bars if before[1] else hub.enable_progress_bars)()
+
+
+class Index:
+    """Neither Python's nor NumPy's, but it indexes a list."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, Index])
+def test_whole_numbers_need_not_be_pythons(kind):
+    sizes = dict(
+        page_size=8, num_pages=64, max_running=2, max_context=200, max_batch_tokens=256, block_size=4, threads=1
+    )
+    sampling = dict(top_k=9, seed=7, max_tokens=5, logprobs=1)
+    texts = []
+    for make in (int, kind):
+        with LLM(device="cpu", **{name: make(value) for name, value in sizes.items()}) as engine:
+            assert (engine.block_size, engine.max_context, engine.stats()["total_pages"]) == (4, 200, 64)
+            o = SamplingParams(
+                temperature=0.7,
+                stop_token_ids=[make(4095)],
+                logit_bias={make(17): 2.0},
+                **{name: make(value) for name, value in sampling.items()},
+            )
+            output = engine.generate(PROMPTS[0], o)[0]
+            assert output.metrics["seed"] == 7 and json.dumps(output.metrics)
+            texts.append((output.text, len(output.logprobs[0].top)))
+    assert texts[0] == texts[1]
+    with pytest.raises(InvalidArgument, match="^max_running: got"):
+        LLM(device="cpu", max_running=kind(0))
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 2.0, np.float64(2), "2", np.array([2, 2])], ids=repr)
+def test_what_is_no_whole_number_is_no_size(value):
+    for name in ("page_size", "num_pages", "max_running", "max_context", "max_batch_tokens", "block_size", "threads"):
+        with pytest.raises(InvalidArgument, match=f"^{name}: got "):
+            LLM(device="cpu", **{name: value})
+    for name in ("top_k", "seed", "max_tokens", "logprobs"):
+        with pytest.raises(InvalidArgument, match=f"^{name}: got "):
+            SamplingParams(**{name: value})
