@@ -548,7 +548,10 @@ def run_bench(args: argparse.Namespace) -> int:
     plan = Plan(settings, args.concurrency, args.repeat, args.max_tokens, args.profile)
     prompts = read_prompts(args.prompt_file, args.prompts) if args.prompt_file else held_out_prompts(args.prompts)
     if args.plot is not None:
-        report.need_matplotlib()
+        report.need_matplotlib(args.plot)
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path not in (None, "-"):
+            report.need_place(option, path)
 
     heads: list[dict[str, Any]] = []
 
