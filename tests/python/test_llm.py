@@ -129,6 +129,36 @@ def test_the_text_is_the_same_with_and_without_drafting(llm, name, batch):
     assert idle(llm)
 
 
+# Half a unit in the last place of a logit of 16.
+LOW = {"bfloat16": 16 * 2**-8, "float16": 16 * 2**-11}
+
+
+@pytest.fixture(scope="module", params=LOW)
+def low(request):
+    torch.set_num_threads(1)
+    with LLM(device="cpu", dtype=request.param, adaptive=False) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}], ids=["greedy", "seeded"])
+def test_in_half_precision_the_text_is_the_same_up_to_rounding(low, sampling, batch):
+    error = LOW[str(low.dtype).removeprefix("torch.")]
+    prompts = [low.encode(p) for p in PROMPTS[:8]]
+    options = [SamplingParams(seed=i, max_tokens=24, ignore_eos=True, **sampling) for i in range(len(prompts))]
+    equal = 0
+    for i in range(0, len(prompts), batch):
+        some, theirs = prompts[i : i + batch], options[i : i + batch]
+        for prompt, o, a, b in zip(
+            some, theirs, low.generate(some, theirs, draft=False), low.generate(some, theirs), strict=True
+        ):
+            assert a.metrics["tau"] == 1.0
+            equal += a.token_ids == b.token_ids
+            assert a.token_ids == b.token_ids or rounding_explains(low, prompt, a.token_ids, b.token_ids, o, error)
+    assert equal >= 6, "more than rounding makes"
+    assert low.stats()["accepted"] > 0 and idle(low)
+
+
 @pytest.mark.parametrize("name", ["greedy", "seeded_penalties"])
 def test_a_request_says_the_same_alone_and_in_company(one, name):
     prompts = [one.encode(p) for p in PROMPTS[:6]]
