@@ -1,6 +1,7 @@
 # make demo    build, install into .venv, and watch the bundled pair work
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
+# make install the same without the watching: what builds the package and what runs it, none of the tools of the tests
 # make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
@@ -63,10 +64,10 @@ ifneq ($(DFLASH_CUDA),0)
 	$(BIN)/python scripts/kernel_table.py
 endif
 
-stubs: install
+stubs: install venv
 	cd $(VENV) && bin/python -m mypy.stubtest dflash_rs._core --allowlist $(CURDIR)/scripts/stubtest-allowlist.txt
 
-python-test: install
+python-test: install venv
 	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/emulated
@@ -99,20 +100,20 @@ $(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VE
 
 bench: bench-core bench-demo bench-reference bench-sglang
 
-bench-core: install
+bench-core: install venv
 	cargo bench --locked
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json .benchmarks/crossing.json
 	$(BIN)/python scripts/collect_results.py target/criterion .benchmarks/crossing.json benchmarks/results/core.json
 
-bench-demo: install
+bench-demo: install venv
 	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \
 	  --json benchmarks/results/demo.json --plot docs/img/demo.png
 
 bench-sglang: sglang-install
 	OMP_NUM_THREADS=1 $(SGLANG)/python benchmarks/sglang_planning.py --json benchmarks/results/sglang_planning.json
 
-bench-reference: install
+bench-reference: install venv
 	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
 
 venv: $(VENV)/.stamp-tools
@@ -123,12 +124,23 @@ $(VENV)/.stamp-venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# Installed again only when what is asked for has changed, not whenever pyproject.toml has.
-$(VENV)/.stamp-tools: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py scripts/tested-versions.txt
+# What builds the package and what it runs on. Like the tools installed again only when what is asked for has changed, not
+# whenever pyproject.toml has.
+$(VENV)/.stamp-build: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py scripts/tested-versions.txt
+	$(BIN)/python scripts/requirements.py build torch > $(VENV)/requirements-build.new
+	if ! cmp -s $(VENV)/requirements-build.new $(VENV)/requirements-build.txt; then \
+	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements-build.new)"; \
+	  echo "(torch alone is a few hundred megabytes as a CPU build, several gigabytes otherwise: this takes minutes)"; \
+	  $(PIP) install -r $(VENV)/requirements-build.new; \
+	  mv $(VENV)/requirements-build.new $(VENV)/requirements-build.txt; \
+	fi
+	touch $@
+
+# What tests and benchmarks need beside them. torch is named again so that nothing else decides its version.
+$(VENV)/.stamp-tools: $(VENV)/.stamp-build pyproject.toml scripts/requirements.py scripts/tested-versions.txt
 	$(BIN)/python scripts/requirements.py torch bench dev > $(VENV)/requirements.new
 	if ! cmp -s $(VENV)/requirements.new $(VENV)/requirements.txt; then \
 	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements.new)"; \
-	  echo "(torch alone is a few hundred megabytes as a CPU build, several gigabytes otherwise: this takes minutes)"; \
 	  $(PIP) install -r $(VENV)/requirements.new; \
 	  $(PIP) install --no-deps $(REFERENCE); \
 	  mv $(VENV)/requirements.new $(VENV)/requirements.txt; \
@@ -143,7 +155,7 @@ ifneq ($(DFLASH_CUDA),0)
 endif
 	touch $@
 
-$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(PACKAGE_SOURCES)
+$(VENV)/.stamp-package: $(VENV)/.stamp-build $(PACKAGE_SOURCES)
 	rm -rf dist
 	@echo "Compiling the extension (a few minutes the first time)"
 	$(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist

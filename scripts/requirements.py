@@ -1,4 +1,4 @@
-"""Prints what `pip install` needs for the extras named on the command line, one requirement per line.
+"""Prints what `pip install` needs for the extras named on the command line, one requirement per line; `build` is what builds it.
 
 pip cannot install a package's extras without building the package, and building is what these are needed for.
 
@@ -52,10 +52,14 @@ def pins(path: Path) -> dict[str, str]:
 
 
 def requirements(project: dict, extras: list[str], pinned: dict[str, str], torch_versions: list[str]) -> list[str]:
-    """Core dependencies and those of `extras`, the tested version where one is recorded."""
+    """Core dependencies and those of `extras`, the tested version where one is recorded. `build` stands for the build system."""
     wanted = list(project["project"]["dependencies"])
     for extra in extras:
-        wanted += project["project"]["optional-dependencies"][extra]
+        wanted += (
+            project["build-system"]["requires"]
+            if extra == "build"
+            else project["project"]["optional-dependencies"][extra]
+        )
     lines = []
     for requirement in wanted:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group(0)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(arguments).parse_args(arguments)
         args.words = arguments
-        return args.run(args)
+        quiet_libraries()
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _warn
+            return args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -62,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), BAD_INPUT if isinstance(error, ValueError | OutOfPages) else FAILED)
     except Exception as error:  # the last net: a defect is reported, not dumped
         return _crash(error, debug)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"dflash-rs: warning: {message}", file=sys.stderr)
 
 
 def _complain(message: str, code: int) -> int:
@@ -328,7 +337,6 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
         raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
     if args.model is not None and args.draft is None and not plain:
         raise InvalidArgument("--model: got a target without a drafter, expected --draft PATH or --no-draft, too")
-    quiet_libraries()
     from dflash_rs.llm import LLM
 
     names = ("model", "draft", "device", "dtype", "matmul_precision", "threads", "block_size", "page_size", "num_pages")
@@ -540,7 +548,10 @@ def run_bench(args: argparse.Namespace) -> int:
     plan = Plan(settings, args.concurrency, args.repeat, args.max_tokens, args.profile)
     prompts = read_prompts(args.prompt_file, args.prompts) if args.prompt_file else held_out_prompts(args.prompts)
     if args.plot is not None:
-        report.need_matplotlib()
+        report.need_matplotlib(args.plot)
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path not in (None, "-"):
+            report.need_place(option, path)
 
     heads: list[dict[str, Any]] = []
 
@@ -581,7 +592,6 @@ def run_doctor(args: argparse.Namespace) -> int:
     """`dflash-rs doctor`."""
     from dflash_rs import doctor
 
-    quiet_libraries()
     checks = doctor.examine_part("sglang") if args.sglang else doctor.examine()
     job = ("SGLang", "serve") if args.sglang else ("The bundled pair", "generate")
     if args.json:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ._core import Planner
+from .arguments import integer
 from .errors import InvalidArgument
 
 # What the KV cache may take by default. A serving machine sets num_pages itself.
@@ -33,10 +34,10 @@ class EngineConfig:
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "max_running", "max_batch_tokens"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("num_pages", "max_context"):
-            _at_least(name, getattr(self, name), 0)
+        for names, low in ((("page_size", "max_running", "max_batch_tokens"), 1), (("num_pages", "max_context"), 0)):
+            for name in names:
+                value = integer(name, getattr(self, name), low, 2**63 - 1, expected=f"an integer of at least {low}")
+                object.__setattr__(self, name, value)
         if not isinstance(self.prefix_cache, bool):
             raise InvalidArgument(f"prefix_cache: got {self.prefix_cache!r}, expected True or False")
 
@@ -82,11 +83,6 @@ class StepCosts:
     def planner(self, block_size: int) -> Planner:
         """A planner that judges by these costs."""
         return Planner(block_size, target=list(self.target), draft=list(self.draft))
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
-        raise InvalidArgument(f"{name}: got {value!r}, expected an integer of at least {low}")
 
 
 def assets() -> Path:

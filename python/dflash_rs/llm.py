@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
+from .arguments import integer
 from .config import EngineConfig, StepCosts, assets
 from .errors import CheckpointError, DflashError, InvalidArgument
 from .sampling import SamplingParams
@@ -194,6 +195,8 @@ class LLM:
         from .models.target import TargetModel, readable
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
+        page_size, max_running = self.config.page_size, self.config.max_running
+        max_context, max_batch_tokens = self.config.max_context, self.config.max_batch_tokens
         if model is None:
             model = assets() / "target"
             draft = assets() / "draft" if draft == "auto" else draft
@@ -212,9 +215,7 @@ class LLM:
         if costs is not None and not isinstance(costs, StepCosts):
             raise InvalidArgument(f"costs: got {costs!r}, expected a StepCosts")
         if threads is not None:
-            if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads < 2**15:
-                raise InvalidArgument(f"threads: got {threads!r}, expected an integer in 1..{2**15 - 1}")
-            torch.set_num_threads(threads)
+            torch.set_num_threads(integer("threads", threads, 1, 2**15 - 1))
         self._torch = torch
         self.device = _device(torch, device)
         self.dtype = _dtype(torch, dtype, self.device)
@@ -331,17 +332,13 @@ class LLM:
 
     def _pick_block(self, block_size: int | None) -> int:
         if self._draft is None:
-            if block_size is not None and block_size != 1:
-                raise InvalidArgument(f"block_size: got {block_size} without a drafter, expected None or 1")
+            if block_size is not None:
+                integer("block_size", block_size, 1, 1, expected="None or 1 without a drafter")
             return 1
         own = self._draft.config.block_size
         if block_size is None:
             return own
-        if not isinstance(block_size, int) or not 2 <= block_size <= own:
-            raise InvalidArgument(
-                f"block_size: got {block_size!r}, expected 2..{own} (the drafter was trained with {own})"
-            )
-        return block_size
+        return integer("block_size", block_size, 2, own, expected=f"2..{own} (the drafter was trained with {own})")
 
     # ---- requests ------------------------------------------------------------------------------------------------
 

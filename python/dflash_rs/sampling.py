@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+from .arguments import integer
 from .errors import InvalidArgument
 
 MAX_LOGPROBS = 64
@@ -64,17 +65,17 @@ class SamplingParams:
             raise _bad(
                 "temperature", self.temperature, f"0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
             )
-        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        self._integer("top_k", 0, 2**31 - 1)
         _real("top_p", self.top_p, _TINY, 1.0)
         _real("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, _SEEDS - 1)
-        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            self._integer("seed", 0, _SEEDS - 1)
+        self._integer("max_tokens", 1, 2**31 - 1)
         _real("repetition_penalty", self.repetition_penalty, _TINY, _FLOAT32)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            self._integer("logprobs", 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise _bad("ignore_eos", self.ignore_eos, "True or False")
 
@@ -85,15 +86,20 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stops))
         if not _is_list(self.stop_token_ids):
             raise _bad("stop_token_ids", self.stop_token_ids, "a list of token ids")
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, 2**31 - 1)
-        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        stops = tuple(integer("stop_token_ids", token, 0, 2**31 - 1) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stops)
         if not isinstance(self.logit_bias, Mapping):
             raise _bad("logit_bias", self.logit_bias, "a mapping from token id to number")
-        for token, bias in self.logit_bias.items():
-            _integer("logit_bias (token id)", token, 0, 2**31 - 1)
-            _real(f"logit_bias[{token}]", bias, -_FLOAT32, _FLOAT32)
-        object.__setattr__(self, "logit_bias", {int(t): float(b) for t, b in self.logit_bias.items()})
+        biases = {
+            integer("logit_bias (token id)", token, 0, 2**31 - 1): float(
+                _real(f"logit_bias[{token}]", bias, -_FLOAT32, _FLOAT32)
+            )
+            for token, bias in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", biases)
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
 
 
 def _bad(name: str, got: Any, expected: str) -> InvalidArgument:
@@ -108,8 +114,3 @@ def _real(name: str, value: Any, low: float, high: float) -> Real:
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
         raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
     return value
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
-        raise _bad(name, value, f"an integer in {low}..{high}")

@@ -15,11 +15,14 @@ Arrays are C-contiguous, of the dtype named; anything else is an ``InvalidArgume
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dflash_rs import _core
+from dflash_rs.arguments import integer
 from dflash_rs.errors import InvalidArgument
 
 __all__ = ["block", "gumbel", "sample_rows", "token", "top_logprobs", "walk"]
@@ -41,7 +44,7 @@ def walk(
     """
     if isinstance(drafts, _core.DraftTree):
         if lengths is not None:
-            raise InvalidArgument("lengths: got an array beside a DraftTree, expected None")
+            raise InvalidArgument("lengths: got them beside a DraftTree, expected None")
         return drafts.walk(sampled)
     return _core.walk(drafts, sampled, lengths)
 
@@ -93,7 +96,7 @@ def _ratio(function, p, q, drafts, seeds, round_starts, accept_coins, last_coins
         seeds=_unsigned("seeds", seeds),
         round_starts=_unsigned("round_starts", round_starts),
         accept_coins=accept_coins,
-        last_coins=None if last_coins is None else np.atleast_1d(np.asarray(last_coins, np.float64)),
+        last_coins=_coins("last_coins", last_coins),
     )
     return (int(accepted[0]), int(last[0])) if single else (accepted, last)
 
@@ -102,11 +105,38 @@ def _unsigned(name: str, values: ArrayLike | None, rows: int | None = None) -> N
     """A u64 vector; a number stands for ``rows`` equal ones."""
     if values is None:
         return None
-    array = np.atleast_1d(np.asarray(values))
-    if array.dtype.kind not in "iu" or (array.size and array.min() < 0):
-        raise InvalidArgument(f"{name}: got {values!r}, expected integers of at least 0")
+    array = _array(values)
+    if array.dtype.kind not in "iu":
+        # NumPy has no type of its own for whole numbers on both sides of 2^63.
+        array = _array(values, object)
+        if not all(isinstance(value, Integral) and not isinstance(value, bool) for value in array.flat):
+            raise _bad(name, values, "integers in 0..2^64-1")
+    if array.size and not (array.min() >= 0 and array.max() < 2**64):
+        raise _bad(name, values, "integers in 0..2^64-1")
     array = np.ascontiguousarray(array, dtype=np.uint64)
     return np.repeat(array, rows) if rows is not None and np.ndim(values) == 0 else array
+
+
+def _coins(name: str, values: ArrayLike | None) -> NDArray[np.float64] | None:
+    """An f64 vector; the core looks at the numbers themselves."""
+    if values is None:
+        return None
+    array = _array(values)
+    if array.dtype.kind not in "fiu":
+        raise _bad(name, values, "numbers in [0, 1)")
+    return np.ascontiguousarray(array, dtype=np.float64)
+
+
+def _array(values: ArrayLike, dtype: type | None = None) -> NDArray[Any]:
+    try:
+        return np.atleast_1d(np.asarray(values, dtype))
+    except (TypeError, ValueError):  # rows of unequal length
+        return np.array([None])
+
+
+def _bad(name: str, got: Any, expected: str) -> InvalidArgument:
+    shown = repr(got)
+    return InvalidArgument(f"{name}: got {shown if len(shown) <= 200 else type(got).__name__}, expected {expected}")
 
 
 def sample_rows(
@@ -138,23 +168,23 @@ def sample_rows(
     raises ``InvalidArgument`` naming row and column.
     """
     rows = logits.shape[0] if isinstance(logits, np.ndarray) and logits.ndim else 0
-    if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 0 <= top_k < 2**32:
-        raise InvalidArgument(f"top_k: got {top_k!r}, expected an integer of at least 0; 0 keeps all")
+    if logit_bias is not None and not isinstance(logit_bias, Mapping):
+        raise _bad("logit_bias", logit_bias, "a mapping from token ids to numbers")
     return _core.sample_rows(
         logits,
         _unsigned("positions", positions),
         _unsigned("seeds", seeds, rows),
         temperature=temperature,
-        top_k=top_k,
+        top_k=integer("top_k", top_k, 0, 2**32 - 1, expected="an integer of at least 0; 0 keeps all"),
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=list((logit_bias or {}).items()),
-        prompt=list(prompt),
-        output=list(output),
-        paths=None if paths is None else [list(path) for path in paths],
+        prompt=prompt,
+        output=output,
+        paths=paths,
     )
 
 

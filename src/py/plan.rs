@@ -4,11 +4,33 @@ use numpy::ndarray::Ix2;
 use numpy::{PyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::arrays::{Count, array};
+use super::arrays::{Count, Given, array};
+use super::errors::invalid;
 use crate::plan;
 
 /// Pairs of rows and time.
 type Points = Vec<(f64, f64)>;
+
+fn curve(name: &'static str, points: Given<Points>) -> PyResult<plan::Curve> {
+    Ok(plan::Curve::new(
+        name,
+        &points.of(name, "a list of pairs of rows and time")?,
+    )?)
+}
+
+// 32 bits, so that sums and products of rows cannot overflow.
+fn rows(name: &'static str, count: Count) -> PyResult<usize> {
+    Ok(count.count::<u32>(name)? as usize)
+}
+
+fn time(name: &'static str, time: Given<f64>) -> PyResult<f64> {
+    const EXPECTED: &str = "a finite time of at least 0";
+    let time = time.of(name, EXPECTED)?;
+    if time.is_finite() && time >= 0.0 {
+        return Ok(time);
+    }
+    Err(invalid(name, time.to_string(), EXPECTED))
+}
 
 /// Chooses how much to draft and to verify, from costs and from what was accepted so far.
 #[pyclass(module = "dflash_rs._core")]
@@ -18,21 +40,21 @@ pub struct Planner(plan::Planner);
 impl Planner {
     #[new]
     #[pyo3(signature = (block_size, *, target=None, draft=None))]
-    fn new(block_size: Count, target: Option<Points>, draft: Option<Points>) -> PyResult<Self> {
+    fn new(block_size: Count, target: Option<Given<Points>>, draft: Option<Given<Points>>) -> PyResult<Self> {
         let mut cost = plan::StepCost::passes();
         if let Some(points) = target {
-            cost.target = plan::Curve::new("target", &points)?;
+            cost.target = curve("target", points)?;
         }
         if let Some(points) = draft {
-            cost.draft = plan::Curve::new("draft", &points)?;
+            cost.draft = curve("draft", points)?;
         }
-        Ok(Self(plan::Planner::new(block_size.of("block_size")?, cost)?))
+        Ok(Self(plan::Planner::new(block_size.count("block_size")?, cost)?))
     }
 
     /// Block length for a step in which `requests` could draft and `others` tokens run beside them; 1 is a plain step.
     #[pyo3(signature = (requests, others=Count::ZERO), text_signature = "($self, requests, others=0)")]
     fn block(&mut self, requests: Count, others: Count) -> PyResult<usize> {
-        Ok(self.0.block(requests.of("requests")?, others.of("others")?))
+        Ok(self.0.block(rows("requests", requests)?, rows("others", others)?))
     }
 
     /// How many of its drafts each request verifies, i32 `[n]`. `probabilities` f32 `[n, width]` are the drafter's own.
@@ -44,7 +66,7 @@ impl Planner {
         others: Count,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, width]")?;
-        let (width, others) = (probabilities.shape()[1], others.of("others")?);
+        let (width, others) = (probabilities.shape()[1], rows("others", others)?);
         Ok(PyArray1::from_vec(
             py,
             self.0.widths(probabilities.as_slice()?, width, others)?,
@@ -52,11 +74,18 @@ impl Planner {
     }
 
     /// What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
-    #[pyo3(signature = (target_rows, target_time, draft_rows=Count::ZERO, draft_time=0.0),
+    #[pyo3(signature = (target_rows, target_time, draft_rows=Count::ZERO, draft_time=Given::new(0.0)),
            text_signature = "($self, target_rows, target_time, draft_rows=0, draft_time=0.0)")]
-    fn observe(&mut self, target_rows: Count, target_time: f64, draft_rows: Count, draft_time: f64) -> PyResult<()> {
-        let (target_rows, draft_rows) = (target_rows.of("target_rows")?, draft_rows.of("draft_rows")?);
-        self.0.observe((target_rows, target_time), (draft_rows, draft_time));
+    fn observe(
+        &mut self,
+        target_rows: Count,
+        target_time: Given<f64>,
+        draft_rows: Count,
+        draft_time: Given<f64>,
+    ) -> PyResult<()> {
+        let target = (rows("target_rows", target_rows)?, time("target_time", target_time)?);
+        let draft = (rows("draft_rows", draft_rows)?, time("draft_time", draft_time)?);
+        self.0.observe(target, draft);
         Ok(())
     }
 
@@ -69,7 +98,7 @@ impl Planner {
 
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
     fn record(&mut self, drafted: Count, accepted: Count) -> PyResult<()> {
-        Ok(self.0.record(drafted.of("drafted")?, accepted.of("accepted")?)?)
+        Ok(self.0.record(rows("drafted", drafted)?, rows("accepted", accepted)?)?)
     }
 
     /// Chance that the draft at each position is accepted when all before it were.

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::error::Error;
 use crate::kv::PagePool as Core;
-use crate::py::arrays::Count;
+use crate::py::arrays::{Count, Given};
 use crate::py::errors::invalid;
 use crate::types::PageId;
 
@@ -25,8 +25,9 @@ impl PagePool {
     }
 }
 
-fn page_ids(pages: &[i64]) -> PyResult<Vec<PageId>> {
+fn page_ids(pages: Given<Vec<i64>>) -> PyResult<Vec<PageId>> {
     pages
+        .of("pages", "a list or array of nothing but page numbers")?
         .iter()
         .map(|&page| {
             u32::try_from(page)
@@ -41,14 +42,14 @@ impl PagePool {
     #[new]
     fn new(num_pages: Count) -> PyResult<Self> {
         Ok(Self {
-            pool: Mutex::new(Core::new(num_pages.of("num_pages")?)?),
+            pool: Mutex::new(Core::new(num_pages.count("num_pages")?)?),
         })
     }
 
     /// Takes `count` free pages, one owner each, or raises `OutOfPages` and takes none.
     #[pyo3(signature = (count = Count::ONE), text_signature = "($self, count=1)")]
     fn alloc<'py>(&self, py: Python<'py>, count: Count) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        let count: usize = count.of("count")?;
+        let count: usize = count.count("count")?;
         let pages = self.with(|pool| {
             let mut pages = Vec::with_capacity(count.min(pool.num_pages()));
             match pool.alloc_many(count, &mut pages) {
@@ -68,8 +69,8 @@ impl PagePool {
     }
 
     /// Adds an owner to each page. All or nothing: a free or unknown page is an `InvalidArgument`.
-    fn retain(&self, pages: Vec<i64>) -> PyResult<()> {
-        let pages = page_ids(&pages)?;
+    fn retain(&self, pages: Given<Vec<i64>>) -> PyResult<()> {
+        let pages = page_ids(pages)?;
         Ok(self.with(|pool| {
             for (at, &page) in pages.iter().enumerate() {
                 if let Err(error) = pool.retain(page) {
@@ -85,8 +86,8 @@ impl PagePool {
 
     /// Removes an owner from each page; pages without owners are free. All or nothing: a free or unknown page (a
     /// second free) is an `InvalidArgument`.
-    fn release(&self, pages: Vec<i64>) -> PyResult<()> {
-        let mut pages = page_ids(&pages)?;
+    fn release(&self, pages: Given<Vec<i64>>) -> PyResult<()> {
+        let mut pages = page_ids(pages)?;
         pages.sort_unstable();
         Ok(self.with(|pool| {
             for same in pages.chunk_by(|a, b| a == b) {
@@ -107,7 +108,7 @@ impl PagePool {
 
     /// Owners of a page, 0 when it is free.
     fn owners(&self, page: Count) -> PyResult<u32> {
-        let page = PageId(page.of("page")?);
+        let page = PageId(page.count("page")?);
         Ok(self.with(|pool| pool.owners(page)))
     }
 

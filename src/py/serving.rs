@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString};
 
 use crate::kv::room;
-use crate::py::arrays::describe;
+use crate::py::arrays::{Given, describe};
 use crate::py::errors::invalid;
 
 fn writable<'py, T: numpy::Element>(
@@ -43,8 +43,8 @@ fn length(row: usize, kv: &Bound<'_, PyAny>, name: &Bound<'_, PyString>) -> PyRe
 #[pyo3(signature = (requests, ahead, page_size, committed, allocated, next))]
 pub fn plan_decode(
     requests: &Bound<'_, PyAny>,
-    ahead: i64,
-    page_size: i64,
+    ahead: Given<i64>,
+    page_size: Given<i64>,
     committed: &Bound<'_, PyAny>,
     allocated: &Bound<'_, PyAny>,
     next: &Bound<'_, PyAny>,
@@ -53,12 +53,14 @@ pub fn plan_decode(
     let requests = requests
         .cast::<PyList>()
         .map_err(|_| invalid("requests", describe(requests), "a list"))?;
-    let within = |name, value: i64, least: i64| {
+    let within = |name, value: Given<i64>, least: i64| {
+        let expected = format!("{least} to 2^31 - 1");
+        let value = value.of(name, &expected)?;
         i32::try_from(value)
             .ok()
             .filter(|n| i64::from(*n) >= least)
             .map(|n| n as usize)
-            .ok_or_else(|| invalid(name, value.to_string(), format!("{least} to 2^31 - 1")))
+            .ok_or_else(|| invalid(name, value.to_string(), expected))
     };
     let (ahead, page_size) = (within("ahead", ahead, 0)?, within("page_size", page_size, 1)?);
     let rows = requests.len();

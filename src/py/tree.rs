@@ -5,7 +5,7 @@ use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMetho
 use pyo3::prelude::*;
 
 use crate::draft::{DraftTree as Core, NO_NODE, TopK, top_k};
-use crate::py::arrays::{Count, array, shaped};
+use crate::py::arrays::{Count, Given, array, shaped};
 use crate::py::errors::{invalid, token_ids};
 use crate::types::TokenId;
 use crate::verify::walk_tree;
@@ -17,7 +17,8 @@ pub struct DraftTree {
     tree: Core,
 }
 
-fn anchor_id(anchor: i64) -> PyResult<TokenId> {
+fn anchor_id(anchor: Given<i64>) -> PyResult<TokenId> {
+    let anchor = anchor.of("anchor", "a token id of at least 0 that fits 32 bits")?;
     Ok(token_ids("anchor", &[anchor])?[0])
 }
 
@@ -57,12 +58,12 @@ impl DraftTree {
     #[staticmethod]
     fn build(
         py: Python<'_>,
-        anchor: i64,
+        anchor: Given<i64>,
         tokens: &Bound<'_, PyAny>,
         log_probs: &Bound<'_, PyAny>,
         nodes: Count,
     ) -> PyResult<Self> {
-        let nodes: usize = nodes.of("nodes")?;
+        let nodes: usize = nodes.count("nodes")?;
         let tokens = array::<i64, Ix2>("tokens", tokens, "[L, K]")?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, K]")?;
         shaped("log_probs", log_probs.shape(), tokens.shape(), "[L, K], that of tokens")?;
@@ -76,8 +77,13 @@ impl DraftTree {
 
     /// The `nodes` likeliest prefixes from whole rows of log-probabilities, f32 `[L, V]`.
     #[staticmethod]
-    fn from_log_probs(py: Python<'_>, anchor: i64, log_probs: &Bound<'_, PyAny>, nodes: Count) -> PyResult<Self> {
-        let nodes: usize = nodes.of("nodes")?;
+    fn from_log_probs(
+        py: Python<'_>,
+        anchor: Given<i64>,
+        log_probs: &Bound<'_, PyAny>,
+        nodes: Count,
+    ) -> PyResult<Self> {
+        let nodes: usize = nodes.count("nodes")?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, V]")?;
         let [depth, vocab] = [log_probs.shape()[0], log_probs.shape()[1]];
         if vocab == 0 {
@@ -100,7 +106,7 @@ impl DraftTree {
 
     /// A chain: one child per node.
     #[staticmethod]
-    fn chain(anchor: i64, drafts: &Bound<'_, PyAny>, log_probs: &Bound<'_, PyAny>) -> PyResult<Self> {
+    fn chain(anchor: Given<i64>, drafts: &Bound<'_, PyAny>, log_probs: &Bound<'_, PyAny>) -> PyResult<Self> {
         let drafts = array::<i64, Ix1>("drafts", drafts, "[g]")?;
         let log_probs = array::<f32, Ix1>("log_probs", log_probs, "[g]")?;
         let tree = Core::chain(
@@ -183,7 +189,7 @@ impl DraftTree {
 
     /// Drafts from depth 1 down to `node`, i64.
     fn path_tokens<'py>(&self, py: Python<'py>, node: Count) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        Ok(ids(py, &self.tree.path_tokens(self.node(node.of("node")?)?)))
+        Ok(ids(py, &self.tree.path_tokens(self.node(node.count("node")?)?)))
     }
 
     /// Walks with tokens drawn at every node, i64 `[n]`: accepted nodes and the bonus token.

@@ -5,7 +5,7 @@ use numpy::{Element, IntoPyArray, PyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::py::arrays::{Count, array, describe, holds, shaped};
+use crate::py::arrays::{Count, Given, array, describe, holds, shaped};
 use crate::py::errors::{invalid, token_ids};
 use crate::rng::{Domain, Stream, gumbel_of_word};
 use crate::types::TokenId;
@@ -201,6 +201,8 @@ macro_rules! ratio_function {
             accept_coins: Option<&Bound<'py, PyAny>>,
             last_coins: Option<&Bound<'py, PyAny>>,
         ) -> PyResult<Accepted<'py>> {
+            // First, because whether the others have a leading R follows from it.
+            array::<i64, Ix2>("drafts", drafts, "[R, g]")?;
             let coins = CoinArguments { seeds, round_starts, accept_coins, last_coins };
             if holds::<f64>(p) {
                 return ratio::<f64>(py, $level, p, q, drafts, coins);
@@ -227,28 +229,37 @@ ratio_function!(
 /// Draws the target's token for every row of `logits`, f32 `[N, V]`; `positions` u64 `[N]`, `seeds` u64 `[N]`.
 #[pyfunction]
 #[pyo3(signature = (
-    logits, positions, seeds, *, temperature = 1.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0,
-    presence_penalty = 0.0, frequency_penalty = 0.0, logit_bias = Vec::new(), prompt = Vec::new(), output = Vec::new(),
-    paths = None,
-))]
+    logits, positions, seeds, *, temperature = Given::new(1.0), top_k = Count::ZERO, top_p = Given::new(1.0),
+    min_p = Given::new(0.0), repetition_penalty = Given::new(1.0), presence_penalty = Given::new(0.0),
+    frequency_penalty = Given::new(0.0), logit_bias = Given::new(Vec::new()), prompt = Given::new(Vec::new()),
+    output = Given::new(Vec::new()), paths = None,
+), text_signature = "(logits, positions, seeds, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, \
+    presence_penalty=0.0, frequency_penalty=0.0, logit_bias=(), prompt=(), output=(), paths=None)")]
 #[allow(clippy::too_many_arguments)] // keyword arguments of Python
 pub fn sample_rows<'py>(
     py: Python<'py>,
     logits: &Bound<'py, PyAny>,
     positions: &Bound<'py, PyAny>,
     seeds: &Bound<'py, PyAny>,
-    temperature: f32,
-    top_k: u32,
-    top_p: f32,
-    min_p: f32,
-    repetition_penalty: f32,
-    presence_penalty: f32,
-    frequency_penalty: f32,
-    logit_bias: Vec<(i64, f32)>,
-    prompt: Vec<i64>,
-    output: Vec<i64>,
-    paths: Option<Vec<Vec<i64>>>,
+    temperature: Given<f32>,
+    top_k: Count,
+    top_p: Given<f32>,
+    min_p: Given<f32>,
+    repetition_penalty: Given<f32>,
+    presence_penalty: Given<f32>,
+    frequency_penalty: Given<f32>,
+    logit_bias: Given<Vec<(i64, f32)>>,
+    prompt: Given<Vec<i64>>,
+    output: Given<Vec<i64>>,
+    paths: Option<Given<Vec<Vec<i64>>>>,
 ) -> PyResult<Scored<'py>> {
+    const NUMBER: &str = "a number";
+    const TOKENS: &str = "a list of nothing but token ids";
+    let logit_bias = logit_bias.of("logit_bias", "a mapping from token ids to numbers")?;
+    let (prompt, output) = (prompt.of("prompt", TOKENS)?, output.of("output", TOKENS)?);
+    let paths = paths
+        .map(|paths| paths.of("paths", "a list of nothing but token ids for every row"))
+        .transpose()?;
     let logits = array::<f32, Ix2>("logits", logits, "[N, V]")?;
     let positions = array::<u64, Ix1>("positions", positions, "[N]")?;
     let seeds = array::<u64, Ix1>("seeds", seeds, "[N]")?;
@@ -280,13 +291,13 @@ pub fn sample_rows<'py>(
         .into_iter()
         .for_each(|token| history.push(token));
     let mut sampling = Sampling {
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
+        temperature: temperature.of("temperature", NUMBER)?,
+        top_k: top_k.count("top_k")?,
+        top_p: top_p.of("top_p", NUMBER)?,
+        min_p: min_p.of("min_p", NUMBER)?,
+        repetition_penalty: repetition_penalty.of("repetition_penalty", NUMBER)?,
+        presence_penalty: presence_penalty.of("presence_penalty", NUMBER)?,
+        frequency_penalty: frequency_penalty.of("frequency_penalty", NUMBER)?,
         logit_bias: bias,
         seed: 0,
     };
@@ -313,7 +324,7 @@ pub fn sample_rows<'py>(
 /// The `n` likeliest tokens of one raw row, f32 `[V]`, with their log-softmax.
 #[pyfunction]
 pub fn top_logprobs<'py>(py: Python<'py>, logits: &Bound<'py, PyAny>, n: Count) -> PyResult<Scored<'py>> {
-    let n = n.of("n")?;
+    let n = n.count("n")?;
     let logits = array::<f32, Ix1>("logits", logits, "[V]")?;
     let best = verify::top_logprobs(logits.as_slice()?, n)?;
     let tokens: Vec<i64> = best.iter().map(|(token, _)| i64::from(token.0)).collect();
@@ -323,25 +334,27 @@ pub fn top_logprobs<'py>(py: Python<'py>, logits: &Bound<'py, PyAny>, n: Count) 
 
 /// The Gumbel numbers of columns `0..columns`, f32.
 #[pyfunction]
-#[pyo3(signature = (seed, position, columns, domain = "draw"))]
+#[pyo3(signature = (seed, position, columns, domain = Given::new("draw".into())),
+       text_signature = "(seed, position, columns, domain='draw')")]
 pub fn gumbel<'py>(
     py: Python<'py>,
     seed: Count,
     position: Count,
     columns: Count,
-    domain: &str,
+    domain: Given<String>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    const DOMAINS: &str = "draw, accept, residual or draft";
     let (seed, position, columns) = (
-        seed.of("seed")?,
-        position.of("position")?,
-        columns.of::<u32>("columns")?,
+        seed.count("seed")?,
+        position.count("position")?,
+        columns.count::<u32>("columns")?,
     );
-    let domain = match domain {
+    let domain = match domain.of("domain", DOMAINS)?.as_str() {
         "draw" => Domain::Draw,
         "accept" => Domain::Accept,
         "residual" => Domain::Residual,
         "draft" => Domain::Draft,
-        other => return Err(invalid("domain", other, "draw, accept, residual or draft")),
+        other => return Err(invalid("domain", other, DOMAINS)),
     };
     let numbers: Vec<f32> = py.detach(|| {
         let mut words = vec![0; columns as usize];

@@ -151,6 +151,28 @@ def test_the_plot_is_a_png_of_some_size(tmp_path):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
+def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from dflash_rs import cli
+
+    def measured(*_, **__):
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(cli, "make_engine", measured)
+    (tmp_path / "file").write_text("")
+    for option, path, message in (
+        ("--json", tmp_path / "file" / "x.json", "expected a file that can be written"),
+        ("--json", tmp_path, "expected a file that can be written"),
+        ("--plot", tmp_path, "expected a file that can be written"),
+        ("--plot", tmp_path / "x.doc", "expected a file name that ends in one of"),
+    ):
+        assert cli.main(["bench", option, str(path)]) == cli.BAD_INPUT
+        error = capsys.readouterr().err
+        assert error.startswith(f"dflash-rs: error: {option}") and message in error
+    assert cli.main(["bench", "--json", str(tmp_path / "new" / "x.json")]) == cli.FAILED
+    assert "something was measured" in capsys.readouterr().err
+
+
 def test_a_plot_without_a_dflash_row_is_refused(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(DflashError, match="no DFlash row"):

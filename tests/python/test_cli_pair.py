@@ -178,15 +178,22 @@ def test_a_prompt_that_can_never_fit_is_refused():
     assert "error" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_drafter_may_be_named_as_on_the_hub(tmp_path):
+def test_models_may_be_named_as_on_the_hub(tmp_path):
     """From a cache as the hub's library leaves it, without a network."""
-    repository = tmp_path / "hub" / "models--someone--drafter"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(assets() / "draft", repository / "snapshots" / ("0" * 40))
+    from safetensors.torch import load_file, save_file
+
+    for name, part in (("target", "target"), ("drafter", "draft"), ("integers", "target")):
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(assets() / part, repository / "snapshots" / ("0" * 40))
+    file = repository / "snapshots" / ("0" * 40) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
+    save_file(tensors, file, metadata={"format": "pt"})
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
 
-    def run(draft: str) -> subprocess.CompletedProcess:
+    def run(target: str, draft: str) -> subprocess.CompletedProcess:
         words = [
             "generate",
             "import",
@@ -194,7 +201,7 @@ def test_a_drafter_may_be_named_as_on_the_hub(tmp_path):
             "4",
             "--json",
             "--model",
-            str(assets() / "target"),
+            target,
             "--draft",
             draft,
         ]
@@ -202,10 +209,29 @@ def test_a_drafter_may_be_named_as_on_the_hub(tmp_path):
             [sys.executable, "-m", "dflash_rs", *words], capture_output=True, text=True, env=environment, check=False
         )
 
-    done = run("someone/drafter")
-    assert done.returncode == 0, done.stderr
+    done = run("someone/target", "someone/drafter")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert json.loads(done.stdout)["metrics"]["output_tokens"] == 4
-    done = run("someone/nothing")
+    done = run("someone/integers", "someone/drafter")
+    assert done.returncode == 2, done.stderr
+    assert "target someone/integers: model.norm.weight: got I32, expected a floating-point type" in done.stderr
+    done = run("someone/target", "someone/nothing")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("dflash-rs: error: draft someone/nothing: there is no such folder"), done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_warning_is_one_line_of_the_commands_own_and_loading_draws_nothing(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(assets() / "target", tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors") | {"mtp.weight": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    words = ["generate", "import", "--max-tokens", "2", "--quiet", "--model", str(folder), "--no-draft"]
+    done = subprocess.run([sys.executable, "-m", "dflash_rs", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"dflash-rs: warning: target {folder}: a Qwen3ForCausalLM has no place for 1 of its tensors (mtp.weight); they are "
+        "ignored\n"
+    )

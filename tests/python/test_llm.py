@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -74,15 +75,20 @@ def idle(engine: LLM) -> bool:
 
 
 def rounding_explains(
-    engine: LLM, prompt: list[int], plain: list[int], other: list[int], sampling: SamplingParams
+    engine: LLM,
+    prompt: list[int],
+    plain: list[int],
+    other: list[int],
+    sampling: SamplingParams,
+    error: float = 1e-4,
 ) -> bool:
-    """Whether the first difference is one that an error of 1e-4 in the logits would make."""
+    """Whether the first difference is one that an error of this size in the logits would make."""
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(plain, other)) if a != b)
     logits = engine.next_token_logits(prompt + plain[:at])
     rng = np.random.default_rng(0)
     drawn = set()
     for _ in range(64):
-        noisy = (logits + rng.normal(scale=1e-4, size=logits.shape)).astype(np.float32)
+        noisy = (logits + rng.normal(scale=error, size=logits.shape)).astype(np.float32)
         token, _ = dflash_rs.verify.sample_rows(
             noisy[None],
             [len(prompt) + at],
@@ -121,6 +127,36 @@ def test_the_text_is_the_same_with_and_without_drafting(llm, name, batch):
     )
     assert all(o.metrics["tau"] == 1.0 for o in plain)
     assert idle(llm)
+
+
+# Half a unit in the last place of a logit of 16.
+LOW = {"bfloat16": 16 * 2**-8, "float16": 16 * 2**-11}
+
+
+@pytest.fixture(scope="module", params=LOW)
+def low(request):
+    torch.set_num_threads(1)
+    with LLM(device="cpu", dtype=request.param, adaptive=False) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}], ids=["greedy", "seeded"])
+def test_in_half_precision_the_text_is_the_same_up_to_rounding(low, sampling, batch):
+    error = LOW[str(low.dtype).removeprefix("torch.")]
+    prompts = [low.encode(p) for p in PROMPTS[:8]]
+    options = [SamplingParams(seed=i, max_tokens=24, ignore_eos=True, **sampling) for i in range(len(prompts))]
+    equal = 0
+    for i in range(0, len(prompts), batch):
+        some, theirs = prompts[i : i + batch], options[i : i + batch]
+        for prompt, o, a, b in zip(
+            some, theirs, low.generate(some, theirs, draft=False), low.generate(some, theirs), strict=True
+        ):
+            assert a.metrics["tau"] == 1.0
+            equal += a.token_ids == b.token_ids
+            assert a.token_ids == b.token_ids or rounding_explains(low, prompt, a.token_ids, b.token_ids, o, error)
+    assert equal >= 6, "more than rounding makes"
+    assert low.stats()["accepted"] > 0 and idle(low)
 
 
 @pytest.mark.parametrize("name", ["greedy", "seeded_penalties"])
@@ -565,18 +601,156 @@ def test_costs_of_the_users_own_stay_as_they_are():
         assert engine._planner.costs == ([(0.0, 1e-9), (1.0, 1e-9 + 1.0)], [(0.0, 1.0), (1.0, 2.0)])
 
 
-@pytest.mark.parametrize("damage", ["shape", "nan"])
-def test_a_damaged_weight_of_the_target_is_named(tmp_path, damage):
+def changed(folder, part: str, change) -> str:
+    """A copy of the bundled target or drafter with other tensors."""
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path / "target"
-    shutil.copytree(assets() / "target", folder)
+    shutil.copytree(assets() / part, folder)
     tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.3.mlp.up_proj.weight"
-    tensors[name] = tensors[name][:-1].clone() if damage == "shape" else tensors[name] * float("nan")
+    change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = (
-        r"got shape \[703, 256\], expected \[704, 256\]" if damage == "shape" else "has values that are not finite"
-    )
-    with pytest.raises(dflash_rs.CheckpointError, match=f"{name}: {message}"):
+    return str(folder)
+
+
+UP = "model.layers.3.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: w[:-1].clone(), r"got shape \[703, 256\], expected \[704, 256\]"),
+        (lambda w: w * math.nan, "has values that are not finite"),
+        (lambda w: (w * 100).to(torch.int8), "got I8, expected a floating-point type"),
+        (lambda w: w > 0, "got BOOL, expected a floating-point type"),
+    ],
+    ids=["shape", "nan", "int8", "bool"],
+)
+def test_a_damaged_weight_of_the_target_is_named(tmp_path, damage, message):
+    folder = changed(tmp_path / "target", "target", lambda tensors: tensors.update({UP: damage(tensors[UP])}))
+    with pytest.raises(dflash_rs.CheckpointError, match=f"{UP}: {message}"):
         LLM(folder, draft=None, device="cpu")
+
+
+def test_integers_under_the_short_names_of_a_bare_model_are_found_too(tmp_path):
+    def strip(tensors):
+        short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(short)
+
+    folder = changed(tmp_path / "good", "target", strip)
+    with LLM(folder, draft=None, device="cpu") as engine:
+        assert len(engine.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
+    name = UP.removeprefix("model.")
+    folder = changed(
+        tmp_path / "bad", "target", lambda t: (strip(t), t.update({name: (t[name] * 100).to(torch.int16)}))
+    )
+    with pytest.raises(dflash_rs.CheckpointError, match=f": {name}: got I16, expected a floating-point type"):
+        LLM(folder, draft=None, device="cpu")
+
+
+def test_tensors_the_target_has_no_place_for_are_a_warning_that_names_some(tmp_path):
+    spare = {f"mtp.layers.{i}.weight": torch.ones(2, dtype=torch.int8) for i in range(5)}
+    folder = changed(tmp_path / "spare", "target", lambda tensors: tensors.update(spare))
+    with pytest.warns(UserWarning) as caught, LLM(folder, draft=None, device="cpu") as engine:
+        assert engine.generate("def f", SamplingParams(max_tokens=2, ignore_eos=True))[0].error is None
+    (message,) = [str(w.message) for w in caught if "tensors" in str(w.message)]
+    assert message.startswith(f"target {folder}: a Qwen3ForCausalLM has no place for 5 of its tensors")
+    assert "(mtp.layers.0.weight, mtp.layers.1.weight, mtp.layers.2.weight, ...)" in message
+    assert [w.filename for w in caught if "tensors" in str(w.message)] == [__file__]
+
+
+def test_what_many_checkpoints_carry_along_is_no_reason_to_warn(tmp_path):
+    def carry(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+
+    folder = changed(tmp_path / "target", "target", carry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        LLM(folder, draft=None, device="cpu").close()
+
+
+def nothing_but_zeros(tensors):
+    for tensor in tensors.values():
+        tensor.zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nothing_but_zeros, r"\S+: is all zeros"),
+        (lambda t: t["layers.0.mlp.up_proj.weight"].zero_(), r"layers\.0\.mlp\.up_proj\.weight: is all zeros"),
+        (lambda t: t["fc.weight"].view(-1)[7:8].fill_(math.inf), r"fc\.weight: has values that are not finite"),
+    ],
+    ids=["all", "one", "inf"],
+)
+def test_a_drafter_that_cannot_be_meant_is_refused(tmp_path, change, message):
+    folder = changed(tmp_path / "draft", "draft", change)
+    with pytest.raises(dflash_rs.CheckpointError, match=f"{folder}: {message}"):
+        LLM(assets() / "target", draft=folder, device="cpu")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_draws_no_bar_and_leaves_the_settings_of_transformers_alone(capfd, shown):
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    logger = logging.get_logger("transformers.modeling_utils")
+    before = logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        inside = logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled(), list(logger.filters)
+        capfd.readouterr()
+        with pytest.raises(dflash_rs.CheckpointError):
+            LLM(assets() / "draft", draft=None, device="cpu")
+        LLM(device="cpu").close()
+        out, err = capfd.readouterr()
+        assert "Loading" not in out + err and "LOAD REPORT" not in out + err
+        assert (logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled(), list(logger.filters)) == inside
+    finally:
+        (logging.enable_progress_bar if before[0] else logging.disable_progress_bar)()
+        (hub.disable_progress_bars if before[1] else hub.enable_progress_bars)()
+
+
+class Index:
+    """Neither Python's nor NumPy's, but it indexes a list."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, Index])
+def test_whole_numbers_need_not_be_pythons(kind):
+    sizes = dict(
+        page_size=8, num_pages=64, max_running=2, max_context=200, max_batch_tokens=256, block_size=4, threads=1
+    )
+    sampling = dict(top_k=9, seed=7, max_tokens=5, logprobs=1)
+    texts = []
+    for make in (int, kind):
+        with LLM(device="cpu", **{name: make(value) for name, value in sizes.items()}) as engine:
+            assert (engine.block_size, engine.max_context, engine.stats()["total_pages"]) == (4, 200, 64)
+            o = SamplingParams(
+                temperature=0.7,
+                stop_token_ids=[make(4095)],
+                logit_bias={make(17): 2.0},
+                **{name: make(value) for name, value in sampling.items()},
+            )
+            output = engine.generate(PROMPTS[0], o)[0]
+            assert output.metrics["seed"] == 7 and json.dumps(output.metrics)
+            texts.append((output.text, len(output.logprobs[0].top)))
+    assert texts[0] == texts[1]
+    with pytest.raises(InvalidArgument, match="^max_running: got"):
+        LLM(device="cpu", max_running=kind(0))
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 2.0, np.float64(2), "2", np.array([2, 2])], ids=repr)
+def test_what_is_no_whole_number_is_no_size(value):
+    for name in ("page_size", "num_pages", "max_running", "max_context", "max_batch_tokens", "block_size", "threads"):
+        with pytest.raises(InvalidArgument, match=f"^{name}: got "):
+            LLM(device="cpu", **{name: value})
+    for name in ("top_k", "seed", "max_tokens", "logprobs"):
+        with pytest.raises(InvalidArgument, match=f"^{name}: got "):
+            SamplingParams(**{name: value})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -103,10 +105,11 @@ def test_another_cpu_build_is_better_than_none():
 def test_requirements_follow_the_project_file_and_the_tested_versions():
     requirements = script("requirements")
     project = {
+        "build-system": {"requires": ["maturin>=1"]},
         "project": {
             "dependencies": ["numpy>=1"],
             "optional-dependencies": {"torch": ["torch>=2.9,<3", "rich>=13"], "dev": ["rich>=13", "ruff>=0.1"]},
-        }
+        },
     }
     pinned = {"torch": "2.13.0", "ruff": "0.5"}
     assert requirements.requirements(project, ["torch", "dev"], pinned, []) == [
@@ -116,6 +119,39 @@ def test_requirements_follow_the_project_file_and_the_tested_versions():
         "ruff==0.5",
     ]
     assert "torch==2.13.0+cpu" in requirements.requirements(project, ["torch"], pinned, ["2.13.0+cpu"])
+    assert requirements.requirements(project, ["build"], pinned | {"maturin": "1.2"}, []) == [
+        "numpy>=1",
+        "maturin==1.2",
+    ]
+
+
+def planned(target: str, venv: Path) -> str:
+    """The commands `make` would run for a target in a clone whose environment is `venv`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "--dry-run", target, f"VENV={venv}", f"SGLANG_VENV={venv}-sglang", "DFLASH_CUDA=0"],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_demo_installs_no_tools_of_the_tests_and_the_tests_do(tmp_path):
+    demo, install, test, bench = (planned(t, tmp_path / "venv") for t in ("demo", "install", "test", "bench-demo"))
+    need, tools = "requirements.py build torch", "requirements.py torch bench dev"
+    assert need in demo and tools not in demo and need in install and tools not in install
+    for more in (test, bench):
+        # Once each, and the package before what looks at it.
+        assert more.count(need) == more.count(tools) == more.count("maturin build") == 1
+    assert test.index(tools) < test.index("ruff check") and test.index("maturin build") < test.index("-m pytest")
+    # After a demo nothing is compiled or fetched again but the tools.
+    venv = tmp_path / "done"
+    venv.mkdir()
+    for stamp in (".stamp-venv", ".stamp-build", ".stamp-package"):
+        (venv / stamp).touch()
+    after = planned("python-test", venv)
+    assert tools in after and need not in after and "maturin build" not in after
+    assert "requirements.py" not in planned("demo", venv)
 
 
 def test_every_tested_version_is_inside_the_range_that_users_get():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dflash_rs
-from dflash_rs import DraftTree, InvalidArgument, verify
+from dflash_rs import DraftTree, InvalidArgument, PagePool, Planner, serving, verify
 
 F32 = np.float32
 
@@ -368,6 +368,92 @@ def test_walks_rows_and_trees_name_what_does_not_fit():
         DraftTree.from_parents(np.array([1, 2]), np.array([-1, 1], np.int32))
     with pytest.raises(InvalidArgument, match="node: got 7"):
         DraftTree.from_parents(np.array([1]), np.array([-1], np.int32)).path_tokens(7)
+
+
+NAN = float("nan")
+WRONG = {
+    "count": [None, "1", b"1", 1.5, NAN, -1, True, np.True_, 2**64, 10**30, [1], {}, np.zeros(3)],
+    "id": [None, "1", b"1", 1.5, NAN, -1, True, 2**64, 10**30, [1], {}, np.zeros(3)],
+    "number": [None, "1", NAN, True, [1.0], {}, np.zeros(3), 1j],
+    "array": [None, "a", 1, [1], [[1.0]], {}, np.zeros((2, 2, 2, 2)), np.zeros(3, np.float16), np.zeros((1, 2), complex)],
+    "ids": [None, "12", b"12", 5, [None], ["a"], [1.5], [-1], [10**30], {}, {1}, np.zeros((2, 2))],
+    "paths": ["ab", 5, [None, None], [1, 2], [["a"], []], [[-1], []], [[10**30], []], {}],
+    "bias": [5, "a", [1], [(1, 2.0)], {"a": 1.0}, {1: "a"}, {1: None}, {-1: 1.0}, {10**30: 1.0}, {1: NAN}],
+    "points": [5, "ab", [], [1], [(1,)], [(1, None)], [("a", 1)], [(1, NAN)], [(-1, 1)], np.zeros(3)],
+    "keys": ["a", 0.5, [0.5], [None], [True], [[1], [1, 2]], -1, [-1], [2**64], {}, NAN, np.zeros((2, 2), int), object()],
+    "coins": ["a", [None], [True], [[0.5], [0.5, 0.5]], {}, np.zeros((2, 2)), object()],
+    "domain": [None, 5, b"draw", "dice", ["draw"]],
+}  # fmt: skip
+
+
+def calls():
+    """Every function with good arguments, and what kind each argument is."""
+    p, q = np.full((1, 3, 4), 0.25), np.full((1, 2, 4), 0.25)
+    drafts, sampled = np.zeros((2, 3), np.int64), np.zeros((2, 4), np.int64)
+    tree, pool, planner = DraftTree.from_parents(np.array([1]), np.array([-1], np.int32)), PagePool(4), Planner(4)
+    yield verify.walk, dict(drafts=drafts, sampled=sampled), dict(drafts="array", sampled="array")
+    yield verify.walk, dict(drafts=tree, sampled=np.zeros(1, np.int64)), dict(sampled="array")
+    for function in (verify.token, verify.block):
+        keyed = dict(p=p, q=q, drafts=np.zeros((1, 2), np.int64), seeds=[1], round_starts=[2])
+        arrays = dict(p="array", q="array", drafts="array")
+        yield function, keyed, arrays | dict(seeds="keys", round_starts="keys")
+        single = {name: value[0] for name, value in keyed.items()}
+        yield function, single, arrays | dict(seeds="keys", round_starts="keys")
+        given = dict(p=p, q=q, drafts=np.zeros((1, 2), np.int64), accept_coins=np.zeros((1, 2)), last_coins=[0.5])
+        yield function, given, dict(last_coins="coins")
+    numbers = "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty".split()
+    kinds = dict(logits="array", positions="keys", seeds="keys", top_k="count", logit_bias="bias", paths="paths")
+    kinds |= dict.fromkeys(numbers, "number") | dict.fromkeys(("prompt", "output"), "ids")
+    yield verify.sample_rows, dict(logits=np.zeros((2, 5), F32), positions=[0, 1]), kinds
+    yield verify.top_logprobs, dict(logits=np.zeros(5, F32), n=2), dict(logits="array", n="count")
+    kinds = dict(seed="count", position="count", columns="count", domain="domain")
+    yield verify.gumbel, dict(seed=0, position=0, columns=3), kinds
+    tokens, log_probs = np.zeros((2, 3), np.int64), np.full((2, 3), -1, F32)
+    kinds = dict(anchor="id", log_probs="array", nodes="count")
+    yield DraftTree.build, dict(anchor=1, tokens=tokens, log_probs=log_probs, nodes=3), kinds | dict(tokens="array")
+    yield DraftTree.from_log_probs, dict(anchor=1, log_probs=log_probs, nodes=3), kinds
+    kinds = dict(anchor="id", drafts="array", log_probs="array")
+    yield DraftTree.chain, dict(anchor=1, drafts=tokens[0], log_probs=log_probs[0]), kinds
+    kinds = dict(tokens="array", parents="array")
+    yield DraftTree.from_parents, dict(tokens=tokens[0, :1], parents=np.array([-1], np.int32)), kinds
+    yield tree.path_tokens, dict(node=0), dict(node="count")
+    yield tree.walk, dict(sampled=np.zeros(1, np.int64)), dict(sampled="array")
+    yield PagePool, dict(num_pages=4), dict(num_pages="count")
+    yield pool.alloc, dict(count=0), dict(count="count")
+    yield pool.owners, dict(page=0), dict(page="count")
+    yield pool.retain, dict(pages=[]), dict(pages="ids")
+    yield pool.release, dict(pages=[]), dict(pages="ids")
+    yield Planner, dict(block_size=4), dict(block_size="count", target="points", draft="points")
+    yield planner.block, dict(requests=2, others=1), dict(requests="count", others="count")
+    yield planner.widths, dict(probabilities=np.ones((2, 3), F32)), dict(probabilities="array", others="count")
+    kinds = dict(target_rows="count", target_time="number", draft_rows="count", draft_time="number")
+    yield planner.observe, dict(target_rows=1, target_time=1.0), kinds
+    yield planner.record, dict(drafted=2, accepted=1), dict(drafted="count", accepted="count")
+    kinds = dict(ahead="count", page_size="count", committed="array", allocated="array", next="array")
+    rooms = dict(committed=np.zeros(0, np.int64), allocated=np.zeros(0, np.int32), next=np.zeros(0, np.int32))
+    yield serving.plan_decode, dict(requests=[], ahead=1, page_size=1, **rooms), kinds
+
+
+@pytest.mark.parametrize("call", list(calls()), ids=lambda call: call[0].__name__)
+def test_what_an_argument_cannot_be_is_refused_by_its_name(call):
+    function, good, kinds = call
+    function(**good)
+    for name, kind in kinds.items():
+        for wrong in WRONG[kind]:
+            with pytest.raises(InvalidArgument, match=rf"\b{name}: got .*, expected "):
+                function(**(good | {name: wrong}))
+                pytest.fail(f"{name}={wrong!r} was taken")
+
+
+def test_whole_numbers_of_numpy_and_keys_of_64_bits_are_taken():
+    assert len(PagePool(np.int64(3)).alloc(np.uint8(2))) == 2
+    assert Planner(np.int32(4)).block(np.int64(2)) == 4
+    np.testing.assert_array_equal(verify.gumbel(np.int64(7), np.uint64(1), np.int8(5)), verify.gumbel(7, 1, 5))
+    logits = np.zeros((2, 50), F32)
+    # NumPy makes floats of a list like this one, and floats have 53 bits.
+    tokens, _ = verify.sample_rows(logits, [0, 0], [2**63 + 1, 3], top_k=np.int64(0))
+    for row, seed in enumerate((2**63 + 1, 3)):
+        assert tokens[row] == verify.gumbel(seed, 0, 50).argmax()
 
 
 def test_the_package_offers_verification_by_name():

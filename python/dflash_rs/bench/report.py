@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_rs.bench.runner import DFLASH, PLAIN, REFERENCE, Row
-from dflash_rs.errors import DflashError
+from dflash_rs.errors import DflashError, InvalidArgument
 
 REPEATS_ITSELF = 0.30
 
@@ -184,15 +184,33 @@ def read_json(path: str) -> tuple[dict[str, Any], list[Row]]:
     return data["header"], [Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]]
 
 
-def need_matplotlib() -> None:
-    """Raises before a long run rather than after it."""
+def need_place(option: str, path: str) -> None:
+    """Raises before a long run rather than after it when no file can be written there."""
+    place, made = Path(path), True
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        made = False
+    if not made or place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise InvalidArgument(f"{option}: got {path}, expected a file that can be written")
+
+
+def need_matplotlib(path: str) -> None:
+    """Raises before a long run rather than after it when there is no matplotlib, or it writes no such files."""
     if importlib.util.find_spec("matplotlib") is None:
         raise DflashError("--plot needs matplotlib: pip install 'dflash-rs[bench]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if (kind := Path(path).suffix.lower()) and kind[1:] not in kinds:
+        raise InvalidArgument(
+            f"--plot: got {path}, expected a file name that ends in one of {', '.join(sorted(kinds))}"
+        )
 
 
 def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Draws speed-up over concurrency and the acceptance histogram into `path` (format by its suffix)."""
-    need_matplotlib()
+    need_matplotlib(path)
     import matplotlib
 
     matplotlib.use("Agg")

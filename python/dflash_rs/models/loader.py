@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..weights import check_weights
 from .draft import FULL, SLIDING, DFlashDraft, DraftConfig
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -321,8 +322,7 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, T
             )
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name}: got {tensor.dtype}, expected a floating-point type")
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {name}: has values that are not finite")
+    check_weights(path, tensors.items())
 
 
 def draft_folder(path: str | Path) -> Path:

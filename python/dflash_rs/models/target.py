@@ -13,6 +13,8 @@ architecture with state that pages do not hold is refused there.
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +142,80 @@ def readable(path: str | Path, what: str = "target"):
         raise CheckpointError(f"{what} {path}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
+class _Quiet:
+    """transformers without its progress bar and its report of the tensors it met, which `load` goes through itself.
+
+    Both are settings of the process: they are the caller's again when the last of several threads has left.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._bar = threading.Lock(), 0, False
+
+    @staticmethod
+    def _keep(record) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._bar = logging.is_progress_bar_enabled()
+                self._bars(logging, False)
+                logging.get_logger("transformers.modeling_utils").addFilter(self._keep)
+
+    def __exit__(self, *_) -> None:
+        from transformers.utils import logging
+
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._bars(logging, self._bar)
+                logging.get_logger("transformers.modeling_utils").removeFilter(self._keep)
+
+    @staticmethod
+    def _bars(logging, on: bool) -> None:
+        from huggingface_hub import utils as hub
+
+        # transformers switches the hub's bars along with its own. A download of gigabytes may show how far it is.
+        hidden = hub.are_progress_bars_disabled()
+        (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+        if hidden != hub.are_progress_bars_disabled():
+            (hub.disable_progress_bars if hidden else hub.enable_progress_bars)()
+
+
+_quiet = _Quiet()
+
+
+def _stored_integers(path: str | Path, model: nn.Module) -> tuple[str, str] | None:
+    """Name and type of a tensor stored as integers where `model` has a weight; transformers would take them for its values."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from safetensors import safe_open
+
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(path), local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            return None  # loaded from somewhere else: it cannot be told
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = model.base_model_prefix + "."
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                kind = opened.get_slice(name).get_dtype()
+                known = {name, prefix + name, name.removeprefix(prefix)} & weights
+                if known and (kind[0] in "IU" or kind == "BOOL"):
+                    return name, kind
+    return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 class TargetModel:
     """A causal LM that reads and writes a paged KV cache.
 
@@ -196,24 +272,38 @@ class TargetModel:
         """Loads a checkpoint folder or a hub name. `options` go to the constructor.
 
         Raises CheckpointError when there is none, or when it is damaged or incomplete; a tensor that is missing would
-        otherwise be made up.
+        otherwise be made up. Warns of tensors that the model has no place for: often spare parts, such as layers that predict
+        further ahead, but they may be what makes the checkpoint another model.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with readable(path):
             config = AutoConfig.from_pretrained(path)
         check_architecture(config)
-        with readable(path):
+        with readable(path), _quiet:
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
         lost = sorted(found["missing_keys"])
         if lost:
-            names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-            raise CheckpointError(f"target {path}: {len(lost)} tensors are missing ({names})")
+            raise CheckpointError(f"target {path}: {len(lost)} tensors are missing ({_some(lost)})")
         for name, got, expected in sorted(found["mismatched_keys"]):
             raise CheckpointError(
                 f"target {path}: {name}: got shape {list(got)}, expected {list(expected)} from config.json"
+            )
+        if getattr(config, "quantization_config", None) is None:
+            with readable(path):
+                integers = _stored_integers(path, model)
+            if integers is not None:
+                raise CheckpointError(
+                    f"target {path}: {integers[0]}: got {integers[1]}, expected a floating-point type, or a quantization_config "
+                    "in config.json that says what the integers mean"
+                )
+        if spare := sorted(found["unexpected_keys"]):
+            warnings.warn(
+                f"target {path}: a {type(model).__name__} has no place for {len(spare)} of its tensors ({_some(spare)}); they are "
+                "ignored",
+                stacklevel=3,
             )
         for name, tensor in model.named_parameters():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

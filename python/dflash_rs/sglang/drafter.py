@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dflash_rs.errors import CheckpointError
+from dflash_rs.weights import check_weights
 
 
 def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Module | None = None) -> list[str]:
@@ -45,13 +46,8 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     if "DFlashDraftModel" in (getattr(draft_config, "architectures", None) or ()):
         if (lost := _not_stored(Path(path), int(draft.num_hidden_layers))) is not None:
             raise CheckpointError(f"{path}: {lost}: missing tensor")
-    for name, weight in model.named_parameters() if model is not None else ():
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            continue  # quantized: nothing to see without its scales
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{path}: {name}: has values that are not finite")
-        if weight.ndim > 1 and not bool(weight.any()):
-            raise CheckpointError(f"{path}: {name}: is all zeros")
+    if model is not None:
+        check_weights(path, model.named_parameters())
     remarks = []
     vocab = getattr(draft, "vocab_size", None)
     if vocab is not None and int(vocab) != int(target.vocab_size):
