@@ -131,16 +131,10 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
             {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},
             "--speculative-num-draft-tokens: got 4, but --speculative-dflash-block-size is 8",
         ),
-        *(
-            []
-            if compat.is_oldest()
-            else [
-                ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
-                (
-                    {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
-                    "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
-                ),
-            ]
+        ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
+        (
+            {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
+            "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
         ),
         (
             {"speculative_draft_window_size": 4},

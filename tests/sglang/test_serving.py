@@ -60,7 +60,7 @@ def test_data_parallel_ranks_give_the_same_and_count_apart(reference: dict, logs
 
 # --- a window, sessions and time limits, on one server ----------------------------------------------------------------
 
-RUNNING, WAITING = 12, 4
+RUNNING, WAITING = 15, 6
 
 SLOW = '''
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
@@ -108,7 +108,7 @@ def test_a_drafter_that_sees_a_window_only(limited: Server, reference: dict, nam
 
 
 class Session:
-    """A streaming session: each turn sends what is new, and the server knows the rest."""
+    """A streaming session: each turn sends what is new, and the server knows the rest. It keeps a place in the batch until it ends."""
 
     def __init__(self, server: Server):
         self.server, self.last = server, None
@@ -125,9 +125,12 @@ class Session:
             **fields,
         }
 
-    def close(self) -> None:
-        """Gives its pages back."""
-        assert self.server.post("/close_session", {"session_id": self.id})[0] == 200
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        status, answer = self.server.post("/close_session", {"session_id": self.id})
+        assert status == 200, answer
 
 
 def logprobs(answer: dict[str, Any]) -> list[float]:
@@ -139,41 +142,42 @@ def logprobs(answer: dict[str, Any]) -> list[float]:
 def test_the_turns_of_a_session_are_those_of_a_conversation(limited: Server, length: int) -> None:
     """With lengths at which a turn ends on a draft and on a token that no pass has had as its input."""
     params = cases.greedy()["greedy"] | {"max_new_tokens": length}
-    session = Session(limited)
     said = new = cases.ids(cases.prompts()[0])
-    for number in range(3):
-        (answer,) = limited.together([session.turn(new, params)])
-        (expected,) = limited.together([{"input_ids": said, "sampling_params": params, "return_logprob": True}])
-        assert answer["output_ids"] == expected["output_ids"]
-        assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
-        if number:
-            assert answer["meta_info"]["cached_tokens"] == len(said) - len(new) - 1, "all but the last token is known"
-        session.last = answer["meta_info"]["id"]
-        new = cases.ids(cases.prompts(8)[4 + number])[:20]
-        said = said + answer["output_ids"] + new
-    session.close()
+    with Session(limited) as session:
+        for number in range(3):
+            (answer,) = limited.together([session.turn(new, params)])
+            (expected,) = limited.together([{"input_ids": said, "sampling_params": params, "return_logprob": True}])
+            assert answer["output_ids"] == expected["output_ids"]
+            assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
+            if number:
+                assert answer["meta_info"]["cached_tokens"] == len(said) - len(new) - 1, (
+                    "all but the last token is known"
+                )
+            session.last = answer["meta_info"]["id"]
+            new = cases.ids(cases.prompts(8)[4 + number])[:20]
+            said = said + answer["output_ids"] + new
     assert limited.flush_is_clean()
 
 
 def test_a_turn_that_is_aborted_was_never_said(limited: Server) -> None:
     params = cases.greedy()["greedy"] | {"max_new_tokens": 12}
-    session = Session(limited)
     first, second = cases.ids(cases.prompts()[1]), cases.ids(cases.prompts()[2])[:20]
-    (answer,) = limited.together([session.turn(first, params)])
-    session.last = answer["meta_info"]["id"]
-    gone = session.turn(second, slow(1)[0]["sampling_params"], rid="gone")
-    gone["custom_logit_processor"] = slow(1)[0]["custom_logit_processor"]
-    stream = limited.stream("/generate", gone)
-    next(stream)
-    limited.post("/abort_request", {"rid": "gone"})
-    *_, last = stream
-    assert last["meta_info"]["finish_reason"]["type"] == "abort"
-    (answer_after,) = limited.together([session.turn(second, params)])
+    with Session(limited) as session:
+        (answer,) = limited.together([session.turn(first, params)])
+        session.last = answer["meta_info"]["id"]
+        (endless,) = slow(1)
+        processor = endless["custom_logit_processor"]
+        gone = session.turn(second, endless["sampling_params"], rid="gone", custom_logit_processor=processor)
+        stream = limited.stream("/generate", gone)
+        next(stream)
+        limited.post("/abort_request", {"rid": "gone"})
+        *_, last = stream
+        assert last["meta_info"]["finish_reason"]["type"] == "abort"
+        (after,) = limited.together([session.turn(second, params)])
     said = first + answer["output_ids"] + second
     (expected,) = limited.together([{"input_ids": said, "sampling_params": params, "return_logprob": True}])
-    assert answer_after["output_ids"] == expected["output_ids"]
-    assert logprobs(answer_after) == pytest.approx(logprobs(expected), abs=1e-3)
-    session.close()
+    assert after["output_ids"] == expected["output_ids"]
+    assert logprobs(after) == pytest.approx(logprobs(expected), abs=1e-3)
     assert limited.flush_is_clean()
 
 

@@ -104,8 +104,8 @@ def _with_accept_block(stock: type) -> type:
             finally:
                 batch.return_logprob = wanted
                 running.clear()
-            verified = result.accept_lens is not None and result.logits_output is not None
-            if wanted and verified:
+            # Of a verified block; those of a prompt and its first token are SGLang's.
+            if wanted and result.accept_lens is not None and result.logits_output is not None:
                 _log_probabilities(batch, result)
             return result
 
@@ -170,10 +170,9 @@ def past_the_checks(worker: Any, batch: Any) -> None:
 
 def cannot_share_attention(args: Any) -> str | None:
     """Why these server arguments cannot have data-parallel attention, naming the flag; None if they can, or do not ask for it."""
-    if is_oldest():
-        return (
-            "--enable-dp-attention: got true, expected false with SGLang 0.5.17" if args.enable_dp_attention else None
-        )
+    if not hasattr(args, "attn_dp_size"):
+        # 0.5.17: its DFLASH worker does not keep step with idle ranks.
+        return "--enable-dp-attention: got true, expected false with this SGLang" if args.enable_dp_attention else None
     if args.attn_dp_size == 1:
         return None
     if not args.enable_dp_lm_head:
@@ -252,7 +251,7 @@ def metrics_enabled(server_args: Any) -> bool:
 
 
 def counts() -> bool:
-    """Whether this process counts for its tensor-parallel group; with data-parallel attention there are several such groups."""
+    """Whether this process counts for the ranks that run the same requests: with data-parallel attention, not all ranks do."""
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().attn_tp_rank) == 0
@@ -300,12 +299,14 @@ def hook(ours: Any, refusal: Any) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    oldest = is_oldest()
+
     def check(original, req, enable_overlap):
         if not ours():
             return original(req, enable_overlap)
         if (answer := refusal(req)) is not None:
             return answer
-        if is_oldest():
+        if oldest:
             # It would refuse it because its own worker computes no log-probabilities.
             req = copy.copy(req)
             req.return_logprob = False
@@ -324,7 +325,7 @@ def hook(ours: Any, refusal: Any) -> None:
         return kept
 
     HookRegistry.register(REQUEST_CHECK, check, HookType.AROUND)
-    if not is_oldest():
+    if not oldest:
         HookRegistry.register(WEIGHTS_FOR, weights_for, HookType.AROUND)
         HookRegistry.register(TURN_ENDS, turn_ends, HookType.AROUND)
 
