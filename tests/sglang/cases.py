@@ -182,6 +182,13 @@ def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
+def flat(value: Any) -> list[float]:
+    """The numbers in nested lists of log-probabilities."""
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in flat(part)]
+    return [max(float(value), -1e4)] if isinstance(value, int | float) else []
+
+
 # How many texts of each case equal plain SGLang's, by algorithm; printed at the end.
 OURS: dict[str, int] = {}
 STOCK: dict[str, int] = {}

@@ -48,6 +48,7 @@ def arguments(**options: Any) -> list[str]:
         "max_running_requests": 8,
         "random_seed": 0,
         "skip_server_warmup": True,
+        "sleep_on_idle": True,  # or every server that waits for its turn takes a core from the others
         "host": "127.0.0.1",
     }
     flags = []

@@ -51,6 +51,7 @@ def test_the_counters_are_exported_and_the_alarm_rings(web: Server) -> None:
     assert passes > 0 and drafted == 5 * passes and 0 < accepted < drafted
     assert total("accepted_tokens_per_pos_total") == accepted
     assert 1 < total("tau") < 6 and total("block_size") == 6
+    assert not re.search(r"dflash_rs_spec_\w+{[^}]*dp_rank", text), "there is one rank"
     assert "drafting gains nothing" in web.log.read_text(errors="replace"), (
         "7 tokens a pass are out of reach with blocks of 6"
     )

@@ -11,10 +11,10 @@ What does not run, and why:
 | BasicDecodeCorrectnessMixin, MatchedStopMixin, Regex- and EBNFConstrainedMixin | some methods, marked below |
 | BasicSchedulerStressMixin | asks for capitals of countries, and for 8000 tokens of prompt |
 | JSONModeMixin | any JSON: this target opens objects and never closes them |
-| WaitingTimeoutMixin, RunningTimeoutTwoWaveMixin | servers with time limits: what happens depends on the machine's speed |
+| WaitingTimeoutMixin, RunningTimeoutTwoWaveMixin | what happens depends on the machine's speed; `test_serving` has time limits |
 | reasoning_kit, anthropic_messages_kit, mmmu_vlm_kit | other models; they test the front end |
 | PrefixCacheBranchingMixin | caches of state-space models |
-| streaming_session_kit | a server of its own, with --enable-streaming-session |
+| streaming_session_kit | 100000 tokens in a turn; `test_serving` has sessions |
 """
 
 from __future__ import annotations

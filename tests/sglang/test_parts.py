@@ -100,6 +100,11 @@ def server_args(**changes: Any) -> SimpleNamespace:
         "trust_remote_code": False,
         "pp_size": 1,
         "disaggregation_mode": "null",
+        "enable_dp_attention": False,
+        "attn_dp_size": 1,
+        "attn_cp_size": 1,
+        "enable_dp_lm_head": False,
+        "enable_streaming_session": False,
     }
     return SimpleNamespace(**values | changes)
 
@@ -126,6 +131,11 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
             {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},
             "--speculative-num-draft-tokens: got 4, but --speculative-dflash-block-size is 8",
         ),
+        ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
+        (
+            {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
+            "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
+        ),
         (
             {"speculative_draft_window_size": 4},
             "--speculative-draft-window-size: got 4, expected at least the block, 8",
@@ -135,6 +145,41 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
 def test_contradictory_flags_are_named(changes: dict, named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         algorithm.fill_in(server_args(**changes))
+
+
+ATTENTION = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "oldest", "newest"),
+    [
+        ({"disaggregation_mode": "prefill"}, *["--disaggregation-mode: got prefill, expected null"] * 2),
+        ({"pp_size": 2}, *["--pp-size: got 2, expected 1"] * 2),
+        (ATTENTION, "--enable-dp-attention: got true, expected false", "--enable-dp-lm-head: not given, expected with"),
+        (ATTENTION | {"enable_dp_lm_head": True}, "--enable-dp-attention: got true, expected false", None),
+        ({"enable_streaming_session": True}, "--enable-streaming-session: got true, expected false", None),
+        ({"enable_hierarchical_cache": True}, None, None),
+        ({"dp_size": 2}, None, None),
+    ],
+)
+def test_sglang_itself_passes_the_refusals_on(
+    registered, changes: dict, oldest: str | None, newest: str | None
+) -> None:
+    """Through SGLang's own command line, whose names for the same thing change from version to version."""
+    from servers import arguments, speculative
+    from sglang.srt.server_args import prepare_server_args
+
+    def resolve() -> None:
+        args = prepare_server_args(arguments(**speculative(**changes)))
+        if not compat.is_oldest():
+            args.resolve_once()  # 0.5.17 does so at once
+
+    expected = oldest if compat.is_oldest() else newest
+    if expected is None:
+        resolve()
+        return
+    with pytest.raises(InvalidArgument, match=expected):
+        resolve()
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

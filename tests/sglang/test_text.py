@@ -8,7 +8,7 @@ from typing import Any
 
 import cases
 import pytest
-from cases import OURS, STOCK, custom, matrix, tokens
+from cases import OURS, STOCK, custom, flat, matrix, tokens
 from servers import Server, speculative
 
 
@@ -66,13 +66,7 @@ def test_log_probabilities_are_those_of_plain_sglang(ours: Server, reference: di
     for answer, expected in zip(answers, reference[name]):
         got, want = answer["meta_info"], expected["meta_info"]
         for key in ("output_token_logprobs", "output_top_logprobs"):
-            assert _flat(got[key]) == pytest.approx(_flat(want[key]), abs=2e-3, rel=2e-3)
-
-
-def _flat(value: Any) -> list[float]:
-    if isinstance(value, list | tuple):
-        return [number for part in value for number in _flat(part)]
-    return [max(float(value), -1e4)] if isinstance(value, int | float) else []
+            assert flat(got[key]) == pytest.approx(flat(want[key]), abs=2e-3, rel=2e-3)
 
 
 def test_streamed_pieces_make_the_same_text(ours: Server, reference: dict) -> None:

@@ -112,9 +112,9 @@ def require_registered() -> None:
             f"{ALGORITHM}: SGLang's registry holds {spec!r}; the plugin of dflash-rs failed to load (see the log above), or "
             "SGLANG_PLUGINS leaves it out"
         )
-    if not compat.request_check_in_place():
+    if lost := compat.not_hooked():
         raise DflashError(
-            f"{ALGORITHM}: {compat.REQUEST_CHECK} could not be hooked, so requests that cannot be honoured would not be refused"
+            f"{ALGORITHM}: {', '.join(lost)} could not be hooked, so what cannot be honoured would be neither refused nor put right"
         )
 
 
@@ -127,6 +127,11 @@ def fill_in(args: Any) -> None:
         raise InvalidArgument(f"--disaggregation-mode: got {args.disaggregation_mode}, expected null with {ALGORITHM}")
     if args.pp_size != 1:
         raise InvalidArgument(f"--pp-size: got {args.pp_size}, expected 1 with {ALGORITHM}")
+    if (answer := compat.cannot_share_attention(args)) is not None:
+        raise InvalidArgument(f"{answer} and {ALGORITHM}")
+    if args.enable_streaming_session and compat.is_oldest():
+        # That version counts the last token of a turn as cached before any pass has had it as its input.
+        raise InvalidArgument(f"--enable-streaming-session: got true, expected false with this SGLang and {ALGORITHM}")
 
     block, named = args.speculative_num_draft_tokens, args.speculative_dflash_block_size
     if block is not None and named is not None and int(block) != int(named):

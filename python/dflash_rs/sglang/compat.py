@@ -6,6 +6,7 @@ it. ``check`` compares the version and every name the worker leans on, and says 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cache
 from importlib import metadata
@@ -37,6 +38,10 @@ SEAMS = {
 
 # Where the scheduler asks whether a request can be served; answered by `requests.refusal`.
 REQUEST_CHECK = "sglang.srt.managers.scheduler.validate_dflash_request"
+# Where it asks which models new weights are for, and where a turn of a streaming session ends. Not hooked in 0.5.17, whose worker
+# is asked itself about the weights, and where streaming sessions are refused.
+WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners"
+TURN_ENDS = "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req"
 
 
 class UnsupportedSGLang(DflashError):
@@ -49,6 +54,11 @@ def version() -> str | None:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_oldest() -> bool:
+    """Whether this is 0.5.17."""
+    return version() == TESTED[0]
 
 
 def worker_class() -> type:
@@ -65,6 +75,9 @@ def _with_accept_block(stock: type) -> type:
     Three functions that it calls there are replaced. The one that adjusts logits only remembers them: there is nothing to adjust,
     see ``sampling.bare``. The one that asks whether this device can sample says no, so that the drafts are always compared with
     tokens, and the one that compares them hands over to ``_accept_block``. In between SGLang masks the same logits by grammar.
+
+    That worker refuses batches with log-probabilities, because it computes none. Here they are computed after it, from the logits
+    that the tokens were chosen by, with the function that its EAGLE worker uses.
     """
     from sglang.srt.speculative import dflash_worker_v2 as module
 
@@ -84,10 +97,17 @@ def _with_accept_block(stock: type) -> type:
             self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
         ) -> Any:
             running.update(worker=self, batch=batch)
+            wanted, batch.return_logprob = batch.return_logprob, False
+            self._return_logprob = wanted
             try:
-                return super().forward_batch_generation(batch, on_publish, grammar_barrier)
+                result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
             finally:
+                batch.return_logprob = wanted
                 running.clear()
+            # Of a verified block; those of a prompt and its first token are SGLang's.
+            if wanted and result.accept_lens is not None and result.logits_output is not None:
+                _log_probabilities(batch, result)
+            return result
 
         def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
             return False
@@ -108,6 +128,11 @@ def _with_accept_block(stock: type) -> type:
             commit_lens = accepted + 1
             return accepted, commit_lens, bonus, sampled, prefix_lens + commit_lens.to(prefix_lens.dtype)
 
+        def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
+            return True, "the drafter keeps its weights"
+
+        update_weights_from_ipc = update_weights_from_disk
+
     def remember(*, next_token_logits: Any, **_: Any) -> None:
         running["logits"] = next_token_logits
 
@@ -127,6 +152,35 @@ def _with_accept_block(stock: type) -> type:
     module.compute_dflash_correct_drafts_and_bonus = accept
     module.is_dflash_sampling_verify_available = lambda: False
     return Worker
+
+
+def _log_probabilities(batch: Any, result: Any) -> None:
+    """Log-probabilities of every token of a verified block, in 0.5.17; those behind the last accepted one are never read."""
+    from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
+
+    tokens, block = result.next_token_ids, result.speculative_num_draft_tokens
+    rows = tokens.new_ones(tokens.shape).cumsum(0) - 1
+    compute_spec_v2_logprobs(batch, result.logits_output, tokens, rows.view(-1, block), block - 1)
+
+
+def past_the_checks(worker: Any, batch: Any) -> None:
+    """SGLang's worker has looked at the batch and begins: what 0.5.17's was not to see is put back."""
+    batch.return_logprob = getattr(worker, "_return_logprob", batch.return_logprob)
+
+
+def cannot_share_attention(args: Any) -> str | None:
+    """Why these server arguments cannot have data-parallel attention, naming the flag; None if they can, or do not ask for it."""
+    if not hasattr(args, "attn_dp_size"):
+        # 0.5.17: its DFLASH worker does not keep step with idle ranks.
+        return "--enable-dp-attention: got true, expected false with this SGLang" if args.enable_dp_attention else None
+    if args.attn_dp_size == 1:
+        return None
+    if not args.enable_dp_lm_head:
+        # The drafter borrows the target's head, which it has to find whole within its own ranks.
+        return f"--enable-dp-lm-head: not given, expected with --attn-dp-size {args.attn_dp_size}"
+    if args.attn_cp_size != 1:
+        return f"--attn-cp-size: got {args.attn_cp_size}, expected 1 with --attn-dp-size {args.attn_dp_size}"
+    return None
 
 
 def draft_input_class() -> type:
@@ -174,11 +228,12 @@ def check(allow_untested: bool) -> None:
         raise UnsupportedSGLang(f"sglang {have} does not fit DFLASH_RS: " + "; ".join(found))
 
 
-def request_check_in_place() -> bool:
-    """Whether SGLang managed to apply that hook; it logs and goes on when it does not."""
+def not_hooked() -> list[str]:
+    """Which of the hooks SGLang could not apply; it logs that and goes on."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    return REQUEST_CHECK in HookRegistry._patched
+    wanted = [REQUEST_CHECK] if is_oldest() else [REQUEST_CHECK, WEIGHTS_FOR, TURN_ENDS]
+    return [name for name in wanted if name not in HookRegistry._patched]
 
 
 def resolved(server_args: Any) -> Any:
@@ -193,6 +248,21 @@ def resolved(server_args: Any) -> Any:
 def metrics_enabled(server_args: Any) -> bool:
     """Whether the server exports metrics."""
     return bool(resolved(server_args).enable_metrics)
+
+
+def counts() -> bool:
+    """Whether this process counts for the ranks that run the same requests: with data-parallel attention, not all ranks do."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().attn_tp_rank) == 0
+
+
+def data_parallel_rank(worker: Any) -> dict[str, str]:
+    """The label that SGLang's own metrics tell data-parallel ranks apart by; empty where there is only one."""
+    from sglang.srt.runtime_context import get_parallel
+
+    where = worker.ps if hasattr(worker, "ps") else get_parallel()  # the name in 0.5.17
+    return {} if where.dp_rank is None else {"dp_rank": str(where.dp_rank)}
 
 
 def served_model_name(server_args: Any) -> str:
@@ -222,14 +292,42 @@ def same_on_all_ranks(worker: Any, tokens: Any, drawn: bool) -> Any:
     return worker._tp_sync.sync(site, tokens.contiguous())
 
 
-def hook_request_check(refusal: Any) -> None:
-    """Has the scheduler ask `refusal(req, enable_overlap)` first; a text refuses that request."""
+def hook(ours: Any, refusal: Any) -> None:
+    """Has SGLang ask us first where its own answer would not do for this algorithm, which is the server's if `ours()`.
+
+    `refusal(req)` returns a text to refuse a request with, or None.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    def ask(original, req, enable_overlap):
-        return refusal(req, enable_overlap) or original(req, enable_overlap)
+    oldest = is_oldest()
 
-    HookRegistry.register(REQUEST_CHECK, ask, HookType.AROUND)
+    def check(original, req, enable_overlap):
+        if not ours():
+            return original(req, enable_overlap)
+        if (answer := refusal(req)) is not None:
+            return answer
+        if oldest:
+            # It would refuse it because its own worker computes no log-probabilities.
+            req = copy.copy(req)
+            req.return_logprob = False
+        return original(req, enable_overlap)
+
+    def weights_for(original, self, selector="all"):
+        # The target's weights and the drafter's have the same names: loaded into both, they would leave no drafter.
+        return original(self, "target" if selector == "all" and ours() else selector)
+
+    def turn_ends(original, self, req):
+        kept = original(self, req)
+        if kept and ours():
+            # The last token may be one that no pass has had as its input yet: its KV is missing, or a rejected draft's.
+            kv = self.slots[req.session.session_id].kv
+            kv.kv_committed_len = min(kv.kv_committed_len, len(req.origin_input_ids) + len(req.output_ids) - 1)
+        return kept
+
+    HookRegistry.register(REQUEST_CHECK, check, HookType.AROUND)
+    if not oldest:
+        HookRegistry.register(WEIGHTS_FOR, weights_for, HookType.AROUND)
+        HookRegistry.register(TURN_ENDS, turn_ends, HookType.AROUND)
 
 
 def processors(info: Any) -> list[tuple[Any, list[int]]]:

@@ -16,7 +16,7 @@ def register() -> None:
     from dflash_rs.sglang import compat, requests
     from dflash_rs.sglang.algorithm import DflashRsAlgorithm
 
-    compat.hook_request_check(requests.refusal)
+    compat.hook(requests.ours, requests.refusal)
 
     @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=DflashRsAlgorithm)
     def worker(server_args):

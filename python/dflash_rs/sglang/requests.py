@@ -6,17 +6,19 @@ import copy
 from typing import Any
 
 
-def refusal(req: Any, enable_overlap: bool) -> str | None:
-    """What to answer a request that cannot be honoured, naming the option; None serves it.
-
-    SGLang asks for every algorithm of DFLASH's family; other algorithms are none of our business.
-    """
-    from sglang.srt.runtime_context import get_exec, get_spec
+def ours() -> bool:
+    """Whether this server runs ``DFLASH_RS``: SGLang asks for every algorithm of DFLASH's family."""
+    from sglang.srt.runtime_context import get_spec
 
     from dflash_rs.sglang import ALGORITHM
 
-    if get_spec().speculative_algorithm != ALGORITHM:
-        return None
+    return get_spec().speculative_algorithm == ALGORITHM
+
+
+def refusal(req: Any) -> str | None:
+    """What to answer a request that cannot be honoured, naming the option; None serves it."""
+    from sglang.srt.runtime_context import get_exec
+
     answer = why_not(req, seeded=get_exec().deterministic.enable_deterministic_inference)
     if answer is not None:
         harmless(req)

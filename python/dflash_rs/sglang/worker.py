@@ -49,8 +49,9 @@ class DflashRsWorker(compat.worker_class()):
         self._info: Any = None
         self._on_host = torch.device(self.device).type == "cpu"
         exporter = None
-        if self.options.metrics and self._target_tp_rank == 0 and compat.metrics_enabled(server_args):
-            exporter = Exporter(self.block_size, {"model_name": compat.served_model_name(server_args)})
+        if self.options.metrics and compat.counts() and compat.metrics_enabled(server_args):
+            labels = {"model_name": compat.served_model_name(server_args)} | compat.data_parallel_rank(self)
+            exporter = Exporter(self.block_size, labels)
         self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
         if self._target_tp_rank == 0:
             logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self.block_size, self.options, compat.version())
@@ -100,7 +101,7 @@ class DflashRsWorker(compat.worker_class()):
 
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
         # SGLang's worker warns here that it cannot sample on this device. This one can.
-        return
+        compat.past_the_checks(self, batch)
 
     def _accept_block(
         self,

@@ -13,6 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 class HostAttention(TorchNativeAttnBackend):
     """Causal blocks for the target, bidirectional ones for a drafter's encoder-only layers."""
 
+    def get_cuda_graph_seq_len_fill_value(self):
+        """Length of the rows that pad a batch to its neighbours' size, under data-parallel attention."""
+        return 1
+
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         if not forward_batch.forward_mode.is_target_verify():
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)

@@ -24,6 +24,12 @@ def get_last_loc(req_to_token, req_pool_indices, prefix_lens):
     return get_last_loc_torch(req_to_token, req_pool_indices, prefix_lens)
 
 
+def transfer(*, src_layers, dst_layers, src_indices, dst_indices, page_size):
+    """Copies KV slots, from the pool to the cache behind it or back."""
+    for source, target in zip(src_layers, dst_layers, strict=True):
+        target[dst_indices] = source[src_indices]
+
+
 def all_gather_into_tensor(self, output, input):
     """Tensor parallelism over gloo."""
     torch.distributed.all_gather_into_tensor(output, input.contiguous(), group=self.device_group)

@@ -52,6 +52,7 @@ class HostPlatform(CpuDeviceMixin, interface.SRTPlatform):
         return self.get_kv_pool_cls(kind="mha")  # the name in 0.5.17
 
     def get_paged_allocator_cls(self):
+        # 0.5.17 asks for one with pages of a single token, too.
         from sglang_host import older
 
         return older.allocator if older.is_it() else super().get_paged_allocator_cls()
@@ -59,13 +60,22 @@ class HostPlatform(CpuDeviceMixin, interface.SRTPlatform):
     def init_backend(self):
         import torch
 
-        # Streams of the CPU are stand-ins that record_stream rejects; the workers call it unconditionally.
-        original = torch.Tensor.record_stream
-        if getattr(original, "for_the_host", False):
+        if torch.Tensor.record_stream is _record_stream:
             return
+        # Streams of the CPU are stand-ins that record_stream rejects; the workers call it unconditionally.
+        torch.Tensor.record_stream = _record_stream
+        # Pinned memory takes a driver. Some of SGLang asks first whether it can be had, some does not.
+        torch.Tensor.pin_memory = lambda tensor, *device: tensor
+        for name in ("tensor", "empty", "zeros", "ones", "full", "empty_like", "zeros_like"):
+            setattr(torch, name, _unpinned(getattr(torch, name)))
 
-        def record_stream(tensor, stream):
-            return None if tensor.device.type == "cpu" else original(tensor, stream)
 
-        record_stream.for_the_host = True
-        torch.Tensor.record_stream = record_stream
+def _record_stream(tensor, stream):
+    return None
+
+
+def _unpinned(original):
+    def function(*args, pin_memory=False, **kwargs):
+        return original(*args, **kwargs)
+
+    return function

@@ -19,7 +19,12 @@ def register() -> None:
         older.register(ATTENTION)
     else:
         from sglang.srt.arg_groups import choices
+        from sglang.srt.layers import dp_attention
+        from sglang.srt.mem_cache.pool_host import common, mha
 
+        dp_attention.memcpy_func = dp_attention.memcpy_cpu
+        mha.transfer_kv_direct = kernels.transfer
+        common._cuda_host_register = lambda buffer, granularity=None: None
         choices.add_draft_attention_backend_choices([ATTENTION])
     for add in (
         choices.add_attention_backend_choices,
