@@ -419,17 +419,17 @@ def sample_rows(
 class Accepted(NamedTuple):
     """What a step committed: accepted drafts [R], out_tokens int64 [R, n] (accepted drafts, bonus, then -1), out_lens [R],
     context_lens [R] after the step, next_anchors int64 [R], path [R, n] (kept nodes, then -1), and per kept token, from
-    query_starts[r] on, then -1: commit_rows, commit_positions, commit_slots int64 [T]."""
+    query_starts[r] on, then -1: commit_rows, commit_positions, commit_slots int64 [T]. The last four may be None: not wanted."""
 
     accepted: Tensor
     out_tokens: Tensor
     out_lens: Tensor
     context_lens: Tensor
     next_anchors: Tensor
-    path: Tensor
-    commit_rows: Tensor
-    commit_positions: Tensor
-    commit_slots: Tensor
+    path: Tensor | None
+    commit_rows: Tensor | None
+    commit_positions: Tensor | None
+    commit_slots: Tensor | None
 
 
 def empty_accepted(requests: int, tokens: int, max_nodes: int, device: torch.device) -> Accepted:
@@ -491,10 +491,10 @@ def accept(
         logit_starts=_maybe(logit_starts),
         node_counts=_maybe(node_counts),
         parents=_maybe(parents),
-        path=_view(out.path),
-        commit_rows=_view(out.commit_rows),
-        commit_positions=_view(out.commit_positions),
-        commit_slots=_view(out.commit_slots),
+        path=_maybe(out.path),
+        commit_rows=_maybe(out.commit_rows),
+        commit_positions=_maybe(out.commit_positions),
+        commit_slots=_maybe(out.commit_slots),
     )
     return out
 

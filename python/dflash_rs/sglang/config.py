@@ -24,12 +24,14 @@ class Options:
       1 is plain decoding: drafts that are never accepted cost time and gain nothing.
     - `alarm_passes`: how many passes of single requests one look at the acceptance covers.
     - `metrics`: counters for Prometheus (they appear where SGLang's own do, with --enable-metrics).
+    - `kernels`: on a GPU, this package's CUDA kernels for the walk and for draft K and V; false leaves both to SGLang's.
     - `allow_untested_sglang`: run on an SGLang version that the tests have not seen, if its seams look right.
     """
 
     alarm_tau: float = 1.05
     alarm_passes: int = 4096
     metrics: bool = True
+    kernels: bool = True
     allow_untested_sglang: bool = False
 
     def __post_init__(self) -> None:
@@ -39,7 +41,7 @@ class Options:
         passes = self.alarm_passes
         if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
             raise _bad("alarm_passes", passes, "an integer of at least 1")
-        for name in ("metrics", "allow_untested_sglang"):
+        for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
 

@@ -6,9 +6,9 @@ A step, in SGLang's order; ours are the lines marked *::
     draft, verify               DFlashWorkerV2.forward_batch_generation
     grammar mask                the same, behind SGLang's barrier
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
-    walk the drafts             _accept_block -> dflash_rs.verify.walk   *  (on a GPU: SGLang's kernel)
+    walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
     publish, log-probabilities  DFlashWorkerV2
-    inject draft KV             DFlashWorkerV2
+    inject draft KV             kernels.ContextKv                        *  (on a CPU: DFlashWorkerV2)
     count                       on_verify_complete_cpu -> metrics        *
 
 Between forward_batch_generation and _accept_block, SGLang's code sees sampling parameters with nothing left to adjust: it would
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from dflash_rs import verify
+from dflash_rs import cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning
+from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare
 
@@ -48,6 +49,8 @@ class DflashRsWorker(compat.worker_class()):
         self._slots: torch.Tensor | None = None
         self._info: Any = None
         self._on_host = torch.device(self.device).type == "cpu"
+        self._walk_kernel: Walk | None = None
+        self._context_kv: ContextKv | None = None
         exporter = None
         if self.options.metrics and compat.counts() and compat.metrics_enabled(server_args):
             labels = {"model_name": compat.served_model_name(server_args)} | compat.data_parallel_rank(self)
@@ -66,6 +69,37 @@ class DflashRsWorker(compat.worker_class()):
         )
         for remark in remarks:
             logger.warning("%s: %s", ALGORITHM, remark)
+
+    def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
+        """SGLang's, and the kernels once there are pages for them to write to."""
+        super().alloc_memory_pool(*args, **kwargs)
+        if not self.options.kernels:
+            return
+        device = torch.device(self.device)
+        if cuda.available(device):
+            cuda.load(device)
+            self._walk_kernel = Walk(device)
+        positions = int(self.model_runner.model_config.context_len) + int(self.block_size)
+        pool = self.draft_model_runner.token_to_kv_pool
+        self._context_kv, reason = ContextKv.build(self.draft_model, pool, positions, device)
+        if self._context_kv is not None:
+            # SGLang's step asks for both before it calls `_append_target_hidden_fused`.
+            self._use_fused_kv_materialize, self._fused_kv_helper = True, self._context_kv
+        if self._target_tp_rank == 0 and (self._context_kv is not None or not self._on_host):
+            logger.info("%s: kernels for draft KV: %s", ALGORITHM, reason)
+
+    def _append_target_hidden_fused(
+        self,
+        ctx_hidden: torch.Tensor,
+        ctx_positions: torch.Tensor,
+        ctx_cache_loc: torch.Tensor,
+        ctx_cache_loc_2d: torch.Tensor | None = None,
+        commit_lens: torch.Tensor | None = None,
+    ) -> None:
+        if self._context_kv is not None:
+            self._context_kv(ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
+        else:
+            super()._append_target_hidden_fused(ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
 
     @property
     def targets(self) -> TargetSampler:
@@ -120,12 +154,13 @@ class DflashRsWorker(compat.worker_class()):
             target_predict = self.targets.targets(
                 next_token_logits, self._info, self._reqs, self._slots, candidates, prefix_lens.to(torch.int64)
             )
-        # On a GPU SGLang's own method sees to the tokens that were not drawn.
-        if drawn or self._on_host:
+        # SGLang's own method sees to the tokens that were not drawn.
+        ours = (self._on_host or self._walk_kernel is not None) and not compat.simulates_acceptance()
+        if drawn or ours:
             target_predict = compat.same_on_all_ranks(self, target_predict, drawn)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
         self._selector_sample = None
-        if self._on_host and not compat.simulates_acceptance():
+        if ours:
             accepted = self._walk(candidates, target_predict.view_as(candidates), prefix_lens)
         else:
             accepted = super()._accept_block(
@@ -142,6 +177,8 @@ class DflashRsWorker(compat.worker_class()):
         return accepted
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
+        if self._walk_kernel is not None:
+            return self._walk_kernel(block, sampled, prefix_lens)
         drafts = block[:, 1:].contiguous()
         accepted, bonus = map(torch.from_numpy, verify.walk(drafts.numpy(), sampled.contiguous().numpy()))
         # The tokens gained stand at the front; what is behind the bonus token is never read.

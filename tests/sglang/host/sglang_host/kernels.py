@@ -35,6 +35,12 @@ def all_gather_into_tensor(self, output, input):
     torch.distributed.all_gather_into_tensor(output, input.contiguous(), group=self.device_group)
 
 
+def drafter_attention(original, self, *args, **kwargs):
+    """In bfloat16 it would normalise and rotate with a Triton kernel; in other types it does so with torch."""
+    self.use_table_qk_norm_rope = False
+    return original(self, *args, **kwargs)
+
+
 def drafter_forward(original, self, input_ids, positions, forward_batch, input_embeds=None, *args, **kwargs):
     """Undoes the cast of input embeddings to bfloat16, for drafters in float32."""
     if input_embeds is not None:

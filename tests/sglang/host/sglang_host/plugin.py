@@ -11,7 +11,9 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import kernels, older
+    from sglang_host import cuda, kernels, older
+
+    cuda.emulate()
 
     if older.is_it():
         from sglang.srt import server_args as choices
@@ -51,4 +53,7 @@ def register() -> None:
     }
     for target, function in replaced.items():
         HookRegistry.register(target, function, HookType.REPLACE)
+    HookRegistry.register(
+        "sglang.srt.models.dflash.DFlashAttention.forward", kernels.drafter_attention, HookType.AROUND
+    )
     HookRegistry.register("sglang.srt.models.dflash.DFlashDraftModel.forward", kernels.drafter_forward, HookType.AROUND)

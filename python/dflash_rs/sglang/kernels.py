@@ -1,0 +1,134 @@
+"""The CUDA kernels of this package inside SGLang's worker.
+
+    drafts, drawn tokens ──> Walk ──────> accepted, lengths, bonus      one launch
+    projected features ────> ContextKv ─> pages of all drafter layers   one product and one launch, committed tokens only
+
+SGLang's sampler keeps the draws, because they are to be SGLang's; its attention backends keep both forward passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflash_rs import cuda
+
+
+class Walk:
+    """Follows drafts while they are the tokens that were drawn, for a whole batch in one launch."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._shape = (0, 0)
+        self._starts = torch.zeros(1, dtype=torch.int32, device=device)
+        self._nowhere = torch.zeros((1, 1), dtype=torch.int32, device=device)
+
+    def __call__(
+        self, block: Tensor, sampled: Tensor, prefix_lens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """block and sampled int64 [R, B]: anchors with their drafts, and what was drawn after each; prefix_lens [R].
+
+        Returns accepted int32 [R], tokens gained int32 [R], bonus int64 [R], the gained tokens int64 [R, B] (what is behind the
+        bonus is never read), and the new lengths [R].
+        """
+        rows, places = block.shape
+        if self._shape != (rows, places):
+            self._shape = (rows, places)
+            self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * places
+        sampled = sampled.contiguous()
+        room = cuda.empty_accepted(rows, rows * places, places, self.device)
+        done = cuda.accept(
+            query_starts=self._starts,
+            context_lens=prefix_lens.to(torch.int32),
+            token_ids=block.contiguous().view(-1),
+            sampled=sampled.view(-1),
+            # No page is looked up without commit_slots.
+            table=cuda.PageTable(self._nowhere, self._starts[:rows], 1),
+            max_nodes=places,
+            out=room._replace(path=None, commit_rows=None, commit_positions=None, commit_slots=None),
+        )
+        return (
+            done.accepted,
+            done.out_lens,
+            done.next_anchors,
+            sampled.clone(),
+            prefix_lens + done.out_lens.to(prefix_lens.dtype),
+        )
+
+
+class ContextKv:
+    """Draft K and V of committed tokens for all layers of SGLang's drafter, written straight into its pages."""
+
+    def __init__(self, layers: Any, pool: Any):
+        attentions = [layer.self_attn for layer in layers]
+        first = attentions[0]
+        self.layers, self.heads, self.head_dim = len(attentions), int(first.num_kv_heads), int(first.head_dim)
+        self.eps = float(first.k_norm.variance_epsilon)
+        # Every layer reads the same features, so one product gives all K and V.
+        self.weight = torch.cat(
+            [a.qkv_proj.weight[a.q_size : a.q_size + 2 * a.kv_size].detach() for a in attentions]
+        ).contiguous()
+        self.norms = torch.stack([a.k_norm.weight.detach() for a in attentions]).to(torch.bfloat16).contiguous()
+        self.cos_sin = first.rotary_emb.cos_sin_cache.detach().to(torch.float32).contiguous()
+        ids = [a.attn.layer_id for a in attentions]
+        self.caches = cuda.KvCaches([pool.get_key_buffer(i) for i in ids], [pool.get_value_buffer(i) for i in ids])
+
+    @classmethod
+    def build(cls, model: Any, pool: Any, positions: int, device: torch.device) -> tuple[ContextKv | None, str]:
+        """The object, or None and the reason why SGLang's own code has to do it; `positions` is how many there may be."""
+        from sglang.srt.speculative.dflash_utils import can_dflash_use_fused_qkv_proj
+
+        if not cuda.available(device):
+            return None, f"this build has no kernels for {device} (dflash-rs doctor tells)"
+        if not getattr(model, "supports_fused_context_kv", True):
+            return None, f"{type(model).__name__} prepares its context layer by layer"
+        expected = None
+        for index, layer in enumerate(model.layers):
+            attention = layer.self_attn
+            usable, reason = can_dflash_use_fused_qkv_proj(attention.qkv_proj)
+            rope = attention.rotary_emb
+            rope._ensure_cos_sin_cache_length(positions - 1)
+            scales = (getattr(attention.attn, name, None) for name in ("k_scale", "v_scale"))
+            head_dim, rotary = int(attention.head_dim), int(getattr(rope, "rotary_dim", attention.head_dim))
+            same = (attention.num_kv_heads, head_dim, float(attention.k_norm.variance_epsilon))
+            expected = same if expected is None else expected
+            for wrong, what in (
+                (not usable, reason),
+                (any(scale is not None and float(scale) != 1.0 for scale in scales), "K or V is scaled"),
+                (not getattr(rope, "is_neox_style", True), "rotary halves are interleaved"),
+                (type(rope).forward_native is not _plain_rope().forward_native, f"rotation by a {type(rope).__name__}"),
+                (rotary % 16, f"{rotary} rotated elements, not a multiple of 16"),
+                (rope.cos_sin_cache.shape[0] < positions, f"a rotary table of {rope.cos_sin_cache.shape[0]} positions"),
+                (head_dim not in cuda.HEAD_DIMS, f"heads of {head_dim} elements"),
+                (attention.qkv_proj.weight.dtype != torch.bfloat16, f"weights are {attention.qkv_proj.weight.dtype}"),
+                (same != expected, "layers of different shapes"),
+            ):
+                if wrong:
+                    return None, f"drafter layer {index}: {what}"
+        buffer = pool.get_key_buffer(model.layers[0].self_attn.attn.layer_id)
+        if buffer.dtype != torch.bfloat16 or buffer.ndim != 3:
+            return None, f"a KV cache of {buffer.dtype} in {buffer.ndim} dimensions"
+        return cls(model.layers, pool), "in use"
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_slots: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
+        """hidden [M, H] bfloat16, positions and slots int64 [M]; of `block_slots` [R, B] only the first `lengths` [R] are committed."""
+        if block_slots is not None and lengths is not None:
+            places = torch.arange(block_slots.shape[1], device=block_slots.device)
+            slots = torch.where(places < lengths[:, None], block_slots, -1).view(-1)
+        kv = torch.nn.functional.linear(hidden, self.weight).view(-1, self.layers, 2, self.heads, self.head_dim)
+        cuda.kv_inject(kv, self.norms, self.cos_sin, positions, slots, self.caches, eps=self.eps)
+
+
+def _plain_rope() -> type:
+    from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+
+    return RotaryEmbedding

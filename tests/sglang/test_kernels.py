@@ -1,0 +1,47 @@
+"""The CUDA kernels inside SGLang's worker, on the stand-in for CUDA's driver that tests/emulated describes: the worker's own code and the
+launcher's, the kernels' logic compiled for the host."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+from cases import matrix, tokens
+from servers import Server, speculative
+
+from dflash_rs import _core
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulated"))
+import emulated_driver  # noqa: E402
+
+ROWS = ["greedy", "all penalties", "top_p", "regex"]
+HALF = {"dtype": "bfloat16", "grammar_backend": "xgrammar", "enable_deterministic_inference": True}
+
+
+def accepted(answers: list[dict]) -> float:
+    """Tokens per pass over all answers."""
+    infos = [answer["meta_info"] for answer in answers]
+    return sum(info["completion_tokens"] for info in infos) / sum(info["spec_verify_ct"] for info in infos)
+
+
+@pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, tmp_path, page_size):
+    driver = {"SGLANG_HOST_CUDA": str(emulated_driver.build(tmp_path))}
+    options = speculative(page_size=page_size, chunked_prefill_size=64, **HALF)
+    bodies = [body for name in ROWS if name in matrix() for body in cases.bodies(matrix()[name])]
+    with Server(logs / f"kernels-{page_size}.log", env=driver, **options) as server:
+        answers = server.together(bodies, at_once=1)
+        assert "kernels for draft KV: in use" in server.log.read_text(errors="replace")
+        assert server.flush_is_clean()
+    with Server(
+        logs / f"no-kernels-{page_size}.log", env=driver | {"DFLASH_RS_CONFIG": '{"kernels": false}'}, **options
+    ) as server:
+        expected = server.together(bodies, at_once=1)
+        assert "kernels for draft KV" not in server.log.read_text(errors="replace")
+    assert tokens(answers) == tokens(expected)
+    # Drafts from keys that were rounded once instead of twice may differ, in rare places.
+    assert accepted(answers) == pytest.approx(accepted(expected), rel=0.02)
+    assert accepted(answers) > 1.5
