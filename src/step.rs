@@ -388,9 +388,7 @@ impl Engine {
             Ok(Drawn {
                 token: TokenId(chosen as u32),
                 logprob: drawn.logprobs.get(at).copied().unwrap_or(f32::NAN),
-                top: top
-                    .map(|(&token, &logprob)| (TokenId(token as u32), logprob))
-                    .collect(),
+                top: top.map(|(&token, &logprob)| (TokenId(token as u32), logprob)).collect(),
             })
         })
     }

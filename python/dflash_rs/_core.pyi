@@ -287,7 +287,7 @@ class Engine:
         ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for.
         """
 
-    def histories(self, plan: StepPlan) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    def histories(self, plan: StepPlan) -> list[NDArray[np.int32]]:
         """What the penalties of a launched step count: starts ``[R + 1]``, tokens, and their occurrences in the output.
 
         Rows without penalties have no entries; tokens rise within a row, those of the prompt alone count 0. Complete only when

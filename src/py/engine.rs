@@ -5,9 +5,7 @@ use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::ndarray::Dimension;
-use numpy::{
-    Element, PyArray1, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
-};
+use numpy::{Element, PyArray1, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -238,21 +236,9 @@ impl Engine {
 
     /// What penalties count, of the rows that have any: starts i32 `[R + 1]`, tokens i32 (ascending within a row), occurrences in the
     /// output i32.
-    fn histories<'py>(
-        &self,
-        py: Python<'py>,
-        plan: &StepPlan,
-    ) -> PyResult<(
-        Bound<'py, PyArray1<i32>>,
-        Bound<'py, PyArray1<i32>>,
-        Bound<'py, PyArray1<i32>>,
-    )> {
+    fn histories<'py>(&self, py: Python<'py>, plan: &StepPlan) -> PyResult<[Bound<'py, PyArray1<i32>>; 3]> {
         let found = self.with(py, |engine| engine.histories(&locked(&plan.plan)))?;
-        Ok((
-            PyArray1::from_vec(py, found.starts),
-            PyArray1::from_vec(py, found.tokens),
-            PyArray1::from_vec(py, found.counts),
-        ))
+        Ok([found.starts, found.tokens, found.counts].map(|values| PyArray1::from_vec(py, values)))
     }
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.
