@@ -8,16 +8,15 @@ goes are read and written on the device. A decoding step is padded to a bucket (
 longest block) and captured in a CUDA graph per bucket; a step with chunks of prompts differs every time and runs the same functions
 without a graph.
 
-Every input of a graph is a view of one block of memory that stays where it is (`_Inputs`), every output a view of another
-(`_Outputs`).
+Every input of a graph is a view of one block of memory that stays where it is, every output a view of another (`_Block`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from .attention import CudaAttention
 from .config import EngineConfig, StepCosts
 from .errors import DflashError
 from .graphs import Graphs
+from .models.costs import rising
 from .models.draft import DFlashDraft
 from .models.target import TargetModel
 
@@ -36,9 +36,7 @@ _ROUNDS, _PATIENCE_S = 12, 2.0
 
 def serves(target: TargetModel, draft: DFlashDraft | None) -> bool:
     """Whether steps of these models can stay on the device: kernels for it, heads and a type that they take."""
-    engine = None if draft is None else draft._engine
-    logits = target.dtype in (torch.bfloat16, torch.float32)
-    return cuda.available(target.device) and target.kernel and logits and (engine is None or engine.kernel)
+    return cuda.available(target.device) and target.kernel and (draft is None or draft._engine.kernel)
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,8 @@ class Draws:
         """From `SamplingParams`."""
         row = np.zeros((), dtype=cuda.SAMPLING_ROW)
         row["seed"] = seed
-        for name in ("temperature", "top_p", "min_p", "top_k"):
-            row[name] = getattr(params, name)
-        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        for name in ("temperature", "top_p", "min_p", "top_k", *penalties):
             row[name] = getattr(params, name)
         bias = sorted(params.logit_bias.items())
         return cls(
@@ -88,6 +85,23 @@ class Drawn:
     top_tokens: np.ndarray | None
     top_logprobs: np.ndarray | None
     accepted: np.ndarray
+
+    def check(self, accepted: Any, prefills: np.ndarray) -> None:
+        """Raises DflashError when the core's walk kept something else, which only a defect can do: draft KV went elsewhere."""
+        failed = {row for row, _ in accepted.failed}
+        for row, (there, here) in enumerate(zip(self.accepted.tolist(), accepted.accepted.tolist())):
+            if there != here and row not in failed and not prefills[row]:
+                raise DflashError(f"accepted[{row}]: the device kept {there} drafts, the core {here}; this is a defect")
+
+
+class _Wanted(NamedTuple):
+    """What a step is to give, the same for all its rows: whether any row filters its vocabulary, whether tokens are scored, how many of the
+    likeliest ones are named, and whether draft KV is stored."""
+
+    filters: bool
+    scored: bool
+    best: int
+    inject: bool
 
 
 class _Block:
@@ -136,6 +150,11 @@ def _bucket(count: int, most: int) -> int:
     return min(1 << max(count - 1, 0).bit_length(), most)
 
 
+def _splits(max_keys: int) -> int:
+    """Splits that a graph for requests of up to `max_keys` keys has room for: a power of two."""
+    return 1 << (-(-max_keys // cuda.SPLIT_KEYS) - 1).bit_length()
+
+
 class DeviceStep:
     """Runs the steps of an engine on the device of its target. Both models have their KV allocated.
 
@@ -155,14 +174,12 @@ class DeviceStep:
     ):
         self.target, self.draft = target, None if draft is None else draft._engine
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
-        self.rows, self.width = config.max_running, table_width
+        self.rows = config.max_running
         # Positions that a block may reach past the last one of a text.
         self.limit = max_context + block_size
         cuda.load(self.device)
-        self.graphs: Graphs | None = None
+        self.graphs = Graphs(self.device) if graphs else None
         self._target_in_graph = target.path == "fused"
-        if graphs:
-            self.graphs = Graphs(self.device)
         target.prepare(self.limit)
         if self.draft is not None:
             self.draft.rotary.rows(self.limit, self.device)
@@ -181,7 +198,6 @@ class DeviceStep:
                 "pages": ((r + 1, table_width), np.int32),
             },
         )
-        self._in.upload("pages")
         self._out = _Block(
             self.device,
             {
@@ -194,13 +210,14 @@ class DeviceStep:
         )
         self._row_ids = torch.arange(r, dtype=torch.int32, device=self.device)
         self._edits = self._edit_room(1024)
-        self._edits_used = 0
 
     def _edit_room(self, entries: int) -> _Block:
         parts = {name: ((entries,), np.int32) for name in ("history_tokens", "history_counts", "bias_tokens")}
         return _Block(self.device, {**parts, "bias_values": ((entries,), np.float32)})
 
     # ---- a step --------------------------------------------------------------------------------------------------
+
+    draws = staticmethod(Draws.of)
 
     def run(self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, inject: bool) -> Drawn:
         """Takes one step. `draws`: per row of the plan; `histories`: `Engine.histories(plan)`, or None when nobody penalises;
@@ -213,27 +230,21 @@ class DeviceStep:
         self._fill(plan, page_table, draws, histories, bucket)
         max_keys = int((plan.context_lens + lens).max())
         block = int(lens[plan.draft_rows].max()) if drafting else 1
-        drafts = self._drafts(block)
         if drafting:
-            padded = _bucket(drafting, self.rows)
-            self._in_graph(
-                ("draft", padded, block, self._splits(max_keys)),
-                lambda: self._propose(padded, block, self._keys(max_keys)),
-            )
-        filters = any(d.filters for d in draws)
-        scored = any(d.logprobs is not None for d in draws)
-        best = min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size)
+            self._draft_graph(_bucket(drafting, self.rows), block, max_keys)
+        wanted = _Wanted(
+            any(d.filters for d in draws),
+            any(d.logprobs is not None for d in draws),
+            min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size),
+            inject,
+        )
         tops = None
         if prompts:
-            tops = self._mixed(plan, drafts, block, longest, max_keys, filters, scored, best, inject)
-        elif best:
-            tops = self._verify(bucket, longest, max_keys, filters, scored, best, inject)
+            tops = self._mixed(plan, self._drafts(block), longest, max_keys, wanted)
+        elif wanted.best:
+            tops = self._verify(bucket, longest, max_keys, wanted)
         else:
-            self._in_graph(
-                ("verify", bucket, longest, self._splits(max_keys), filters, scored, inject),
-                lambda: self._verify(bucket, longest, self._keys(max_keys), filters, scored, 0, inject),
-                capture=self._target_in_graph,
-            )
+            self._verify_graph(bucket, longest, max_keys, wanted)
         self._out.download()
         if tops is not None:
             tops = [t[:rows].cpu().numpy() for t in tops]
@@ -248,24 +259,32 @@ class DeviceStep:
             proposed,
             host["tokens"][:rows].copy(),
             host["status"][:rows].copy(),
-            host["logprobs"][:rows].copy() if scored else None,
+            host["logprobs"][:rows].copy() if wanted.scored else None,
             None if tops is None else tops[0],
             None if tops is None else tops[1],
             host["accepted"][:batch].copy(),
         )
 
-    def _in_graph(self, key: tuple, work, *, capture: bool = True) -> None:
-        if self.graphs is None or not capture:
+    def _draft_graph(self, requests: int, block: int, max_keys: int) -> None:
+        splits = _splits(max_keys)
+        self._run(("draft", requests, block, splits), lambda: self._propose(requests, block, splits * cuda.SPLIT_KEYS))
+
+    def _verify_graph(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> None:
+        splits = _splits(max_keys)
+
+        def work() -> None:
+            self._verify(requests, block, splits * cuda.SPLIT_KEYS, wanted)
+
+        if self._target_in_graph:
+            self._run(("verify", requests, block, splits, wanted), work)
+        else:
+            work()
+
+    def _run(self, key: tuple, work: Callable[[], None]) -> None:
+        if self.graphs is None:
             work()
         else:
             self.graphs.run(key, work)
-
-    def _splits(self, max_keys: int) -> int:
-        return _bucket(-(-max_keys // cuda.SPLIT_KEYS), 1 << 30)
-
-    def _keys(self, max_keys: int) -> int:
-        """The bound on keys of a graph: a power of two of splits."""
-        return self._splits(max_keys) * cuda.SPLIT_KEYS
 
     def _drafts(self, block: int) -> Tensor:
         """int64 [rows + 1, block - 1], packed: the kernel takes no gaps."""
@@ -342,9 +361,7 @@ class DeviceStep:
         logits = draft.block(token_ids, positions, self.limit, attention, block)
         self._drafts(block).index_copy_(0, rows64, logits.argmax(dim=-1).view(requests, block - 1))
 
-    def _verify(
-        self, requests: int, block: int, max_keys: int, filters: bool, scored: bool, best: int, inject: bool
-    ) -> tuple[Tensor, Tensor] | None:
+    def _verify(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> tuple[Tensor, Tensor] | None:
         """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
         inputs, tokens = self._in.device, requests * block
         token_ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3))
@@ -354,21 +371,10 @@ class DeviceStep:
             anchors=inputs["anchors"][:requests], table=table, token_ids=token_ids, positions=positions, slots=slots,
             drafts=self._drafts(block)[:requests] if block > 1 else None,
         )  # fmt: skip
-        return self._pass(
-            requests, token_ids, positions, slots, None, None, block, max_keys, filters, scored, best, inject
-        )
+        return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted)
 
     def _mixed(
-        self,
-        plan: Any,
-        drafts: Tensor,
-        block: int,
-        longest: int,
-        max_keys: int,
-        filters: bool,
-        scored: bool,
-        best: int,
-        inject: bool,
+        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted
     ) -> tuple[Tensor, Tensor] | None:
         """A step with chunks of prompts: the host knows everything but the drafts."""
         packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
@@ -380,18 +386,17 @@ class DeviceStep:
         for row in plan.draft_rows.tolist():
             first, end = int(plan.query_starts[row]) + 1, int(plan.query_starts[row + 1])
             token_ids[first:end] = drafts[row, : end - first]
-        return self._pass(
-            plan.context_lens.size, token_ids, positions, slots, starts, logit_rows, longest, max_keys, filters, scored, best, inject
-        )  # fmt: skip
+        requests = plan.context_lens.size
+        return self._pass(requests, token_ids, positions, slots, starts, logit_rows, longest, max_keys, wanted)
 
     def _table(self, requests: int) -> cuda.PageTable:
         return cuda.PageTable(self._in.device["pages"], self._row_ids[:requests], self.page_size)
 
     def _pass(
         self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
-        logit_rows: Tensor | None, longest: int, max_keys: int, filters: bool, scored: bool, best: int, inject: bool,
+        logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """Target, draw, accept, inject; returns the `best` likeliest tokens per row with their scores."""
+        """Target, draw, accept, inject; returns the likeliest tokens per row with their scores."""
         inputs, outputs, edits = self._in.device, self._out.device, self._edits.device
         query_starts, lens = inputs["query_starts"][: requests + 1], inputs["context_lens"][:requests]
         table = self._table(requests)
@@ -409,11 +414,11 @@ class DeviceStep:
         if rows:
             sampling = cuda.SamplingRows(
                 inputs["sampling"][:requests], edits["history_tokens"], edits["history_counts"], edits["bias_tokens"],
-                edits["bias_values"], filters,
+                edits["bias_values"], wanted.filters,
             )  # fmt: skip
             cuda.sample_rows(
                 logits, sampling, query_starts=query_starts, token_ids=token_ids, positions=positions, row_tokens=logit_rows,
-                out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if scored else None),
+                out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if wanted.scored else None),
             )  # fmt: skip
         room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
         accepted = cuda.accept(
@@ -422,13 +427,14 @@ class DeviceStep:
             # Nobody's tokens, the padding, are nobody's to write.
             out=room._replace(accepted=outputs["accepted"][:requests], commit_slots=room.commit_slots.fill_(-1)),
         )  # fmt: skip
-        if inject:
+        if wanted.inject:
             kv = self.draft.context(features)
             self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
-        return cuda.tree_top_k(logits, best) if best and rows else None
+        return cuda.tree_top_k(logits, wanted.best) if wanted.best and rows else None
 
     # ---- costs ---------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def costs(self) -> StepCosts:
         """What passes cost here, for the planner: the target's by rows, the drafter's with the injection that follows."""
         shapes = sorted({(1, size) for size in (1, 2, (self.block_size + 2) // 2, self.block_size)})
@@ -441,22 +447,16 @@ class DeviceStep:
         for requests, block in shapes:
             host["query_starts"][:] = np.minimum(np.arange(self.rows + 1), requests) * block
             self._in.upload("pages")
-            plain = self._time(lambda r=requests, b=block: self._pass_at(r, b, False))
+            passes = [
+                lambda r=requests, b=block, i=inject: self._verify_graph(r, b, 1, _Wanted(False, False, 0, i))
+                for inject in (False, True)
+            ]
+            plain = self._time(passes[0])
             target.append((requests * block, plain))
             if block > 1:
-                both = self._time(lambda r=requests, b=block: (self._propose_at(r, b), self._pass_at(r, b, True)))
+                both = self._time(lambda r=requests, b=block, p=passes[1]: (self._draft_graph(r, b, 1), p()))
                 drafting.append((requests * block, max(both - plain, 0.0)))
         return StepCosts(rising(target), rising(drafting))
-
-    def _pass_at(self, requests: int, block: int, inject: bool) -> None:
-        self._in_graph(
-            ("verify", requests, block, 1, False, False, inject),
-            lambda: self._verify(requests, block, cuda.SPLIT_KEYS, False, False, 0, inject),
-            capture=self._target_in_graph,
-        )
-
-    def _propose_at(self, requests: int, block: int) -> None:
-        self._in_graph(("draft", requests, block, 1), lambda: self._propose(requests, block, cuda.SPLIT_KEYS))
 
     def _time(self, work) -> float:
         """Seconds of the shortest of some rounds; the first ones warm up."""
@@ -471,21 +471,3 @@ class DeviceStep:
                 if time.perf_counter() - begun > _PATIENCE_S:
                     break
         return best
-
-
-def rising(points: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """What was measured, without the falls that are noise, one point for each number of rows."""
-    curve: dict[int, float] = {}
-    last = 1e-9
-    for rows, taken in points:
-        last = max(last, taken)
-        curve.setdefault(rows, last)
-    return tuple(curve.items())
-
-
-def check_accepted(device: np.ndarray, accepted: Any, prefills: np.ndarray) -> None:
-    """Raises DflashError when the device's walk and the core's differ, which only a defect can do: draft KV went elsewhere."""
-    failed = {row for row, _ in accepted.failed}
-    for row, (there, here) in enumerate(zip(device.tolist(), accepted.accepted.tolist())):
-        if there != here and row not in failed and not prefills[row]:
-            raise DflashError(f"accepted[{row}]: the device kept {there} drafts, the core {here}; this is a defect")

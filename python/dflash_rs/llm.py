@@ -264,9 +264,11 @@ class LLM:
             prefix_cache=prefix_cache,
             vocabulary=self._bytes,
         )
-        self._draws_on_device = self._kernels_here()
+        self._draws_on_device = False
         self._device_step: DeviceStep | None = None
-        if serves(self._target, self._draft):
+        if not serves(self._target, self._draft):
+            self._draws_on_device = self._kernels_here()
+        else:
             self._device_step = DeviceStep(
                 self._target,
                 self._draft,
@@ -313,17 +315,19 @@ class LLM:
             raise too_much from error
 
     def _kernels_here(self) -> bool:
+        """Whether at least the draws can be made on the GPU; on one, says why nothing else is."""
         if self.device.type != "cuda":
             return False
         from . import cuda
 
-        if not self._target.kernel:
-            warnings.warn(
-                f"attention runs in torch: got {self.dtype}, a target with key heads of "
-                f"{sorted({kv.key_dim for kv in self._target.kv_layers.values()})} elements and {self.device}, expected bfloat16, heads of "
-                f"{', '.join(map(str, cuda.HEAD_DIMS))} and a build with kernels for this GPU (dflash-rs doctor tells)",
-                stacklevel=3,
-            )
+        heads = {kv.key_dim for kv in self._target.kv_layers.values()}
+        heads |= set() if self._draft is None else {self._draft.config.head_dim}
+        warnings.warn(
+            f"steps go through torch: got {self.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {self.device}, "
+            f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "
+            "(dflash-rs doctor tells)",
+            stacklevel=3,
+        )
         # Loading may allocate, which a captured graph must not.
         found = cuda.available(self.device) and self.dtype in (self._torch.bfloat16, self._torch.float32)
         if found:
@@ -404,8 +408,6 @@ class LLM:
         if self._closed:
             raise DflashError("this LLM is closed: make a new one")
         prepared = [self._check(i, p, o) for i, (p, o) in enumerate(zip(texts, options, strict=True))]
-        if self._device_step is not None:
-            from .device_step import Draws
         ids: list[int] = []
         with self._lock:
             try:
@@ -416,7 +418,7 @@ class LLM:
                     active = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
                     active.drafts = drafts
                     if self._device_step is not None:
-                        active.draws = Draws.of(o, seed)
+                        active.draws = self._device_step.draws(o, seed)
                     self._active[request] = active
                     ids.append(request)
             except BaseException:
@@ -540,8 +542,6 @@ class LLM:
         return self._device_step.run(plan, self._core.page_table, draws, histories, inject)
 
     def _walk(self, plan: Any, drawn: Any) -> Any:
-        from .device_step import check_accepted
-
         if drawn.drafts is not None:
             plan.set_drafts(drawn.drafts)
         accepted = self._core.accept_sampled(
@@ -552,7 +552,7 @@ class LLM:
             top_tokens=drawn.top_tokens,
             top_logprobs=drawn.top_logprobs,
         )
-        check_accepted(drawn.accepted, accepted, plan.is_prefill)
+        drawn.check(accepted, plan.is_prefill)
         return accepted
 
     def _draw_on_device(self, plan: Any, batch: Any, logits: Any) -> np.ndarray | None:

@@ -426,3 +426,31 @@ impl Drop for Events {
         with(&self.shared.events, |pool| pool.push(arrays));
     }
 }
+
+/// What a device drew for the `N` rows of a plan's `logit_rows`. Everything but the tokens may be left empty.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DrawnRows<'a> {
+    /// `[N]` tokens.
+    pub tokens: &'a [i64],
+    /// `[N]` their log-softmax of the raw logits, nats.
+    pub logprobs: &'a [f32],
+    /// `[N]` 0 where a token was drawn, otherwise why there is none (`RowStatus` of `cuda/params.h`).
+    pub status: &'a [i32],
+    /// The likeliest tokens per row.
+    pub top_count: usize,
+    /// `[N, top_count]` the likeliest tokens of the raw row, falling.
+    pub top_tokens: &'a [i64],
+    /// `[N, top_count]` their log-softmax, nats.
+    pub top_logprobs: &'a [f32],
+}
+
+/// Distinct tokens of prompt and output with their number of occurrences in the output, of the rows that are penalised.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Histories {
+    /// `[R + 1]` where each row's entries start; a row without penalties has none.
+    pub starts: Vec<i32>,
+    /// Tokens, ascending within a row.
+    pub tokens: Vec<i32>,
+    /// Occurrences in the output; 0: in the prompt alone.
+    pub counts: Vec<i32>,
+}

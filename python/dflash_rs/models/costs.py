@@ -38,10 +38,10 @@ def measure(target: TargetModel, draft: DFlashDraft, block_size: int) -> StepCos
     verify, propose, inject = times[: len(rows)], times[len(rows) : -1], times[-1]
     # Every pass that drafts is followed by an injection.
     drafting = sorted((n * size, time + inject) for (n, size), time in zip(blocks, propose, strict=True))
-    return StepCosts(_rising(zip(rows, verify, strict=True)), _rising(drafting))
+    return StepCosts(rising(zip(rows, verify, strict=True)), rising(drafting))
 
 
-def _rising(points) -> tuple[tuple[int, float], ...]:
+def rising(points) -> tuple[tuple[int, float], ...]:
     """What was measured, without the falls that are noise, one point for each number of rows."""
     curve: dict[int, float] = {}
     last = 1e-9
