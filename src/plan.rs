@@ -12,7 +12,12 @@
 //! does, stairs where a device runs in fixed sizes. The chance of a draft is the product of the drafter's probabilities along its
 //! path; how the drafter errs is learnt per position.
 
+mod trees;
+
+pub use trees::{Offers, PlannedTrees};
+
 use crate::error::{Error, Result};
+use trees::NodeRates;
 
 /// Time over rows: straight between the points, that of the first before it, and beyond the last as between the last two.
 #[derive(Clone, Debug, PartialEq)]
@@ -137,6 +142,7 @@ pub struct Planner {
     // Per draft position: passes that reached it, and those that accepted it, fading.
     reached: Vec<f64>,
     accepted: Vec<f64>,
+    nodes: NodeRates,
     steps: u64,
     // Probabilities of the drafts in line, for `widths`.
     queue: Vec<(f32, u32)>,
@@ -167,6 +173,7 @@ impl Planner {
             block,
             reached: vec![0.0; block - 1],
             accepted: vec![0.0; block - 1],
+            nodes: NodeRates::default(),
             steps: 0,
             queue: Vec::new(),
         })

@@ -9,8 +9,9 @@ pub struct Stats {
     committed: u64,
     // [a]: passes that accepted exactly a drafts, plain passes among them at a = 0.
     accepted_histogram: Vec<u64>,
-    // [d]: passes that verified exactly d drafts.
+    // [d]: passes that drafted exactly d positions.
     drafted_histogram: Vec<u64>,
+    verified: u64,
 }
 
 impl Stats {
@@ -22,8 +23,20 @@ impl Stats {
     /// Books one target pass over one decode row: `drafted` drafts verified (0 for a plain step), `accepted` of them kept,
     /// `committed` tokens given to the request (accepted + 1, fewer when a stop cut the block).
     pub fn record(&mut self, drafted: u32, accepted: u32, committed: u32) -> Result<()> {
+        self.record_tree(drafted, drafted, accepted, committed)
+    }
+
+    /// The same for a tree of `verified` drafts that is `drafted` positions deep; in a chain the two are one number.
+    pub fn record_tree(&mut self, verified: u32, drafted: u32, accepted: u32, committed: u32) -> Result<()> {
         if accepted > drafted {
             return Err(Error::AcceptedExceedsDrafted { accepted, drafted });
+        }
+        if drafted > verified {
+            return Err(Error::InvalidArgument {
+                name: "drafted",
+                got: drafted.to_string(),
+                expected: format!("at most the {verified} drafts verified"),
+            });
         }
         if committed > accepted + 1 {
             return Err(Error::InvalidArgument {
@@ -36,6 +49,7 @@ impl Stats {
         self.committed += u64::from(committed);
         bump(&mut self.accepted_histogram, accepted as usize, 1);
         bump(&mut self.drafted_histogram, drafted as usize, 1);
+        self.verified += u64::from(verified);
         Ok(())
     }
 
@@ -43,6 +57,7 @@ impl Stats {
     pub fn merge(&mut self, other: &Self) {
         self.passes += other.passes;
         self.committed += other.committed;
+        self.verified += other.verified;
         for (a, &n) in other.accepted_histogram.iter().enumerate() {
             bump(&mut self.accepted_histogram, a, n);
         }
@@ -61,9 +76,14 @@ impl Stats {
         self.committed
     }
 
-    /// Drafts verified.
+    /// Positions drafted: every draft of a chain, the depth of a tree.
     pub fn drafted(&self) -> u64 {
         weighted(&self.drafted_histogram)
+    }
+
+    /// Drafts verified.
+    pub fn verified(&self) -> u64 {
+        self.verified
     }
 
     /// Drafts accepted.
@@ -78,8 +98,7 @@ impl Stats {
 
     /// Accepted drafts of those verified; `None` before the first draft.
     pub fn acceptance_rate(&self) -> Option<f64> {
-        let drafted = self.drafted();
-        (drafted > 0).then(|| self.accepted() as f64 / drafted as f64)
+        (self.verified > 0).then(|| self.accepted() as f64 / self.verified as f64)
     }
 
     /// `[a]` = passes that accepted exactly `a` drafts.
@@ -87,8 +106,8 @@ impl Stats {
         &self.accepted_histogram
     }
 
-    /// `[i]` = share of the passes that verified a draft at position `i` in which it was accepted, all before it included.
-    /// Falls with `i` when every pass verifies the same number of drafts.
+    /// `[i]` = share of the passes that drafted position `i` in which a draft for it was accepted, all before it included.
+    /// Falls with `i` when every pass drafts the same number of positions.
     pub fn acceptance_per_position(&self) -> Vec<f64> {
         let positions = self.drafted_histogram.len().saturating_sub(1);
         (0..positions)

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
-use crate::verify::{Sampler, top_logprobs, walk_chain};
+use crate::verify::{Sampler, top_logprobs, walk_chain, walk_tree};
 use values::Shared;
 
 /// A launched step that is not resolved.
@@ -301,7 +301,7 @@ impl Engine {
                 expected,
             });
         }
-        self.accept_rows(plan, |sampler, context, drafts, token| {
+        self.accept_rows(plan, |sampler, context, path, token| {
             let Context {
                 running,
                 first_logit,
@@ -310,8 +310,8 @@ impl Engine {
             } = context;
             let row = &logits[(first_logit + token) * vocab..(first_logit + token + 1) * vocab];
             let request = &running.request;
-            let place = (position + token as u64 + 1, &drafts[..token]);
-            let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, place.1, place.0)?;
+            let place = position + path.len() as u64 + 1;
+            let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, path, place)?;
             let Some(top) = request.params.logprobs else {
                 return Ok(Drawn {
                     token: drawn,
@@ -441,6 +441,7 @@ impl Engine {
         for (row, scheduled) in in_flight[0].rows.iter().enumerate() {
             let out = accepted.arrays_mut();
             out.token_starts.push(out.tokens.len() as i32);
+            out.commit_starts.push(out.commit_rows.len() as i32);
             out.accepted.push(0);
             // Whoever left meanwhile gains nothing, and nothing of theirs is worth keeping.
             let Some(running) = scheduler.tenant(scheduled) else {
@@ -450,7 +451,10 @@ impl Engine {
             if let Work::Prefill { last } = scheduled.work {
                 drafts.clear();
                 if !last {
-                    out.commit_rows.extend(start..start + i64::from(scheduled.len));
+                    let end = start + i64::from(scheduled.len);
+                    out.commit_rows.extend(start..end);
+                    out.commit_slots
+                        .extend_from_slice(&layout.slots[start as usize..end as usize]);
                     continue;
                 }
             } else {
@@ -467,8 +471,8 @@ impl Engine {
                 },
             };
             let kept = (out.tokens.len(), out.top_tokens.len());
-            let walked = walk_chain(drafts, |token| {
-                let drawn = draw(sampler, &context, drafts, token)?;
+            let mut take = |path: &[TokenId], token: usize| {
+                let drawn = draw(sampler, &context, path, token)?;
                 // Scores are rare: what nobody asked for is filled in at the end.
                 if !drawn.logprob.is_nan() {
                     out.logprobs.resize(out.tokens.len(), f32::NAN);
@@ -484,15 +488,35 @@ impl Engine {
                 }
                 out.tokens.push(i64::from(drawn.token.0));
                 Ok(drawn.token)
-            });
+            };
+            let walked = match plan.tree_of(row)?.filter(|_| scheduled.work == Work::Decode) {
+                None => walk_chain(drafts, |token| take(&drafts[..token], token)).map(|walk| (walk.accepted, None)),
+                Some(tree) => walk_tree(&tree, |node| take(&tree.path_tokens(node), node))
+                    .map(|walk| (walk.path.len() as u32, Some(walk.path))),
+            };
             match walked {
-                Ok(walk) => {
-                    out.accepted[row] = walk.accepted as i32;
+                Ok((accepted, path)) => {
+                    out.accepted[row] = accepted as i32;
                     let valid = match scheduled.work {
                         Work::Prefill { .. } => scheduled.len,
-                        Work::Decode => walk.accepted + 1,
+                        Work::Decode => accepted + 1,
                     };
-                    out.commit_rows.extend(start..start + i64::from(valid));
+                    let first = start as usize;
+                    out.commit_slots
+                        .extend_from_slice(&layout.slots[first..first + valid as usize]);
+                    let Some(path) = path else {
+                        out.commit_rows.extend(start..start + i64::from(valid));
+                        continue;
+                    };
+                    out.commit_rows.push(start);
+                    for (depth, &node) in path.iter().enumerate() {
+                        let (node, place) = (first + node as usize, first + depth + 1);
+                        out.commit_rows.push(node as i64);
+                        if node != place {
+                            out.move_from.push(layout.slots[node]);
+                            out.move_to.push(layout.slots[place]);
+                        }
+                    }
                 }
                 Err(error) => {
                     out.tokens.truncate(kept.0);
@@ -506,6 +530,7 @@ impl Engine {
         }
         let out = accepted.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
+        out.commit_starts.push(out.commit_rows.len() as i32);
         out.logprobs.resize(out.tokens.len(), f32::NAN);
         out.top_starts.resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
         Ok(accepted)
@@ -535,8 +560,9 @@ impl Engine {
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
             let error = failed.next_if(|(at, _)| *at == row).map(|(_, error)| error);
             // A narrowed plan verified fewer drafts than were scheduled.
-            let drafted = plan.arrays().block_len[row] as u32 - 1;
-            self.resolve_row(row, scheduled, drafted, accepted.arrays(), injected, error, &mut events)?;
+            let verified = plan.arrays().block_len[row] as u32 - 1;
+            let drafts = (plan.drafted(row), verified);
+            self.resolve_row(row, scheduled, drafts, accepted.arrays(), injected, error, &mut events)?;
         }
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
@@ -550,7 +576,7 @@ impl Engine {
         &mut self,
         row: usize,
         scheduled: Scheduled,
-        drafted: u32,
+        (drafted, verified): (u32, u32),
         accepted: &AcceptedArrays,
         injected: bool,
         error: Option<&Error>,
@@ -595,16 +621,22 @@ impl Engine {
             out.top_tokens.extend_from_slice(&accepted.top_tokens[top.clone()]);
             out.top_logprobs.extend_from_slice(&accepted.top_logprobs[top]);
         }
-        let drafted = if work == Work::Decode { drafted } else { 0 };
+        let (drafted, verified) = if work == Work::Decode {
+            (drafted, verified)
+        } else {
+            (0, 0)
+        };
         out.drafted.push(drafted as i32);
+        out.verified.push(verified as i32);
         out.accepted.push(drafts_accepted);
         out.finish.push(finish as u8);
         out.text_ends.push(request.text_end().map_or(-1, |end| end as i64));
         out.cached_tokens.push(request.cached_tokens as i32);
         if work == Work::Decode {
             let committed = (at - first) as u32;
-            request.stats.record(drafted, drafts_accepted as u32, committed)?;
-            self.stats.record(drafted, drafts_accepted as u32, committed)?;
+            for stats in [&mut request.stats, &mut self.stats] {
+                stats.record_tree(verified, drafted, drafts_accepted as u32, committed)?;
+            }
         }
         if finish != Finish::Running {
             self.scheduler.leave(slot)?;
@@ -622,6 +654,7 @@ impl Engine {
         out.request_ids.push(id);
         out.token_starts.push(out.tokens.len() as i32);
         out.drafted.push(0);
+        out.verified.push(0);
         out.accepted.push(0);
         out.finish.push(Finish::Error as u8);
         out.text_ends.push(text_end);

@@ -1,5 +1,6 @@
 //! The engine with real draws: what a request hears must not depend on how it was scheduled.
 
+use dflash_rs::draft::DraftTree;
 use dflash_rs::error::Error;
 use dflash_rs::schedule::{Config, Finish, Params};
 use dflash_rs::step::{Engine, Events, StepPlan};
@@ -122,6 +123,34 @@ fn narrow(plan: &mut StepPlan) {
     plan.narrow(&keep).unwrap();
 }
 
+/// Makes a tree of every chain: a wrong turn beside each draft, which comes first where a hash says so, and goes on by itself.
+fn plant(plan: &mut StepPlan) {
+    let arrays = plan.arrays();
+    let tree = |&row: &i32| {
+        let first = arrays.query_starts[row as usize] as usize;
+        let room = arrays.block_len[row as usize] as usize;
+        let chain: Vec<TokenId> = (0..room)
+            .map(|at| TokenId(arrays.token_ids[first + at] as u32))
+            .collect();
+        let (mut tokens, mut parents, mut end) = (vec![chain[0]], vec![0], 0);
+        for (at, &draft) in chain.iter().enumerate().skip(1) {
+            let hash = mix(plan.step(), at as u64);
+            let wrong = TokenId((hash % VOCAB as u64) as u32);
+            let mut here = vec![draft, wrong];
+            if hash & 1 << 40 > 0 {
+                here.swap(0, 1);
+            }
+            let next = tokens.len() as u32 + u32::from(here[0] != draft);
+            tokens.extend(here);
+            parents.extend([end, end]);
+            end = next;
+        }
+        DraftTree::from_parents(&tokens[..room], &parents[..room]).unwrap()
+    };
+    let trees: Vec<DraftTree> = arrays.draft_rows.iter().map(tree).collect();
+    plan.set_trees(&trees).unwrap();
+}
+
 fn target(plan: &StepPlan, texts: &[Vec<i64>]) -> Vec<f32> {
     let arrays = plan.arrays();
     let mut logits = vec![0.0; arrays.logit_rows.len() * VOCAB];
@@ -132,7 +161,14 @@ fn target(plan: &StepPlan, texts: &[Vec<i64>]) -> Vec<f32> {
         for at in first..end {
             let start = arrays.query_starts[row] as usize;
             let mut text = texts[arrays.request_ids[row] as usize][..context].to_vec();
-            text.extend_from_slice(&arrays.token_ids[start..=arrays.logit_rows[at] as usize]);
+            let last = arrays.logit_rows[at] as usize;
+            if arrays.parents.is_empty() {
+                text.extend_from_slice(&arrays.token_ids[start..=last]);
+            } else {
+                let parent = |&node: &usize| usize::try_from(arrays.parents[node]).ok().map(|parent| start + parent);
+                let path: Vec<usize> = std::iter::successors(Some(last), parent).collect();
+                text.extend(path.iter().rev().map(|&node| arrays.token_ids[node]));
+            }
             logits_after(&text, &mut logits[at * VOCAB..(at + 1) * VOCAB]);
         }
     }
@@ -194,6 +230,80 @@ fn verifying_fewer_drafts_does_not_change_the_text() {
             "only what was verified counts as drafted"
         );
     }
+}
+
+#[test]
+fn trees_do_not_change_the_text_and_accept_what_is_in_them() {
+    let (plain, _) = run(config(1, 16, 60), asks());
+    for (page_size, num_pages) in [(1, 900), (16, 7), (64, 10)] {
+        let (heard, engine) = run_with(config(12, page_size, num_pages), asks(), plant);
+        assert_eq!(heard, plain);
+        let stats = engine.stats();
+        assert!(stats.tau().unwrap() > 1.2, "drafts were meant to be of use");
+        assert!(
+            stats.verified() > stats.drafted(),
+            "a tree has more drafts than positions"
+        );
+    }
+}
+
+#[test]
+fn trees_that_do_not_fit_are_refused_and_change_nothing() {
+    let mut engine = Engine::new(config(4, 16, 60), None).unwrap();
+    let prompt = vec![TokenId(1); 4];
+    engine
+        .add(
+            prompt,
+            Params {
+                max_tokens: 30,
+                ..Params::default()
+            },
+        )
+        .unwrap();
+    let mut plan = engine.plan(4).unwrap().unwrap();
+    let accepted = engine.accept_sampled(&plan, &[9], &[]).unwrap();
+    engine.commit(&mut plan, &accepted, true).unwrap();
+    let mut plan = engine.plan(4).unwrap().unwrap();
+    let whole = plan.arrays().clone();
+    let tree = |tokens: &[u32], parents: &[u32]| {
+        let tokens: Vec<TokenId> = tokens.iter().copied().map(TokenId).collect();
+        DraftTree::from_parents(&tokens, parents).unwrap()
+    };
+    for (trees, message) in [
+        (vec![], "trees: got 0 elements, expected 1"),
+        (
+            vec![tree(&[9, 1, 2, 3, 4], &[0; 5])],
+            "trees: got 5 nodes for request 0, expected at most 4, its anchor included",
+        ),
+        (
+            vec![tree(&[8, 1], &[0, 0])],
+            "trees: got anchor 8 for request 0, expected its last token 9",
+        ),
+        (
+            vec![tree(&[9, 50], &[0, 0])],
+            "trees: got token 50 for request 0, expected tokens below vocab_size = 50",
+        ),
+    ] {
+        assert_eq!(plan.set_trees(&trees).unwrap_err().to_string(), message);
+        assert_eq!(plan.arrays(), &whole);
+    }
+    plan.set_trees(&[tree(&[9, 1, 2, 3], &[0, 0, 0, 2])]).unwrap();
+    let arrays = plan.arrays();
+    assert_eq!(arrays.positions, [4, 5, 5, 6]);
+    assert_eq!(arrays.slots, whole.slots);
+    assert_eq!(arrays.ancestors, [0b1, 0b11, 0b101, 0b1101]);
+    assert!(plan.set_drafts(&[1, 2, 3], 3).is_err());
+    let accepted = engine.accept_sampled(&plan, &[2, 7, 3, 6], &[]).unwrap();
+    let kept = accepted.arrays();
+    assert_eq!(
+        (kept.accepted[0], &kept.tokens[..], &kept.commit_rows[..]),
+        (2, &[2, 3, 6][..], &[0, 2, 3][..])
+    );
+    assert_eq!(kept.commit_slots, whole.slots[..3]);
+    assert_eq!(
+        (&kept.move_from[..], &kept.move_to[..]),
+        (&whole.slots[2..], &whole.slots[1..3])
+    );
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 
+use dflash_rs::draft::DraftTree;
 use dflash_rs::kv::pages_for;
 use dflash_rs::schedule::{Config, Finish, Params, Vocabulary};
 use dflash_rs::step::{Accepted, Engine, Events, StepPlan};
@@ -216,8 +217,40 @@ impl Life {
         }
     }
 
-    fn execute(&mut self, flight: &mut Launch) {
+    /// Trees of random shape for the rows that draft, as good as the drafts of chains are.
+    fn plant(&mut self, flight: &mut Launch) {
         let arrays = flight.plan.arrays().clone();
+        let mut trees = Vec::new();
+        for &row in &arrays.draft_rows {
+            let text = &flight.known[row as usize][..=arrays.context_lens[row as usize] as usize];
+            let (mut tokens, mut parents) = (vec![TokenId(text[text.len() - 1])], vec![0]);
+            let mut texts = vec![text.to_vec()];
+            for node in 1..=self.roll(arrays.block_len[row as usize] as u32) as usize {
+                let parent = self.roll(node as u32) as usize;
+                let mut text = texts[parent].clone();
+                let good = self.roll(100) < self.quality;
+                let draft = if good { next(&text) } else { self.roll(VOCAB) };
+                text.push(draft);
+                tokens.push(TokenId(draft));
+                parents.push(parent as u32);
+                texts.push(text);
+            }
+            trees.push(DraftTree::from_parents(&tokens, &parents).unwrap());
+        }
+        flight.plan.set_trees(&trees).unwrap();
+        let arrays = flight.plan.arrays();
+        assert!(
+            flight.plan.narrow(&vec![0; arrays.draft_rows.len()]).is_err(),
+            "a tree is not narrowed"
+        );
+    }
+
+    fn execute(&mut self, flight: &mut Launch) {
+        if self.config.depth == 0 && !flight.plan.arrays().draft_rows.is_empty() && self.roll(2) == 0 {
+            self.plant(flight);
+        }
+        let arrays = flight.plan.arrays().clone();
+        let planted = !arrays.parents.is_empty();
         let width = self.engine.scheduler().kv().table().width();
         let size = self.config.page_size;
         let mut written = HashSet::new();
@@ -255,7 +288,10 @@ impl Life {
                 );
             }
             let mut block = Vec::new();
-            if prefill {
+            if planted && !prefill {
+                assert_eq!(arrays.token_ids[start] as u32, state.text[state.committed]);
+                block.extend(arrays.token_ids[start..end].iter().map(|&token| token as u32));
+            } else if prefill {
                 block.extend(arrays.token_ids[start..end].iter().map(|&token| token as u32));
                 path.extend(&block);
                 state.text = path.clone();
@@ -276,14 +312,29 @@ impl Life {
                     drafts.extend(row_drafts);
                 }
             }
-            let mut text = state.text[..state.committed].to_vec();
+            // The text up to each token of the row; in a chain each one follows the one before it.
+            let mut texts: Vec<Vec<u32>> = Vec::new();
+            let words = arrays.ancestors.len() / arrays.token_ids.len();
             let mut logit = arrays.logit_starts[row] as usize;
             for (at, &token) in block.iter().enumerate() {
+                let parent = if planted {
+                    arrays.parents[start + at]
+                } else {
+                    at as i32 - 1
+                };
+                let before = usize::try_from(parent).map(|parent| texts[parent].clone());
+                let mut text = before.unwrap_or_else(|_| state.text[..state.committed].to_vec());
                 text.push(token);
+                texts.push(text.clone());
                 let slot = slot(state.committed + at, &self.engine);
                 if arrays.start_known[row] {
                     assert_eq!(slot as i64, arrays.slots[start + at]);
-                    assert_eq!((state.committed + at) as i64, arrays.positions[start + at]);
+                    assert_eq!(text.len() as i64 - 1, arrays.positions[start + at]);
+                }
+                if planted {
+                    let mask = &arrays.ancestors[(start + at) * words..(start + at + 1) * words];
+                    let seen: u32 = mask.iter().map(|bits| bits.count_ones()).sum();
+                    assert_eq!(seen as usize, text.len() - state.committed, "a token sees its path");
                 }
                 assert!(written.insert(slot), "two rows write slot {slot}");
                 self.kv[slot] = hash_of(&text);
@@ -301,11 +352,17 @@ impl Life {
                 }
             } else {
                 let mut text = state.text[..=state.committed].to_vec();
-                for &draft in &block[1..] {
-                    if next(&text) != draft {
-                        break;
-                    }
-                    text.push(draft);
+                let mut from = 0;
+                while let Some(node) = (from + 1..block.len()).find(|&node| {
+                    let parent = if planted {
+                        arrays.parents[start + node] as usize
+                    } else {
+                        node - 1
+                    };
+                    parent == from && block[node] == next(&text)
+                }) {
+                    text.push(block[node]);
+                    from = node;
                 }
                 state.committed = text.len();
                 text.push(next(&text));
@@ -313,7 +370,7 @@ impl Life {
             }
             self.device.insert(id, state);
         }
-        if !arrays.draft_rows.is_empty() {
+        if !planted && !arrays.draft_rows.is_empty() {
             flight.plan.set_drafts(&drafts, columns).unwrap();
         }
         flight.sampled = Some(sampled);
@@ -336,6 +393,12 @@ impl Life {
             sampled[starts[row] as usize] = i64::from(VOCAB);
         }
         let accepted = self.engine.accept_sampled(&flight.plan, &sampled, &[]).unwrap();
+        let kept = accepted.arrays();
+        assert_eq!(kept.commit_rows.len(), kept.commit_slots.len());
+        let moved: Vec<u64> = kept.move_from.iter().map(|&slot| self.kv[slot as usize]).collect();
+        for (&slot, kv) in kept.move_to.iter().zip(moved) {
+            self.kv[slot as usize] = kv;
+        }
         let events = self.engine.commit(&mut flight.plan, &accepted, true).unwrap();
         self.hear(&events, &accepted, victim);
         assert!(
@@ -357,7 +420,7 @@ impl Life {
                 .get_mut(&id)
                 .unwrap()
                 .extend(new.iter().map(|&token| token as u32));
-            assert!(arrays.accepted[at] <= arrays.drafted[at]);
+            assert!(arrays.accepted[at] <= arrays.drafted[at] && arrays.drafted[at] <= arrays.verified[at]);
             if arrays.finish[at] == Finish::Error as u8 {
                 assert_eq!(Some(id), victim, "only the failed request ends with an error");
                 assert!(events.errors().iter().any(|(request, _)| *request == id));

@@ -9,6 +9,7 @@ use numpy::{Element, PyArray1, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyRe
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::draft::DraftTree;
 use crate::py::buffers::{table_view, view};
 use crate::py::errors::{invalid, token_ids};
 use crate::schedule::{Config, Params, Vocabulary};
@@ -320,14 +321,15 @@ impl Engine {
         Ok(dict)
     }
 
-    /// Acceptance over all requests: passes, committed, drafted, accepted, tau (`None` before the first pass),
-    /// histogram, per_position.
+    /// Acceptance over all requests: passes, committed, drafted (positions), verified (drafts, more in trees), accepted, tau (`None`
+    /// before the first pass), histogram, per_position.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.with(py, |engine| engine.stats().clone());
         let dict = PyDict::new(py);
         dict.set_item("passes", stats.passes())?;
         dict.set_item("committed", stats.committed())?;
         dict.set_item("drafted", stats.drafted())?;
+        dict.set_item("verified", stats.verified())?;
         dict.set_item("accepted", stats.accepted())?;
         dict.set_item("tau", stats.tau())?;
         dict.set_item("histogram", stats.histogram())?;
@@ -345,6 +347,62 @@ impl Engine {
             )
         })
     }
+}
+
+impl Accepted {
+    /// Of every row that followed drafts: drafts verified, positions drafted, and the accepted ones by their place behind the anchor.
+    pub(super) fn each_pass(&self, plan: &StepPlan, mut each: impl FnMut(usize, usize, &[i64])) {
+        let plan = locked(&plan.plan);
+        let (layout, kept) = (plan.arrays(), self.accepted.arrays());
+        let mut path = Vec::new();
+        for row in 0..layout.row_ids.len().min(kept.accepted.len()) {
+            let verified = layout.block_len[row] as usize - 1;
+            if layout.is_prefill[row] || verified == 0 || kept.token_starts[row] == kept.token_starts[row + 1] {
+                continue;
+            }
+            let rows = &kept.commit_rows[kept.commit_starts[row] as usize..kept.commit_starts[row + 1] as usize];
+            path.clear();
+            path.extend(
+                rows.iter()
+                    .skip(1)
+                    .map(|at| at - i64::from(layout.query_starts[row]) - 1),
+            );
+            each(verified, plan.drafted(row) as usize, &path);
+        }
+    }
+}
+
+/// Trees from rows of padded arrays; the parent of a first node is not looked at.
+fn trees(
+    tokens: &PyReadonlyArray2<'_, i64>,
+    parents: &PyReadonlyArray2<'_, i32>,
+    counts: &PyReadonlyArray1<'_, i32>,
+) -> PyResult<Vec<DraftTree>> {
+    let [rows, width] = [tokens.shape()[0], tokens.shape()[1]];
+    if parents.shape() != tokens.shape() {
+        let expected = format!("[{rows}, {width}], that of tokens");
+        return Err(invalid("parents", format!("shape {:?}", parents.shape()), expected));
+    }
+    let all_tokens = contiguous("tokens", Some(tokens))?;
+    let all_parents = contiguous("parents", Some(parents))?;
+    let counts = contiguous("counts", Some(counts))?;
+    if counts.len() != rows {
+        let expected = format!("{rows}, one per row of tokens");
+        return Err(invalid("counts", counts.len().to_string(), expected));
+    }
+    let tree = |(row, &count): (usize, &i32)| {
+        let nodes = usize::try_from(count).ok().filter(|nodes| (1..=width).contains(nodes));
+        let Some(nodes) = nodes else {
+            return Err(invalid("counts", count.to_string(), format!("1 to {width}")));
+        };
+        let (first, end) = (row * width, row * width + nodes);
+        let parents: Vec<u32> = all_parents[first..end].iter().map(|&parent| parent as u32).collect();
+        Ok(DraftTree::from_parents(
+            &token_ids("tokens", &all_tokens[first..end])?,
+            &parents,
+        )?)
+    };
+    counts.iter().enumerate().map(tree).collect()
 }
 
 /// Getters that show a plan's arrays without copying.
@@ -376,6 +434,19 @@ macro_rules! plan_arrays {
             fn narrow(&self, keep: PyReadonlyArray1<'_, i32>) -> PyResult<()> {
                 let keep = keep.as_slice().map_err(|_| invalid("keep", "a strided array", "a C-contiguous i32 array"))?;
                 let outcome = locked(&self.plan).narrow(keep);
+                Ok(outcome?)
+            }
+
+            /// Drafts trees: tokens i64 and parents i32 `[len(draft_rows), w]`, counts i32 `[len(draft_rows)]` of nodes, each row's anchor
+            /// first, parents before children. Read the arrays again afterwards.
+            fn set_trees(
+                &self,
+                tokens: PyReadonlyArray2<'_, i64>,
+                parents: PyReadonlyArray2<'_, i32>,
+                counts: PyReadonlyArray1<'_, i32>,
+            ) -> PyResult<()> {
+                let trees = trees(&tokens, &parents, &counts)?;
+                let outcome = locked(&self.plan).set_trees(&trees);
                 Ok(outcome?)
             }
 
@@ -431,6 +502,10 @@ plan_arrays! {
     draft_valid_from: i32,
     /// bool `[R]`: whether the host knows where the row starts.
     start_known: bool,
+    /// i32 `[T]`: the token each one follows, as an index within its row, -1 for the first; empty while drafts are chains.
+    parents: i32,
+    /// u64 `[T * words]`: bit j of a token is set when token j of its row is itself or before it; empty while drafts are chains.
+    ancestors: u64,
 }
 
 macro_rules! value_arrays {
@@ -465,6 +540,14 @@ value_arrays! {
         token_starts: i32,
         /// i64 `[M]`: packed indices whose KV and features are valid now.
         commit_rows: i64,
+        /// i32 `[R + 1]`: where each row's part of `commit_rows` starts.
+        commit_starts: i32,
+        /// i64 `[M]`: the slot each of them keeps.
+        commit_slots: i64,
+        /// i64: slots whose KV has to be moved before the commit, all of them read first.
+        move_from: i64,
+        /// i64: where to.
+        move_to: i64,
         /// f32 `[len(tokens)]`: log-probabilities, NaN where not asked for.
         logprobs: f32,
         /// i32 `[len(tokens) + 1]`: where each token's alternatives start.
@@ -497,8 +580,10 @@ value_arrays! {
         token_starts: i32,
         /// u8 `[E]`: 0 goes on, 1 stop token, 2 stop string, 3 length, 4 error.
         finish: u8,
-        /// i32 `[E]`: drafts verified.
+        /// i32 `[E]`: positions drafted.
         drafted: i32,
+        /// i32 `[E]`: drafts verified, more of them where they were trees.
+        verified: i32,
         /// i32 `[E]`: drafts accepted.
         accepted: i32,
         /// i64 `[E]`: output bytes that are certain to be text, -1 for all.

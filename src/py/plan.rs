@@ -1,13 +1,20 @@
 //! `dflash_rs._core.Planner`.
 
-use numpy::ndarray::Ix2;
-use numpy::{PyArray1, PyUntypedArrayMethods};
+use numpy::ndarray::{Ix1, Ix2, Ix3};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::arrays::{Count, Given, array};
+use super::arrays::{Count, Given, array, shaped};
+use super::engine::{Accepted, StepPlan};
 use super::errors::invalid;
 use crate::plan;
 
+/// Tokens, parents, counts.
+type Trees<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray2<i32>>,
+    Bound<'py, PyArray1<i32>>,
+);
 /// Pairs of rows and time.
 type Points = Vec<(f64, f64)>;
 
@@ -39,8 +46,14 @@ pub struct Planner(plan::Planner);
 #[pymethods]
 impl Planner {
     #[new]
-    #[pyo3(signature = (block_size, *, target=None, draft=None))]
-    fn new(block_size: Count, target: Option<Given<Points>>, draft: Option<Given<Points>>) -> PyResult<Self> {
+    #[pyo3(signature = (block_size, *, target=None, draft=None, tree_nodes=Count::ZERO),
+           text_signature = "(block_size, *, target=None, draft=None, tree_nodes=0)")]
+    fn new(
+        block_size: Count,
+        target: Option<Given<Points>>,
+        draft: Option<Given<Points>>,
+        tree_nodes: Count,
+    ) -> PyResult<Self> {
         let mut cost = plan::StepCost::passes();
         if let Some(points) = target {
             cost.target = curve("target", points)?;
@@ -48,7 +61,8 @@ impl Planner {
         if let Some(points) = draft {
             cost.draft = curve("draft", points)?;
         }
-        Ok(Self(plan::Planner::new(block_size.count("block_size")?, cost)?))
+        let planner = plan::Planner::new(block_size.count("block_size")?, cost)?;
+        Ok(Self(planner.with_trees(tree_nodes.count("tree_nodes")?)?))
     }
 
     /// Block length for a step in which `requests` could draft and `others` tokens run beside them; 1 is a plain step.
@@ -71,6 +85,73 @@ impl Planner {
             py,
             self.0.widths(probabilities.as_slice()?, width, others)?,
         ))
+    }
+
+    /// Drafts per request and block length for a step of trees; (0, 1) is a plain step. `tiers`: the numbers of drafts to choose among, rising;
+    /// `shortest`: least block length.
+    #[pyo3(signature = (requests, others=Count::ZERO, *, tiers=Vec::new(), shortest=Count::new(2)),
+           text_signature = "($self, requests, others=0, *, tiers=[], shortest=2)")]
+    fn tree(&mut self, requests: Count, others: Count, tiers: Vec<usize>, shortest: Count) -> PyResult<(usize, usize)> {
+        let (requests, others) = (rows("requests", requests)?, rows("others", others)?);
+        Ok(self.0.tree(requests, others, &tiers, rows("shortest", shortest)?))
+    }
+
+    /// The trees to verify, for `StepPlan.set_trees`. anchors i64 `[n]`; tokens i64 and chances f32 `[n, depth, k]`: candidates per
+    /// position and the chance that each is accepted when its parent was, falling; limits i32 `[n]`: most drafts of each request.
+    #[pyo3(signature = (anchors, tokens, chances, limits, others=Count::ZERO),
+           text_signature = "($self, anchors, tokens, chances, limits, others=0)")]
+    fn trees<'py>(
+        &mut self,
+        py: Python<'py>,
+        anchors: &Bound<'py, PyAny>,
+        tokens: &Bound<'py, PyAny>,
+        chances: &Bound<'py, PyAny>,
+        limits: &Bound<'py, PyAny>,
+        others: Count,
+    ) -> PyResult<Trees<'py>> {
+        let anchors = array::<i64, Ix1>("anchors", anchors, "[n]")?;
+        let tokens = array::<i64, Ix3>("tokens", tokens, "[n, depth, k]")?;
+        let chances = array::<f32, Ix3>("chances", chances, "[n, depth, k]")?;
+        let limits = array::<i32, Ix1>("limits", limits, "[n]")?;
+        shaped(
+            "chances",
+            chances.shape(),
+            tokens.shape(),
+            "[n, depth, k], that of tokens",
+        )?;
+        shaped(
+            "tokens",
+            &tokens.shape()[..1],
+            anchors.shape(),
+            "[n], as many requests as anchors",
+        )?;
+        let offers = plan::Offers {
+            anchors: anchors.as_slice()?,
+            tokens: tokens.as_slice()?,
+            chances: chances.as_slice()?,
+            depth: tokens.shape()[1],
+            k: tokens.shape()[2],
+            limits: limits.as_slice()?,
+        };
+        let trees = self.0.trees(&offers, rows("others", others)?)?;
+        let shape = [trees.counts.len(), trees.width];
+        Ok((
+            PyArray1::from_vec(py, trees.tokens).reshape(shape)?,
+            PyArray1::from_vec(py, trees.parents).reshape(shape)?,
+            PyArray1::from_vec(py, trees.counts),
+        ))
+    }
+
+    /// Books a step of trees: what each request verified and which of it was accepted.
+    fn record_trees(&mut self, plan: &StepPlan, accepted: &Accepted) -> PyResult<()> {
+        let mut outcome = Ok(());
+        accepted.each_pass(plan, |verified, depth, path| {
+            let booked = self
+                .0
+                .record_tree(verified, depth, path.iter().map(|&node| node as usize));
+            outcome = outcome.clone().and(booked);
+        });
+        Ok(outcome?)
     }
 
     /// What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).

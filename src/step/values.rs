@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::draft::{DraftTree, NO_NODE};
 use crate::error::{Error, Result};
 use crate::types::TokenId;
 
@@ -114,6 +115,11 @@ arrays! {
         draft_valid_from: i32,
         /// `[R]` whether the host knows where the row starts; always true without overlap.
         start_known: bool,
+        /// `[T]` the token that each one follows, as an index within its row, -1 for the first; empty while drafts are chains.
+        parents: i32,
+        /// `[T, words]` for attention: bit `j` of a token is set when token `j` of its row is itself or before it on its path;
+        /// empty while drafts are chains.
+        ancestors: u64,
     }
 }
 
@@ -128,6 +134,14 @@ arrays! {
         token_starts: i32,
         /// `[M]` indices among the plan's `T` whose KV and features are valid now.
         commit_rows: i64,
+        /// `[R + 1]` where each row's part of `commit_rows` starts.
+        commit_starts: i32,
+        /// `[M]` the slot each of them keeps: that of its position. -1 where only the device knows.
+        commit_slots: i64,
+        /// Slots of accepted drafts whose KV was written elsewhere in their row's tree; to be moved before the commit.
+        move_from: i64,
+        /// Where it has to go, one for each. All of `move_from` is to be read before any of these is written.
+        move_to: i64,
         /// Log-probability (natural, raw logits) of each token; NaN where it was not asked for.
         logprobs: f32,
         /// `[tokens + 1]` where each token's alternatives start.
@@ -150,8 +164,10 @@ arrays! {
         token_starts: i32,
         /// `[E]` [`crate::schedule::Finish`] as a number, 0 while the request goes on.
         finish: u8,
-        /// `[E]` drafts verified.
+        /// `[E]` positions drafted: the length of the chain, the depth of the tree.
         drafted: i32,
+        /// `[E]` drafts verified.
+        verified: i32,
         /// `[E]` drafts accepted.
         accepted: i32,
         /// `[E]` output bytes that are certain to be text, counted from the first output token; -1: all.
@@ -211,6 +227,7 @@ impl StepPlan {
     /// `Length` for a wrong number of rows, `InvalidArgument` when there are too few columns or a draft is not a token;
     /// no draft is set then.
     pub fn set_drafts(&mut self, drafts: &[i64], width: usize) -> Result<()> {
+        self.still_chains()?;
         let rows = self.arrays.draft_rows.len();
         if drafts.len() != rows * width {
             return Err(Error::Length {
@@ -254,6 +271,7 @@ impl StepPlan {
     /// # Errors
     /// `Length` for a wrong number of rows, `InvalidArgument` for fewer than none or more than there are; nothing changes then.
     pub fn narrow(&mut self, keep: &[i32]) -> Result<()> {
+        self.still_chains()?;
         let arrays = &mut self.arrays;
         if keep.len() != arrays.draft_rows.len() {
             return Err(Error::Length {
@@ -309,6 +327,118 @@ impl StepPlan {
         } = arrays;
         draft_rows.retain(|&row| block_len[row as usize] > 1);
         Ok(())
+    }
+
+    fn still_chains(&self) -> Result<()> {
+        if self.arrays.parents.is_empty() {
+            return Ok(());
+        }
+        let problem = "its drafts are trees already".into();
+        Err(Error::OutOfTurn {
+            step: self.step,
+            problem,
+        })
+    }
+
+    /// Drafts trees: `trees[i]` for row `draft_rows[i]`, its anchor included, with at most as many nodes as the row has tokens. The layout
+    /// closes up as in [`Self::narrow`]; a token's position is that of its depth, its KV is written to the slot of its index.
+    ///
+    /// # Errors
+    /// `OutOfTurn` for drafts that are trees already, and in a step whose rows start where only the device knows; `Length` for a wrong
+    /// number of trees; `InvalidArgument` for one that is too large, has another anchor or tokens outside the vocabulary. Nothing
+    /// changes then.
+    pub fn set_trees(&mut self, trees: &[DraftTree]) -> Result<()> {
+        let arrays = &self.arrays;
+        if trees.len() != arrays.draft_rows.len() {
+            return Err(Error::Length {
+                name: "trees",
+                got: trees.len(),
+                expected: arrays.draft_rows.len(),
+            });
+        }
+        let rows: Vec<usize> = arrays.draft_rows.iter().map(|&row| row as usize).collect();
+        for (tree, &row) in trees.iter().zip(&rows) {
+            if !arrays.start_known[row] {
+                let problem = "trees need a step that knows where its rows start".into();
+                return Err(Error::OutOfTurn {
+                    step: self.step,
+                    problem,
+                });
+            }
+            let request = arrays.request_ids[row];
+            let bad = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
+            let room = arrays.block_len[row] as usize;
+            if tree.len() > room {
+                let got = format!("{} nodes for request {request}", tree.len());
+                return bad("trees", got, format!("at most {room}, its anchor included"));
+            }
+            let (anchor, expected) = (tree.tokens()[0], arrays.token_ids[arrays.query_starts[row] as usize]);
+            if i64::from(anchor.0) != expected {
+                let got = format!("anchor {} for request {request}", anchor.0);
+                return bad("trees", got, format!("its last token {expected}"));
+            }
+            if let Some(token) = tree.tokens().iter().find(|token| token.0 as usize >= self.vocab_size) {
+                let got = format!("token {} for request {request}", token.0);
+                return bad("trees", got, format!("tokens below vocab_size = {}", self.vocab_size));
+            }
+        }
+        let keep: Vec<i32> = trees.iter().map(|tree| tree.len() as i32 - 1).collect();
+        self.narrow(&keep)?;
+        let arrays = &mut self.arrays;
+        // Whatever is not a tree is a chain: prompts, plain rows.
+        let longest = arrays.block_len.iter().max().map_or(0, |&len| len as usize);
+        let words = longest.div_ceil(64);
+        arrays.ancestors.resize(arrays.token_ids.len() * words, 0);
+        let mut drawn = rows.iter().zip(trees).peekable();
+        for row in 0..arrays.row_ids.len() {
+            let first = arrays.query_starts[row] as usize;
+            let len = arrays.block_len[row] as usize;
+            let tree = drawn.next_if(|(at, _)| **at == row).map(|(_, tree)| tree);
+            for node in 0..len {
+                let parent = tree.map_or(node as i32 - 1, |tree| match tree.parents()[node] {
+                    NO_NODE => -1,
+                    parent => parent as i32,
+                });
+                arrays.parents.push(parent);
+                let at = (first + node) * words;
+                if parent >= 0 {
+                    let from = (first + parent as usize) * words;
+                    arrays.ancestors.copy_within(from..from + words, at);
+                }
+                arrays.ancestors[at + node / 64] |= 1 << (node % 64);
+                if let Some(tree) = tree {
+                    arrays.token_ids[first + node] = i64::from(tree.tokens()[node].0);
+                    arrays.positions[first + node] = arrays.positions[first] + i64::from(tree.depths()[node]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The tree of a row; `None` while drafts are chains.
+    pub(super) fn tree_of(&self, row: usize) -> Result<Option<DraftTree>> {
+        let arrays = &self.arrays;
+        if arrays.parents.is_empty() {
+            return Ok(None);
+        }
+        let nodes = arrays.query_starts[row] as usize..arrays.query_starts[row + 1] as usize;
+        let tokens: Vec<TokenId> = arrays.token_ids[nodes.clone()]
+            .iter()
+            .map(|&token| TokenId(token as u32))
+            .collect();
+        let parents: Vec<u32> = arrays.parents[nodes].iter().map(|&parent| parent as u32).collect();
+        DraftTree::from_parents(&tokens, &parents).map(Some)
+    }
+
+    /// Positions that a row drafts: the length of its chain, the depth of its tree.
+    pub fn drafted(&self, row: usize) -> u32 {
+        let arrays = &self.arrays;
+        let nodes = arrays.query_starts[row] as usize..arrays.query_starts[row + 1] as usize;
+        if arrays.parents.is_empty() {
+            return nodes.len() as u32 - 1;
+        }
+        let positions = &arrays.positions[nodes];
+        positions.iter().max().map_or(0, |last| (last - positions[0]) as u32)
     }
 
     /// Whether the step has been neither committed nor called off.
