@@ -3,8 +3,9 @@
     request r:  context keys  slot(j) = page_row[j / page_size] * page_size + j % page_size,  j < context_lens[r]
                 own keys      the step's tokens of r, at positions context_lens[r] ..
 
-A token sees the context of its request and its request's own tokens: the earlier ones and itself (causal, the target)
-or all of them (the drafter's block). One object is built per step, and every layer attends through it.
+A token sees the context of its request and its request's own tokens: the earlier ones and itself (causal, the target; in a tree
+the earlier ones are those of its path) or all of them (the drafter's block). One object is built per step, and every layer attends
+through it.
 
 `TorchAttention` is the reference: plain torch, any device. `step_attention` picks the extension's kernel for the device (host or
 CUDA) where one applies and the reference elsewhere; all have the same `attend`.
@@ -28,7 +29,8 @@ class TorchAttention:
 
     query_starts int32 [R+1], context_lens int32 [R], row_ids int32 [R] into page_table int32 [rows, pages]; slots int64
     [T] where own K and V are written, or None when they are scratch and only serve this step; valid_from int32 [R]:
-    context keys before that position are not seen (0 when None). All host arrays, except slots (a tensor).
+    context keys before that position are not seen (0 when None); ancestors uint64 [T, words]: see `StepBatch`. All host arrays, except
+    slots (a tensor).
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class TorchAttention:
         page_size: int,
         slots: Tensor | None = None,
         valid_from: np.ndarray | None = None,
+        ancestors: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ):
+        self._seen = None if ancestors is None else np.unpackbits(ancestors.view(np.uint8), axis=1, bitorder="little")
         self.slots = slots
         self.device = torch.device(device)
         self.requests: list[tuple[int, int, int, int, Tensor | slice]] = []
@@ -78,11 +82,17 @@ class TorchAttention:
         start, end, context, first, _ = self.requests[r]
         n = end - start
         position = torch.arange(context, context + n, device=self.device)
-        key_position = torch.arange(first, context + n, device=self.device)
+        own = None
+        if causal and self._seen is not None:
+            own = torch.from_numpy(self._seen[start:end, :n].astype(bool)).to(self.device)
+            position = context + own.sum(dim=1) - 1
+        key_position = torch.cat((torch.arange(first, context, device=self.device), position))
         distance = position[:, None] - key_position[None, :]
         mask = None
         if causal and n > 1:
             mask = distance >= 0
+            if own is not None:
+                mask[:, context - first :] = own
         if window is not None and context + n - first > window:
             near = distance < window
             if not causal:
@@ -162,8 +172,8 @@ class HostAttention:
 class CudaAttention:
     """The CUDA kernel: reads and writes pages in place; a row's bits do not depend on what else is in the batch. bfloat16.
 
-    query_starts [R+1], context_lens [R], valid_from [R] and the table: int32 tensors on the device; slots int64 [T]. The bounds
-    `max_block_len` and `max_keys` (context and own tokens) hold for every request.
+    query_starts [R+1], context_lens [R], valid_from [R] and the table: int32 tensors on the device; slots int64 [T]; ancestors int64 or
+    uint64 [T, words]. The bounds `max_block_len` and `max_keys` (context and own tokens) hold for every request.
     """
 
     def __init__(
@@ -176,10 +186,11 @@ class CudaAttention:
         max_keys: int,
         slots: Tensor | None = None,
         valid_from: Tensor | None = None,
+        ancestors: Tensor | None = None,
     ):
         self.query_starts, self._context_lens, self._table = query_starts, context_lens, table
         self._max_block_len, self._max_keys = max_block_len, max_keys
-        self._slots, self._valid_from = slots, valid_from
+        self._slots, self._valid_from, self._ancestors = slots, valid_from, ancestors
 
     @classmethod
     def upload(
@@ -201,6 +212,9 @@ class CudaAttention:
         packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
         ends = np.cumsum([part.size for part in parts])
         views = [packed[end - part.size : end] for part, end in zip(parts, ends, strict=True)]
+        ancestors = arrays["ancestors"]
+        if ancestors is not None:
+            ancestors = torch.from_numpy(ancestors.view(np.int64)).to(device, non_blocking=True)
         return cls(
             query_starts=views[0],
             context_lens=views[1],
@@ -209,16 +223,19 @@ class CudaAttention:
             max_keys=max_keys,
             slots=slots_device if slots is not None else None,
             valid_from=views[4] if valid_from is not None else None,
+            ancestors=ancestors,
         )
 
     def attend(
         self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None
     ) -> Tensor:
         """As `TorchAttention.attend`."""
+        ancestors = self._ancestors if causal else None
         return cuda.block_attention(
             q, k, v, k_cache, v_cache, query_starts=self.query_starts, context_lens=self._context_lens, table=self._table,
-            max_block_len=self._max_block_len, max_keys=self._max_keys, scale=scale, mask="causal" if causal else "block",
-            window=window, valid_from=self._valid_from, slots=self._slots,
+            max_block_len=self._max_block_len, max_keys=self._max_keys, scale=scale,
+            mask="ancestors" if ancestors is not None else "causal" if causal else "block",
+            window=window, valid_from=self._valid_from, slots=self._slots, ancestors=ancestors,
         )  # fmt: skip
 
 
@@ -254,6 +271,7 @@ def step_attention(
         "row_ids": batch.row_ids,
         "page_size": batch.page_size,
         "valid_from": valid_from,
+        "ancestors": batch.ancestors,
     }
     device = batch.token_ids.device
     if kernel:

@@ -8,6 +8,9 @@ goes are read and written on the device. A decoding step is padded to a bucket (
 longest block) and captured in a CUDA graph per bucket; a step with chunks of prompts differs every time and runs the same functions
 without a graph.
 
+Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
+to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
+
 Every input of a graph is a view of one block of memory that stays where it is, every output a view of another (`_Block`).
 """
 
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from . import cuda
 from .attention import CudaAttention
-from .config import EngineConfig, StepCosts
+from .config import BRANCHES, EngineConfig, StepCosts
 from .errors import DflashError
 from .graphs import Graphs
 from .models.costs import rising
@@ -74,11 +77,12 @@ class Draws:
 
 @dataclass
 class Drawn:
-    """What a step brought home: `drafts` int64 [n, g] (None without), and per logit row `tokens` int64, `status` int32, `logprobs`
+    """What a step brought home: `drafts` int64 [n, g] (None without; with `parents` int32 [n, g] they are trees, the anchor first), and per logit row `tokens` int64, `status` int32, `logprobs`
     float32 (None unless asked for) and the likeliest tokens with their scores [N, k] (None unless asked for). `accepted` int32 [R]
     is the device's own count."""
 
     drafts: np.ndarray | None
+    parents: np.ndarray | None
     tokens: np.ndarray
     status: np.ndarray
     logprobs: np.ndarray | None
@@ -96,12 +100,13 @@ class Drawn:
 
 class _Wanted(NamedTuple):
     """What a step is to give, the same for all its rows: whether any row filters its vocabulary, whether tokens are scored, how many of the
-    likeliest ones are named, and whether draft KV is stored."""
+    likeliest ones are named, whether draft KV is stored, and whether the drafts are trees."""
 
     filters: bool
     scored: bool
     best: int
     inject: bool
+    trees: bool = False
 
 
 class _Block:
@@ -150,6 +155,12 @@ def _bucket(count: int, most: int) -> int:
     return min(1 << max(count - 1, 0).bit_length(), most)
 
 
+def _tiers(most: int) -> list[int]:
+    """Numbers of drafts that trees of up to `most` come in, so that graphs are few: the tokens of a row are 2^i or 3 * 2^i."""
+    tokens = {m << i for i in range(10) for m in (2, 3)} | {most + 1}
+    return sorted(n - 1 for n in tokens if n - 1 <= most)
+
+
 def _splits(max_keys: int) -> int:
     """Splits that a graph for requests of up to `max_keys` keys has room for: a power of two."""
     return 1 << (-(-max_keys // cuda.SPLIT_KEYS) - 1).bit_length()
@@ -170,11 +181,15 @@ class DeviceStep:
         block_size: int,
         max_context: int,
         table_width: int,
+        tree_nodes: int = 0,
         graphs: bool = True,
     ):
         self.target, self.draft = target, None if draft is None else draft._engine
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
         self.rows = config.max_running
+        self.tree_nodes, self.tiers = tree_nodes, _tiers(tree_nodes)
+        # Most tokens of a decoding row.
+        row = max(block_size, tree_nodes + 1)
         # Positions that a block may reach past the last one of a text.
         self.limit = max_context + block_size
         cuda.load(self.device)
@@ -183,7 +198,7 @@ class DeviceStep:
         target.prepare(self.limit)
         if self.draft is not None:
             self.draft.rotary.rows(self.limit, self.device)
-        r, n = self.rows, self.rows * block_size
+        r, n = self.rows, self.rows * row
         # Row `r` is an empty request, for the padding of drafting batches.
         self._in = _Block(
             self.device,
@@ -202,7 +217,8 @@ class DeviceStep:
             self.device,
             {
                 "tokens": ((n,), np.int64),
-                "drafts": (((r + 1) * max(block_size - 1, 1),), np.int64),
+                "drafts": (((r + 1) * row,), np.int64),
+                "parents": (((r + 1) * row if tree_nodes else 0,), np.int32),
                 "status": ((n,), np.int32),
                 "logprobs": ((n,), np.float32),
                 "accepted": ((r,), np.int32),
@@ -210,6 +226,18 @@ class DeviceStep:
         )
         self._row_ids = torch.arange(r, dtype=torch.int32, device=self.device)
         self._edits = self._edit_room(1024)
+        if tree_nodes:
+            self._plant_trees(n)
+
+    def _plant_trees(self, tokens: int) -> None:
+        """Room for trees of up to `tree_nodes` drafts, and where the target's KV lies."""
+        caches = list(self.target.caches.values())
+        self._target_kv = cuda.KvCaches([k for k, _ in caches], [v for _, v in caches])
+        # Which node of which tree a packed token is.
+        self._nodes = _Block(self.device, {"nodes": ((tokens,), np.int64)})
+        room = (self.rows + 1) * (self.tree_nodes + 1)
+        self._depths = torch.zeros(room, dtype=torch.int32, device=self.device)
+        self._masks = torch.zeros(room * -(-(self.tree_nodes + 1) // 64), dtype=torch.int64, device=self.device)
 
     def _edit_room(self, entries: int) -> _Block:
         parts = {name: ((entries,), np.int32) for name in ("history_tokens", "history_counts", "bias_tokens")}
@@ -219,9 +247,19 @@ class DeviceStep:
 
     draws = staticmethod(Draws.of)
 
-    def run(self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, inject: bool) -> Drawn:
+    def run(
+        self,
+        plan: Any,
+        page_table: np.ndarray,
+        draws: Sequence[Draws],
+        histories: Any,
+        inject: bool,
+        *,
+        tree_block: int | None = None,
+    ) -> Drawn:
         """Takes one step. `draws`: per row of the plan; `histories`: `Engine.histories(plan)`, or None when nobody penalises;
-        `inject`: whether what is accepted gets draft KV. Waits for the result."""
+        `inject`: whether what is accepted gets draft KV; `tree_block`: drafts trees out of blocks of so many tokens, which a step with
+        chunks of prompts cannot. Waits for the result."""
         batch, drafting, rows = plan.context_lens.size, plan.draft_rows.size, plan.logit_rows.size
         prompts = bool(plan.is_prefill.any())
         lens = plan.block_len
@@ -230,13 +268,16 @@ class DeviceStep:
         self._fill(plan, page_table, draws, histories, bucket)
         max_keys = int((plan.context_lens + lens).max())
         block = int(lens[plan.draft_rows].max()) if drafting else 1
+        if tree_block is not None:
+            self._fill_nodes(plan, bucket, longest)
         if drafting:
-            self._draft_graph(_bucket(drafting, self.rows), block, max_keys)
+            self._draft_graph(_bucket(drafting, self.rows), block, max_keys, tree_block)
         wanted = _Wanted(
             any(d.filters for d in draws),
             any(d.logprobs is not None for d in draws),
             min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size),
             inject,
+            tree_block is not None,
         )
         tops = None
         if prompts:
@@ -251,12 +292,17 @@ class DeviceStep:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         host = self._out.host
-        proposed = None
+        proposed = parents = None
         if drafting:
             full = host["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
             proposed = full[plan.draft_rows]
+        if wanted.trees:
+            anchors = plan.token_ids[plan.query_starts[plan.draft_rows]]
+            proposed = np.concatenate((anchors[:, None], proposed), axis=1)
+            parents = host["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block)[plan.draft_rows]
         return Drawn(
             proposed,
+            parents,
             host["tokens"][:rows].copy(),
             host["status"][:rows].copy(),
             host["logprobs"][:rows].copy() if wanted.scored else None,
@@ -265,9 +311,18 @@ class DeviceStep:
             host["accepted"][:batch].copy(),
         )
 
-    def _draft_graph(self, requests: int, block: int, max_keys: int) -> None:
-        splits = _splits(max_keys)
-        self._run(("draft", requests, block, splits), lambda: self._propose(requests, block, splits * cuda.SPLIT_KEYS))
+    def _draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
+        """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`."""
+        splits, block = _splits(max_keys), tree_block or row
+
+        def work() -> None:
+            logits = self._draft_logits(requests, block, splits * cuda.SPLIT_KEYS)
+            if tree_block is None:
+                self._propose(requests, block, logits)
+            else:
+                self._plant(requests, row, logits.view(requests, block - 1, -1))
+
+        self._run(("draft", requests, row, tree_block, splits), work)
 
     def _verify_graph(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> None:
         splits = _splits(max_keys)
@@ -305,6 +360,16 @@ class DeviceStep:
         self._fill_sampling(draws, histories)
         self._in.upload("pages", batch)
 
+    def _fill_nodes(self, plan: Any, bucket: int, row: int) -> None:
+        """Tells the packed tokens of a step of trees which nodes they are."""
+        nodes, lens = self._nodes.host["nodes"], plan.block_len
+        tokens = plan.token_ids.size
+        within = np.arange(tokens) - np.repeat(plan.query_starts[:-1], lens)
+        nodes[:tokens] = np.repeat(np.arange(lens.size), lens) * row + within
+        # Anchors are all alike, those of rows without a tree and of the padding, too: they borrow one that this step writes.
+        nodes[:tokens][within == 0] = nodes[tokens : bucket * row] = int(plan.draft_rows[0]) * row
+        self._nodes.upload("nodes", bucket * row)
+
     def _fill_sampling(self, draws: Sequence[Draws], histories: Any) -> None:
         rows = self._in.host["sampling"]
         rows[len(draws) :] = np.zeros((), dtype=cuda.SAMPLING_ROW)
@@ -338,10 +403,10 @@ class DeviceStep:
 
     # ---- what the graphs hold: no host values, the same tensors every time ----------------------------------------
 
-    def _propose(self, requests: int, block: int, max_keys: int) -> None:
-        """Drafts of `requests` rows, padding included, into `_drafts(block)`."""
+    def _draft_logits(self, requests: int, block: int, max_keys: int) -> Tensor:
+        """The drafter's pass over blocks of `requests` rows, padding included: logits [requests * (block - 1), V]."""
         inputs, draft = self._in.device, self.draft
-        rows, rows64 = inputs["draft_rows"][:requests], inputs["draft_rows64"][:requests]
+        rows = inputs["draft_rows"][:requests]
         starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
         lens = inputs["context_lens"].index_select(0, rows)
         table = cuda.PageTable(inputs["pages"], rows, self.page_size)
@@ -358,20 +423,50 @@ class DeviceStep:
             max_keys=max_keys,
             valid_from=inputs["valid_from"].index_select(0, rows),
         )
-        logits = draft.block(token_ids, positions, self.limit, attention, block)
-        self._drafts(block).index_copy_(0, rows64, logits.argmax(dim=-1).view(requests, block - 1))
+        return draft.block(token_ids, positions, self.limit, attention, block)
+
+    def _propose(self, requests: int, block: int, logits: Tensor) -> None:
+        """The likeliest chains, into `_drafts(block)`."""
+        rows = self._in.device["draft_rows64"][:requests]
+        self._drafts(block).index_copy_(0, rows, logits.argmax(dim=-1).view(requests, block - 1))
+
+    def _plant(self, requests: int, row: int, logits: Tensor) -> None:
+        """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`; logits [requests, depth, V]."""
+        rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
+        depth, vocab = logits.shape[1:]
+        k = min(BRANCHES, vocab)
+        tokens, log_probs = cuda.tree_top_k(logits.reshape(-1, vocab), k)
+        trees = cuda.tree_build(
+            self._in.device["anchors"].index_select(0, rows),
+            tokens.view(requests, depth, k),
+            log_probs.view(requests, depth, k),
+            row - 1,
+        )
+        self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
+        for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
+            room.index_copy_(0, rows64, values)
+
+    def _trees(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of trees of `row` nodes: parents and depths int32 [rows + 1, row], masks int64 [rows + 1, row, words]."""
+        count, words = (self.rows + 1) * row, -(-row // 64)
+        parents = self._out.device["parents"][:count].view(-1, row)
+        return parents, self._depths[:count].view(-1, row), self._masks[: count * words].view(-1, row, words)
 
     def _verify(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> tuple[Tensor, Tensor] | None:
         """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
         inputs, tokens = self._in.device, requests * block
         token_ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3))
         table = self._table(requests)
+        tree = None
+        if wanted.trees:
+            nodes = self._nodes.device["nodes"][:tokens]
+            tree = tuple(part.flatten(0, 1).index_select(0, nodes) for part in self._trees(block))
         cuda.prepare_block(
             query_starts=inputs["query_starts"][: requests + 1], context_lens=inputs["context_lens"][:requests],
             anchors=inputs["anchors"][:requests], table=table, token_ids=token_ids, positions=positions, slots=slots,
-            drafts=self._drafts(block)[:requests] if block > 1 else None,
+            drafts=self._drafts(block)[:requests] if block > 1 else None, depths=None if tree is None else tree[1],
         )  # fmt: skip
-        return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted)
+        return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted, tree)
 
     def _mixed(
         self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted
@@ -394,9 +489,11 @@ class DeviceStep:
 
     def _pass(
         self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
-        logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted,
+        logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted, tree: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """Target, draw, accept, inject; returns the likeliest tokens per row with their scores."""
+        """Target, draw, accept, inject; returns the likeliest tokens per row with their scores. `tree`: parents, depths and masks of the
+        packed tokens."""
+        parents = None if tree is None else tree[0]
         inputs, outputs, edits = self._in.device, self._out.device, self._edits.device
         query_starts, lens = inputs["query_starts"][: requests + 1], inputs["context_lens"][:requests]
         table = self._table(requests)
@@ -407,6 +504,7 @@ class DeviceStep:
             max_block_len=longest,
             max_keys=max_keys,
             slots=slots,
+            ancestors=None if tree is None else tree[2],
         )
         logits, features = self.target.run(token_ids, positions, self.limit, attention, logit_rows)
         rows = logits.shape[0]
@@ -418,15 +516,18 @@ class DeviceStep:
             )  # fmt: skip
             cuda.sample_rows(
                 logits, sampling, query_starts=query_starts, token_ids=token_ids, positions=positions, row_tokens=logit_rows,
+                parents=parents,
                 out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if wanted.scored else None),
             )  # fmt: skip
         room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
         accepted = cuda.accept(
             query_starts=query_starts, context_lens=lens, token_ids=token_ids, sampled=sampled, table=table,
-            max_nodes=longest, logit_starts=logit_starts,
+            max_nodes=longest, logit_starts=logit_starts, parents=parents,
             # Nobody's tokens, the padding, are nobody's to write.
             out=room._replace(accepted=outputs["accepted"][:requests], commit_slots=room.commit_slots.fill_(-1)),
         )  # fmt: skip
+        if tree is not None:
+            cuda.compact_kv(accepted.path, lens, self._target_kv, table)
         if wanted.inject:
             kv = self.draft.context(features)
             self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
@@ -439,6 +540,10 @@ class DeviceStep:
         """What passes cost here, for the planner: the target's by rows, the drafter's with the injection that follows."""
         shapes = sorted({(1, size) for size in (1, 2, (self.block_size + 2) // 2, self.block_size)})
         shapes += [(n, self.block_size) for n in (2, 4, 8, 16, 32, 64) if n <= self.rows]
+        trees = [
+            (n, self.tree_nodes + 1) for n in (1, 4, 16, 64) if n <= self.rows and self.tree_nodes >= self.block_size
+        ]
+        shapes = sorted({*shapes, *trees}, key=lambda shape: shape[0] * shape[1])
         host = self._in.host
         for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
             host[name][:] = np.zeros((), dtype=host[name].dtype)
@@ -453,7 +558,7 @@ class DeviceStep:
             ]
             plain = self._time(passes[0])
             target.append((requests * block, plain))
-            if block > 1:
+            if 1 < block <= self.block_size:
                 both = self._time(lambda r=requests, b=block, p=passes[1]: (self._draft_graph(r, b, 1), p()))
                 drafting.append((requests * block, max(both - plain, 0.0)))
         return StepCosts(rising(target), rising(drafting))

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import _core
 from .arguments import integer
-from .config import EngineConfig, StepCosts, assets
+from .config import BRANCHES, EngineConfig, StepCosts, assets
 from .errors import CheckpointError, DflashError, InvalidArgument
 from .sampling import SamplingParams
 from .text import Detokenizer, token_bytes
@@ -36,6 +36,7 @@ _REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
 _ABORT = 5
 # Page tables beyond this are a mistake, not a plan.
 _MOST_TABLE_BYTES = 1 << 30
+_MOST_NODES = 1023
 # Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.43 at temperature 0, 0.51 at
 # 0.4, 0.66 at 0.7, 0.92 at 1. A square passes through these.
 _GREEDY_SHARPNESS, _MORE_SHARPNESS = np.float32(0.43), np.float32(0.49)
@@ -157,6 +158,8 @@ class LLM:
     - `adaptive`: draft and verify as many tokens as pay, judged by what a pass and a row of it cost here (measured when the
       models are loaded, see `costs`), by what was accepted so far, and by the drafter's own confidence. False drafts and
       verifies whole blocks. `costs`: the costs to judge by instead, a `StepCosts`. The text is the same in every case.
+    - `tree_nodes`: drafts of a tree at most: where the drafter is unsure, several tokens are drafted for one place, and the target
+      picks the path. 0 drafts chains of one token per place. Trees may be longer than a block; they pay where a row more costs little.
     - `cuda_graphs`: on a GPU, capture decoding steps in CUDA graphs. False launches every kernel anew, for looking for faults.
     - the rest: see `EngineConfig`.
 
@@ -184,6 +187,7 @@ class LLM:
         prefix_cache: bool = True,
         adaptive: bool = True,
         costs: StepCosts | None = None,
+        tree_nodes: int = 0,
         cuda_graphs: bool = True,
     ):
         import torch
@@ -229,6 +233,11 @@ class LLM:
         if self._draft is not None:
             self._target.set_taps(self._draft.config.target_layer_ids)
         self.block_size = self._pick_block(block_size)
+        most = 0 if draft is None else _MOST_NODES
+        expected = "0 without a drafter" if draft is None else None
+        self.tree_nodes = integer("tree_nodes", tree_nodes, 0, most, expected=expected)
+        # Most tokens of a decoding row.
+        row = max(self.block_size, self.tree_nodes + 1)
         with readable(model, "tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(model)
         if not self.tokenizer("a").input_ids:
@@ -244,20 +253,20 @@ class LLM:
             raise InvalidArgument(f"max_context: got {max_context}, expected at most {limit}, the target's own limit")
         self.max_context = max_context or limit
         per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
-        table = max_running * -(-(self.max_context + self.block_size) // page_size) * 4
+        table = max_running * -(-(self.max_context + row) // page_size) * 4
         if table > _MOST_TABLE_BYTES:
             raise InvalidArgument(
                 f"max_running: got {max_running}, expected at most {max_running * _MOST_TABLE_BYTES // table}: page tables of so many "
                 f"requests would take {table / 2**30:,.1f} GiB"
             )
-        pages = self.config.pages(per_token, self.max_context, self.block_size)
+        pages = self.config.pages(per_token, self.max_context, row)
         self._alloc_kv(pages, per_token)
         self._core = _core.Engine(
             num_pages=pages,
             page_size=page_size,
             max_running=max_running,
             max_context=self.max_context,
-            block_size=self.block_size,
+            block_size=row,
             max_batch_tokens=max(max_batch_tokens, max_running),
             vocab_size=self.vocab_size,
             eos_ids=self.eos_token_ids,
@@ -276,10 +285,13 @@ class LLM:
                 block_size=self.block_size,
                 max_context=self.max_context,
                 table_width=self._core.page_table.shape[1],
+                tree_nodes=self.tree_nodes,
                 graphs=cuda_graphs,
             )
         self.costs: StepCosts | None = None
         self._planner: _core.Planner | None = None
+        # Without costs a planner of trees lets them have all their drafts.
+        self._forester = _core.Planner(self.block_size, tree_nodes=self.tree_nodes) if self.tree_nodes else None
         self._observes = False
         if self._draft is not None and adaptive:
             self.costs = costs or (
@@ -289,7 +301,8 @@ class LLM:
             )
             # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
             self._observes = costs is None and self.device.type == "cpu"
-            self._planner = self.costs.planner(self.block_size)
+            self._planner = self.costs.planner(self.block_size, self.tree_nodes)
+            self._forester = self._planner if self.tree_nodes else None
         self._active: dict[int, _Active] = {}
         self._closed = False
         self._lock = threading.RLock()
@@ -474,17 +487,23 @@ class LLM:
 
         seconds, clock = self._stage_seconds, time.perf_counter
         t0 = clock()
-        plan = self._core.plan(self._block())
+        row, block = self._decide()
+        plan = self._core.plan(row)
         if plan is None:
             raise DflashError(f"nothing can run although {len(self._active)} requests are unfinished; this is a defect")
         try:
             with self._torch.inference_mode():
                 # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
                 inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
-                drafted_lengths = plan.block_len[plan.draft_rows]
+                # Prompts take their share of a step: what drafts beside them drafts chains.
+                trees = self._forester is not None and plan.draft_rows.size > 0 and not plan.is_prefill.any()
+                if self._forester is not None and not trees:
+                    plan.narrow(np.minimum(plan.block_len[plan.draft_rows], block) - 1)
+                block = min(block, int(plan.block_len[plan.draft_rows].max(initial=0))) if not trees else block
+                drafted_rows = plan.draft_rows.size * block
                 if self._device_step is not None:
                     t1 = t2 = clock()
-                    drawn = self._take_on_device(plan, inject)
+                    drawn = self._take_on_device(plan, inject, block if trees else None)
                     t3 = clock()
                     accepted = self._walk(plan, drawn)
                     t4 = t5 = clock()
@@ -492,7 +511,7 @@ class LLM:
                     page_table = self._core.page_table
                     t1 = clock()
                     if plan.draft_rows.size:
-                        self._propose(plan, page_table)
+                        (self._plant if trees else self._propose)(plan, page_table, block)
                     t2 = clock()
                     batch = StepBatch.from_arrays(
                         token_ids=plan.token_ids,
@@ -504,6 +523,7 @@ class LLM:
                         row_ids=plan.row_ids,
                         logit_rows=plan.logit_rows,
                         page_size=self.config.page_size,
+                        ancestors=plan.ancestors.reshape(plan.token_ids.size, -1) if trees else None,
                         device=self.device,
                     )
                     logits, features = self._target.forward(batch)
@@ -513,36 +533,41 @@ class LLM:
                     accepted = (
                         self._core.accept(plan, host) if sampled is None else self._core.accept_sampled(plan, sampled)
                     )
+                    if accepted.move_from.size:
+                        self._target.move_kv(accepted.move_from, accepted.move_to)
                     t4 = clock()
                     if inject:
                         rows = accepted.commit_rows
-                        self._draft.inject(features, plan.positions[rows], plan.slots[rows], rows)
+                        self._draft.inject(features, plan.positions[rows], accepted.commit_slots, rows)
                     t5 = clock()
+                if trees and self._planner is not None:
+                    self._planner.record_trees(plan, accepted)
                 events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()
         except BaseException:
             self._core.cancel(plan)
             raise
-        self._route(events)
+        self._route(events, chains=not trees)
         t7 = clock()
         self._steps += 1
         if self._observes and plan.logit_rows.size == plan.token_ids.size:  # a prefill computes fewer logits than rows
-            rows = drafted_lengths.size * int(drafted_lengths.max(initial=0))
-            self._planner.observe(plan.token_ids.size, t3 - t2, rows if inject else 0, t2 - t1 + t5 - t4)
+            self._planner.observe(plan.token_ids.size, t3 - t2, drafted_rows if inject else 0, t2 - t1 + t5 - t4)
         for name, begin, end in (
             ("plan", t0, t1), ("draft", t1, t2), ("verify", t2, t3), ("accept", t3, t4),
             ("inject", t4, t5), ("commit", t5, t6), ("text", t6, t7),
         ):  # fmt: skip
             seconds[name] += end - begin
 
-    def _take_on_device(self, plan: Any, inject: bool) -> Any:
+    def _take_on_device(self, plan: Any, inject: bool, tree_block: int | None) -> Any:
         """Drafts, verifies and injects without coming back in between; see device_step.py."""
         draws = [self._active[r].draws for r in plan.request_ids.tolist()]
         histories = self._core.histories(plan) if any(d.penalises for d in draws) else None
-        return self._device_step.run(plan, self._core.page_table, draws, histories, inject)
+        return self._device_step.run(plan, self._core.page_table, draws, histories, inject, tree_block=tree_block)
 
     def _walk(self, plan: Any, drawn: Any) -> Any:
-        if drawn.drafts is not None:
+        if drawn.parents is not None:
+            plan.set_trees(drawn.drafts, drawn.parents, plan.block_len[plan.draft_rows])
+        elif drawn.drafts is not None:
             plan.set_drafts(drawn.drafts)
         accepted = self._core.accept_sampled(
             plan,
@@ -587,38 +612,78 @@ class LLM:
             token_ids=batch.token_ids,
             positions=batch.positions,
             row_tokens=torch.from_numpy(plan.logit_rows.copy()).to(device),
+            parents=torch.from_numpy(plan.parents.copy()).to(device) if plan.parents.size else None,
         )
         tokens = sampled.tokens.cpu().numpy()
         return None if (tokens < 0).any() else tokens
 
-    def _block(self) -> int:
-        """Tokens of this step's blocks."""
+    def _decide(self) -> tuple[int, int]:
+        """Tokens of this step's decoding rows, and of the blocks that the drafter computes."""
         if self._planner is None:
-            return self.block_size
+            return max(self.block_size, self.tree_nodes + 1), self.block_size
         active = list(self._active.values())[: self.config.max_running]
         drafting = sum(a.drafts for a in active)
-        return self._planner.block(drafting, len(active) - drafting)
+        if self._forester is None:
+            block = self._planner.block(drafting, len(active) - drafting)
+            return block, block
+        if self._device_step is not None:
+            # What is drafted is verified: there is nobody to ask in between.
+            tiers, shortest = self._device_step.tiers, self.block_size
+            nodes, block = self._planner.tree(drafting, len(active) - drafting, tiers=tiers, shortest=shortest)
+            return nodes + 1, block
+        nodes, block = self._planner.tree(drafting, len(active) - drafting)
+        # How many of them pay is seen when the drafter has said how sure it is.
+        return (self.tree_nodes + 1, block) if nodes else (1, 1)
 
-    def _propose(self, plan: Any, page_table: np.ndarray) -> None:
+    def _drafter_inputs(self, plan: Any) -> tuple[np.ndarray, ...]:
+        """Anchors, context lengths and rows of the page table of those who draft."""
+        rows = plan.draft_rows
+        return plan.token_ids[plan.query_starts[rows]], plan.context_lens[rows], plan.row_ids[rows]
+
+    def _propose(self, plan: Any, page_table: np.ndarray, block: int) -> None:
         """Fills in the drafts, and leaves out those that do not pay."""
         rows = plan.draft_rows
-        first = plan.query_starts[rows]
+        anchors, lengths, row_ids = self._drafter_inputs(plan)
         drafts, probabilities = self._draft.draft(
-            plan.token_ids[first],
-            plan.context_lens[rows],
+            anchors,
+            lengths,
             page_table,
-            plan.row_ids[rows],
+            row_ids,
             page_size=self.config.page_size,
             valid_from=plan.draft_valid_from[rows],
-            block_size=int(plan.block_len[rows].max()),
+            block_size=block,
         )
-        plan.set_drafts(drafts)
+        plan.set_drafts(np.ascontiguousarray(drafts))
         if self._planner is not None:
             lengths = plan.block_len[rows]
             others = plan.token_ids.size - int(lengths.sum())
             chances = probabilities ** self._sharpness(plan.request_ids[rows])[:, None]
             keep = np.minimum(self._planner.widths(chances, others), lengths - 1)
             plan.narrow(keep.astype(np.int32))
+
+    def _plant(self, plan: Any, page_table: np.ndarray, block: int) -> None:
+        """Drafts a tree for everyone, of the drafts that pay."""
+        rows = plan.draft_rows
+        anchors, lengths, row_ids = self._drafter_inputs(plan)
+        tokens, probabilities = self._draft.candidates(
+            anchors,
+            lengths,
+            page_table,
+            row_ids,
+            page_size=self.config.page_size,
+            valid_from=plan.draft_valid_from[rows],
+            block_size=block,
+            k=min(BRANCHES, self.vocab_size),
+        )
+        first = probabilities[:, :, :1]
+        chances = first ** self._sharpness(plan.request_ids[rows])[:, None, None]
+        # What the likeliest token leaves, its rivals share as the drafter would have them share it.
+        rest = (1 - chances) * probabilities[:, :, 1:] / np.maximum(1 - first, np.float32(1e-6))
+        # In every rounding: no rival is likelier than what comes before it.
+        chances = np.minimum.accumulate(np.concatenate((chances, rest), axis=2), axis=2)
+        lens = plan.block_len[rows]
+        others = plan.token_ids.size - int(lens.sum())
+        plan.set_trees(*self._forester.trees(anchors, tokens, chances, lens - 1, others))
 
     def _sharpness(self, request_ids: np.ndarray) -> np.ndarray:
         """Exponents float32 [n] that turn the drafter's probabilities into chances of acceptance.
@@ -628,7 +693,7 @@ class LLM:
         temperatures = [self._active[r].params.temperature if r in self._active else 1.0 for r in request_ids.tolist()]
         return _GREEDY_SHARPNESS + _MORE_SHARPNESS * np.minimum(np.asarray(temperatures, np.float32), 1) ** 2
 
-    def _route(self, events: Any) -> None:
+    def _route(self, events: Any, chains: bool) -> None:
         errors = dict(events.errors)
         ids, tokens, starts = events.request_ids.tolist(), events.tokens.tolist(), events.token_starts.tolist()
         finish, drafted, accepted = events.finish.tolist(), events.drafted.tolist(), events.accepted.tolist()
@@ -643,7 +708,7 @@ class LLM:
                 active.logprobs.extend(_logprobs(events, starts[e], starts[e + 1]))
             if active.token_ids and new:
                 active.count(drafted[e], accepted[e], len(new))
-                if self._planner is not None and drafted[e]:
+                if chains and self._planner is not None and drafted[e]:
                     self._planner.record(drafted[e], accepted[e])
             elif new:
                 active.first = time.perf_counter()

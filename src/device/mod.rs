@@ -15,11 +15,12 @@ use crate::error::Result;
 /// Which keys of its own block a token sees. Every mode sees the context `valid_from..context_len`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mask {
-    /// Tokens before it and itself: verification of a chain, prefill, plain decoding.
+    /// Tokens before it and itself: verification of a chain, prefill, plain decoding. In a batch with [`BatchArrays::ancestors`] the
+    /// tokens before it are those of its path.
     Causal,
     /// All tokens of the block: the drafter's denoising pass.
     Block,
-    /// Its ancestors and itself, by [`BatchArrays::ancestors`]: verification of a tree.
+    /// The same for a batch that must have ancestors: verification of a tree.
     Ancestors,
 }
 

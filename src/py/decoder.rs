@@ -4,12 +4,12 @@
 
 use std::cell::RefCell;
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
+use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
 use crate::device::host::decoder::{
-    Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, guess,
+    Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, candidates,
 };
 use crate::device::host::{HostKernels, Isa};
 use crate::device::{AttentionParams, RowsMut};
@@ -37,7 +37,7 @@ type Caches = Vec<(Pointer, Pointer)>;
 /// The same, checked.
 type CacheRows<'a> = Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>;
 /// Tokens and their probabilities.
-type Drafts<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>);
+type Drafts<'py> = (Bound<'py, PyArray3<i64>>, Bound<'py, PyArray3<f32>>);
 
 fn caches_mut<'a>(caches: &Caches, slots: usize, shapes: &[(usize, usize)]) -> Result<CacheRows<'a>, Error> {
     if caches.len() != shapes.len() {
@@ -189,8 +189,9 @@ impl HostDecoder {
         Ok(())
     }
 
-    /// Drafts `[n, block - 1]` tokens and their probabilities: rows 1.. of every block of `block` tokens.
-    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, threads=1))]
+    /// The `k` likeliest tokens `[n, block - 1, k]` and their probabilities: rows 1.. of every block of `block` tokens. Where a row has
+    /// fewer, the rest has probability 0.
+    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1))]
     #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
     fn draft<'py>(
         &self,
@@ -203,6 +204,7 @@ impl HostDecoder {
         caches: Caches,
         block: usize,
         never: Option<usize>,
+        k: usize,
         threads: usize,
     ) -> PyResult<Drafts<'py>> {
         let batch = &batch.get().0;
@@ -210,11 +212,15 @@ impl HostDecoder {
             let expected = format!("at least 2, dividing the {} tokens", batch.tokens());
             return Err(unknown("block", &block.to_string(), &expected));
         }
+        let vocabulary = self.head.weight.outputs();
+        if k == 0 || k > vocabulary {
+            return Err(unknown("k", &k.to_string(), &format!("1 to {vocabulary}")));
+        }
         let kernels = kernels(threads)?;
         let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
         let guesses =
-            py.detach(|| with_scratch(|scratch| self.guesses(kernels, batch, inputs, block, never, scratch)))?;
-        let shape = [batch.tokens() / block, block - 1];
+            py.detach(|| with_scratch(|scratch| self.guesses(kernels, batch, inputs, (block, never, k), scratch)))?;
+        let shape = [batch.tokens() / block, block - 1, k];
         let tokens: Vec<i64> = guesses.iter().map(|guess| guess.token as i64).collect();
         let probabilities: Vec<f32> = guesses.iter().map(|guess| guess.probability).collect();
         let tokens = PyArray1::from_vec(py, tokens).reshape(shape)?;
@@ -250,8 +256,7 @@ impl HostDecoder {
         kernels: HostKernels,
         batch: &crate::device::AttentionBatch,
         inputs: DecoderInputs<'_>,
-        block: usize,
-        never: Option<usize>,
+        (block, never, k): (usize, Option<usize>, usize),
         scratch: &mut Scratch,
     ) -> Result<Vec<Guess>, Error> {
         let tokens = batch.tokens();
@@ -259,10 +264,16 @@ impl HostDecoder {
         let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
         let mut logits = self.head.all_logits(kernels, &rows, tokens, scratch)?;
         let isa = Isa::detect();
-        Ok(logits
-            .chunks_exact_mut(self.head.weight.outputs())
-            .map(|row| guess(isa, row, never))
-            .collect())
+        let mut guesses = Vec::with_capacity(rows.len() * k);
+        for (row, logits) in logits.chunks_exact_mut(self.head.weight.outputs()).enumerate() {
+            candidates(isa, logits, never, k, &mut guesses);
+            let none = Guess {
+                token: 0,
+                probability: 0.0,
+            };
+            guesses.resize((row + 1) * k, none);
+        }
+        Ok(guesses)
     }
 }
 

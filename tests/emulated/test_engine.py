@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_rs import LLM, SamplingParams, _core, device_step
+from dflash_rs import LLM, SamplingParams, StepCosts, _core, device_step
 from dflash_rs.models import fused
 
 pytestmark = pytest.mark.pair
@@ -241,8 +241,8 @@ def test_the_host_engine_says_the_same_up_to_rounding(llm, exact, monkeypatch):
 def test_a_walk_that_differs_from_the_cores_is_a_defect(llm, monkeypatch):
     run = llm._device_step.run
 
-    def wrong(*args):
-        drawn = run(*args)
+    def wrong(*args, **options):
+        drawn = run(*args, **options)
         drawn.accepted += 1
         return drawn
 
@@ -251,3 +251,71 @@ def test_a_walk_that_differs_from_the_cores_is_a_defect(llm, monkeypatch):
         llm.generate([PROMPTS[0]], params("greedy", 6))
     monkeypatch.undo()
     assert llm.generate([PROMPTS[0]], params("greedy", 6))[0].error is None
+
+
+@pytest.fixture(scope="module")
+def planted(exact):
+    with engine(tree_nodes=11) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_text_is_the_same_with_trees(llm, planted, name):
+    expected = tokens(llm.generate(PROMPTS, params(name), draft=False))
+    before = planted.stats()
+    outputs = planted.generate(PROMPTS, params(name))
+    assert tokens(outputs) == expected
+    after = planted.stats()
+    gained = {key: after[key] - before[key] for key in ("verified", "drafted", "accepted")}
+    assert gained["verified"] > gained["drafted"] > gained["accepted"] > 0
+
+
+def test_trees_are_captured_and_the_accepted_path_is_moved(planted, monkeypatch):
+    moved = []
+    compact = device_step.cuda.compact_kv
+
+    def counted(path, *rest):
+        moved.append((path.numpy() > np.arange(path.shape[1])).any())
+        compact(path, *rest)
+
+    monkeypatch.setattr(device_step.cuda, "compact_kv", counted)
+    graphs = planted._device_step.graphs
+    graphs.forget()
+    planted.generate(PROMPTS, params("seeded"))
+    assert any(moved), "every accepted path was a chain's"
+    assert {key[3] for key in graphs._captured if key[0] == "draft"} >= {planted.block_size}
+
+
+def test_trees_with_prompts_plain_requests_and_ends_of_texts(llm, planted):
+    each = [params(name, most) for name, most in zip(("greedy", "filters", "penalties", "seeded"), (3, 9, 14, 20))]
+    expected = [tokens(llm.generate([prompt], [one], draft=False))[0] for prompt, one in zip(PROMPTS, each)]
+    drafting = planted.stream(PROMPTS, each)
+    plain = planted.stream(PROMPTS, each, draft=False)
+    got: dict[str, dict[int, object]] = {"drafting": {}, "plain": {}}
+    for name, events in [("drafting", drafting), ("plain", plain)] * 40:
+        event = next(events, None)
+        if event is not None and event.output is not None:
+            got[name][event.index] = event.output
+    for name, events in (("drafting", drafting), ("plain", plain)):
+        got[name] |= {event.index: event.output for event in events if event.output is not None}
+        assert tokens([got[name][i] for i in range(4)]) == expected
+
+
+def test_trees_planned_by_cost_and_log_probabilities(exact, llm):
+    costs = StepCosts.lines(1.0, 0.02, 0.1, 0.0)
+    with LLM(
+        device="cpu", dtype="bfloat16", max_running=3, max_context=256, tree_nodes=23, costs=costs, page_size=1
+    ) as made:
+        scored = SamplingParams(temperature=0.8, seed=3, max_tokens=14, logprobs=2)
+        (output,) = made.generate([PROMPTS[2]], scored)
+        (plain,) = llm.generate([PROMPTS[2]], scored, draft=False)
+        assert output.token_ids == plain.token_ids
+        for ours, theirs in zip(output.logprobs, plain.logprobs, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+        assert tokens(made.generate(PROMPTS, params("greedy"))) == tokens(
+            llm.generate(PROMPTS, params("greedy"), draft=False)
+        )
+        assert {key[2] - 1 for key in made._device_step.graphs._captured if key[0] == "verify"} <= {
+            0, *made._device_step.tiers
+        }  # fmt: skip

@@ -19,7 +19,8 @@ class StepBatch:
     `context_lens[r]`, which is also how many of its tokens already have KV. Device tensors (int64): `token_ids [T]`,
     `positions [T]`, `slots [T]` (where each token's KV is written, slot = page * page_size + offset), `logit_rows [N]`
     (packed rows whose logits are wanted). Host arrays: `query_starts` int32 [R+1], `context_lens` int32 [R],
-    `row_ids` int32 [R] into `page_table` int32 [rows, pages_per_row], `slots_host` int64 [T].
+    `row_ids` int32 [R] into `page_table` int32 [rows, pages_per_row], `slots_host` int64 [T]. `ancestors` uint64 [T, words], where a
+    request's tokens are a tree: bit j of a token is set when token j of its request is itself or before it; None for chains.
     """
 
     token_ids: Tensor
@@ -32,6 +33,7 @@ class StepBatch:
     row_ids: np.ndarray
     slots_host: np.ndarray
     page_size: int
+    ancestors: np.ndarray | None = None
 
     @classmethod
     def from_arrays(
@@ -46,6 +48,7 @@ class StepBatch:
         row_ids,
         logit_rows,
         page_size: int,
+        ancestors: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> StepBatch:
         """Wraps the arrays of a step (NumPy or anything `numpy.asarray` takes); on a CPU nothing is copied."""
@@ -83,6 +86,7 @@ class StepBatch:
             row_ids,
             slots_host,
             int(page_size),
+            ancestors,
         )
 
     @property

@@ -296,13 +296,39 @@ class DFlashDraft(nn.Module):
         the anchor and defaults to the checkpoint's. The mask token is never proposed. Greedy, and so independent of
         every random draw.
         """
+        tokens, sure = self.candidates(
+            anchors,
+            lengths,
+            page_table,
+            row_ids,
+            page_size=page_size,
+            valid_from=valid_from,
+            block_size=block_size,
+            k=1,
+        )
+        return tokens[:, :, 0], sure[:, :, 0]
+
+    def candidates(
+        self,
+        anchors,
+        lengths,
+        page_table,
+        row_ids=None,
+        *,
+        page_size: int,
+        valid_from=None,
+        block_size: int | None = None,
+        k: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k likeliest tokens int64 [n, B-1, k] of every position and their probabilities float32 [n, B-1, k], falling: what draft
+        trees are made of. The rest is as for `draft`."""
         if self._engine is None:
             raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
         size = self.config.block_size if block_size is None else block_size
         if size < 2:
             raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
         with torch.inference_mode():
-            return self._engine.draft(anchors, lengths, page_table, row_ids, page_size, valid_from, size)
+            return self._engine.draft(anchors, lengths, page_table, row_ids, page_size, valid_from, size, k)
 
     # ---- training --------------------------------------------------------------------------------------------
 
@@ -510,7 +536,7 @@ class _DraftEngine:
             return values
         return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.device)
 
-    def draft(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int):
+    def draft(self, anchors, lengths, page_table, row_ids, page_size: int, valid_from, size: int, k: int):
         c = self.config
         lengths = np.asarray(lengths, dtype=np.int32)
         n = lengths.size
@@ -520,7 +546,7 @@ class _DraftEngine:
         if bad.size:
             raise InvalidArgument(f"anchors: got {int(bad[0])}, expected 0..{self.embedding.shape[0] - 1}")
         if n == 0:
-            return np.empty((0, size - 1), dtype=np.int64), np.empty((0, size - 1), dtype=np.float32)
+            return np.empty((0, size - 1, k), dtype=np.int64), np.empty((0, size - 1, k), dtype=np.float32)
         positions = (lengths[:, None] + np.arange(size)).astype(np.int64).reshape(-1)
         limit = int(lengths.max()) + size
         starts = np.arange(n + 1, dtype=np.int32) * size
@@ -530,10 +556,10 @@ class _DraftEngine:
         if self.run is not None:
             attention = HostAttention(
                 slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(), query_starts=starts, context_lens=lengths,
-                page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from,
+                page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from, ancestors=None,
             )  # fmt: skip
             never = c.mask_token_id if c.mask_token_id < self.head.outputs else None
-            return self.run.draft(positions, tokens.reshape(-1), limit, attention, self.caches, size, never)
+            return self.run.draft(positions, tokens.reshape(-1), limit, attention, self.caches, size, never, k)
         batch = StepBatch.from_arrays(
             token_ids=tokens.reshape(-1),
             positions=positions,
@@ -550,9 +576,10 @@ class _DraftEngine:
             batch, num_slots=self.num_slots, write=False, kernel=self.kernel, valid_from=valid_from
         )
         logits = self.block(batch.token_ids, batch.positions, limit, attention, size)
-        drafts = logits.argmax(dim=-1)
-        sure = logits.float().softmax(dim=-1).gather(1, drafts[:, None])[:, 0]
-        return drafts.view(n, size - 1).cpu().numpy(), sure.view(n, size - 1).cpu().numpy()
+        # The first of equals, which topk does not promise.
+        likely = logits.argmax(dim=-1)[:, None] if k == 1 else logits.topk(k, dim=-1).indices
+        sure = logits.float().softmax(dim=-1).gather(1, likely)
+        return likely.view(n, size - 1, k).cpu().numpy(), sure.view(n, size - 1, k).cpu().numpy()
 
     def block(self, token_ids: Tensor, positions: Tensor, limit: int, attention, size: int) -> Tensor:
         """Logits [n * (size - 1), V] of what follows the anchors of n blocks; token_ids and positions int64 [n * size], below `limit`."""

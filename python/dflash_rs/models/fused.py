@@ -270,10 +270,10 @@ class HostRun:
         )  # fmt: skip
         return logits, features
 
-    def draft(self, positions, tokens, limit: int, attention, caches, block: int, never: int | None):
-        """Drafts int64 [n, block-1] and their probabilities float32 [n, block-1]; positions and tokens int64 [n * block], host."""
+    def draft(self, positions, tokens, limit: int, attention, caches, block: int, never: int | None, k: int):
+        """The k likeliest tokens int64 [n, block-1, k] and their probabilities float32; positions and tokens int64 [n * block], host."""
         return self._decoder.draft(
-            attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never,
+            attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never, k,
             torch.get_num_threads(),
         )  # fmt: skip
 

@@ -397,6 +397,15 @@ class TargetModel:
             for index, kv in self.kv_layers.items()
         }
 
+    def move_kv(self, sources: np.ndarray, places: np.ndarray) -> None:
+        """Moves the KV of M tokens from slots `sources` to slots `places`, both int64 [M], in all layers. They may overlap: everything is
+        read before anything is written."""
+        with torch.inference_mode():
+            sources, places = (torch.from_numpy(x.copy()).to(self.device) for x in (sources, places))
+            for caches in self.caches.values():
+                for cache in caches:
+                    cache.index_copy_(0, places, cache.index_select(0, sources))
+
     def forward(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
         """One step: logits [N, V] of `batch.logit_rows`, and features [T, K*H] when taps are set.
 

@@ -210,7 +210,7 @@ impl<E: Element> Layer<'_, E> {
         self.batch
             .ancestors
             .as_ref()
-            .filter(|_| self.params.mask == Mask::Ancestors)
+            .filter(|_| self.params.mask != Mask::Block)
     }
 }
 

@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use super::linear::PackedWeight;
-pub use super::rowwise::{Guess, guess};
+pub use super::rowwise::{Guess, candidates, guess};
 use super::rowwise::{RotateHead, SwiGlu, rms_norm, rotate_head};
 use super::simd::{Lanes, Routine, dispatch};
 use super::view::{Layout, Rows, RowsMut};

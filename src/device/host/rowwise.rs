@@ -33,6 +33,39 @@ pub fn guess(isa: Isa, logits: &mut [f32], never: Option<usize>) -> Guess {
     found
 }
 
+/// The `k` likeliest tokens of a row of logits other than `never`, falling, the lowest id first among equals; the first is that of [`guess`].
+/// Fewer where there are no more numbers above -inf.
+pub fn candidates(isa: Isa, logits: &mut [f32], never: Option<usize>, k: usize, into: &mut Vec<Guess>) {
+    let first = guess(isa, logits, never);
+    into.push(first);
+    if k < 2 {
+        return;
+    }
+    let top = logits.get(first.token).copied().unwrap_or(f32::NEG_INFINITY);
+    let mut best: Vec<(f32, usize)> = Vec::with_capacity(k + 1);
+    let mut worst = f32::NEG_INFINITY;
+    for (chunk, values) in logits.chunks(LANES).enumerate() {
+        // Nearly all of a vocabulary is passed over here, sixteen at a time.
+        if !values.iter().fold(false, |any, &x| any | (x > worst)) {
+            continue;
+        }
+        for (lane, &x) in values.iter().enumerate() {
+            if x > worst {
+                let place = best.partition_point(|&(other, _)| other >= x);
+                best.insert(place, (x, chunk * LANES + lane));
+                best.truncate(k);
+                if best.len() == k {
+                    worst = best[k - 1].0;
+                }
+            }
+        }
+    }
+    into.extend(best.iter().skip(1).map(|&(x, token)| Guess {
+        token,
+        probability: (x - top).exp() * first.probability,
+    }));
+}
+
 /// `out[row] = weight * x[row] / sqrt(mean(x[row]^2) + eps)`.
 pub(super) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     dispatch(isa, RmsNorm { x, weight, eps, out });
@@ -286,6 +319,26 @@ mod tests {
             }
             for isa in Isa::available() {
                 prop_assert_eq!(&run(isa), &first, "{:?}", isa);
+            }
+        }
+
+        #[test]
+        fn candidates_are_the_sorted_row(
+            logits in (1usize..200).prop_flat_map(|n| prop::collection::vec((-20i32..20).prop_map(|x| x as f32 / 4.0), n)),
+            never in 0usize..250, k in 1usize..9,
+        ) {
+            let mut order: Vec<usize> = (0..logits.len()).filter(|&i| i != never).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            let sum: f64 = order.iter().map(|&i| f64::from(logits[i]).exp()).sum();
+            let mut found = Vec::new();
+            candidates(Isa::detect(), &mut logits.clone(), Some(never), k, &mut found);
+            prop_assert_eq!(found[0], guess(Isa::detect(), &mut logits.clone(), Some(never)));
+            if !order.is_empty() {
+                let tokens: Vec<usize> = found.iter().map(|guess| guess.token).collect();
+                prop_assert_eq!(&tokens[..], &order[..k.min(order.len())]);
+                for guess in &found {
+                    prop_assert!(close(guess.probability, f64::from(logits[guess.token]).exp() / sum, 1.0));
+                }
             }
         }
 
