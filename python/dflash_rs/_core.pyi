@@ -342,8 +342,8 @@ class Engine:
         request), ``total_pages``, ``retractions``."""
 
     def stats(self) -> dict[str, object]:
-        """Acceptance over all requests: ``passes``, ``committed``, ``drafted``, ``accepted`` (int), ``tau`` (float, or ``None``
-        before the first pass), ``histogram`` (passes by drafts accepted), ``per_position`` (share accepted)."""
+        """Acceptance over all requests: ``passes``, ``committed``, ``drafted`` (positions), ``verified`` (drafts, more of them in
+        trees), ``accepted`` (int), ``tau`` (float, or ``None`` before the first pass), ``histogram`` (passes by drafts accepted), ``per_position`` (share accepted)."""
 
 @final
 class StepPlan:
@@ -371,6 +371,26 @@ class StepPlan:
 
         Raises ``InvalidArgument`` for a wrong length or a number outside 0 to the row's drafts; nothing changes then.
         """
+
+    def set_trees(self, tokens: NDArray[np.int64], parents: NDArray[np.int32], counts: NDArray[np.int32]) -> None:
+        """Drafts trees (DDTree, arXiv 2604.12989): ``tokens`` and ``parents`` ``[len(draft_rows), w]``, of which row ``i`` uses the first
+        ``counts[i]``: its anchor, then nodes behind their parents, as many as the row has tokens at most.
+
+        A token's position is that of its depth, its KV goes to the slot of its index: ``Accepted.move_from`` says what has to move
+        before the commit. Attention sees ``ancestors``. Read the arrays again afterwards.
+
+        Raises ``InvalidArgument`` for trees that do not fit their rows, ``OutOfTurn`` when drafts are trees already or ``start_known`` is
+        false; nothing changes then.
+        """
+
+    @property
+    def parents(self) -> NDArray[np.int32]:
+        """``[T]``: the token that each one follows, as an index within its row, -1 for the first; empty while drafts are chains."""
+
+    @property
+    def ancestors(self) -> NDArray[np.uint64]:
+        """``[T * words]``: bit ``j`` of a token is set when token ``j`` of its row is itself or before it on its path; empty while
+        drafts are chains."""
 
     @property
     def request_ids(self) -> NDArray[np.uint64]:
@@ -453,6 +473,22 @@ class Accepted:
         """``[M]``: packed indices whose KV and features are valid now."""
 
     @property
+    def commit_starts(self) -> NDArray[np.int32]:
+        """``[R + 1]``: where each row's part of ``commit_rows`` starts."""
+
+    @property
+    def commit_slots(self) -> NDArray[np.int64]:
+        """``[M]``: the slot each of them keeps, that of its position; -1 where only the device knows."""
+
+    @property
+    def move_from(self) -> NDArray[np.int64]:
+        """Slots whose KV has to move before the commit: accepted drafts of trees. All are read before any of ``move_to`` is written."""
+
+    @property
+    def move_to(self) -> NDArray[np.int64]:
+        """Where it has to go, one slot for each."""
+
+    @property
     def logprobs(self) -> NDArray[np.float32]:
         """``[len(tokens)]``: log-softmax of the raw logits at each token, NaN where not asked for."""
 
@@ -498,6 +534,10 @@ class Events:
 
     @property
     def drafted(self) -> NDArray[np.int32]:
+        """``[E]``: positions drafted: the length of a chain, the depth of a tree."""
+
+    @property
+    def verified(self) -> NDArray[np.int32]:
         """``[E]``: drafts verified."""
 
     @property
@@ -632,9 +672,10 @@ class HostDecoder:
         caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
         block: int,
         never: int | None = None,
+        k: int = 1,
         threads: int = 1,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The likeliest token of rows 1.. of every block of ``block`` tokens, ``[n, block - 1]``, and its probability.
+        """The ``k`` likeliest tokens of rows 1.. of every block of ``block`` tokens, ``[n, block - 1, k]``, and their probabilities, falling.
 
         ``never`` is a token that is not proposed, the mask.
         """
@@ -686,12 +727,37 @@ class Planner:
         *,
         target: list[tuple[float, float]] | None = None,
         draft: list[tuple[float, float]] | None = None,
+        tree_nodes: int = 0,
     ) -> Planner: ...
     def block(self, requests: int, others: int = 0) -> int:
         """Block length for a step in which ``requests`` could draft and ``others`` tokens run beside them; 1 is a plain step."""
 
     def widths(self, probabilities: NDArray[np.float32], others: int = 0) -> NDArray[np.int32]:
         """How many of its drafts each request verifies, ``[n]``, from the drafter's own probabilities ``[n, width]``."""
+
+    def tree(self, requests: int, others: int = 0, *, tiers: list[int] = [], shortest: int = 2) -> tuple[int, int]:
+        """Drafts per request and block length for a step of trees: of up to ``tree_nodes`` drafts, one of ``tiers`` (rising) if there are any, out
+        of blocks of at least ``shortest`` tokens. (0, 1) is a plain step.
+
+        Trees grow best first, so a pass over many drafts also says what fewer would have gained: no draft of a smaller tree is missing.
+        """
+
+    def trees(
+        self,
+        anchors: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        chances: NDArray[np.float32],
+        limits: NDArray[np.int32],
+        others: int = 0,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+        """The trees to verify, for ``StepPlan.set_trees``: drafts are admitted best first over all requests, while that pays.
+
+        ``anchors`` ``[n]``; ``tokens`` and ``chances`` ``[n, depth, k]``: candidates per position and the chance that each is accepted when its
+        parent was, falling; ``limits`` ``[n]``: most drafts of each request.
+        """
+
+    def record_trees(self, plan: StepPlan, accepted: Accepted) -> None:
+        """Books a step: what each request verified and which of it was accepted."""
 
     def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
         """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).

@@ -252,6 +252,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--block-size", type=_positive, metavar="B", help="anchor and B-1 drafts; default: the drafter's"
     )
+    group.add_argument(
+        "--tree-nodes",
+        type=_positive,
+        metavar="N",
+        help="draft trees of at most N tokens; default: chains, one token per place",
+    )
     group.add_argument("--page-size", type=_positive, metavar="N", help="tokens per KV page; default: 16")
     group.add_argument("--num-pages", type=_positive, metavar="N", help="KV pages in the pool")
 
@@ -339,7 +345,18 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
         raise InvalidArgument("--model: got a target without a drafter, expected --draft PATH or --no-draft, too")
     from dflash_rs.llm import LLM
 
-    names = ("model", "draft", "device", "dtype", "matmul_precision", "threads", "block_size", "page_size", "num_pages")
+    names = (
+        "model",
+        "draft",
+        "device",
+        "dtype",
+        "matmul_precision",
+        "threads",
+        "block_size",
+        "tree_nodes",
+        "page_size",
+        "num_pages",
+    )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if plain:
         options["draft"] = None

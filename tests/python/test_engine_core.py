@@ -406,6 +406,68 @@ def test_a_narrowed_step_verifies_and_counts_only_what_is_left():
     assert (events.drafted.tolist(), events.accepted.tolist()) == ([1], [1])
 
 
+def test_a_step_of_trees_says_what_has_to_move():
+    core = engine()
+    core.add([1, 2], max_tokens=9, temperature=0.0)
+    plan = core.plan()
+    core.commit(plan, core.accept_sampled(plan, np.array([7])))
+    plan = core.plan()
+    slots = plan.slots.copy()
+    tokens, parents = np.array([[7, 5, 6, 8, 0]]), np.array([[-1, 0, 0, 2, 0]], np.int32)
+    for change, message in (
+        ({"counts": np.array([5], np.int32)}, "trees: got 5 nodes for request 0, expected at most 4"),
+        ({"counts": np.array([6], np.int32)}, "counts: got 6, expected 1 to 5"),
+        ({"counts": np.array([4, 4], np.int32)}, "counts: got 2, expected 1"),
+        ({"tokens": np.array([[8, 5, 6, 8, 0]])}, "trees: got anchor 8 for request 0, expected its last token 7"),
+        ({"parents": np.array([[-1, 0, 2, 2, 0]], np.int32)}, "parents: got 2 at node 2"),
+        ({"parents": np.zeros((1, 4), np.int32)}, r"parents: got shape \[1, 4\], expected \[1, 5\]"),
+    ):
+        given = {"tokens": tokens, "parents": parents, "counts": np.array([4], np.int32), **change}
+        with pytest.raises(InvalidArgument, match=f"^{message}"):
+            plan.set_trees(given["tokens"], given["parents"], given["counts"])
+        assert plan.parents.size == 0 and plan.block_len.tolist() == [4]
+    plan.set_trees(tokens, parents, np.array([4], np.int32))
+    assert plan.token_ids.tolist() == [7, 5, 6, 8] and plan.positions.tolist() == [2, 3, 3, 4]
+    assert plan.parents.tolist() == [-1, 0, 0, 2] and plan.ancestors.tolist() == [0b1, 0b11, 0b101, 0b1101]
+    with pytest.raises(DflashError, match="trees already"):
+        plan.narrow(np.array([1], np.int32))
+    accepted = core.accept_sampled(plan, np.array([6, 0, 8, 3]))
+    assert accepted.commit_rows.tolist() == [0, 2, 3] and accepted.commit_starts.tolist() == [0, 3]
+    assert accepted.commit_slots.tolist() == slots[:3].tolist()
+    assert (accepted.move_from.tolist(), accepted.move_to.tolist()) == (slots[2:4].tolist(), slots[1:3].tolist())
+    planner = Planner(4, tree_nodes=3)
+    planner.record_trees(plan, accepted)
+    assert planner.acceptance[:2] > [0.7, 0.7]
+    events = core.commit(plan, accepted)
+    assert events.tokens.tolist() == [6, 8, 3]
+    assert (events.drafted.tolist(), events.verified.tolist(), events.accepted.tolist()) == ([2], [3], [2])
+    assert core.stats()["verified"] == 3 and core.stats()["drafted"] == 2
+
+
+def test_the_planner_shares_out_the_nodes_of_trees():
+    anchors, limits = np.array([7, 9]), np.array([5, 2], np.int32)
+    tokens = np.arange(12).reshape(2, 3, 2)
+    chances = np.array([[[0.9, 0.05]] * 3, [[0.5, 0.4]] * 3], np.float32)
+    free = Planner(4, tree_nodes=5)
+    trees, parents, counts = free.trees(anchors, tokens, chances, limits)
+    assert counts.tolist() == [6, 3] and trees.shape == parents.shape == (2, 6)
+    assert trees[0, :4].tolist() == [7, 0, 2, 4] and parents[0, :4].tolist() == [-1, 0, 1, 2]
+    assert trees[1, :3].tolist() == [9, 6, 7] and parents[1, :3].tolist() == [-1, 0, 0]
+    dear = Planner(4, target=[(0, 1.0), (1, 1.2)], tree_nodes=5)
+    assert dear.trees(anchors, tokens, chances, limits, others=3)[2].sum() < 9
+    assert dear.tree(0, 3) == (0, 1) and free.tree(1, 0, tiers=[3], shortest=4) == (3, 4)
+    for arguments, message in (
+        ((anchors, tokens, chances[:1], limits), "chances: got shape"),
+        ((anchors[:1], tokens, chances, limits[:1]), "tokens: got shape"),
+        ((anchors, tokens, chances, limits[:1]), "limits: got 1 elements, expected 2"),
+        ((anchors, tokens.astype(np.int32), chances, limits), "tokens: got a int32 array"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{message}"):
+            free.trees(*arguments)
+    with pytest.raises(InvalidArgument, match="^tree_nodes: got 2000"):
+        Planner(4, tree_nodes=2000)
+
+
 def test_the_planner_weighs_rows_against_tokens():
     free = Planner(8)
     assert free.block(64) == 8

@@ -213,6 +213,51 @@ def test_what_pays_does_not_change_the_text(one, kind, name):
         assert stats["drafted"] < 7 * (stats["passes"] / 32 + 6)
 
 
+TREES = {
+    "few": {"tree_nodes": 3, "adaptive": False},
+    "whole": {"tree_nodes": 21, "adaptive": False},
+    "wider than a word": {"tree_nodes": 90, "adaptive": False, "page_size": 1, "num_pages": 2000, "max_context": 256},
+    "dear": {"tree_nodes": 16, "costs": COSTS["dear"]},
+    "forbidding": {"tree_nodes": 16, "costs": COSTS["forbidding"]},
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_trees_do_not_change_the_text(one, kind):
+    prompts = [one.encode(p) for p in PROMPTS[:10]]
+    options = [params(name, seed=i, logprobs=1) for i, name in enumerate(SAMPLING)]
+    plain = one.generate(prompts, options, draft=False)
+    with LLM(device="cpu", **TREES[kind]) as other:
+        # Alone, together, and with some whose prompts come later, beside the blocks of the others.
+        fast = [other.generate([p], o)[0] for p, o in zip(prompts, options, strict=True)]
+        before = other.stats()
+        together = other.generate(prompts, options)
+        assert idle(other)
+    for prompt, o, a, b, c in zip(prompts, options, plain, fast, together, strict=True):
+        for d in (b, c):
+            assert a.token_ids == d.token_ids or rounding_explains(one, prompt, a.token_ids, d.token_ids, o)
+            if a.token_ids == d.token_ids:
+                scores = [[e.logprob for e in x.logprobs] for x in (a, d)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    if kind == "forbidding":
+        assert before["verified"] < before["passes"]
+    elif kind == "dear":
+        assert before["tau"] > 1.0 and before["verified"] < 8 * before["passes"]
+    else:
+        assert before["verified"] > before["drafted"] > before["accepted"] > 0
+        assert before["tau"] > 1.3
+
+
+def test_more_drafts_per_pass_are_accepted_by_trees():
+    prompts = PROMPTS[:8]
+    taus = []
+    for nodes in (0, 7, 31):
+        with LLM(device="cpu", tree_nodes=nodes, adaptive=False) as engine:
+            engine.generate(prompts, SamplingParams(temperature=0.7, seed=5, max_tokens=LENGTH, ignore_eos=True))
+            taus.append(engine.stats()["tau"])
+    assert taus[0] < taus[1] < taus[2]
+
+
 def test_greedy_is_what_transformers_says(one):
     from transformers import AutoModelForCausalLM
 
@@ -452,6 +497,8 @@ def test_every_sampling_option_that_is_taken_also_runs(one):
         ({"max_batch_tokens": 2**64}, "max_batch_tokens: got"),
         ({"threads": 2**31}, "threads: got 2147483648"),
         ({"dtype": []}, "dtype: got"),
+        ({"tree_nodes": -1}, "tree_nodes: got -1, expected an integer in 0..1023"),
+        ({"tree_nodes": 5, "draft": None}, "tree_nodes: got 5, expected 0 without a drafter"),
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """The host kernel behind the Python dispatch, against the torch reference."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,48 @@ def test_attention_over_pages_follows_its_definition(page_size, causal, window, 
     if write:
         before[0][batch.slots], before[1][batch.slots] = k, v
     assert torch.equal(caches, before)
+
+
+def comb(nodes: int) -> tuple[list[int], np.ndarray]:
+    """Parents of a tree with two children per node of its spine, and its ancestor masks uint64 [nodes, words]."""
+    parents = [-1] + [(i - 1) // 2 * 2 for i in range(1, nodes)]
+    seen = np.zeros((nodes, nodes), dtype=bool)
+    for node, parent in enumerate(parents):
+        seen[node] = seen[parent] if node else False
+        seen[node, node] = True
+    words = -(-nodes // 64)
+    bits = np.zeros((nodes, words * 64), dtype=bool)
+    bits[:, :nodes] = seen
+    return parents, np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
+
+
+@pytest.mark.parametrize("host", [pytest.param(True, marks=needs_kernel), False], ids=["host", "torch"])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("nodes", [7, 70])
+def test_a_token_of_a_tree_attends_as_if_its_path_were_a_chain(nodes, window, host):
+    pages = Pages(2, 128, 8)
+    parents, masks = comb(nodes)
+    ancestors = np.zeros((nodes + 3, masks.shape[1]), dtype=np.uint64)
+    ancestors[:nodes], ancestors[nodes:, 0] = masks, [0b1, 0b11, 0b111]
+    batch = pages.batch([(0, 9, [0] * nodes), (1, 4, [0] * 3)])
+    batch = dataclasses.replace(batch, ancestors=ancestors)
+    generator = torch.Generator().manual_seed(4)
+    caches = torch.randn(2, pages.num_slots, 2, 8, generator=generator)
+    q, k, v = (torch.randn(nodes + 3, heads, 8, generator=generator) for heads in (4, 2, 2))
+    attention = step_attention(batch, num_slots=pages.num_slots, write=True, kernel=host)
+    got = attention.attend(q, k, v, *caches.clone(), scale=0.4, causal=True, window=window)
+    for node in (0, 1, 2, 5, nodes - 1):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        rows = torch.tensor(path)
+        chain = step_attention(
+            pages.batch([(0, 9, [0] * len(path))]), num_slots=pages.num_slots, write=False, kernel=host
+        ).attend(q[rows], k[rows], v[rows], *caches, scale=0.4, causal=True, window=window)
+        torch.testing.assert_close(got[node], chain[-1], rtol=0 if host else 1e-5, atol=0 if host else 1e-6)
+    chain = step_attention(pages.batch([(1, 4, [0] * 3)]), num_slots=pages.num_slots, write=False, kernel=host)
+    alone = chain.attend(q[nodes:], k[nodes:], v[nodes:], *caches, scale=0.4, causal=True, window=window)
+    torch.testing.assert_close(got[nodes:], alone, rtol=0 if host else 1e-5, atol=0 if host else 1e-6)
 
 
 @needs_kernel
