@@ -4,6 +4,7 @@
     sanitizer  the same calls on small shapes under compute-sanitizer (memcheck, racecheck, synccheck)
     kernels    time of every kernel, as a share of measured copy bandwidth, beside torch on the same inputs
     engine     dflash-rs bench --suite demo on the GPU
+    trees      the same with draft trees
 
 Needs Python with torch for CUDA, numpy, and pytest for `tests`; no Rust and no nvcc. The wheel is built elsewhere (make
 install leaves it in dist/) and unpacked into a temporary folder; nothing is installed. Without --wheel the installed package is used.
@@ -122,9 +123,18 @@ def part_kernels(environment: dict[str, str], folder: Path) -> dict:
 
 def part_engine(environment: dict[str, str], folder: Path) -> dict:
     """The bundled pair on the GPU."""
-    report = folder / "engine.json"
+    return bench(environment, folder / "engine.json", "1,2,4,8,16,32,64")
+
+
+def part_trees(environment: dict[str, str], folder: Path) -> dict:
+    """The bundled pair on the GPU, drafting trees."""
+    return bench(environment, folder / "trees.json", "1,4,16,64", "--tree-nodes", "63")
+
+
+def bench(environment: dict[str, str], report: Path, concurrency: str, *options: str) -> dict:
+    """Plain against DFlash at each concurrency."""
     command = [sys.executable, "-m", "dflash_rs", "bench", "--suite", "demo", "--device", "cuda", "--json", report]
-    command += ["--concurrency", "1,2,4,8,16,32,64", "--max-tokens", "96", "--repeat", "2", "--profile"]
+    command += ["--concurrency", concurrency, "--max-tokens", "96", "--repeat", "2", "--profile", *options]
     code, _ = run(command, environment, 900)
     if not report.is_file():
         return {"status": FAILED, "detail": f"code {code}"}
@@ -132,7 +142,13 @@ def part_engine(environment: dict[str, str], folder: Path) -> dict:
     return {"status": PASSED if code == 0 else FAILED, "detail": f"code {code}", "results": results}
 
 
-PARTS = {"tests": part_tests, "sanitizer": part_sanitizer, "kernels": part_kernels, "engine": part_engine}
+PARTS = {
+    "tests": part_tests,
+    "sanitizer": part_sanitizer,
+    "kernels": part_kernels,
+    "engine": part_engine,
+    "trees": part_trees,
+}
 
 
 def kernel_rows(results: dict) -> list[str]:

@@ -53,6 +53,19 @@ def test_text_with_and_without_drafts(llm, name):
     assert sum(sum(o.metrics["accept_histogram"][1:]) for o in drafted) > 0
 
 
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_text_with_trees(llm, gpu, name):
+    plain = llm.generate(PROMPTS, params(name), draft=False)
+    with LLM(device=str(gpu), dtype="bfloat16", max_running=4, adaptive=False, tree_nodes=31) as planted:
+        outputs = planted.generate(PROMPTS, params(name))
+        stats = planted.stats()
+    gaps = parted(llm, outputs, plain)
+    assert len(gaps) <= 2
+    if name == "greedy":
+        assert all(gap < 0.25 for gap in gaps)
+    assert stats["verified"] > stats["drafted"] > stats["accepted"] > 0
+
+
 def test_graphs_give_what_launches_give(llm, gpu):
     expected = [o.token_ids for o in llm.generate(PROMPTS, params("filters"))]
     assert llm.stats()["cuda_graphs"] > 0

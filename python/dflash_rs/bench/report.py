@@ -45,6 +45,7 @@ def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
         info["dtype"] = str(getattr(llm, "dtype", "")).removeprefix("torch.")
         info["matmul_precision"] = getattr(llm, "matmul_precision", None)
         info["block_size"] = getattr(llm, "block_size", None)
+        info["tree_nodes"] = getattr(llm, "tree_nodes", None)
     return info
 
 
