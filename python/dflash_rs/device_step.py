@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import cuda
 from .attention import CudaAttention
-from .config import BRANCHES, EngineConfig, StepCosts
+from .config import EngineConfig, StepCosts
 from .errors import DflashError
 from .graphs import Graphs
 from .models.costs import rising
@@ -316,11 +316,11 @@ class DeviceStep:
         splits, block = _splits(max_keys), tree_block or row
 
         def work() -> None:
-            logits = self._draft_logits(requests, block, splits * cuda.SPLIT_KEYS)
+            rows = self._draft_rows(requests, block, splits * cuda.SPLIT_KEYS)
             if tree_block is None:
-                self._propose(requests, block, logits)
+                self._propose(requests, block, *rows)
             else:
-                self._plant(requests, row, logits.view(requests, block - 1, -1))
+                self._plant(requests, row, *rows)
 
         self._run(("draft", requests, row, tree_block, splits), work)
 
@@ -403,8 +403,9 @@ class DeviceStep:
 
     # ---- what the graphs hold: no host values, the same tensors every time ----------------------------------------
 
-    def _draft_logits(self, requests: int, block: int, max_keys: int) -> Tensor:
-        """The drafter's pass over blocks of `requests` rows, padding included: logits [requests * (block - 1), V]."""
+    def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor]:
+        """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H] and logits
+        [requests, block - 1, V]."""
         inputs, draft = self._in.device, self.draft
         rows = inputs["draft_rows"][:requests]
         starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
@@ -425,19 +426,28 @@ class DeviceStep:
         )
         return draft.block(token_ids, positions, self.limit, attention, block)
 
-    def _propose(self, requests: int, block: int, logits: Tensor) -> None:
+    def _propose(self, requests: int, block: int, hidden: Tensor, logits: Tensor) -> None:
         """The likeliest chains, into `_drafts(block)`."""
-        rows = self._in.device["draft_rows64"][:requests]
-        self._drafts(block).index_copy_(0, rows, logits.argmax(dim=-1).view(requests, block - 1))
-
-    def _plant(self, requests: int, row: int, logits: Tensor) -> None:
-        """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`; logits [requests, depth, V]."""
         rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
+        if self.draft.selector is None:
+            drafts = logits.argmax(dim=-1)
+        else:
+            anchors = self._in.device["anchors"].index_select(0, rows)
+            drafts = self.draft.select(hidden, logits, anchors, 1)[0][:, :, 0]
+        self._drafts(block).index_copy_(0, rows64, drafts)
+
+    def _plant(self, requests: int, row: int, hidden: Tensor, logits: Tensor) -> None:
+        """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
+        rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
+        anchors = self._in.device["anchors"].index_select(0, rows)
         depth, vocab = logits.shape[1:]
-        k = min(BRANCHES, vocab)
-        tokens, log_probs = cuda.tree_top_k(logits.reshape(-1, vocab), k)
+        k = self.draft.branches
+        if self.draft.selector is None:
+            tokens, log_probs = cuda.tree_top_k(logits.reshape(-1, vocab), k)
+        else:
+            tokens, log_probs = self.draft.select(hidden, logits, anchors, k)
         trees = cuda.tree_build(
-            self._in.device["anchors"].index_select(0, rows),
+            anchors,
             tokens.view(requests, depth, k),
             log_probs.view(requests, depth, k),
             row - 1,

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import _core
 from .arguments import integer
-from .config import BRANCHES, EngineConfig, StepCosts, assets
+from .config import EngineConfig, StepCosts, assets
 from .errors import CheckpointError, DflashError, InvalidArgument
 from .sampling import SamplingParams
 from .text import Detokenizer, token_bytes
@@ -673,7 +673,6 @@ class LLM:
             page_size=self.config.page_size,
             valid_from=plan.draft_valid_from[rows],
             block_size=block,
-            k=min(BRANCHES, self.vocab_size),
         )
         first = probabilities[:, :, :1]
         chances = first ** self._sharpness(plan.request_ids[rows])[:, None, None]

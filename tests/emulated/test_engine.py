@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+from second import second
+
 from dflash_rs import LLM, SamplingParams, StepCosts, _core, device_step
+from dflash_rs.config import assets
 from dflash_rs.models import fused
 
 pytestmark = pytest.mark.pair
@@ -319,3 +326,16 @@ def test_trees_planned_by_cost_and_log_probabilities(exact, llm):
         assert {key[2] - 1 for key in made._device_step.graphs._captured if key[0] == "verify"} <= {
             0, *made._device_step.tiers
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", [0, 9])
+def test_a_dflash_2_stays_on_the_device(exact, llm, tmp_path, nodes):
+    with LLM(
+        assets() / "target", second(tmp_path, 0.03), device="cpu", dtype="bfloat16", max_running=3, adaptive=False, max_context=256,
+        tree_nodes=nodes,
+    ) as made:  # fmt: skip
+        for name in ("greedy", "filters"):
+            expected = tokens(llm.generate(PROMPTS, params(name), draft=False))
+            assert tokens(made.generate(PROMPTS, params(name))) == expected
+        assert made.stats()["accepted"] > 0
+        assert {key[0] for key in made._device_step.graphs._captured} == {"draft", "verify"}

@@ -13,6 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from second import second  # noqa: E402
+
 import dflash_rs  # noqa: E402
 from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams, StepCosts  # noqa: E402
 from dflash_rs.config import assets  # noqa: E402
@@ -256,6 +258,29 @@ def test_more_drafts_per_pass_are_accepted_by_trees():
             engine.generate(prompts, SamplingParams(temperature=0.7, seed=5, max_tokens=LENGTH, ignore_eos=True))
             taus.append(engine.stats()["tau"])
     assert taus[0] < taus[1] < taus[2]
+
+
+@pytest.mark.parametrize("nodes", [0, 12])
+def test_a_dflash_2_drafts_and_changes_nothing(one, nodes, tmp_path):
+    prompts = [one.encode(p) for p in PROMPTS[:6]]
+    options = [
+        params(name, seed=i)
+        for i, name in enumerate(("greedy", "seeded", "top_p", "min_p", "bias", "seeded_penalties"))
+    ]
+    plain = one.generate(prompts, options, draft=False)
+    model = assets() / "target"
+    taus = {}
+    for name, draft in (
+        ("first", assets() / "draft"), ("same", second(tmp_path / "same", 1e-9)), ("other", second(tmp_path / "other", 0.03)),
+    ):  # fmt: skip
+        with LLM(model, draft, device="cpu", adaptive=False, tree_nodes=nodes) as engine:
+            fast = engine.generate(prompts, options)
+            taus[name] = engine.stats()["tau"]
+        for prompt, o, a, b in zip(prompts, options, plain, fast, strict=True):
+            assert a.token_ids == b.token_ids or rounding_explains(one, prompt, a.token_ids, b.token_ids, o)
+    assert taus["other"] > 1.1 and taus["other"] != taus["first"]
+    # Trees of the two may differ in the last bits of a chance.
+    assert taus["same"] == pytest.approx(taus["first"], rel=0.02)
 
 
 def test_greedy_is_what_transformers_says(one):

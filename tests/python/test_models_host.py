@@ -34,7 +34,7 @@ def filled(variant: str, page_size: int, *, host: bool, threads: int = 1):
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "scaled_and_capped"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "scaled" not in v and not v.startswith("second")])
 def test_drafts_and_context_equal_those_of_torch(variant, page_size):
     (ours, pages), (theirs, _) = (filled(variant, page_size, host=host) for host in (True, False))
     assert ours._engine.run is not None

@@ -12,6 +12,11 @@
 
 Source: DFlash, arXiv 2602.06036, section 4. Block keys and values are scratch: only committed context is ever
 cached, so a rejected draft leaves nothing to undo here.
+
+DFlash 2 adds two things, both of the block alone. Attention and MLP are wrapped in a convolution over the tokens before (`BlockConv`),
+and what a position proposes depends on what was chosen before it (`Selector`):
+
+    likeliest K of every row  -->  left to right:  score(c) = logit[c] + <A[last] * (W h), B[c]>, the best is next
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch import Tensor, nn
 
 from .. import _core, cuda
 from ..attention import HostAttention, kernel_serves, step_attention
+from ..config import BRANCHES
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .fused import FusedLayer, HostRun, PackedLinear, RotaryTable, addresses, rotate_rows
@@ -38,7 +44,9 @@ class DraftConfig:
     """Shape and behaviour of a DFlash drafter, as validated by `loader.read_draft_config`.
 
     `target_layer_ids[i] = k` taps the output of target layer k. `block_size` counts the anchor. `layer_causal` and
-    `layer_window` have one entry per drafter layer; a window of None is unbounded.
+    `layer_window` have one entry per drafter layer; a window of None is unbounded. The last four are of DFlash 2, and 0 in a DFlash:
+    tokens a convolution looks at (its own included), channels that share a dynamic kernel, width of the selector's codebooks,
+    candidates per position.
     """
 
     hidden_size: int
@@ -62,12 +70,21 @@ class DraftConfig:
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None
+    conv_kernel_size: int = 0
+    conv_group_size: int = 0
+    selector_rank: int = 0
+    selector_top_k: int = 0
 
     def __post_init__(self):
         if not self.layer_causal:
             object.__setattr__(self, "layer_causal", (False,) * self.num_hidden_layers)
         if not self.layer_window:
             object.__setattr__(self, "layer_window", (None,) * self.num_hidden_layers)
+
+    @property
+    def is_second(self) -> bool:
+        """Whether this is a DFlash 2."""
+        return self.selector_top_k > 0
 
     @property
     def feature_size(self) -> int:
@@ -125,6 +142,74 @@ class DraftMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class BlockConv(nn.Module):
+    """A sublayer's two convolutions in DFlash 2, of what goes in and of what comes out, over the tokens of a block.
+
+    ``y[n] = sum over t of (base[side, t] + delta[n, side, t]) * x[n - t]``, nothing before the block; every channel has a `base` of its own,
+    groups of channels share a `delta`, which is a projection of what goes in.
+    """
+
+    def __init__(self, c: DraftConfig):
+        super().__init__()
+        self.taps, self.groups = c.conv_kernel_size, c.hidden_size // c.conv_group_size
+        self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, c.hidden_size))
+        self.kernel_projection = nn.Linear(c.hidden_size, 2 * self.taps * self.groups, bias=False)
+        with torch.no_grad():
+            # A convolution that does nothing, until it is trained or loaded.
+            self.base_kernel[:, 0] = 1.0
+            self.kernel_projection.weight.zero_()
+
+    def enter(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """x [..., T, H], T a multiple of the block's `size`; gives what the sublayer gets, and what `leave` wants to have."""
+        deltas = self.kernel_projection(x).unflatten(-1, (2, self.taps, self.groups))
+        return self._over(x, deltas[..., 0, :, :], 0, size), deltas[..., 1, :, :]
+
+    def leave(self, y: Tensor, deltas: Tensor, size: int) -> Tensor:
+        """y [..., T, H]: what the sublayer gave."""
+        return self._over(y, deltas, 1, size)
+
+    def _over(self, x: Tensor, deltas: Tensor, side: int, size: int) -> Tensor:
+        blocks = x.unflatten(-2, (-1, size)).unflatten(-1, (self.groups, -1))
+        deltas = deltas.unflatten(-3, (-1, size))
+        base = self.base_kernel[side].to(x.dtype).unflatten(-1, (self.groups, -1))
+        out = (base[0] + deltas[..., 0, :, None]) * blocks
+        for tap in range(1, min(self.taps, size)):
+            before = F.pad(blocks[..., :-tap, :, :], (0, 0, 0, 0, tap, 0))
+            out = out + (base[tap] + deltas[..., tap, :, None]) * before
+        return out.flatten(-2).flatten(-3, -2)
+
+
+class Selector(nn.Module):
+    """What a position of a DFlash 2 proposes, given what was chosen for the one before it."""
+
+    def __init__(self, c: DraftConfig):
+        super().__init__()
+        self.top_k = c.selector_top_k
+        self.predecessor_codebook = nn.Parameter(torch.zeros(c.vocab_size, c.selector_rank))
+        self.successor_codebook = nn.Parameter(torch.zeros(c.vocab_size, c.selector_rank))
+        self.hidden_projection = nn.Linear(c.hidden_size, c.selector_rank, bias=False)
+
+    def forward(self, hidden: Tensor, logits: Tensor, anchors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Walks blocks greedily: hidden [n, B-1, H] and logits [n, B-1, V] of the drafted rows, anchors int64 [n]. Gives the k best
+        candidates of every position, the chosen one first, int64 [n, B-1, k], and their log-probabilities float32, given the tokens
+        chosen before; what is no candidate counts with its logit."""
+        unary, tokens = logits.topk(self.top_k, dim=-1)
+        everyone, top = logits.float().logsumexp(dim=-1), unary.float().logsumexp(dim=-1)
+        others = everyone + torch.log1p(-(top - everyone).exp().clamp(max=1 - 1e-6))
+        state, last = self.hidden_projection(hidden), anchors
+        picked, scored = [], []
+        for position in range(hidden.shape[1]):
+            key = self.predecessor_codebook[last] * state[:, position]
+            among = self.successor_codebook[tokens[:, position]]
+            scores = (unary[:, position] + (among @ key[..., None])[..., 0]).float()
+            best = scores.topk(k, dim=-1)
+            chosen = tokens[:, position].gather(-1, best.indices)
+            last = chosen[:, 0]
+            picked.append(chosen)
+            scored.append(best.values - torch.logaddexp(scores.logsumexp(dim=-1), others[:, position])[:, None])
+        return torch.stack(picked, dim=1), torch.stack(scored, dim=1)
+
+
 class DraftLayer(nn.Module):
     """One drafter layer; the residual stream belongs to the block, the context enters as keys and values only."""
 
@@ -134,11 +219,23 @@ class DraftLayer(nn.Module):
         self.mlp = DraftMLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.attention_conv = BlockConv(c) if c.is_second else None
+        self.mlp_conv = BlockConv(c) if c.is_second else None
 
-    def close(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def open(self, hidden: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+        """What attention gets, and what `close` wants to have: hidden [..., T, H] of blocks of `size` tokens."""
+        normed = self.input_layernorm(hidden)
+        return (normed, None) if self.attention_conv is None else self.attention_conv.enter(normed, size)
+
+    def close(self, hidden: Tensor, attended: Tensor, deltas: Tensor | None, size: int) -> Tensor:
         """Residual, RMSNorm, SwiGLU, residual. `attended` is [..., heads*head_dim]."""
-        hidden = hidden + self.self_attn.o_proj(attended)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        out = self.self_attn.o_proj(attended)
+        hidden = hidden + (out if deltas is None else self.attention_conv.leave(out, deltas, size))
+        inner = self.post_attention_layernorm(hidden)
+        if self.mlp_conv is None:
+            return hidden + self.mlp(inner)
+        inner, deltas = self.mlp_conv.enter(inner, size)
+        return hidden + self.mlp_conv.leave(self.mlp(inner), deltas, size)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -185,6 +282,7 @@ class DFlashDraft(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.candidate_selector = Selector(config) if config.is_second else None
         # Not a buffer: `.to(bfloat16)` would round the frequencies.
         with torch.device("cpu"):
             self._inv_freq, self._rope_factor = rope_frequencies(config)
@@ -318,16 +416,18 @@ class DFlashDraft(nn.Module):
         page_size: int,
         valid_from=None,
         block_size: int | None = None,
-        k: int,
+        k: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k likeliest tokens int64 [n, B-1, k] of every position and their probabilities float32 [n, B-1, k], falling: what draft
-        trees are made of. The rest is as for `draft`."""
+        trees are made of (`k` of None: as many as they take). Of a DFlash 2 they are those that follow the likeliest path. The rest is as
+        for `draft`."""
         if self._engine is None:
             raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
         size = self.config.block_size if block_size is None else block_size
         if size < 2:
             raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
         with torch.inference_mode():
+            k = self._engine.branches if k is None else k
             return self._engine.draft(anchors, lengths, page_table, row_ids, page_size, valid_from, size, k)
 
     # ---- training --------------------------------------------------------------------------------------------
@@ -361,12 +461,12 @@ class DFlashDraft(nn.Module):
 
         for index, layer in enumerate(self.layers):
             attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
+            normed, deltas = layer.open(hidden, block_size)
             q = attention.query(normed, cos_block, sin_block)
             k_block, v_block = attention.key_value(normed, cos_block, sin_block)
             k_context, v_context = attention.key_value(context, cos_context, sin_context)
             attended = self._packed_attention(index, q, k_context, v_context, k_block, v_block, anchor_idx, block_size)
-            hidden = layer.close(hidden, attended)
+            hidden = layer.close(hidden, attended, deltas, block_size)
         return self.norm(hidden).view(batch, anchors, block_size, c.hidden_size)
 
     def _packed_attention(self, index, q, k_context, v_context, k_block, v_block, anchor_idx, block_size) -> Tensor:
@@ -414,6 +514,21 @@ class DFlashDraft(nn.Module):
         return out.reshape(batch, anchors * block_size, kv * group * dim)
 
 
+class _ConvLayer(FusedLayer):
+    """A layer of a DFlash 2: the same with its two convolutions, over blocks of `size` tokens."""
+
+    def __init__(self, layer: DraftLayer, **options):
+        super().__init__(layer, **options)
+        self._attention_conv, self._mlp_conv = layer.attention_conv, layer.mlp_conv
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor, size: int):
+        normed, deltas = self._attention_conv.enter(torch.rms_norm(x, self.hidden, self.norm1, self.eps), size)
+        attended = self.attend(normed, cos, sin, attention, k_cache, v_cache)
+        x = x + self._attention_conv.leave(self.out(attended), deltas, size)
+        inner, deltas = self._mlp_conv.enter(torch.rms_norm(x, self.hidden, self.norm2, self.eps), size)
+        return x + self._mlp_conv.leave(self.down(self.swiglu(self.gate_up(inner))), deltas, size)
+
+
 class _DraftEngine:
     """Weights laid out for decoding, and the paged context cache."""
 
@@ -438,8 +553,11 @@ class _DraftEngine:
         self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in draft.layers])[
             :, None
         ].contiguous()
+        self.selector = draft.candidate_selector
+        # Candidates per position that trees are made of.
+        self.branches = min(BRANCHES, c.selector_top_k or c.vocab_size - 1)
         self.layers = [
-            FusedLayer(
+            (_ConvLayer if c.is_second else FusedLayer)(
                 layer,
                 head_dim=c.head_dim,
                 eps=self.eps,
@@ -467,6 +585,7 @@ class _DraftEngine:
             keys, values = zip(*self.caches, strict=True)
             self.injection = cuda.KvCaches(keys, values), torch.cat((cos, sin), dim=-1).contiguous()
         plain = c.input_embedding_scale == 1.0 and c.output_multiplier == 1.0 and c.final_logit_softcapping is None
+        plain = plain and not c.is_second
         self.run = self.injector = None
         if plain:
             self.run = HostRun.build(
@@ -575,30 +694,41 @@ class _DraftEngine:
         attention = step_attention(
             batch, num_slots=self.num_slots, write=False, kernel=self.kernel, valid_from=valid_from
         )
-        logits = self.block(batch.token_ids, batch.positions, limit, attention, size)
+        hidden, logits = self.block(batch.token_ids, batch.positions, limit, attention, size)
+        if self.selector is not None:
+            likely, sure = self.select(hidden, logits, batch.token_ids[::size], k)
+            return likely.cpu().numpy(), sure.exp().cpu().numpy()
         # The first of equals, which topk does not promise.
-        likely = logits.argmax(dim=-1)[:, None] if k == 1 else logits.topk(k, dim=-1).indices
-        sure = logits.float().softmax(dim=-1).gather(1, likely)
-        return likely.view(n, size - 1, k).cpu().numpy(), sure.view(n, size - 1, k).cpu().numpy()
+        likely = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
+        sure = logits.float().softmax(dim=-1).gather(-1, likely)
+        return likely.cpu().numpy(), sure.cpu().numpy()
 
-    def block(self, token_ids: Tensor, positions: Tensor, limit: int, attention, size: int) -> Tensor:
-        """Logits [n * (size - 1), V] of what follows the anchors of n blocks; token_ids and positions int64 [n * size], below `limit`."""
+    def select(self, hidden: Tensor, logits: Tensor, anchors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Of a DFlash 2, what `Selector` picks: tokens int64 and log-probabilities float32 [n, size - 1, k]."""
+        if k > self.selector.top_k:
+            raise InvalidArgument(f"k: got {k}, expected at most {self.selector.top_k}, the drafter's selector_top_k")
+        return self.selector(hidden, logits, anchors, k)
+
+    def block(self, token_ids: Tensor, positions: Tensor, limit: int, attention, size: int) -> tuple[Tensor, Tensor]:
+        """Of what follows the anchors of n blocks, normalised hidden states [n, size - 1, H] and logits [n, size - 1, V]; token_ids and
+        positions int64 [n * size], below `limit`."""
         c = self.config
         cos, sin = self.rotary.lookup(positions, limit)
         x = F.embedding(token_ids, self.embedding)
         if c.input_embedding_scale != 1.0:
             x = x * c.input_embedding_scale
         for layer, caches in zip(self.layers, self.caches, strict=True):
-            x = layer(x, cos, sin, attention, *caches)
+            x = layer(x, cos, sin, attention, *caches, *((size,) if c.is_second else ()))
         rows = x.view(-1, size, x.shape[-1])[:, 1:].reshape(-1, x.shape[-1])
-        logits = self.head(torch.rms_norm(rows, self.hidden, self.norm, self.eps))
+        hidden = torch.rms_norm(rows, self.hidden, self.norm, self.eps)
+        logits = self.head(hidden)
         if c.output_multiplier != 1.0:
             logits = logits * c.output_multiplier
         if c.final_logit_softcapping is not None:
             logits = torch.tanh(logits / c.final_logit_softcapping) * c.final_logit_softcapping
         if c.mask_token_id < logits.shape[-1]:
             logits[:, c.mask_token_id].fill_(-math.inf)
-        return logits
+        return hidden.view(-1, size - 1, hidden.shape[-1]), logits.view(-1, size - 1, logits.shape[-1])
 
 
 def block_mask(block_size: int, causal: bool, window: int | None, device) -> Tensor | None:

@@ -183,9 +183,16 @@ class FusedLayer:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """x [T, H] -> [T, H]; `attention` is the step's attention, see attention.py."""
-        qkv = self.qkv(torch.rms_norm(x, self.hidden, self.norm1, self.eps)).view(
-            -1, self._split + self.kv_heads, self.head_dim
+        attended = self.attend(
+            torch.rms_norm(x, self.hidden, self.norm1, self.eps), cos, sin, attention, k_cache, v_cache
         )
+        x = self.out.plus(attended, x)
+        gate_up = self.gate_up(torch.rms_norm(x, self.hidden, self.norm2, self.eps))
+        return self.down.plus(self.swiglu(gate_up), x)
+
+    def attend(self, normed: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """normed [T, H] -> [T, heads * head_dim], before the output projection."""
+        qkv = self.qkv(normed).view(-1, self._split + self.kv_heads, self.head_dim)
         qk, v = qkv[:, : self._split], qkv[:, self._split :]
         if self.head_norm is not None:
             qk = torch.rms_norm(qk, self._width, None, self.eps).mul_(self.head_norm)
@@ -194,11 +201,9 @@ class FusedLayer:
             qk[:, : self.heads], qk[:, self.heads :], v, k_cache, v_cache,
             scale=self.scale, causal=self.causal, window=self.window,
         )  # fmt: skip
-        x = self.out.plus(attended.reshape(x.shape[0], -1), x)
-        gate_up = self.gate_up(torch.rms_norm(x, self.hidden, self.norm2, self.eps))
-        return self.down.plus(self._swiglu(gate_up), x)
+        return attended.reshape(normed.shape[0], -1)
 
-    def _swiglu(self, gate_up: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor) -> Tensor:
         """[T, 2 I] -> [T, I]."""
         if self.gate_up.host is None:
             return F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :])

@@ -1,4 +1,4 @@
-"""Reads and writes DFlash checkpoints, and refuses what would be misread.
+"""Reads and writes DFlash and DFlash 2 checkpoints, and refuses what would be misread.
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or shards listed in
 `model.safetensors.index.json`. In the configuration, keys of the nested `dflash_config` beat top-level ones. Tensor
@@ -92,7 +92,7 @@ def read_draft_config(path: str | Path) -> DraftConfig:
         raise CheckpointError(f"{file}: got a {type(top).__name__}, expected an object")
     fields = _Fields(file, top)
 
-    _check_kind(fields)
+    second = _check_kind(fields)
     hidden, layers = fields.integer("hidden_size", 1), fields.integer("num_hidden_layers", 1)
     heads = fields.integer("num_attention_heads", 1)
     kv_heads = fields.integer("num_key_value_heads", 1, heads)
@@ -134,26 +134,36 @@ def read_draft_config(path: str | Path) -> DraftConfig:
         input_embedding_scale=fields.number("input_embedding_scale", 1.0, positive=False),
         output_multiplier=fields.number("output_multiplier", 1.0),
         final_logit_softcapping=None if not softcap else fields.number("final_logit_softcapping"),
+        **(_second(fields, hidden, vocab) if second else {}),
     )
 
 
-def _check_kind(fields: _Fields) -> None:
+def _second(fields: _Fields, hidden: int, vocab: int) -> dict[str, int]:
+    """What only a DFlash 2 has."""
+    values = {key: fields.integer(key, 1) for key in _DFLASH2_KEYS}
+    if hidden % values["conv_group_size"]:
+        raise fields.fail("conv_group_size", f"a divisor of hidden_size {hidden}")
+    if values["selector_top_k"] >= vocab:
+        raise fields.fail("selector_top_k", f"less than the {vocab} tokens of vocab_size")
+    return values
+
+
+def _check_kind(fields: _Fields) -> bool:
+    """Whether it is a DFlash 2."""
     names = fields.get("architectures", ["DFlashDraftModel"])
     if not isinstance(names, list) or not names:
         raise fields.fail("architectures", "a list of one class name")
-    second = [key for key in _DFLASH2_KEYS if fields.get(key) is not None]
-    if "DFlash2DraftModel" in names or second:
-        why = "architectures has DFlash2DraftModel" if "DFlash2DraftModel" in names else f"{second[0]} is set"
-        raise CheckpointError(
-            f"{fields.file}: {why}: DFlash 2 is not supported, its grouped dynamic convolutions (attention_conv, mlp_conv) and "
-            "its candidate selector are missing here; expected a DFlash checkpoint (DFlashDraftModel)"
-        )
-    if names != ["DFlashDraftModel"]:
-        raise fields.fail("architectures", "['DFlashDraftModel']")
+    if names not in (["DFlashDraftModel"], ["DFlash2DraftModel"]):
+        raise fields.fail("architectures", "['DFlashDraftModel'] or ['DFlash2DraftModel']")
+    second = names == ["DFlash2DraftModel"]
+    for key in _DFLASH2_KEYS:
+        if not second and fields.get(key):
+            raise fields.fail(key, "nothing for a DFlashDraftModel; it belongs to DFlash 2 (DFlash2DraftModel)")
     for key in ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"):
         if fields.get(key) is not None:
             # Such exports count the embedding as 0, one more than a DFlash id for the same layer.
             raise fields.fail(key, "target_layer_ids instead, where id k is the output of target layer k")
+    return second
 
 
 def _layer_ids(fields: _Fields, target_layers: int, draft_layers: int) -> tuple[int, ...]:
@@ -296,12 +306,6 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    convolutions = [name for name in tensors if "_conv." in name or name.startswith("candidate_selector.")]
-    if convolutions:
-        raise CheckpointError(
-            f"{path}: {convolutions[0]}: belongs to DFlash 2, which is not supported: its convolutions and candidate selector are "
-            "missing here"
-        )
     heads = [name for name in tensors if name in ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")]
     if heads:
         raise CheckpointError(
@@ -313,6 +317,10 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, T
         ("unexpected", tensors.keys() - expected.keys()),
     ):
         if names:
+            if what == "unexpected" and ("_conv." in min(names) or min(names).startswith("candidate_selector.")):
+                raise CheckpointError(
+                    f"{path}: {min(names)}: belongs to DFlash 2, expected ['DFlash2DraftModel'] as architectures in config.json"
+                )
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{path}: {min(names)}: {what} tensor{more}")
     for name, tensor in tensors.items():
@@ -381,7 +389,7 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
     c = draft.config
     sliding = [window is not None for window in c.layer_window]
     config: dict[str, Any] = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": ["DFlash2DraftModel" if c.is_second else "DFlashDraftModel"],
         "model_type": "qwen3",
         "hidden_size": c.hidden_size,
         "num_hidden_layers": c.num_hidden_layers,
@@ -399,6 +407,7 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
         "num_target_layers": c.num_target_layers,
         "block_size": c.block_size,
         "dflash_config": {"mask_token_id": c.mask_token_id, "target_layer_ids": list(c.target_layer_ids)},
+        **({key: getattr(c, key) for key in _DFLASH2_KEYS} if c.is_second else {}),
         "input_embedding_scale": c.input_embedding_scale,
         "output_multiplier": c.output_multiplier,
         "final_logit_softcapping": c.final_logit_softcapping,

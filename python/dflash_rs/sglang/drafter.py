@@ -43,7 +43,7 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     mask = field("mask_token_id")
     if mask is not None and not 0 <= int(mask) < int(target.vocab_size):
         raise CheckpointError(f"{file}: mask_token_id: got {mask}, expected 0..{int(target.vocab_size) - 1}")
-    if "DFlashDraftModel" in (getattr(draft_config, "architectures", None) or ()):
+    if {"DFlashDraftModel", "DFlash2DraftModel"} & set(getattr(draft_config, "architectures", None) or ()):
         if (lost := _not_stored(Path(path), int(draft.num_hidden_layers))) is not None:
             raise CheckpointError(f"{path}: {lost}: missing tensor")
     if model is not None:
