@@ -1,6 +1,7 @@
 //! Bookkeeping for a serving engine that keeps its own requests: one crossing per step, no Python loop over the batch.
 
 use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1, PyUntypedArrayMethods, dtype};
+use pyo3::exceptions::PyAttributeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString};
@@ -26,9 +27,24 @@ fn writable<'py, T: numpy::Element>(
     array.try_readwrite().map_err(|_| refuse())
 }
 
+/// `object.<name>` of a request; what has none is no request.
+fn attribute<'py>(row: usize, object: &Bound<'py, PyAny>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
+    object.getattr(name).map_err(|error| {
+        if !error.is_instance_of::<PyAttributeError>(object.py()) {
+            return error;
+        }
+        let got = format!("{} without {name} for request {row}", describe(object));
+        invalid(
+            "requests",
+            got,
+            "objects with kv.kv_committed_len and kv.kv_allocated_len",
+        )
+    })
+}
+
 /// `requests[row].kv.<name>`, a number of slots.
 fn length(row: usize, kv: &Bound<'_, PyAny>, name: &Bound<'_, PyString>) -> PyResult<i32> {
-    let value = kv.getattr(name)?;
+    let value = attribute(row, kv, name)?;
     value.extract().ok().filter(|n| *n >= 0).ok_or_else(|| {
         invalid(
             "requests",
@@ -74,7 +90,7 @@ pub fn plan_decode(
     );
     let (mut missing, mut committed_sum, mut next_sum) = (0, 0, 0);
     for (row, request) in requests.iter().enumerate() {
-        let kv = request.getattr(intern!(py, "kv"))?;
+        let kv = attribute(row, &request, intern!(py, "kv"))?;
         let known = length(row, &kv, intern!(py, "kv_committed_len"))?;
         let owned = length(row, &kv, intern!(py, "kv_allocated_len"))?;
         let wanted = room(known as usize, owned as usize, ahead, page_size);

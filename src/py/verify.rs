@@ -356,10 +356,16 @@ pub fn gumbel<'py>(
         "draft" => Domain::Draft,
         other => return Err(invalid("domain", other, DOMAINS)),
     };
-    let numbers: Vec<f32> = py.detach(|| {
-        let mut words = vec![0; columns as usize];
+    let numbers = py.detach(|| {
+        let (mut words, mut numbers) = (Vec::new(), Vec::new());
+        words.try_reserve_exact(columns as usize).ok()?;
+        numbers.try_reserve_exact(columns as usize).ok()?;
+        words.resize(columns as usize, 0);
         Stream::new(seed, position, domain).fill_words(0, &mut words);
-        words.into_iter().map(gumbel_of_word).collect()
+        numbers.extend(words.into_iter().map(gumbel_of_word));
+        Some(numbers)
     });
+    let numbers: Vec<f32> =
+        numbers.ok_or_else(|| invalid("columns", columns.to_string(), "as many as fit the memory"))?;
     Ok(numbers.into_pyarray(py))
 }

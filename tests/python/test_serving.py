@@ -75,9 +75,16 @@ def test_what_cannot_be_planned_is_named(changes: dict[str, Any], message: str):
         serving.plan_decode(**given | changes)
 
 
-def test_a_request_without_the_lengths_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="kv_committed_len"):
-        serving.plan_decode([SimpleNamespace(kv=None)], 16, 16, **arrays(1))
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (SimpleNamespace(kv=None), "requests: got None without kv_committed_len for request 0, expected objects with"),
+        (object(), "requests: got a object without kv for request 0, expected objects with"),
+    ],
+)
+def test_a_request_without_the_lengths_is_named(request_, message):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        serving.plan_decode([request_], 16, 16, **arrays(1))
 
 
 def test_the_sglang_worker_uses_the_public_package_only():
