@@ -2,12 +2,13 @@
 
     tests      tests/gpu: every kernel against float64, outputs poisoned, fresh random inputs
     sanitizer  the same calls on small shapes under compute-sanitizer (memcheck, racecheck, synccheck)
-    kernels    time of every kernel, as a share of measured copy bandwidth, beside torch on the same inputs
+    kernels    time of every kernel, as a share of measured copy bandwidth, beside torch and SGLang on the same inputs
     engine     dflash-rs bench --suite demo on the GPU
     trees      the same with draft trees
 
 Needs Python with torch for CUDA, numpy, and pytest for `tests`; no Rust and no nvcc. The wheel is built elsewhere (make
 install leaves it in dist/) and unpacked into a temporary folder; nothing is installed. Without --wheel the installed package is used.
+SGLang 0.5.17 or 0.5.23 takes part in `kernels` where it is installed or unpacked in a folder on PYTHONPATH.
 
 Exit code 0: everything that was asked for ran and passed; 1: something failed; 2: no GPU, or a part that cannot run here. A part that
 did not run is reported as such, never as passed.
@@ -114,11 +115,15 @@ def part_sanitizer(environment: dict[str, str], folder: Path) -> dict:
 def part_kernels(environment: dict[str, str], folder: Path) -> dict:
     """The table of kernels.py."""
     report = folder / "kernels.json"
+    # For SGLang alone, which is looked for after everything else has been imported.
+    paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = environment | {"GPU_SUITE_PEERS_PATH": os.pathsep.join(paths)}
     code, _ = run([sys.executable, HERE / "kernels.py", report], environment, 900)
-    if code or not report.is_file():
+    if not report.is_file():
         return {"status": FAILED, "detail": f"code {code}"}
     results = json.loads(report.read_text(encoding="utf-8"))
-    return {"status": PASSED, "detail": f"copy {results['copy_gb_s']:.0f} GB/s", "results": results}
+    detail = f"code {code}, {len(results['rows'])} rows" if code else f"copy {results['copy_gb_s']:.0f} GB/s"
+    return {"status": FAILED if code else PASSED, "detail": detail, "results": results}
 
 
 def part_engine(environment: dict[str, str], folder: Path) -> dict:
@@ -152,13 +157,24 @@ PARTS = {
 
 
 def kernel_rows(results: dict) -> list[str]:
-    """One line per kernel."""
-    lines = [f"{'kernel':<28} {'shape':<34} {'us':>9} {'% copy':>7} {'torch us':>9}"]
+    """One line per kernel, and one on SGLang."""
+    lines = [f"{'kernel':<28} {'shape':<34} {'us':>9} {'% copy':>7} {'torch us':>9} {'sglang us':>9}"]
     for row in results["rows"]:
         share = f"{100 * row['bandwidth_share']:.0f}" if row.get("bandwidth_share") else "-"
         peer = f"{row['torch_us']:.1f}" if row.get("torch_us") else "-"
-        lines.append(f"{row['kernel']:<28} {row['shape']:<34} {row['us']:>9.1f} {share:>7} {peer:>9}")
-    return lines
+        other = f"{row['sglang_us']:.1f}" if row.get("sglang_us") else "-"
+        line = f"{row['kernel']:<28} {row['shape']:<34} {row['us']:>9.1f} {share:>7} {peer:>9} {other:>9}"
+        lines.append("  ".join((line, *map(sglang_note, row.get("sglang", ())))))
+    return [*lines, f"SGLang: {results['sglang']['detail']}"]
+
+
+def sglang_note(peer: dict) -> str:
+    """What became of one of SGLang's kernels."""
+    if "us" in peer:
+        return f"{peer['kernel']} {peer['us']:.1f}{' (eager)' if peer['timed'] == 'eager' else ''}"
+    return f"{peer['kernel']} " + (
+        f"differs ({peer['differs']})" if "differs" in peer else f"failed ({peer['failed']})"
+    )
 
 
 def main() -> int:

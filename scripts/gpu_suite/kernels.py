@@ -1,8 +1,9 @@
-"""Time of every kernel at working sizes: medians, as a share of measured copy bandwidth, torch beside it on the same inputs.
+"""Time of every kernel at working sizes: medians, as a share of measured copy bandwidth, torch and SGLang beside it on the same inputs.
 
 python scripts/gpu_suite/kernels.py OUT.json
 
 Calls are captured in a graph, so that the host's time is not measured; big cases move several times what the L2 cache holds.
+SGLang's Triton kernels (peers.py) take part where SGLang can be imported.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from dflash_rs import cuda
 
 sys.path.insert(0, str(Path(__file__).parent))
+import peers  # noqa: E402
 import shapes  # noqa: E402
 
 
@@ -54,6 +56,33 @@ def eager_us(call: Callable[[], object], repeat: int = 15) -> float:
     return statistics.median(times[3:])
 
 
+def peer_times(case: shapes.Case) -> list[dict]:
+    """What was found out about SGLang's kernels for a case: `us`, or how one `differs` or why it `failed`, never two of them."""
+    rows = []
+    for found in peers.peers(case):
+        row = {"kernel": found.kernel}
+        rows.append(row)
+        try:
+            if found.peer is None:
+                row["failed"] = found.failed
+            elif (differs := found.peer.differs()) is not None:
+                row["differs"] = differs
+            else:
+                row |= peer_time(found.peer.call)
+        except Exception as error:  # whatever a compiler or a kernel of others raises, our rows go on
+            row["failed"] = peers.reason(error)
+    return rows
+
+
+def peer_time(call: Callable[[], object]) -> dict:
+    """Inside a graph, or launched anew each time where a graph cannot hold it."""
+    try:
+        return {"us": median_us(call), "timed": "graph"}
+    except Exception as error:
+        torch.cuda.synchronize()
+        return {"us": eager_us(call), "timed": "eager", "not_captured": peers.reason(error)}
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of torch's copy of 1 GiB, read and written."""
     source = torch.randn(1 << 28, device=device)
@@ -64,7 +93,8 @@ def copy_bandwidth(device: torch.device) -> float:
 def all_cases(device: torch.device):
     """Built one after the other: together they would not fit."""
     chain = lambda context: shapes.Batch(device, 64, 8, context)  # noqa: E731
-    yield lambda: shapes.prepare_case(chain(1000))
+    for drafted in (True, False):
+        yield lambda d=drafted: shapes.prepare_case(chain(1000), d)
     yield lambda: shapes.accept_case(chain(1000))
     yield lambda: shapes.tree_case(device, 64, 7, 8, 32)
     yield lambda: shapes.top_k_case(device, 448, 151936, 8)
@@ -78,11 +108,13 @@ def all_cases(device: torch.device):
     for mask in ("block", "ancestors"):
         yield lambda m=mask: shapes.attention_case(shapes.Batch(device, 32, 16, 8192), 32, 8, 128, m)
     yield lambda: shapes.attention_case(shapes.Batch(device, 1, 16, 32000), 32, 8, 128, "causal")
+    yield lambda: shapes.attention_case(shapes.Batch(device, 32, 1, 8192), 32, 8, 128, "causal")  # plain decoding
     for name, options in (
         ("greedy", {"temperature": 0}), ("temperature", {"temperature": 0.8}), ("min_p", {"min_p": 0.05}),
         ("top_p", {"top_p": 0.95}), ("top_k", {"top_k": 50}), ("penalties", {"presence_penalty": 0.5, "history": {5: 1, 9: 2}}),
     ):  # fmt: skip
         yield lambda n=name, o=options: shapes.sample_case(device, 64, 512, 151936, n, o)
+    yield lambda: shapes.sample_case(device, 64, 512, 151936, "greedy", {"temperature": 0}, torch.float32)
 
 
 def main(path: str) -> None:
@@ -91,7 +123,10 @@ def main(path: str) -> None:
     cuda.load(device)
     bandwidth = copy_bandwidth(device)
     print(f"copy {bandwidth:.0f} GB/s")
-    rows = []
+    version, detail = peers.sglang()
+    print(f"SGLang: {detail}", flush=True)
+    found = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "copy_gb_s": bandwidth}
+    found |= {"sglang": {"version": version, "detail": detail}, "rows": []}
     for make in all_cases(device):
         case = make()
         row = {"kernel": case.kernel, "shape": case.shape, "us": median_us(case.call)}
@@ -99,12 +134,16 @@ def main(path: str) -> None:
             row["bandwidth_share"] = case.bytes / row["us"] / 1000 / bandwidth
         if case.torch_call is not None:
             row["torch_us"] = eager_us(case.torch_call)
-        rows.append(row)
+        if version is not None and (others := peer_times(case)):
+            row["sglang"] = others
+            if times := [other["us"] for other in others if "us" in other]:
+                row["sglang_us"] = min(times)
+        found["rows"].append(row)
         print(json.dumps(row), flush=True)
+        # After every row: a kernel of others that leaves the device in error takes the process with it, not what was measured.
+        Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         del case
         torch.cuda.empty_cache()
-    found = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "copy_gb_s": bandwidth, "rows": rows}
-    Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from dflash_rs import cuda
+
+MASK_TOKEN = 7
 
 
 @dataclass
@@ -21,6 +24,8 @@ class Case:
     call: Callable[[], object]
     bytes: int | None = None  # None: a matter of launch latency
     torch_call: Callable[[], object] | None = None
+    # What the call reads and writes, by name, for those who compute the same in another way (peers.py).
+    inputs: SimpleNamespace = field(default_factory=SimpleNamespace)
 
 
 class Batch:
@@ -41,6 +46,12 @@ class Batch:
     def tokens(self) -> int:
         return self.requests * self.n
 
+    def slots(self) -> torch.Tensor:
+        """Slot of every key of every request, int64 [requests, context + n]."""
+        keys = torch.arange(self.context + self.n, device=self.device)
+        pages = self.table.pages[self.table.row_ids.long()][:, keys // self.table.page_size].long()
+        return pages * self.table.page_size + keys % self.table.page_size
+
     def ids(self, high: int = 1000) -> torch.Tensor:
         return torch.randint(0, high, (self.tokens,), device=self.device)
 
@@ -50,17 +61,22 @@ def normal(*shape: int, device: torch.device) -> torch.Tensor:
     return torch.randn(shape, device=device, dtype=torch.float32).bfloat16()
 
 
-def prepare_case(batch: Batch) -> Case:
-    anchors, drafts = batch.ids()[: batch.requests], batch.ids().view(batch.requests, -1)[:, 1:].contiguous()
+def prepare_case(batch: Batch, drafted: bool = True) -> Case:
+    """What the target verifies (`drafted`), or the masked block that the drafter fills."""
+    anchors = batch.ids()[: batch.requests]
+    drafts = batch.ids().view(batch.requests, -1)[:, 1:].contiguous() if drafted else None
     ids, positions, slots = (torch.empty(batch.tokens, dtype=torch.int64, device=batch.device) for _ in range(3))
 
     def call():
         cuda.prepare_block(
             query_starts=batch.starts, context_lens=batch.lens, anchors=anchors, table=batch.table, token_ids=ids,
-            positions=positions, slots=slots, drafts=drafts,
+            positions=positions, slots=slots, drafts=drafts, mask_token=MASK_TOKEN,
         )  # fmt: skip
 
-    return Case("prepare_block", f"R={batch.requests} n={batch.n}", call)
+    return Case(
+        f"prepare_block {'drafts' if drafted else 'masks'}", f"R={batch.requests} n={batch.n}", call,
+        inputs=SimpleNamespace(batch=batch, anchors=anchors, drafts=drafts, out=(ids, positions, slots)),
+    )  # fmt: skip
 
 
 def inject_case(device, rows: int, layers: int, heads: int, dim: int) -> Case:
@@ -84,6 +100,7 @@ def inject_case(device, rows: int, layers: int, heads: int, dim: int) -> Case:
     return Case(
         f"kv_inject_{dim}", f"M={rows} layers={layers} heads={heads}",
         lambda: cuda.kv_inject(kv, norm, cos_sin, positions, slots, caches, eps=1e-6), 2 * kv.numel() * 2, torch_call,
+        SimpleNamespace(kv=kv, norm=norm, cos_sin=cos_sin, positions=positions, slots=slots, caches=caches, eps=1e-6),
     )  # fmt: skip
 
 
@@ -112,12 +129,15 @@ def attention_case(batch: Batch, heads: int, kv_heads: int, dim: int, mask: str)
         f"block_attention_{dim} {mask}", f"R={batch.requests} n={batch.n} keys={keys} {heads}/{kv_heads}", call, moved,
         # No mask: the fastest that torch can do over as many keys.
         lambda: F.scaled_dot_product_attention(dense_q, *dense, enable_gqa=True),
+        SimpleNamespace(batch=batch, q=q, k=k, v=v, caches=caches, scale=dim**-0.5, mask=mask, ancestors=ancestors, out=out),
     )  # fmt: skip
 
 
-def sample_case(device, requests: int, rows: int, vocab: int, name: str, options: dict) -> Case:
+def sample_case(
+    device, requests: int, rows: int, vocab: int, name: str, options: dict, dtype: torch.dtype = torch.bfloat16
+) -> Case:
     batch = Batch(device, requests, rows // requests, 100)
-    logits = normal(rows, vocab, device=device) * 3
+    logits = (torch.randn(rows, vocab, device=device) * 3).to(dtype)
     sampling = cuda.sampling_rows([options | {"seed": r} for r in range(requests)], device)
     ids, positions = batch.ids(), torch.arange(rows, device=device)
     out = cuda.Sampled(
@@ -144,7 +164,11 @@ def sample_case(device, requests: int, rows: int, vocab: int, name: str, options
             logits, sampling, query_starts=batch.starts, token_ids=ids, positions=positions, out=out, scratch=scratch
         )
 
-    return Case(f"sample_rows {name}", f"rows={rows} V={vocab} bf16", call, logits.numel() * 2, torch_call)
+    bits = logits.element_size() * 8
+    return Case(
+        f"sample_rows {name}", f"rows={rows} V={vocab} {'bf' if bits == 16 else 'f'}{bits}", call, logits.nbytes, torch_call,
+        SimpleNamespace(logits=logits, options=options, out=out),
+    )  # fmt: skip
 
 
 def accept_case(batch: Batch) -> Case:
@@ -152,15 +176,18 @@ def accept_case(batch: Batch) -> Case:
     arguments = dict(
         query_starts=batch.starts, context_lens=batch.lens, token_ids=ids, sampled=sampled, table=batch.table, max_nodes=batch.n
     )  # fmt: skip
-    out = cuda.accept(**arguments)
-    return Case("accept", f"R={batch.requests} n={batch.n}", lambda: cuda.accept(**arguments, out=out))
+    out = cuda.empty_accepted(batch.requests, batch.tokens, batch.n, batch.device)
+    return Case(
+        "accept", f"R={batch.requests} n={batch.n}", lambda: cuda.accept(**arguments, out=out),
+        inputs=SimpleNamespace(batch=batch, ids=ids, sampled=sampled, out=out),
+    )  # fmt: skip
 
 
 def top_k_case(device, rows: int, vocab: int, k: int) -> Case:
     logits = normal(rows, vocab, device=device)
     return Case(
         "tree_top_k", f"rows={rows} V={vocab} k={k} bf16", lambda: cuda.tree_top_k(logits, k), logits.numel() * 2,
-        lambda: logits.float().log_softmax(-1).topk(k, -1),
+        lambda: logits.float().log_softmax(-1).topk(k, -1), SimpleNamespace(logits=logits, k=k),
     )  # fmt: skip
 
 
@@ -183,4 +210,5 @@ def compact_case(batch: Batch, layers: int, heads: int, dim: int) -> Case:
     return Case(
         "compact_kv", f"R={batch.requests} moved={half - 1} layers={layers} heads={heads}",
         lambda: cuda.compact_kv(path, batch.lens, caches, batch.table), moved,
+        inputs=SimpleNamespace(batch=batch, path=path, caches=caches),
     )  # fmt: skip

@@ -16,6 +16,7 @@ def main(device: torch.device) -> None:
     batch, longer = shapes.Batch(device, 3, 5, 21), shapes.Batch(device, 2, 5, 600)
     cases = [
         shapes.prepare_case(batch),
+        shapes.prepare_case(batch, drafted=False),
         shapes.accept_case(batch),
         shapes.top_k_case(device, 4, 5000, 9),
         shapes.tree_case(device, 3, 4, 5, 17),
