@@ -15,7 +15,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,122 +24,20 @@ from . import _core
 from .arguments import integer
 from .config import EngineConfig, StepCosts, assets
 from .errors import CheckpointError, DflashError, InvalidArgument
+from .options import as_list, core_params, encodable, params_for, pick_device, pick_dtype, pick_precision
+from .outputs import ABORT, REASONS, Active, Output, Prompt, StreamEvent, token_logprobs
 from .sampling import SamplingParams
 from .text import Detokenizer, token_bytes
 
 if TYPE_CHECKING:
-    from .device_step import DeviceStep, Draws
+    from .device_step import DeviceStep
 
-Prompt = str | Sequence[int]
-_REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
-_ABORT = 5
-# Page tables beyond this are a mistake, not a plan.
-_MOST_TABLE_BYTES = 1 << 30
-_MOST_NODES = 1023
 # Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.43 at temperature 0, 0.51 at
 # 0.4, 0.66 at 0.7, 0.92 at 1. A square passes through these.
 _GREEDY_SHARPNESS, _MORE_SHARPNESS = np.float32(0.43), np.float32(0.49)
-
-
-@dataclass
-class TokenLogprob:
-    """One output token under the model's own softmax (raw logits): its log-probability in nats, and the likeliest tokens."""
-
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass
-class Output:
-    """A finished request.
-
-    `text` ends before a stop string and does not show the end-of-text token; `token_ids` holds every token that was produced.
-    `finish_reason`: ``stop``, ``length``, ``abort`` or ``error`` (then `error` says why). `logprobs` is None unless asked for.
-    `metrics`: prompt_tokens, cached_prompt_tokens, output_tokens, steps (target passes after the prefill), tau (tokens per such
-    pass), accepted_per_position (share of drafted positions accepted), accept_histogram (passes by number of drafts accepted),
-    ttft_s, total_s, tokens_per_s, seed.
-    """
-
-    request_id: int
-    prompt: Prompt
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[TokenLogprob] | None
-    metrics: dict[str, Any]
-    error: str | None = None
-
-
-@dataclass
-class StreamEvent:
-    """What one step added to one request.
-
-    `index` is the prompt's place in the call. `text` is the new text, `token_ids` the new tokens; the first `accepted` of them
-    were drafts. `output` comes with the last event.
-    """
-
-    index: int
-    request_id: int
-    text: str
-    token_ids: list[int]
-    accepted: int
-    finish_reason: str | None = None
-    output: Output | None = None
-
-
-class _Active:
-    """A request on its way."""
-
-    def __init__(
-        self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer
-    ):
-        self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
-        self.drafts = False
-        self.draws: Draws | None = None
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.steps = 0
-        self.decoded = 0
-        self.cached = 0
-        self.histogram: list[int] = []
-        self.drafted_at: list[int] = []
-        self.accepted_at: list[int] = []
-        self.begin = time.perf_counter()
-        self.first = 0.0
-        self.events: deque[StreamEvent] = deque()
-        self.output: Output | None = None
-
-    def count(self, drafted: int, accepted: int, tokens: int) -> None:
-        self.steps += 1
-        self.decoded += tokens
-        _bump(self.histogram, accepted)
-        for i in range(drafted):
-            _bump(self.drafted_at, i)
-        for i in range(accepted):
-            _bump(self.accepted_at, i)
-
-    def metrics(self) -> dict[str, Any]:
-        total = time.perf_counter() - self.begin
-        accepted = self.accepted_at + [0] * (len(self.drafted_at) - len(self.accepted_at))
-        return {
-            "prompt_tokens": len(self.ids),
-            "cached_prompt_tokens": self.cached,
-            "output_tokens": len(self.token_ids),
-            "steps": self.steps,
-            "tau": self.decoded / self.steps if self.steps else 0.0,
-            "accepted_per_position": [a / d for a, d in zip(accepted, self.drafted_at, strict=True)],
-            "accept_histogram": self.histogram,
-            "ttft_s": (self.first or time.perf_counter()) - self.begin,
-            "total_s": total,
-            "tokens_per_s": len(self.token_ids) / total if total > 0 else 0.0,
-            "seed": self.seed,
-        }
-
-
-def _bump(counts: list[int], at: int) -> None:
-    counts.extend([0] * (at + 1 - len(counts)))
-    counts[at] += 1
+# Page tables beyond this are a mistake, not a plan.
+_MOST_TABLE_BYTES = 1 << 30
+_MOST_NODES = 1023
 
 
 class LLM:
@@ -221,11 +118,11 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(integer("threads", threads, 1, 2**15 - 1))
         self._torch = torch
-        self.device = _device(torch, device)
-        self.dtype = _dtype(torch, dtype, self.device)
+        self.device = pick_device(torch, device)
+        self.dtype = pick_dtype(torch, dtype, self.device)
         self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
 
-        self.matmul_precision = _precision(matmul_precision, self.device, self.dtype)
+        self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
         products = {"matmul_precision": self.matmul_precision}
 
         self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype, **products)
@@ -303,7 +200,7 @@ class LLM:
             self._observes = costs is None and self.device.type == "cpu"
             self._planner = self.costs.planner(self.block_size, self.tree_nodes)
             self._forester = self._planner if self.tree_nodes else None
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
         self._closed = False
         self._lock = threading.RLock()
         self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
@@ -361,7 +258,7 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as `generate` would make them."""
-        if not isinstance(text, str) or not _encodable(text):
+        if not isinstance(text, str) or not encodable(text):
             raise InvalidArgument(f"text: got {text!r}, expected a string without lone surrogates")
         return list(self.tokenizer(text).input_ids)
 
@@ -403,8 +300,8 @@ class LLM:
         """Like `generate`, but yields tokens as they are committed. Leaving the iterator early aborts what is unfinished."""
         if not isinstance(draft, bool):
             raise InvalidArgument(f"draft: got {draft!r}, expected True or False")
-        texts = _as_list(prompts)
-        options = _params_for(texts, params)
+        texts = as_list(prompts)
+        options = params_for(texts, params)
         return _Stream(self, self._submit(texts, options, draft))
 
     def abort(self, request_id: int) -> bool:
@@ -414,10 +311,10 @@ class LLM:
             if active is None:
                 return False
             self._core.abort(request_id)
-            self._finish(active, request_id, _ABORT, [], 0, "")
+            self._finish(active, request_id, ABORT, [], 0, "")
             return True
 
-    def _submit(self, texts: list[Prompt], options: list[SamplingParams], draft: bool) -> dict[int, _Active]:
+    def _submit(self, texts: list[Prompt], options: list[SamplingParams], draft: bool) -> dict[int, Active]:
         if self._closed:
             raise DflashError("this LLM is closed: make a new one")
         prepared = [self._check(i, p, o) for i, (p, o) in enumerate(zip(texts, options, strict=True))]
@@ -427,8 +324,8 @@ class LLM:
                 for i, (prompt, tokens, o) in enumerate(zip(texts, prepared, options, strict=True)):
                     seed = secrets.randbits(63) if o.seed is None else int(o.seed)
                     drafts = draft and self._draft is not None
-                    request = self._core.add(tokens, **_core_params(o, seed, drafts))
-                    active = _Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
+                    request = self._core.add(tokens, **core_params(o, seed, drafts))
+                    active = Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
                     active.drafts = drafts
                     if self._device_step is not None:
                         active.draws = self._device_step.draws(o, seed)
@@ -445,7 +342,7 @@ class LLM:
     def _check(self, index: int, prompt: Prompt, params: SamplingParams) -> list[int]:
         name = f"prompts[{index}]"
         if isinstance(prompt, str):
-            if not _encodable(prompt):
+            if not encodable(prompt):
                 raise InvalidArgument(f"{name}: got {prompt!r}, expected a string without lone surrogates")
             tokens = self.encode(prompt)
         else:
@@ -466,7 +363,7 @@ class LLM:
             raise InvalidArgument("stop: this tokenizer's tokens have no bytes of their own; use stop_token_ids")
         return tokens
 
-    def _ready(self, waiting: dict[int, _Active]) -> list[StreamEvent]:
+    def _ready(self, waiting: dict[int, Active]) -> list[StreamEvent]:
         """What is new for these requests, after a step if nothing is. Finished requests leave `waiting`."""
         with self._lock:
             if not any(a.events for a in waiting.values()):
@@ -628,12 +525,15 @@ class LLM:
             return block, block
         if self._device_step is not None:
             # What is drafted is verified: there is nobody to ask in between.
-            tiers, shortest = self._device_step.tiers, self.block_size
-            nodes, block = self._planner.tree(drafting, len(active) - drafting, tiers=tiers, shortest=shortest)
+            room = self.config.max_batch_tokens - len(active)
+            tiers = [nodes for nodes in self._device_step.tiers if drafting * nodes <= room]
+            if not tiers:
+                return 1, 1
+            nodes, block = self._planner.tree(drafting, len(active) - drafting, tiers=tiers, shortest=self.block_size)
             return nodes + 1, block
         nodes, block = self._planner.tree(drafting, len(active) - drafting)
-        # How many of them pay is seen when the drafter has said how sure it is.
-        return (self.tree_nodes + 1, block) if nodes else (1, 1)
+        # How many of them pay is seen when the drafter has said how sure it is: some will want more, some fewer.
+        return (min(self.tree_nodes, max(2 * nodes, self.block_size - 1)) + 1, block) if nodes else (1, 1)
 
     def _drafter_inputs(self, plan: Any) -> tuple[np.ndarray, ...]:
         """Anchors, context lengths and rows of the page table of those who draft."""
@@ -704,7 +604,7 @@ class LLM:
             new = tokens[starts[e] : starts[e + 1]]
             active.cached = cached[e]
             if active.logprobs is not None:
-                active.logprobs.extend(_logprobs(events, starts[e], starts[e + 1]))
+                active.logprobs.extend(token_logprobs(events, starts[e], starts[e + 1]))
             if active.token_ids and new:
                 active.count(drafted[e], accepted[e], len(new))
                 if chains and self._planner is not None and drafted[e]:
@@ -723,7 +623,7 @@ class LLM:
 
     def _finish(
         self,
-        active: _Active,
+        active: Active,
         request: int,
         code: int,
         new: list[int],
@@ -731,7 +631,7 @@ class LLM:
         piece: str,
         error: str | None = None,
     ) -> None:
-        reason = _REASONS[code]
+        reason = REASONS[code]
         active.output = Output(
             request, active.prompt, active.text.text, active.token_ids, reason, active.logprobs, active.metrics(), error
         )
@@ -807,7 +707,7 @@ class LLM:
 class _Stream(Iterator[StreamEvent]):
     """The events of one call. Dropping it, begun or not, aborts what is unfinished."""
 
-    def __init__(self, llm: LLM, waiting: dict[int, _Active]):
+    def __init__(self, llm: LLM, waiting: dict[int, Active]):
         self._llm, self._waiting = llm, waiting
         self._events: deque[StreamEvent] = deque()
 
@@ -831,108 +731,3 @@ class _Stream(Iterator[StreamEvent]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
-    if isinstance(prompts, bytes | bytearray) or not (array or isinstance(prompts, Sequence)):
-        raise InvalidArgument(
-            f"prompts: got {type(prompts).__name__}, expected a string, token ids, or a list of these"
-        )
-    if len(prompts) and isinstance(prompts[0], int | np.integer):
-        return [list(prompts)]
-    return list(prompts)
-
-
-def _params_for(texts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * len(texts)
-    if isinstance(params, str | bytes) or not isinstance(params, Sequence):
-        raise InvalidArgument(f"params: got {params!r}, expected SamplingParams, or a list of them")
-    params = list(params)
-    if len(params) != len(texts):
-        raise InvalidArgument(f"params: got {len(params)}, expected one, or one for each of {len(texts)} prompts")
-    for one in params:
-        if not isinstance(one, SamplingParams):
-            raise InvalidArgument(f"params: got {one!r}, expected SamplingParams")
-    return params
-
-
-def _core_params(o: SamplingParams, seed: int, draft: bool) -> dict[str, Any]:
-    return {
-        "temperature": float(o.temperature),
-        "top_k": int(o.top_k),
-        "top_p": float(o.top_p),
-        "min_p": float(o.min_p),
-        "repetition_penalty": float(o.repetition_penalty),
-        "presence_penalty": float(o.presence_penalty),
-        "frequency_penalty": float(o.frequency_penalty),
-        "logit_bias": dict(o.logit_bias),
-        "seed": seed,
-        "max_tokens": int(o.max_tokens),
-        "stop_token_ids": list(o.stop_token_ids),
-        "stop": [s.encode() for s in o.stop],
-        "ignore_eos": o.ignore_eos,
-        "logprobs": o.logprobs,
-        "draft": draft,
-    }
-
-
-def _logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
-    tops = events.top_starts
-    found = []
-    for j in range(begin, end):
-        span = slice(int(tops[j]), int(tops[j + 1]))
-        top = list(zip(events.top_tokens[span].tolist(), events.top_logprobs[span].tolist(), strict=True))
-        found.append(TokenLogprob(int(events.tokens[j]), float(events.logprobs[j]), top))
-    return found
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _device(torch: Any, name: str) -> Any:
-    if not isinstance(name, str):
-        raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise InvalidArgument(f"device: got {name!r}, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
-        return torch.device(name)
-    raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
-
-
-def _dtype(torch: Any, name: str, device: Any) -> Any:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not isinstance(name, str):
-        raise InvalidArgument(f"dtype: got {name!r}, expected a name, for example 'float32'")
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise InvalidArgument(f"dtype: got {name!r}, expected 'auto' or one of {sorted(known)}")
-    return known[name]
-
-
-def _precision(name: str, device: Any, dtype: Any) -> str:
-    if name not in ("highest", "medium", "auto"):
-        raise InvalidArgument(f"matmul_precision: got {name!r}, expected 'highest', 'medium' or 'auto'")
-    applies = device.type == "cpu" and str(dtype) == "torch.float32"
-    if name == "medium" and not applies:
-        raise InvalidArgument(
-            f"matmul_precision: got 'medium' with {dtype} on {device}, expected 'highest': it is for float32 on a CPU"
-        )
-    if name == "auto":
-        return "medium" if applies and _core.multiplies_bf16() else "highest"
-    return name

@@ -148,15 +148,13 @@ impl Planner {
 
     /// Drafts per request and block length for a step in which `requests` could draft and `others` tokens run beside them: the
     /// pair with the most expected tokens per second. `tiers` are the numbers of drafts to choose among, rising (every one up to the most
-    /// when empty), `shortest` the least block length. `(0, 1)` is a plain step.
+    /// when empty), `shortest` the least block length. `(0, 1)` is a plain step. Every so often about twice as many are drafted out of a whole
+    /// block, to see what they would gain.
     pub fn tree(&mut self, requests: usize, others: usize, tiers: &[usize], shortest: usize) -> (usize, usize) {
         self.steps += 1;
         let most_nodes = self.tree_nodes();
         if requests == 0 || self.block == 1 || most_nodes == 0 {
             return (0, 1);
-        }
-        if self.steps.is_multiple_of(EXPLORE) {
-            return (most_nodes, self.block);
         }
         let StepCost { target, draft } = &self.cost;
         let mut alive = 1.0;
@@ -185,6 +183,11 @@ impl Planner {
                     (best, most) = ((nodes, block), goodput);
                 }
             }
+        }
+        if self.steps.is_multiple_of(EXPLORE) {
+            let more = (2 * best.0).clamp(1, most_nodes);
+            let tier = tiers.iter().copied().find(|&tier| tier >= more);
+            return (tier.or(tiers.last().copied()).unwrap_or(more), self.block);
         }
         best
     }
@@ -436,10 +439,18 @@ mod tests {
     }
 
     #[test]
-    fn every_so_often_a_whole_tree_is_drafted() {
-        let mut planner = planner(50.0, 9);
-        let whole = (0..64).filter(|_| planner.tree(2, 0, &[], 2) == (9, 5)).count();
-        assert_eq!(whole, 2);
+    fn every_so_often_more_is_drafted_than_pays() {
+        let mut dear = planner(50.0, 9);
+        let looks = (0..64).filter(|_| dear.tree(2, 0, &[], 2) == (1, 5)).count();
+        assert_eq!(looks, 2);
+        for (tiers, expected) in [(&[][..], 4), (&[2, 7][..], 7), (&[2, 3][..], 3)] {
+            let mut planner = planner(0.2, 9);
+            for _ in 0..400 {
+                planner.record_tree(9, 4, [0, 1].into_iter()).unwrap();
+            }
+            let sizes: Vec<_> = (0..32).map(|_| planner.tree(1, 0, tiers, 2).0).collect();
+            assert_eq!((sizes[0], sizes[31]), (2, expected));
+        }
     }
 
     #[test]
