@@ -31,6 +31,7 @@ SEAMS = {
         "target_predict",
     ),
     "_validate_phase1_sampling_support": ("batch",),
+    "init_attention_backends": (),
     "alloc_memory_pool": ("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
     "_append_target_hidden_fused": (
         "ctx_hidden",
@@ -336,6 +337,42 @@ def hook(ours: Any, refusal: Any) -> None:
     if not oldest:
         HookRegistry.register(WEIGHTS_FOR, weights_for, HookType.AROUND)
         HookRegistry.register(TURN_ENDS, turn_ends, HookType.AROUND)
+
+
+def block_spec(width: int, device: Any) -> Any:
+    """What the drafter's pass is told of its block."""
+    from sglang.srt.speculative.draft_worker_common import make_draft_block_spec_info
+
+    return make_draft_block_spec_info(draft_token_num=width, device=device)
+
+
+def tensor_parallel_group() -> Any:
+    """The group of ranks that run the same requests."""
+    from sglang.srt.distributed import get_tp_group
+
+    return get_tp_group()
+
+
+def only_whole_blocks(worker: Any, names: tuple[str, ...]) -> str | None:
+    """Why every step of this worker has to be a whole block, in words; None where the attributes `names` can be exchanged for one."""
+    import torch
+    from sglang.srt.runtime_context import get_parallel
+
+    if torch.device(worker.device).type != "cpu":
+        return "attention backends and CUDA graphs on this device are made for whole blocks"
+    if int(getattr(get_parallel(), "attn_dp_size", 1)) > 1:
+        return "ranks with data-parallel attention must keep step, each with requests of its own"
+    if getattr(worker, "selector", None) is not None or getattr(worker, "lilicorr", None) is not None:
+        return f"{type(worker.draft_model).__name__} selects among candidates within its block"
+    if getattr(worker, "_is_domino", False):
+        return f"{type(worker.draft_model).__name__} rolls its block out token by token"
+    if worker._need_mamba_verify_commit:
+        return "the target keeps a state besides its KV, of whole blocks"
+    if simulates_acceptance():
+        return "SGLANG_SIMULATE_ACC_LEN makes up accept lengths of whole blocks"
+    if lacking := [name for name in names if name not in vars(worker)]:
+        return f"SGLang's worker has no {', '.join(lacking)}"
+    return None
 
 
 def processors(info: Any) -> list[tuple[Any, list[int]]]:
