@@ -143,7 +143,11 @@ impl WidthPlanner {
     /// `AcceptedExceedsDrafted`, `InvalidArgument` for a width of 0; nothing is booked then.
     pub fn record(&mut self, width: usize, accepted: &[u32]) -> Result<()> {
         let Some(drafted) = width.checked_sub(1) else {
-            return Err(refused("0".into()));
+            return Err(Error::InvalidArgument {
+                name: "width",
+                got: "0".into(),
+                expected: "at least 1".into(),
+            });
         };
         if let Some(&most) = accepted.iter().max().filter(|&&most| most as usize > drafted) {
             return Err(Error::AcceptedExceedsDrafted {

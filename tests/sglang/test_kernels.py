@@ -9,7 +9,7 @@ from pathlib import Path
 import cases
 import pytest
 from cases import matrix, tokens
-from servers import Server, speculative
+from servers import Server, speculative, widths
 
 from dflash_rs import _core
 
@@ -29,7 +29,7 @@ def accepted(answers: list[dict]) -> float:
 @pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, tmp_path, page_size):
-    driver = {"SGLANG_HOST_CUDA": str(emulated_driver.build(tmp_path))}
+    driver = {"SGLANG_HOST_CUDA": str(emulated_driver.build(tmp_path))} | widths(False)
     options = speculative(page_size=page_size, chunked_prefill_size=64, **HALF)
     bodies = [body for name in ROWS for body in cases.bodies(matrix()[name])]
     with Server(logs / f"kernels-{page_size}.log", env=driver, **options) as server:
@@ -37,7 +37,9 @@ def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, tmp_path, page
         assert "kernels for draft KV: in use" in server.log.read_text(errors="replace")
         assert server.flush_is_clean()
     with Server(
-        logs / f"no-kernels-{page_size}.log", env=driver | {"DFLASH_RS_CONFIG": '{"kernels": false}'}, **options
+        logs / f"no-kernels-{page_size}.log",
+        env=driver | {"DFLASH_RS_CONFIG": '{"kernels": false, "adaptive": false}'},
+        **options,
     ) as server:
         expected = server.together(bodies, at_once=1)
         assert "kernels for draft KV" not in server.log.read_text(errors="replace")

@@ -360,7 +360,8 @@ def only_whole_blocks(worker: Any, names: tuple[str, ...]) -> str | None:
 
     if torch.device(worker.device).type != "cpu":
         return "attention backends and CUDA graphs on this device are made for whole blocks"
-    if int(getattr(get_parallel(), "attn_dp_size", 1)) > 1:
+    parallel = get_parallel()
+    if getattr(parallel, "attn_dp_enabled", parallel.attn_dp_size > 1):  # 0.5.17 has the size only
         return "ranks with data-parallel attention must keep step, each with requests of its own"
     if getattr(worker, "selector", None) is not None or getattr(worker, "lilicorr", None) is not None:
         return f"{type(worker.draft_model).__name__} selects among candidates within its block"
