@@ -460,6 +460,19 @@ def test_what_lies_between_two_steps_is_not_taken_for_one() -> None:
     assert widths.planner.times(2)[[8, 16].index(width)] == 0.25
 
 
+def test_where_steps_are_launched_ahead_a_time_counts_after_a_step_of_the_same_width_only() -> None:
+    clock = Clock()
+    widths = Widths([1, 8], ahead=True, clock=clock)
+    seconds = {8: 0.5, 1: 0.25}
+    late = 0.0
+    for _ in range(40):
+        # What is seen is the time of the step before.
+        width = widths.next(2)
+        clock.now += late
+        late = seconds[width]
+    assert widths.planner.times(2) == [0.25, 0.5]
+
+
 def test_ranks_take_what_rank_0_has_chosen() -> None:
     asked: list[int | None] = []
     follower = Widths([1, 8], agree=lambda width: asked.append(width) or 1, leads=False)
@@ -480,11 +493,14 @@ def test_a_result_that_never_came_does_not_shift_the_others() -> None:
 
 def worker(**changes: Any) -> SimpleNamespace:
     """A worker of SGLang as far as its shape is concerned."""
+    runner = {"attn_backend": "whole", "decode_cuda_graph_runner": None, "eager_runner": "eager"}
     values = {
         "device": "cpu",
+        "server_args": SimpleNamespace(enable_two_batch_overlap=False, enable_pdmux=False),
         "block_size": 8,
         "_block_pos_offsets": torch.arange(8),
-        "draft_model_runner": SimpleNamespace(dtype=torch.float32, page_size=16),
+        "model_runner": SimpleNamespace(**runner),
+        "draft_model_runner": SimpleNamespace(dtype=torch.float32, page_size=16, **runner),
         "draft_model": SimpleNamespace(config=SimpleNamespace(hidden_size=3)),
         "_need_mamba_verify_commit": False,
     }
@@ -513,13 +529,74 @@ def test_between_steps_a_worker_is_as_sglang_made_it() -> None:
     assert vars(narrowed) == before
 
 
+class Graphs:
+    """A runner of CUDA graphs that remembers what it was made with."""
+
+    def __init__(self, runner: Any, **options: Any):
+        self.options = options
+        self.made_with = (runner.attn_backend, tuple(hook.__name__ for hook in runner.capture_tail_hooks))
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_every_width_has_attention_backends_and_graphs_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    import sglang.srt.runtime_context as context
+
+    spec = SimpleNamespace(speculative_num_draft_tokens=8)
+    monkeypatch.setattr(context, "get_spec", lambda: spec)
+    override = SimpleNamespace(override=lambda tag, **values: vars(spec).update(values))
+    monkeypatch.setattr(context, "get_context", lambda: override)
+
+    def whole_hook() -> None:
+        pass
+
+    def runner() -> SimpleNamespace:
+        made = SimpleNamespace(
+            attn_backend="backend for 8",
+            eager_runner="eager",
+            capture_tail_hooks=[whole_hook],
+            dtype=torch.float32,
+            _get_attention_backend=lambda init_new_workspace: f"backend for {spec.speculative_num_draft_tokens}",
+        )
+        made.decode_cuda_graph_runner = Graphs(made) if captured else "eager"
+        return made
+
+    target, draft = runner(), runner()
+    narrowed = worker(model_runner=target, draft_model_runner=draft, _draft_sampler="for 8")
+    narrowed._maybe_build_draft_sampler = lambda: f"for {narrowed.block_size}"
+    before = [dict(vars(part)) for part in (narrowed, target, draft)]
+    shapes = Shapes(narrowed, [1, 4, 8])
+    shapes.make_passes()
+    assert [vars(part) for part in (narrowed, target, draft)] == before and spec.speculative_num_draft_tokens == 8
+    for width in (4, 1):
+        with shapes.of(width):
+            assert target.attn_backend == f"backend for {width}"
+            assert draft.attn_backend == f"backend for {width if width > 1 else 8}"
+            assert narrowed._draft_sampler == ("for 4" if width == 4 and captured else None)
+            if captured:
+                graphs = target.decode_cuda_graph_runner
+                expected = {"attn_backend": f"backend for {width}", "speculative_num_draft_tokens": width}
+                assert graphs.options == expected | {"speculative_num_steps": 1}
+                assert graphs.made_with == (f"backend for {width}", ("whole_hook",))
+            else:
+                assert target.decode_cuda_graph_runner == draft.decode_cuda_graph_runner == "eager"
+            if captured and width > 1:
+                # The drafts are drawn within the graph, by the sampler of this width.
+                assert draft.decode_cuda_graph_runner.made_with == ("backend for 4", ("capture_hook",))
+    assert [vars(part) for part in (narrowed, target, draft)] == before
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": "cuda"}, "attention backends and CUDA graphs on this device"),
         ({"selector": 1}, "SimpleNamespace selects among candidates"),
         ({"_is_domino": True}, "SimpleNamespace rolls its block out"),
         ({"_need_mamba_verify_commit": True}, "the target keeps a state besides its KV"),
+        (
+            {"server_args": SimpleNamespace(enable_two_batch_overlap=True, enable_pdmux=False)},
+            "--enable-two-batch-overlap and",
+        ),
         ({}, None),
     ],
 )
@@ -528,14 +605,20 @@ def test_where_only_whole_blocks_can_be_verified_the_reason_is_told(
 ) -> None:
     import sglang.srt.runtime_context as context
 
+    monkeypatch.setattr(compat, "resolved", lambda args: args)
     monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1))
-    answer = compat.only_whole_blocks(worker(**changes), SHAPED)
-    assert answer is None if reason is None else answer.startswith(reason)
+
+    def answer(asked: bool = False, **changes: Any) -> str | None:
+        return compat.only_whole_blocks(worker(**changes), SHAPED, asked)
+
+    assert answer(**changes) is None if reason is None else answer(**changes).startswith(reason)
+    assert "other widths have not been run on cuda" in answer(device="cuda")
+    assert answer(device="cuda", asked=True, **changes) == answer(**changes)
     lacking = worker()
     del lacking._accept_len_buf
-    assert compat.only_whole_blocks(lacking, SHAPED) == "SGLang's worker has no _accept_len_buf"
+    assert compat.only_whole_blocks(lacking, SHAPED, False) == "SGLang's worker has no _accept_len_buf"
     monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=2))
-    assert "data-parallel attention" in compat.only_whole_blocks(worker(), SHAPED)
+    assert "data-parallel attention" in answer()
 
 
 # --- drafter ----------------------------------------------------------------------------------------------------------

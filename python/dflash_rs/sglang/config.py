@@ -27,7 +27,8 @@ class Options:
     - `metrics`: counters for Prometheus (they appear where SGLang's own do, with --enable-metrics).
     - `kernels`: on a GPU, this package's CUDA kernels for the walk and for draft K and V; false leaves both to SGLang's.
     - `adaptive`: before each step choose how many tokens of a block are drafted and verified, a plain step included, by what steps take
-      and how many drafts are accepted. False drafts and verifies whole blocks. "cycle" takes the widths in turn, for tests.
+      and how many drafts are accepted. False drafts and verifies whole blocks; None is true on a CPU and false elsewhere. "cycle" takes
+      the widths in turn, for tests.
     - `widths`: what to choose from, tokens per request with the anchor counted; None is 1, 2, 4 and so on, and the block.
     - `allow_untested_sglang`: run on an SGLang version that the tests have not seen, if its seams look right.
     """
@@ -36,7 +37,7 @@ class Options:
     alarm_passes: int = 4096
     metrics: bool = True
     kernels: bool = True
-    adaptive: bool | str = True
+    adaptive: bool | str | None = None
     widths: Sequence[int] | None = None
     allow_untested_sglang: bool = False
 
@@ -50,7 +51,7 @@ class Options:
         for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
-        if not isinstance(self.adaptive, bool) and self.adaptive != "cycle":
+        if not isinstance(self.adaptive, bool) and self.adaptive not in (None, "cycle"):
             raise _bad("adaptive", self.adaptive, 'true, false or "cycle"')
         if self.widths is not None:
             self._check_widths()

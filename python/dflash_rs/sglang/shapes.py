@@ -4,6 +4,9 @@ Its step reads the block length from an attribute, and works in buffers that wer
 with those attributes exchanged: each width has a set of its own, and between steps the worker is as SGLang made it. Room for a whole
 block stays reserved whatever the width.
 
+Attention backends and CUDA graphs are made for one number of tokens per request, too. Each width has its own of both, for the target and
+for the drafter, made as SGLang's EAGLE worker makes them for its own adaptive steps.
+
 A step of width 1 is a plain one. Its block is the anchor alone, so there is nothing to draft and the drafter's pass is left out. What
 follows a pass of the target is not: the drafter's keys and values of the committed token are written as after any other step, and
 the next step may draft.
@@ -37,7 +40,9 @@ _ROOM = {
     "_new_seq_lens_bufs": (),
 }
 # Everything a block length is written into; `draft_model_runner` for what a plain step leaves out.
-SHAPED = ("block_size", "_block_pos_offsets", "_draft_block_spec_info", "draft_model_runner", *_ROOM)
+SHAPED = ("block_size", "_block_pos_offsets", "_draft_block_spec_info", "_draft_sampler", "draft_model_runner", *_ROOM)
+# The same of a model runner.
+PASSES = ("attn_backend", "decode_cuda_graph_runner")
 
 
 class Undrafted:
@@ -57,11 +62,12 @@ class Undrafted:
 
 
 class Shapes:
-    """One set of attributes for each width."""
+    """One set of attributes for each width, of the worker and of the two model runners."""
 
     def __init__(self, worker: Any, widths: Sequence[int]):
         self.worker, self.whole = worker, int(worker.block_size)
         self.sets = {width: self._narrow(width) for width in widths if width != self.whole}
+        self.passes: dict[int, list[tuple[Any, dict[str, Any]]]] = {width: [] for width in self.sets}
 
     def _narrow(self, width: int) -> dict[str, Any]:
         worker = self.worker
@@ -72,9 +78,22 @@ class Shapes:
             "block_size": width,
             "_block_pos_offsets": worker._block_pos_offsets[:width],
             "_draft_block_spec_info": compat.block_spec(width, worker.device),
+            "_draft_sampler": None,
             "draft_model_runner": runner,
             **_ROOM,
         }
+
+    def make_passes(self) -> None:
+        """Attention backends for every width, and CUDA graphs where SGLang has captured some for whole blocks. Called once SGLang has."""
+        target, draft = self.worker.model_runner, self.worker.draft_model_runner
+        # The widest first: what it has room for the others share.
+        for width in sorted(self.sets, reverse=True):
+            with self.of(width), compat.sized_for(width):
+                made = [(target, compat.own_pass(target, width))]
+                if width > 1:
+                    with compat.for_drafter(self.worker):
+                        made.append((draft, compat.own_pass(draft, width, self.worker)))
+            self.passes[width] = made
 
     @contextlib.contextmanager
     def of(self, width: int) -> Iterator[None]:
@@ -84,10 +103,19 @@ class Shapes:
             return
         own = vars(self.worker)
         before = {name: own[name] for name in SHAPED}
+        passes = [(runner, {name: getattr(runner, name) for name in PASSES}) for runner, _ in self.passes[width]]
         own.update(self.sets[width])
         try:
+            _give(self.passes[width])
             yield
         finally:
             # What the step has made anew is kept for the next one of this width.
             self.sets[width] = {name: own[name] for name in SHAPED}
             own.update(before)
+            _give(passes)
+
+
+def _give(passes: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+    for runner, values in passes:
+        for name, value in values.items():
+            setattr(runner, name, value)

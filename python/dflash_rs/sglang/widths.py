@@ -29,6 +29,8 @@ class Widths:
     - `agree`: with several ranks, hands rank 0's width to all of them; its argument is None on the others. Their clocks differ, and
       with them what they would choose.
     - `leads`: whether this is rank 0.
+    - `ahead`: whether steps are launched and run later. What is seen between two starts is then one of two steps, so that it counts
+      only where the step before had the same width.
     """
 
     def __init__(
@@ -38,25 +40,27 @@ class Widths:
         cycle: bool = False,
         agree: Callable[[int | None], int] | None = None,
         leads: bool = True,
+        ahead: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.widths, self.cycle, self.agree, self.clock = tuple(widths), cycle, agree, clock
+        self.widths, self.cycle, self.agree, self.ahead, self.clock = tuple(widths), cycle, agree, ahead, clock
         judges = leads and not cycle and len(self.widths) > 1
         self.planner = WidthPlanner(list(self.widths)) if judges else None
         self._launched: deque[tuple[int, int]] = deque(maxlen=_ON_THEIR_WAY)
-        # The step that runs: requests, width and when it started.
-        self._running: tuple[int, int, float] | None = None
+        # The step that runs: requests, width, when it started, and whether its time counts.
+        self._running: tuple[int, int, float, bool] | None = None
         self._turn = 0
 
     def next(self, requests: int) -> int:
         """The width of the step of so many requests that starts now."""
         if self.planner is not None:
-            now = self.clock()
+            now, last = self.clock(), None
             if self._running is not None:
-                before, width, began = self._running
-                self.planner.observe(before, width, now - began)
+                before, last, began, counts = self._running
+                if counts:
+                    self.planner.observe(before, last, now - began)
             width = self.planner.choose(requests)
-            self._running = (requests, width, now)
+            self._running = (requests, width, now, last == width or not self.ahead)
         elif self.cycle:
             width = self.widths[self._turn % len(self.widths)]
             self._turn += 1

@@ -81,7 +81,9 @@ class DflashRsWorker(compat.worker_class()):
         super().init_attention_backends()
         if self.options.adaptive is False:
             return
-        reason, widths = compat.only_whole_blocks(self, SHAPED), self.options.widths_of(self.block_size)
+        widths = self.options.widths_of(self.block_size)
+        asked = self.options.adaptive is not None or self.options.widths is not None
+        reason = compat.only_whole_blocks(self, SHAPED, asked)
         if reason is None:
             group = compat.tensor_parallel_group()
             several = group.world_size > 1
@@ -90,11 +92,17 @@ class DflashRsWorker(compat.worker_class()):
                 cycle=self.options.adaptive == "cycle",
                 agree=over(group) if several else None,
                 leads=group.is_first_rank,
+                ahead=not self._on_host,
             )
             self._shapes = Shapes(self, widths)
         if self._target_tp_rank == 0:
             chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
             logger.info("%s: each step verifies %s", ALGORITHM, chosen)
+
+    def init_cuda_graphs(self) -> None:
+        """SGLang's, and what the other widths need beside them."""
+        super().init_cuda_graphs()
+        self._shapes.make_passes()
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's, and the kernels once there are pages for them to write to."""
