@@ -97,7 +97,8 @@ class DflashRsWorker(compat.worker_class()):
             self._shapes = Shapes(self, widths)
         if self._target_tp_rank == 0:
             chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
-            logger.info("%s: each step verifies %s", ALGORITHM, chosen)
+            level = logging.WARNING if reason is not None and asked else logging.INFO
+            logger.log(level, "%s: each step verifies %s", ALGORITHM, chosen)
 
     def init_cuda_graphs(self) -> None:
         """SGLang's, and what the other widths need beside them."""
