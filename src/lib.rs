@@ -16,3 +16,4 @@ pub mod stats;
 pub mod step;
 pub mod types;
 pub mod verify;
+pub mod width;

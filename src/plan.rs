@@ -132,16 +132,56 @@ const ASSUMED: f64 = 0.7;
 const EXPLORE: u64 = 32;
 
 /// Longer blocks than this are a mistake.
-const MOST_BLOCK: usize = 4096;
+pub(crate) const MOST_BLOCK: usize = 4096;
+
+/// How likely drafts are, position by position: learnt from passes, and slowly forgotten.
+#[derive(Clone, Debug)]
+pub(crate) struct Acceptance {
+    // Passes that reached a position, and those that accepted it, fading.
+    reached: Vec<f64>,
+    accepted: Vec<f64>,
+}
+
+impl Acceptance {
+    /// For `positions` drafts per block.
+    pub(crate) fn new(positions: usize) -> Self {
+        Self {
+            reached: vec![0.0; positions],
+            accepted: vec![0.0; positions],
+        }
+    }
+
+    /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
+    pub(crate) fn at(&self, position: usize) -> f64 {
+        (self.accepted[position] + PRIOR * ASSUMED) / (self.reached[position] + PRIOR)
+    }
+
+    /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept. What was not reached says nothing.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`.
+    pub(crate) fn record(&mut self, drafted: usize, accepted: usize) -> Result<()> {
+        if accepted > drafted {
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: accepted as u32,
+                drafted: drafted as u32,
+            });
+        }
+        let fade = 1.0 - 1.0 / MEMORY;
+        for position in 0..drafted.min(self.reached.len()).min(accepted + 1) {
+            self.reached[position] = self.reached[position] * fade + 1.0;
+            self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(position < accepted));
+        }
+        Ok(())
+    }
+}
 
 /// Chooses block lengths from costs and from what was accepted so far.
 #[derive(Clone, Debug)]
 pub struct Planner {
     cost: StepCost,
     block: usize,
-    // Per draft position: passes that reached it, and those that accepted it, fading.
-    reached: Vec<f64>,
-    accepted: Vec<f64>,
+    acceptance: Acceptance,
     nodes: NodeRates,
     steps: u64,
     // Probabilities of the drafts in line, for `widths`.
@@ -171,8 +211,7 @@ impl Planner {
         Ok(Self {
             cost,
             block,
-            reached: vec![0.0; block - 1],
-            accepted: vec![0.0; block - 1],
+            acceptance: Acceptance::new(block - 1),
             nodes: NodeRates::default(),
             steps: 0,
             queue: Vec::new(),
@@ -191,7 +230,7 @@ impl Planner {
 
     /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
     pub fn acceptance(&self, position: usize) -> f64 {
-        (self.accepted[position] + PRIOR * ASSUMED) / (self.reached[position] + PRIOR)
+        self.acceptance.at(position)
     }
 
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
@@ -199,18 +238,7 @@ impl Planner {
     /// # Errors
     /// `AcceptedExceedsDrafted`.
     pub fn record(&mut self, drafted: usize, accepted: usize) -> Result<()> {
-        if accepted > drafted {
-            return Err(Error::AcceptedExceedsDrafted {
-                accepted: accepted as u32,
-                drafted: drafted as u32,
-            });
-        }
-        let fade = 1.0 - 1.0 / MEMORY;
-        for position in 0..drafted.min(self.block - 1).min(accepted + 1) {
-            self.reached[position] = self.reached[position] * fade + 1.0;
-            self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(position < accepted));
-        }
-        Ok(())
+        self.acceptance.record(drafted, accepted)
     }
 
     /// What a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what

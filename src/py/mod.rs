@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, multiplies_bf16, paged_attention, swiglu};
     #[pymodule_export]
-    use super::plan::Planner;
+    use super::plan::{Planner, WidthPlanner};
     #[pymodule_export]
     use super::pool::PagePool;
     #[pymodule_export]

@@ -1,4 +1,4 @@
-//! `dflash_rs._core.Planner`.
+//! `dflash_rs._core.Planner` and `dflash_rs._core.WidthPlanner`.
 
 use numpy::ndarray::{Ix1, Ix2, Ix3};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use super::arrays::{Count, Given, array, shaped};
 use super::engine::{Accepted, StepPlan};
 use super::errors::invalid;
-use crate::plan;
+use crate::{plan, width};
 
 /// Tokens, parents, counts.
 type Trees<'py> = (
@@ -188,5 +188,54 @@ impl Planner {
         (0..self.0.block_size() - 1)
             .map(|position| self.0.acceptance(position))
             .collect()
+    }
+}
+
+/// Chooses one block length for a whole batch, from what steps were seen to take and from what was accepted so far.
+#[pyclass(module = "dflash_rs._core")]
+pub struct WidthPlanner(width::WidthPlanner);
+
+#[pymethods]
+impl WidthPlanner {
+    #[new]
+    fn new(widths: Given<Vec<usize>>) -> PyResult<Self> {
+        let widths = widths.of("widths", "a list of whole numbers")?;
+        Ok(Self(width::WidthPlanner::new(&widths)?))
+    }
+
+    /// The width of the next step, of `requests` requests; 1 is a plain step.
+    fn choose(&mut self, requests: Count) -> PyResult<usize> {
+        Ok(self.0.choose(rows("requests", requests)?))
+    }
+
+    /// A step of `requests` requests and this width took `seconds`.
+    fn observe(&mut self, requests: Count, width: Count, seconds: Given<f64>) -> PyResult<()> {
+        let (requests, width) = (rows("requests", requests)?, rows("width", width)?);
+        self.0.observe(requests, width, time("seconds", seconds)?);
+        Ok(())
+    }
+
+    /// Books a step: drafts accepted by each request when `width` tokens of each were verified.
+    fn record(&mut self, width: Count, accepted: Given<Vec<u32>>) -> PyResult<()> {
+        let accepted = accepted.of("accepted", "a list of numbers of drafts")?;
+        Ok(self.0.record(rows("width", width)?, &accepted)?)
+    }
+
+    /// What a step of `requests` requests takes, in seconds, with each of the widths; None where it is not known.
+    fn times(&self, requests: Count) -> PyResult<Vec<Option<f64>>> {
+        Ok(self.0.times(rows("requests", requests)?))
+    }
+
+    /// The widths to choose from.
+    #[getter]
+    fn widths(&self) -> Vec<usize> {
+        self.0.widths().to_vec()
+    }
+
+    /// Chance that the draft at each position is accepted when all before it were.
+    #[getter]
+    fn acceptance(&self) -> Vec<f64> {
+        let widest = self.0.widths().last().map_or(1, |&width| width);
+        (0..widest - 1).map(|position| self.0.acceptance(position)).collect()
     }
 }

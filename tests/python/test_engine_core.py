@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dflash_rs import DflashError, InvalidArgument, OutOfPages, verify
-from dflash_rs._core import Engine, PagePool, Planner
+from dflash_rs._core import Engine, PagePool, Planner, WidthPlanner
 
 VOCAB = 31
 
@@ -578,6 +578,24 @@ def test_a_page_pool_counts_owners_and_refuses_a_second_free():
         PagePool(0)
 
 
+def test_a_width_is_chosen_from_what_steps_took():
+    planner = WidthPlanner([1, 4, 8])
+    assert planner.widths == [1, 4, 8] and len(planner.acceptance) == 7
+    assert planner.choose(2) == 8 and planner.times(2) == [None] * 3
+    for _ in range(50):
+        width = planner.choose(2)
+        planner.observe(2, width, 0.1 * width)
+        planner.record(width, [0, 0])
+    assert planner.choose(2) == 1
+    assert planner.times(2) == [0.1, pytest.approx(0.4), 0.8] and planner.times(3) == [None] * 3
+    assert planner.acceptance[0] < 0.2 < planner.acceptance[1]
+    for widths in ([], [0], [4, 1], [2**13]):
+        with pytest.raises(InvalidArgument, match="^widths: got"):
+            WidthPlanner(widths)
+    with pytest.raises(InvalidArgument, match="accepted: got 4 accepted drafts of 3"):
+        planner.record(4, [1, 4])
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -592,6 +610,11 @@ def test_a_page_pool_counts_owners_and_refuses_a_second_free():
         (lambda: Planner(8).observe(-1, 1.0), "target_rows"),
         (lambda: Planner(8).widths(np.zeros((2, 3), np.float32), -1), "others"),
         (lambda: Planner(8).widths(np.zeros((2, 3))), "probabilities"),
+        (lambda: WidthPlanner(8), "widths"),
+        (lambda: WidthPlanner([1, 8]).choose(-1), "requests"),
+        (lambda: WidthPlanner([1, 8]).observe(1, 8, -1.0), "seconds"),
+        (lambda: WidthPlanner([1, 8]).record(8, [-1]), "accepted"),
+        (lambda: WidthPlanner([1, 8]).record(0, [0]), "width"),
         (lambda: verify.sample_rows(np.zeros((1, 4), np.float32), [0], top_k=-1), "top_k"),
         (lambda: verify.top_logprobs(np.zeros(4, np.float32), -1), "n"),
         (lambda: verify.gumbel(-1, 0, 4), "seed"),

@@ -14,7 +14,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import cases
 import pytest
-from servers import Server, speculative
+from servers import Server, speculative, widths
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(logs: Path) -> Iterator[dict[str, Server]]:
     """The two servers that most tests compare, starting side by side.
 
-    ``ours``: DFLASH_RS with overlap scheduling and pages of 16. ``plain``: SGLang without speculation, and without overlap
+    ``ours``: DFLASH_RS with overlap scheduling and pages of 16, every step of another width. ``plain``: SGLang without speculation, and without overlap
     scheduling, because with it SGLang's penalties count the tokens before the last one only. Both draw with seeds.
     """
     common = {
@@ -36,7 +36,11 @@ def started(logs: Path) -> Iterator[dict[str, Server]]:
         "grammar_backend": "xgrammar",
     }
     servers = {
-        "ours": Server(logs / "ours.log", **speculative(page_size=16, enable_return_hidden_states=True, **common)),
+        "ours": Server(
+            logs / "ours.log",
+            env=widths("cycle"),
+            **speculative(page_size=16, enable_return_hidden_states=True, **common),
+        ),
         "plain": Server(logs / "plain.log", disable_overlap_schedule=True, **common),
     }
     yield servers
@@ -69,7 +73,8 @@ def reference(started: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def web(logs: Path) -> Iterator[Server]:
-    """DFLASH_RS as most would start it: overlap scheduling, unseeded draws, metrics, chat, grammars.
+    """DFLASH_RS as most would start it: overlap scheduling, widths as they pay, unseeded draws, metrics, chat, grammars. No plain steps:
+    SGLang's own tests want drafts accepted, however busy the machine is.
 
     The context is longer than the target was trained for, because SGLang's own tests send long prompts.
     """
@@ -84,7 +89,7 @@ def web(logs: Path) -> Iterator[Server]:
         context_length=2048,
     )
     env = {
-        "DFLASH_RS_CONFIG": json.dumps({"alarm_passes": 64, "alarm_tau": 7}),
+        "DFLASH_RS_CONFIG": json.dumps({"alarm_passes": 64, "alarm_tau": 7, "widths": [2, 4, 6]}),
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
     with Server(logs / "web.log", env=env, **options) as server:

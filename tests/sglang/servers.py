@@ -71,6 +71,11 @@ def speculative(algorithm: str = "DFLASH_RS", **options: Any) -> dict[str, Any]:
     }
 
 
+def widths(adaptive: bool | str, *among: int) -> dict[str, str]:
+    """Environment of a server: whether steps vary in width, and among which."""
+    return {"DFLASH_RS_CONFIG": json.dumps({"adaptive": adaptive} | ({"widths": among} if among else {}))}
+
+
 class Server:
     """A running server; use as a context manager."""
 

@@ -3,13 +3,14 @@ launcher's, the kernels' logic compiled for the host."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import cases
 import pytest
 from cases import matrix, tokens
-from servers import Server, speculative
+from servers import Server, speculative, widths
 
 from dflash_rs import _core
 
@@ -27,21 +28,21 @@ def accepted(answers: list[dict]) -> float:
 
 
 @pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, tmp_path, page_size):
+@pytest.mark.parametrize(("page_size", "adaptive"), [(1, "cycle"), (16, False)])
+def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, tmp_path, page_size, adaptive):
     driver = {"SGLANG_HOST_CUDA": str(emulated_driver.build(tmp_path))}
     options = speculative(page_size=page_size, chunked_prefill_size=64, **HALF)
     bodies = [body for name in ROWS for body in cases.bodies(matrix()[name])]
-    with Server(logs / f"kernels-{page_size}.log", env=driver, **options) as server:
+    with Server(logs / f"kernels-{page_size}.log", env=driver | widths(adaptive), **options) as server:
         answers = server.together(bodies, at_once=1)
         assert "kernels for draft KV: in use" in server.log.read_text(errors="replace")
         assert server.flush_is_clean()
-    with Server(
-        logs / f"no-kernels-{page_size}.log", env=driver | {"DFLASH_RS_CONFIG": '{"kernels": false}'}, **options
-    ) as server:
+    without = {"DFLASH_RS_CONFIG": json.dumps({"kernels": False, "adaptive": adaptive})}
+    with Server(logs / f"no-kernels-{page_size}.log", env=driver | without, **options) as server:
         expected = server.together(bodies, at_once=1)
         assert "kernels for draft KV" not in server.log.read_text(errors="replace")
     assert tokens(answers) == tokens(expected)
-    # Drafts from keys that were rounded once instead of twice may differ, in rare places.
-    assert accepted(answers) == pytest.approx(accepted(expected), rel=0.02)
-    assert accepted(answers) > 1.5
+    # Drafts from keys that were rounded once instead of twice may differ, in rare places; and where steps vary in width, so do those
+    # that follow.
+    assert accepted(answers) == pytest.approx(accepted(expected), rel=0.1 if adaptive else 0.02)
+    assert accepted(answers) > (1.3 if adaptive else 1.5)

@@ -18,6 +18,8 @@ from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, requests
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import History, Penalties, TargetSampler
+from dflash_rs.sglang.shapes import SHAPED, Shapes, Undrafted
+from dflash_rs.sglang.widths import Widths
 
 # --- contract ---------------------------------------------------------------------------------------------------------
 
@@ -200,6 +202,14 @@ def test_options_come_inline_or_from_a_file(tmp_path) -> None:
         ('{"alarm_tau": "high"}', "alarm_tau: got 'high', expected a finite number"),
         ('{"alarm_passes": 0}', "alarm_passes: got 0, expected an integer of at least 1"),
         ('{"metrics": 1}', "metrics: got 1, expected true or false"),
+        ('{"adaptive": "often"}', "adaptive: got 'often', expected true, false or \"cycle\""),
+        ('{"adaptive": 1}', "adaptive: got 1, expected true, false"),
+        ('{"widths": 4}', "widths: got 4, expected a list of integers"),
+        ('{"widths": []}', r"widths: got \[\], expected a list of integers"),
+        ('{"widths": [0, 4]}', r"widths: got \[0, 4\], expected a list of integers of at least 1"),
+        ('{"widths": [true]}', r"widths: got \[True\], expected a list of integers"),
+        ('{"widths": [4, 4]}', r"widths: got \[4, 4\], expected each width once"),
+        ('{"widths": [1, 4], "adaptive": false}', r"widths: got \[1, 4\], expected none with"),
         ("{", "not JSON"),
         ("/nowhere.json", "got '/nowhere.json', expected a JSON object or a path"),
     ],
@@ -207,6 +217,23 @@ def test_options_come_inline_or_from_a_file(tmp_path) -> None:
 def test_bad_options_are_named(text: str, named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         config.parse(text)
+
+
+def test_the_widths_are_powers_of_two_and_the_block_unless_given() -> None:
+    assert config.parse(None).widths_of(8) == (1, 2, 4, 8)
+    assert config.parse(None).widths_of(6) == (1, 2, 4, 6)
+    assert config.parse('{"adaptive": false}').widths_of(6) == (6,)
+    assert config.parse('{"widths": [8, 1, 5]}').widths_of(8) == (1, 5, 8)
+    with pytest.raises(InvalidArgument, match=r"widths: got \[1, 16\], expected at most the block, 8"):
+        config.parse('{"widths": [1, 16]}').widths_of(8)
+
+
+def test_a_width_beyond_the_block_is_refused_before_a_model_is_loaded(
+    registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(config.VARIABLE, '{"widths": [1, 16]}')
+    with pytest.raises(InvalidArgument, match=r"widths: got \[1, 16\], expected at most the block, 8"):
+        registered.handle_server_args(server_args())
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -350,6 +377,25 @@ def test_counters_are_those_of_the_drafts() -> None:
     assert acceptance.tau == pytest.approx(1 + 4 / 3)
 
 
+def test_only_what_was_drafted_is_counted() -> None:
+    from prometheus_client import CollectorRegistry
+
+    registry = CollectorRegistry()
+    acceptance = Acceptance(8, 1.05, 4, Exporter(8, {"model_name": "m"}, registry, widths=(1, 4, 8)))
+    acceptance.observe([0, 0, 0, 0], 1)
+    assert acceptance.tau is None and not acceptance.alarmed, "a plain step is no reason to worry about the drafter"
+    acceptance.observe([3, 1], 4)
+    acceptance.observe([5], 8)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"dflash_rs_spec_{name}", {"model_name": "m", **labels})
+
+    assert [value("passes_total", width=str(width)) for width in (1, 4, 8)] == [4, 2, 1]
+    assert (value("drafts_total"), value("draft_tokens_total"), value("accepted_tokens_total")) == (3, 13, 9)
+    assert [value("accepted_tokens_per_pos_total", position=str(i)) for i in range(7)] == [3, 2, 2, 1, 1, 0, 0]
+    assert (value("width"), value("block_size")) == (8, 8)
+
+
 def test_the_alarm_rings_once_until_drafts_are_accepted_again(caplog: pytest.LogCaptureFixture) -> None:
     acceptance = Acceptance(8, 1.05, 4)
     with caplog.at_level(logging.INFO, logger="dflash_rs.sglang.metrics"):
@@ -362,6 +408,217 @@ def test_the_alarm_rings_once_until_drafts_are_accepted_again(caplog: pytest.Log
         for _ in range(2):
             acceptance.observe([0, 0])
     assert len(caplog.records) == 3
+
+
+# --- widths -----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def serve(widths: Widths, clock: Clock, steps: int, requests: int, seconds: Any, likely: int) -> list[int]:
+    """Steps with overlap scheduling, accept lengths one step late: `likely` drafts of each request are right."""
+    chosen: list[int] = []
+    for _ in range(steps):
+        chosen.append(widths.next(requests))
+        clock.now += seconds(requests, chosen[-1])
+        if len(chosen) > 1:
+            assert widths.verified([min(likely, chosen[-2] - 1)] * requests) == chosen[-2]
+    widths.interrupted()
+    widths.verified([min(likely, chosen[-1] - 1)] * requests)
+    return chosen
+
+
+def test_the_width_follows_what_steps_take_and_what_is_accepted() -> None:
+    clock = Clock()
+    widths = Widths([1, 2, 4, 8], clock=clock)
+    # Rows for nothing and all drafts right; then rows that cost, and a drafter that is never right.
+    assert serve(widths, clock, 60, 4, lambda r, w: 0.01, 7)[-20:] == [8] * 20
+    chosen = serve(widths, clock, 800, 4, lambda r, w: 0.01 + 0.02 * r * w + 0.01 * (w > 1), 0)
+    assert chosen[-400:].count(1) > 360
+
+
+def test_what_lies_between_two_steps_is_not_taken_for_one() -> None:
+    clock = Clock()
+    widths = Widths([8, 16], clock=clock)
+    for _ in range(50):
+        widths.next(2)
+        clock.now += 0.5
+        widths.interrupted()  # a prefill
+        clock.now += 3.0
+    assert widths.planner.times(2) == [None, None]
+    width = widths.next(2)
+    clock.now += 0.25
+    widths.next(2)
+    assert widths.planner.times(2)[[8, 16].index(width)] == 0.25
+
+
+def test_where_steps_are_launched_ahead_a_time_counts_after_a_step_of_the_same_width_only() -> None:
+    clock = Clock()
+    widths = Widths([1, 8], ahead=True, clock=clock)
+    seconds = {8: 0.5, 1: 0.25}
+    late = 0.0
+    for _ in range(40):
+        # What is seen is the time of the step before.
+        width = widths.next(2)
+        clock.now += late
+        late = seconds[width]
+    assert widths.planner.times(2) == [0.25, 0.5]
+
+
+def test_ranks_take_what_rank_0_has_chosen() -> None:
+    asked: list[int | None] = []
+    follower = Widths([1, 8], agree=lambda width: asked.append(width) or 1, leads=False)
+    assert (follower.next(3), follower.planner, asked) == (1, None, [None])
+    leader = Widths([1, 8], agree=lambda width: asked.append(width) or width)
+    assert leader.next(3) == asked[-1] == 8
+    assert follower.verified([0, 0, 0]) == 1 and leader.verified([7, 0, 2]) == 8
+    # Nothing to agree on.
+    assert Widths([8], agree=None).next(3) == 8
+    assert [Widths([1, 4], cycle=True, leads=leads).next(1) for leads in (True, False)] == [1, 1]
+
+
+def test_a_result_that_never_came_does_not_shift_the_others() -> None:
+    widths = Widths([2, 4, 8], cycle=True)
+    assert [widths.next(requests) for requests in (1, 3, 3)] == [2, 4, 8]
+    assert [widths.verified([0, 0, 0]) for _ in range(3)] == [4, 8, 8]
+
+
+def worker(**changes: Any) -> SimpleNamespace:
+    """A worker of SGLang as far as its shape is concerned."""
+    runner = {"attn_backend": "whole", "decode_cuda_graph_runner": None, "eager_runner": "eager"}
+    values = {
+        "device": "cpu",
+        "server_args": SimpleNamespace(enable_two_batch_overlap=False, enable_pdmux=False),
+        "block_size": 8,
+        "_block_pos_offsets": torch.arange(8),
+        "model_runner": SimpleNamespace(**runner),
+        "draft_model_runner": SimpleNamespace(dtype=torch.float32, page_size=16, **runner),
+        "draft_model": SimpleNamespace(config=SimpleNamespace(hidden_size=3)),
+        "_need_mamba_verify_commit": False,
+    }
+    return SimpleNamespace(**dict.fromkeys(SHAPED) | values | changes)
+
+
+def test_between_steps_a_worker_is_as_sglang_made_it() -> None:
+    narrowed = worker(_draft_block_ids_buf="whole")
+    before = dict(vars(narrowed))
+    shapes = Shapes(narrowed, [1, 4, 8])
+    with shapes.of(4):
+        assert (narrowed.block_size, narrowed._block_pos_offsets.tolist()) == (4, [0, 1, 2, 3])
+        assert narrowed._draft_block_spec_info.draft_token_num == 4 and narrowed._draft_block_ids_buf is None
+        narrowed._draft_block_ids_buf = "room for four"
+    assert vars(narrowed) == before
+    with pytest.raises(ZeroDivisionError), shapes.of(4):
+        assert narrowed._draft_block_ids_buf == "room for four"
+        raise ZeroDivisionError
+    with shapes.of(8):
+        assert vars(narrowed) == before
+    with shapes.of(1):
+        runner = narrowed.draft_model_runner
+        assert isinstance(runner, Undrafted) and runner.page_size == 16
+        out = runner.forward(SimpleNamespace(input_ids=torch.zeros(5, dtype=torch.int64)))
+        assert out.logits_output.hidden_states.shape == (5, 3) and not out.can_run_graph
+    assert vars(narrowed) == before
+
+
+class Graphs:
+    """A runner of CUDA graphs that remembers what it was made with."""
+
+    def __init__(self, runner: Any, **options: Any):
+        self.options = options
+        self.made_with = (runner.attn_backend, tuple(hook.__name__ for hook in runner.capture_tail_hooks))
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_every_width_has_attention_backends_and_graphs_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    import sglang.srt.runtime_context as context
+
+    spec = SimpleNamespace(speculative_num_draft_tokens=8)
+    monkeypatch.setattr(context, "get_spec", lambda: spec)
+    override = SimpleNamespace(override=lambda tag, **values: vars(spec).update(values))
+    monkeypatch.setattr(context, "get_context", lambda: override)
+
+    def whole_hook() -> None:
+        pass
+
+    def runner() -> SimpleNamespace:
+        made = SimpleNamespace(
+            attn_backend="backend for 8",
+            eager_runner="eager",
+            capture_tail_hooks=[whole_hook],
+            dtype=torch.float32,
+            _get_attention_backend=lambda init_new_workspace: f"backend for {spec.speculative_num_draft_tokens}",
+        )
+        made.decode_cuda_graph_runner = Graphs(made) if captured else "eager"
+        return made
+
+    target, draft = runner(), runner()
+    narrowed = worker(model_runner=target, draft_model_runner=draft, _draft_sampler="for 8")
+    narrowed._maybe_build_draft_sampler = lambda: f"for {narrowed.block_size}"
+    before = [dict(vars(part)) for part in (narrowed, target, draft)]
+    shapes = Shapes(narrowed, [1, 4, 8])
+    shapes.make_passes()
+    assert [vars(part) for part in (narrowed, target, draft)] == before and spec.speculative_num_draft_tokens == 8
+    for width in (4, 1):
+        with shapes.of(width):
+            assert target.attn_backend == f"backend for {width}"
+            assert draft.attn_backend == f"backend for {width if width > 1 else 8}"
+            assert narrowed._draft_sampler == ("for 4" if width == 4 and captured else None)
+            if captured:
+                graphs = target.decode_cuda_graph_runner
+                expected = {"attn_backend": f"backend for {width}", "speculative_num_draft_tokens": width}
+                assert graphs.options == expected | {"speculative_num_steps": 1}
+                assert graphs.made_with == (f"backend for {width}", ("whole_hook",))
+            else:
+                assert target.decode_cuda_graph_runner == draft.decode_cuda_graph_runner == "eager"
+            if captured and width > 1:
+                # The drafts are drawn within the graph, by the sampler of this width.
+                assert draft.decode_cuda_graph_runner.made_with == ("backend for 4", ("capture_hook",))
+    assert [vars(part) for part in (narrowed, target, draft)] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"selector": 1}, "SimpleNamespace selects among candidates"),
+        ({"_is_domino": True}, "SimpleNamespace rolls its block out"),
+        ({"_need_mamba_verify_commit": True}, "the target keeps a state besides its KV"),
+        (
+            {"server_args": SimpleNamespace(enable_two_batch_overlap=True, enable_pdmux=False)},
+            "--enable-two-batch-overlap and",
+        ),
+        ({}, None),
+    ],
+)
+def test_where_only_whole_blocks_can_be_verified_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, changes: dict, reason: str | None
+) -> None:
+    import sglang.srt.runtime_context as context
+
+    monkeypatch.setattr(compat, "resolved", lambda args: args)
+    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1))
+
+    def answer(asked: bool = False, **changes: Any) -> str | None:
+        return compat.only_whole_blocks(worker(**changes), SHAPED, asked)
+
+    assert answer(**changes) is None if reason is None else answer(**changes).startswith(reason)
+    assert "other widths have not been run on cuda" in answer(device="cuda")
+    assert answer(device="cuda", asked=True, **changes) == answer(**changes)
+    lacking = worker()
+    del lacking._accept_len_buf
+    assert compat.only_whole_blocks(lacking, SHAPED, False) == "SGLang's worker has no _accept_len_buf"
+    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=2))
+    assert "data-parallel attention" in answer()
 
 
 # --- drafter ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 from cases import matrix, tokens
-from servers import TARGET, Server, speculative
+from servers import TARGET, Server, speculative, widths
 from test_text import CHECKED
 
 SEEDED = {"enable_deterministic_inference": True, "grammar_backend": "xgrammar"}
@@ -19,10 +19,12 @@ TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def passes_counted(server: Server) -> dict[int, float]:
-    """Verifying passes by data-parallel rank, from /metrics."""
+    """Passes of the target by data-parallel rank, from /metrics."""
     text = server.get("/metrics")
-    found = re.findall(r'^dflash_rs_spec_drafts_total{dp_rank="(\d)"[^}]*} ([0-9.e+]+)$', text, re.MULTILINE)
-    return {int(rank): float(count) for rank, count in found}
+    found = re.findall(r'^dflash_rs_spec_passes_total{dp_rank="(\d)"[^}]*} ([0-9.e+]+)$', text, re.MULTILINE)
+    return {
+        rank: sum(float(count) for r, count in found if int(r) == rank) for rank in {int(rank) for rank, _ in found}
+    }
 
 
 def lengths(answers: list[dict[str, Any]]) -> float:
@@ -38,7 +40,7 @@ def lengths(answers: list[dict[str, Any]]) -> float:
 def test_data_parallel_ranks_give_the_same_and_count_apart(reference: dict, logs, ranks: dict) -> None:
     names = ["greedy", "all penalties", "seed, top_k", "regex"]
     options = speculative(page_size=16, enable_metrics=True, **SEEDED, **ranks)
-    with Server(logs / f"ranks-{'-'.join(ranks)}.log", env=TWO_CORES, **options) as server:
+    with Server(logs / f"ranks-{'-'.join(ranks)}.log", env=TWO_CORES | widths("cycle"), **options) as server:
         # One request: with shared attention the other rank has to keep step without one.
         assert tokens(server.together(cases.bodies(cases.greedy()["greedy"], 1))) == tokens(reference["greedy"])[:1]
         before = passes_counted(server)
@@ -56,6 +58,8 @@ def test_data_parallel_ranks_give_the_same_and_count_apart(reference: dict, logs
             verified = sum(info["spec_verify_ct"] for info in own)
             assert verified <= count - before.get(rank, 0) <= verified + len(own), rank
         assert server.flush_is_clean()
+        whole = "whole blocks: ranks with data-parallel attention" in server.log.read_text(errors="replace")
+        assert whole == ("attn_dp_size" in ranks)
 
 
 # --- a window, sessions and time limits, on one server ----------------------------------------------------------------
@@ -84,7 +88,8 @@ def slow(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def limited(logs) -> Iterator[Server]:
-    """Two requests at a time, within limits of time; a drafter that sees 16 tokens; sessions; no overlap scheduling."""
+    """Two requests at a time, within limits of time; every step of another width; a drafter that sees 16 tokens; sessions; no overlap
+    scheduling."""
     options = speculative(
         speculative_draft_window_size=16,
         enable_streaming_session=True,
@@ -94,7 +99,7 @@ def limited(logs) -> Iterator[Server]:
         **SEEDED,
     )
     limits = {"SGLANG_REQ_RUNNING_TIMEOUT": str(RUNNING), "SGLANG_REQ_WAITING_TIMEOUT": str(WAITING)}
-    with Server(logs / "limited.log", env=CHECKED | limits, **options) as server:
+    with Server(logs / "limited.log", env=CHECKED | limits | widths("cycle"), **options) as server:
         yield server
 
 
@@ -208,7 +213,7 @@ def layered(logs) -> Iterator[Server]:
         page_size=16,
         **SEEDED,
     )
-    with Server(logs / "layered.log", env=CHECKED, **options) as server:
+    with Server(logs / "layered.log", env=CHECKED | widths(False), **options) as server:
         yield server
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import cases
 import pytest
 from cases import OURS, STOCK, custom, flat, matrix, tokens
-from servers import Server, speculative
+from servers import Server, speculative, widths
 
 
 @pytest.mark.parametrize("name", matrix())
@@ -117,7 +117,7 @@ FULL = "KV cache pool is full. Retract requests."
 
 @pytest.fixture(scope="module")
 def tight(logs) -> Any:
-    """DFLASH_RS: no overlap, pages of one, prompts in chunks of 16, a pool too small for eight requests."""
+    """DFLASH_RS: every step of another width, no overlap, pages of one, prompts in chunks of 16, a pool too small for eight requests."""
     options = speculative(
         page_size=1,
         enable_deterministic_inference=True,
@@ -127,13 +127,13 @@ def tight(logs) -> Any:
         schedule_conservativeness=0.05,
         grammar_backend="none",
     )
-    with Server(logs / "tight.log", env=CHECKED, **options) as server:
+    with Server(logs / "tight.log", env=CHECKED | widths("cycle"), **options) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def crowded(logs) -> Any:
-    """DFLASH_RS with overlap scheduling, pages of 4 and a pool too small for eight requests."""
+    """DFLASH_RS with overlap scheduling, whole blocks, pages of 4 and a pool too small for eight requests."""
     options = speculative(
         page_size=4,
         enable_deterministic_inference=True,
@@ -141,7 +141,7 @@ def crowded(logs) -> Any:
         schedule_conservativeness=0.05,
         grammar_backend="none",
     )
-    with Server(logs / "crowded.log", env=CHECKED, **options) as server:
+    with Server(logs / "crowded.log", env=CHECKED | widths(False), **options) as server:
         yield server
 
 

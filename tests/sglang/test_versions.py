@@ -12,7 +12,7 @@ from typing import Any
 import cases
 import pytest
 from cases import flat, tokens
-from servers import TARGET, Server, environment, speculative
+from servers import TARGET, Server, environment, speculative, widths
 
 VERSION = "0.5.17"
 ENV = {
@@ -37,7 +37,8 @@ def test_the_contract_holds() -> None:
 
 @pytest.fixture(scope="module")
 def servers(logs: Path) -> Iterator[dict[str, Server]]:
-    """Without speculation and without overlap scheduling, and with DFLASH_RS and overlap scheduling; they start side by side."""
+    """Without speculation and without overlap scheduling, and with DFLASH_RS, overlap scheduling and every step of another width; they
+    start side by side."""
     common = {
         "enable_deterministic_inference": True,
         "enable_custom_logit_processor": True,
@@ -46,7 +47,7 @@ def servers(logs: Path) -> Iterator[dict[str, Server]]:
     }
     started = {
         "plain": Server(logs / "oldest-plain.log", env=ENV, disable_overlap_schedule=True, **common),
-        "ours": Server(logs / "oldest-ours.log", env=ENV, **speculative(**common)),
+        "ours": Server(logs / "oldest-ours.log", env=ENV | widths("cycle"), **speculative(**common)),
     }
     try:
         for server in started.values():

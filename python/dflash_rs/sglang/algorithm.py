@@ -77,8 +77,9 @@ class DflashRsAlgorithm(CustomSpecAlgo):
 
     def handle_server_args(self, server_args: Any) -> None:
         """Fills in what DFLASH would; contradictory flags are errors that name them."""
-        config.load()
+        options = config.load()
         fill_in(server_args)
+        options.widths_of(server_args.speculative_num_draft_tokens)
 
 
 def _as_dflash(name: str):

@@ -6,8 +6,10 @@ it. ``check`` compares the version and every name the worker leans on, and says 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -31,6 +33,8 @@ SEAMS = {
         "target_predict",
     ),
     "_validate_phase1_sampling_support": ("batch",),
+    "init_attention_backends": (),
+    "init_cuda_graphs": (),
     "alloc_memory_pool": ("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
     "_append_target_hidden_fused": (
         "ctx_hidden",
@@ -336,6 +340,102 @@ def hook(ours: Any, refusal: Any) -> None:
     if not oldest:
         HookRegistry.register(WEIGHTS_FOR, weights_for, HookType.AROUND)
         HookRegistry.register(TURN_ENDS, turn_ends, HookType.AROUND)
+
+
+def block_spec(width: int, device: Any) -> Any:
+    """What the drafter's pass is told of its block."""
+    from sglang.srt.speculative.draft_worker_common import make_draft_block_spec_info
+
+    return make_draft_block_spec_info(draft_token_num=width, device=device)
+
+
+@contextlib.contextmanager
+def sized_for(width: int) -> Iterator[None]:
+    """What is made within the context is made for this many tokens per request."""
+    from sglang.srt.runtime_context import get_context, get_spec
+
+    block = get_spec().speculative_num_draft_tokens
+    get_context().override("dflash_rs.width", speculative_num_draft_tokens=width)
+    try:
+        yield
+    finally:
+        get_context().override("dflash_rs.whole_block", speculative_num_draft_tokens=block)
+
+
+@contextlib.contextmanager
+def for_drafter(worker: Any) -> Iterator[None]:
+    """What is made within the context is made for the drafter's ranks."""
+    if not hasattr(worker, "draft_parallel_layout"):
+        yield  # 0.5.17: they are the target's
+        return
+    from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+
+    with draft_pp_context(), draft_tp_context(worker.draft_parallel_layout):
+        yield
+
+
+def own_pass(runner: Any, width: int, drafts_of: Any = None) -> dict[str, Any]:
+    """An attention backend for this width, and CUDA graphs if the runner has some; within `sized_for`.
+
+    `drafts_of` is the worker, in this width's shape, if the runner is its drafter's: its graphs draw the drafts, too.
+    """
+    backend = runner._get_attention_backend(init_new_workspace=True)
+    if hasattr(runner, "kv_index_translator"):
+        runner.kv_index_translator.bind_and_verify_backends([backend])
+    graphs = runner.decode_cuda_graph_runner
+    if graphs is None or graphs is runner.eager_runner:
+        return {"attn_backend": backend, "decode_cuda_graph_runner": graphs}
+    hooks, before = runner.capture_tail_hooks, runner.attn_backend
+    if drafts_of is not None:
+        from sglang.srt.speculative.draft_worker_common import make_draft_sampler_capture_hook
+
+        drafts_of._draft_sampler = sampler = drafts_of._maybe_build_draft_sampler()
+        runner.capture_tail_hooks = [] if sampler is None else [make_draft_sampler_capture_hook(sampler)]
+    runner.attn_backend = backend
+    try:
+        captured = type(graphs)(
+            runner, attn_backend=backend, speculative_num_steps=1, speculative_num_draft_tokens=width
+        )
+    finally:
+        runner.capture_tail_hooks, runner.attn_backend = hooks, before
+    return {"attn_backend": backend, "decode_cuda_graph_runner": captured}
+
+
+def tensor_parallel_group() -> Any:
+    """The group of ranks that run the same requests."""
+    from sglang.srt.distributed import get_tp_group
+
+    return get_tp_group()
+
+
+def only_whole_blocks(worker: Any, names: tuple[str, ...], asked: bool) -> str | None:
+    """Why every step of this worker has to be a whole block, in words; None where the attributes `names` can be exchanged for one.
+
+    `asked`: whether other widths were asked for in so many words.
+    """
+    import torch
+    from sglang.srt.runtime_context import get_parallel
+
+    device = torch.device(worker.device).type
+    if device != "cpu" and not asked:
+        return f'other widths have not been run on {device}; "adaptive": true in DFLASH_RS_CONFIG tries them'
+    args = resolved(worker.server_args)
+    if args.enable_two_batch_overlap or args.enable_pdmux:
+        return "--enable-two-batch-overlap and --enable-pdmux keep attention backends of their own"
+    parallel = get_parallel()
+    if getattr(parallel, "attn_dp_enabled", parallel.attn_dp_size > 1):  # 0.5.17 has the size only
+        return "ranks with data-parallel attention must keep step, each with requests of its own"
+    if getattr(worker, "selector", None) is not None or getattr(worker, "lilicorr", None) is not None:
+        return f"{type(worker.draft_model).__name__} selects among candidates within its block"
+    if getattr(worker, "_is_domino", False):
+        return f"{type(worker.draft_model).__name__} rolls its block out token by token"
+    if worker._need_mamba_verify_commit:
+        return "the target keeps a state besides its KV, of whole blocks"
+    if simulates_acceptance():
+        return "SGLANG_SIMULATE_ACC_LEN makes up accept lengths of whole blocks"
+    if lacking := [name for name in names if name not in vars(worker)]:
+        return f"SGLang's worker has no {', '.join(lacking)}"
+    return None
 
 
 def processors(info: Any) -> list[tuple[Any, list[int]]]:

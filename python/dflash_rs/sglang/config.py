@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ class Options:
     - `alarm_passes`: how many passes of single requests one look at the acceptance covers.
     - `metrics`: counters for Prometheus (they appear where SGLang's own do, with --enable-metrics).
     - `kernels`: on a GPU, this package's CUDA kernels for the walk and for draft K and V; false leaves both to SGLang's.
+    - `adaptive`: before each step choose how many tokens of a block are drafted and verified, a plain step included, by what steps take
+      and how many drafts are accepted. False drafts and verifies whole blocks; None is true on a CPU and false elsewhere. "cycle" takes
+      the widths in turn, for tests.
+    - `widths`: what to choose from, tokens per request with the anchor counted; None is 1, 2, 4 and so on, and the block.
     - `allow_untested_sglang`: run on an SGLang version that the tests have not seen, if its seams look right.
     """
 
@@ -32,6 +37,8 @@ class Options:
     alarm_passes: int = 4096
     metrics: bool = True
     kernels: bool = True
+    adaptive: bool | str | None = None
+    widths: Sequence[int] | None = None
     allow_untested_sglang: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +51,34 @@ class Options:
         for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
+        if not isinstance(self.adaptive, bool) and self.adaptive not in (None, "cycle"):
+            raise _bad("adaptive", self.adaptive, 'true, false or "cycle"')
+        if self.widths is not None:
+            self._check_widths()
+
+    def _check_widths(self) -> None:
+        widths = self.widths
+        sound = isinstance(widths, list | tuple) and len(widths) > 0
+        if not sound or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
+            raise _bad("widths", widths, "a list of integers of at least 1")
+        if len(set(widths)) < len(widths):
+            raise _bad("widths", widths, "each width once")
+        if self.adaptive is False:
+            raise _bad("widths", widths, 'none with "adaptive": false')
+        object.__setattr__(self, "widths", tuple(sorted(widths)))
+
+    def widths_of(self, block: int) -> tuple[int, ...]:
+        """The widths to choose from with blocks of this many tokens, rising.
+
+        Raises InvalidArgument when `widths` has one that is larger.
+        """
+        if self.adaptive is False:
+            return (block,)
+        if self.widths is None:
+            return (*(w for w in (1 << n for n in range(block.bit_length())) if w < block), block)
+        if self.widths[-1] > block:
+            raise _bad("widths", list(self.widths), f"at most the block, {block}")
+        return tuple(self.widths)
 
 
 def parse(text: str | None) -> Options:

@@ -1,7 +1,8 @@
 """What was drafted and accepted: counters for Prometheus, and an alarm when drafting gains nothing.
 
 Counted where SGLang learns a step's accept lengths on the host, so counting never waits for the device. As in vLLM, drafts are
-counted without the anchor (``B - 1`` per pass); SGLang's own ``spec_accept_length`` counts the bonus token, like ``tau`` here.
+counted without the anchor (one less than the width, per pass); SGLang's own ``spec_accept_length`` counts the bonus token, like
+``tau`` here. A plain step verifies no drafts: it counts as a pass of width 1 and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PREFIX = "dflash_rs_spec_"
 
 
 class Acceptance:
-    """Counts passes of single requests, warns through `logger` when they gain too little."""
+    """Counts passes of single requests that verified drafts, warns through `logger` when they gain too little."""
 
     def __init__(self, block: int, alarm_tau: float, alarm_passes: int, exporter: Exporter | None = None):
         self.block, self.alarm_tau, self.alarm_passes, self.exporter = block, alarm_tau, alarm_passes, exporter
@@ -28,20 +29,23 @@ class Acceptance:
 
     @property
     def tau(self) -> float | None:
-        """Tokens per pass since the start, the bonus token counted."""
+        """Tokens per pass that verified drafts since the start, the bonus token counted."""
         return 1 + self.accepted / self.passes if self.passes else None
 
-    def observe(self, accepted: Sequence[int]) -> None:
-        """One step: drafts accepted by each request."""
+    def observe(self, accepted: Sequence[int], width: int | None = None) -> None:
+        """One step: drafts accepted by each request of `width` tokens, by default of a whole block."""
         if not accepted:
+            return
+        width = self.block if width is None else width
+        if self.exporter is not None:
+            self.exporter.step(accepted, width)
+        if width == 1:
             return
         total = sum(accepted)
         self.passes += len(accepted)
         self.accepted += total
         self.window_passes += len(accepted)
         self.window_accepted += total
-        if self.exporter is not None:
-            self.exporter.step(accepted)
         if self.window_passes >= self.alarm_passes:
             self._look()
 
@@ -69,7 +73,7 @@ class Acceptance:
 class Exporter:
     """Prometheus metrics in the process of the scheduler; SGLang's /metrics collects them from all processes."""
 
-    def __init__(self, block: int, labels: dict[str, str], registry: Any = None):
+    def __init__(self, block: int, labels: dict[str, str], registry: Any = None, widths: Sequence[int] = ()):
         from prometheus_client import REGISTRY, Counter, Gauge
 
         names, registry = list(labels), registry or REGISTRY
@@ -77,25 +81,33 @@ class Exporter:
         def counter(name: str, text: str, extra: Sequence[str] = ()) -> Any:
             return Counter(PREFIX + name, text, [*names, *extra], registry=registry)
 
-        self.block = block
         self.drafts = counter("drafts", "Target passes that verified drafts, one per request.").labels(**labels)
         self.draft_tokens = counter("draft_tokens", "Drafts verified, the anchor not counted.").labels(**labels)
         self.accepted_tokens = counter("accepted_tokens", "Drafts accepted.").labels(**labels)
         per_position = counter("accepted_tokens_per_pos", "Drafts accepted at each place of the block.", ["position"])
         self.per_position = [per_position.labels(**labels, position=str(i)) for i in range(block - 1)]
+        passes = counter("passes", "Target passes, one per request, by tokens verified in each.", ["width"])
+        self.passes = {width: passes.labels(**labels, width=str(width)) for width in sorted({*widths, block})}
         gauges = {"registry": registry, "multiprocess_mode": "mostrecent"}
-        self.tau = Gauge(PREFIX + "tau", "Tokens per target pass, over recent passes.", names, **gauges).labels(
-            **labels
-        )
+        self.tau = Gauge(
+            PREFIX + "tau", "Tokens per target pass that verified drafts, over recent ones.", names, **gauges
+        ).labels(**labels)
+        self.width = Gauge(
+            PREFIX + "width", "Tokens verified of each request in the last step.", names, **gauges
+        ).labels(**labels)
         Gauge(PREFIX + "block_size", "Tokens per block, the anchor counted.", names, **gauges).labels(**labels).set(
             block
         )
 
-    def step(self, accepted: Sequence[int]) -> None:
-        """One step: drafts accepted by each request."""
+    def step(self, accepted: Sequence[int], width: int) -> None:
+        """One step: drafts accepted by each request of `width` tokens."""
+        self.passes[width].inc(len(accepted))
+        self.width.set(width)
+        if width == 1:
+            return
         self.drafts.inc(len(accepted))
-        self.draft_tokens.inc(len(accepted) * (self.block - 1))
+        self.draft_tokens.inc(len(accepted) * (width - 1))
         self.accepted_tokens.inc(sum(accepted))
-        for position, counter in enumerate(self.per_position):
+        for position, counter in enumerate(self.per_position[: width - 1]):
             if hits := sum(n > position for n in accepted):
                 counter.inc(hits)

@@ -3,13 +3,14 @@
 A step, in SGLang's order; ours are the lines marked *::
 
     room for the block          planning.DraftInput.prepare_for_decode   *
+    how wide this step is       widths.Widths, shapes.Shapes             *
     draft, verify               DFlashWorkerV2.forward_batch_generation
     grammar mask                the same, behind SGLang's barrier
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
     walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
     publish, log-probabilities  DFlashWorkerV2
     inject draft KV             kernels.ContextKv                        *  (on a CPU: DFlashWorkerV2)
-    count                       on_verify_complete_cpu -> metrics        *
+    count                       on_verify_complete_cpu -> widths, metrics  *
 
 Between forward_batch_generation and _accept_block, SGLang's code sees sampling parameters with nothing left to adjust: it would
 apply them in another order, and without penalties.
@@ -27,6 +28,8 @@ from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, plan
 from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare
+from dflash_rs.sglang.shapes import SHAPED, Shapes
+from dflash_rs.sglang.widths import Widths, over
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +54,13 @@ class DflashRsWorker(compat.worker_class()):
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
         self._context_kv: ContextKv | None = None
+        # Until the attention backends are there, which may not serve other widths than the block.
+        self._widths = Widths([self.block_size])
+        self._shapes = Shapes(self, [self.block_size])
         exporter = None
         if self.options.metrics and compat.counts() and compat.metrics_enabled(server_args):
             labels = {"model_name": compat.served_model_name(server_args)} | compat.data_parallel_rank(self)
-            exporter = Exporter(self.block_size, labels)
+            exporter = Exporter(self.block_size, labels, widths=self.options.widths_of(self.block_size))
         self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
         if self._target_tp_rank == 0:
             logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self.block_size, self.options, compat.version())
@@ -69,6 +75,35 @@ class DflashRsWorker(compat.worker_class()):
         )
         for remark in remarks:
             logger.warning("%s: %s", ALGORITHM, remark)
+
+    def init_attention_backends(self) -> None:
+        """SGLang's, and with them what is known of which widths a step can have."""
+        super().init_attention_backends()
+        if self.options.adaptive is False:
+            return
+        widths = self.options.widths_of(self.block_size)
+        asked = self.options.adaptive is not None or self.options.widths is not None
+        reason = compat.only_whole_blocks(self, SHAPED, asked)
+        if reason is None:
+            group = compat.tensor_parallel_group()
+            several = group.world_size > 1
+            self._widths = Widths(
+                widths,
+                cycle=self.options.adaptive == "cycle",
+                agree=over(group) if several else None,
+                leads=group.is_first_rank,
+                ahead=not self._on_host,
+            )
+            self._shapes = Shapes(self, widths)
+        if self._target_tp_rank == 0:
+            chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
+            level = logging.WARNING if reason is not None and asked else logging.INFO
+            logger.log(level, "%s: each step verifies %s", ALGORITHM, chosen)
+
+    def init_cuda_graphs(self) -> None:
+        """SGLang's, and what the other widths need beside them."""
+        super().init_cuda_graphs()
+        self._shapes.make_passes()
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's, and the kernels once there are pages for them to write to."""
@@ -113,14 +148,19 @@ class DflashRsWorker(compat.worker_class()):
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One step. Arguments and result are those of SGLang's worker."""
         if batch.forward_mode.is_idle() or batch.sampling_info is None:
+            self._widths.interrupted()
             return super().forward_batch_generation(batch, *args, **kwargs)
         given, reqs = batch.sampling_info, list(batch.reqs)
         prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
         slots = batch.req_pool_indices.to(torch.int64)
         self._reqs, self._slots, self._info = reqs, slots, given
+        if prefill:
+            self._widths.interrupted()
+        width = int(self.block_size) if prefill else self._widths.next(len(reqs))
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
-            result = super().forward_batch_generation(batch, *args, **kwargs)
+            with self._shapes.of(width):
+                result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             batch.sampling_info = given
             self._reqs, self._slots, self._info = [], None, None
@@ -193,4 +233,4 @@ class DflashRsWorker(compat.worker_class()):
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """SGLang has learned a step's accept lengths on the host."""
-        self.acceptance.observe(num_correct_drafts_per_req)
+        self.acceptance.observe(num_correct_drafts_per_req, self._widths.verified(num_correct_drafts_per_req))

@@ -7,11 +7,19 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_spec
 from torch.nn.functional import scaled_dot_product_attention
 
 
 class HostAttention(TorchNativeAttnBackend):
-    """Causal blocks for the target, bidirectional ones for a drafter's encoder-only layers."""
+    """Causal blocks for the target, bidirectional ones for a drafter's encoder-only layers.
+
+    Like SGLang's backends for GPUs it is made for one block length and serves no other.
+    """
+
+    def __init__(self, model_runner):
+        super().__init__(model_runner)
+        self.block = get_spec().speculative_num_draft_tokens
 
     def get_cuda_graph_seq_len_fill_value(self):
         """Length of the rows that pad a batch to its neighbours' size, under data-parallel attention."""
@@ -24,6 +32,7 @@ class HostAttention(TorchNativeAttnBackend):
             where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
         block = int(forward_batch.spec_info.draft_token_num)
+        assert block == self.block, f"a block of {block} on a backend for {self.block}"
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         table = self.req_to_token_pool.req_to_token

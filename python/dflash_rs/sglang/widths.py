@@ -1,0 +1,101 @@
+"""How many tokens of each request the next step verifies: one number for the whole batch.
+
+    start of a step ──> next ──> width ──> SGLang's step in that shape (shapes)
+    accept lengths, one step late with overlap scheduling ──> verified ──> acceptance
+
+The core (``dflash_rs._core.WidthPlanner``) decides; this file tells it what steps took. The clock is read where a step starts, which
+costs nothing and waits for nobody: from one start to the next is a step and what the scheduler does around it. Only steps that follow
+one another count, with no prefill and no pause between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dflash_rs._core import WidthPlanner
+
+# More steps than this are never on their way at once.
+_ON_THEIR_WAY = 64
+
+
+class Widths:
+    """Chooses the width of every decoding step.
+
+    - `widths`: those to choose from, rising; the last one is what a step has where there is no choice.
+    - `cycle`: take them in turn instead of judging.
+    - `agree`: with several ranks, hands rank 0's width to all of them; its argument is None on the others. Their clocks differ, and
+      with them what they would choose.
+    - `leads`: whether this is rank 0.
+    - `ahead`: whether steps are launched and run later. What is seen between two starts is then one of two steps, so that it counts
+      only where the step before had the same width.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        cycle: bool = False,
+        agree: Callable[[int | None], int] | None = None,
+        leads: bool = True,
+        ahead: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.widths, self.cycle, self.agree, self.ahead, self.clock = tuple(widths), cycle, agree, ahead, clock
+        judges = leads and not cycle and len(self.widths) > 1
+        self.planner = WidthPlanner(list(self.widths)) if judges else None
+        self._launched: deque[tuple[int, int]] = deque(maxlen=_ON_THEIR_WAY)
+        # The step that runs: requests, width, when it started, and whether its time counts.
+        self._running: tuple[int, int, float, bool] | None = None
+        self._turn = 0
+
+    def next(self, requests: int) -> int:
+        """The width of the step of so many requests that starts now."""
+        if self.planner is not None:
+            now, last = self.clock(), None
+            if self._running is not None:
+                before, last, began, counts = self._running
+                if counts:
+                    self.planner.observe(before, last, now - began)
+            width = self.planner.choose(requests)
+            self._running = (requests, width, now, last == width or not self.ahead)
+        elif self.cycle:
+            width = self.widths[self._turn % len(self.widths)]
+            self._turn += 1
+        else:
+            width = self.widths[-1]
+        if self.agree is not None and not self.cycle and len(self.widths) > 1:
+            width = self.agree(None if self.planner is None else width)
+        self._launched.append((requests, width))
+        return width
+
+    def interrupted(self) -> None:
+        """Something else than a decoding step runs: what lies between two steps is no step's time."""
+        self._running = None
+
+    def verified(self, accepted: Sequence[int]) -> int:
+        """The oldest step whose accept lengths have not come had these: drafts accepted by each request. Returns its width."""
+        while self._launched:
+            requests, width = self._launched.popleft()
+            if requests == len(accepted):
+                if self.planner is not None:
+                    self.planner.record(width, list(accepted))
+                return width
+        return self.widths[-1]
+
+
+def over(group: Any) -> Callable[[int | None], int]:
+    """`Widths.agree` for a tensor-parallel group of SGLang, over the group its scheduler hands requests around in."""
+    import torch
+
+    number = torch.zeros(1, dtype=torch.int64)
+
+    def agree(width: int | None) -> int:
+        if width is not None:
+            number[0] = width
+        torch.distributed.broadcast(number, src=group.first_rank, group=group.cpu_group)
+        return int(number[0])
+
+    return agree

@@ -1,0 +1,556 @@
+//! Which block length pays, judged by what steps are seen to take.
+//!
+//! ```text
+//!   goodput(w) = expected tokens / time of a step    for every width w that can be run; 1 is a plain step
+//! ```
+//! For an engine whose step cannot be timed in parts, or where the widths that can be run are few (`Planner` chooses from curves
+//! instead). One width goes for the whole batch. Step times are kept for each width and size of the batch, in seconds:
+//!
+//! * *A width that was never tried* is given the benefit of the doubt: a step takes at least what one with fewer requests or a
+//!   narrower one took. It is tried if even so it might be the best.
+//! * *A figure that has grown old* is renewed, the more rarely the more that costs: each width may cost one step in `FRESH`.
+//!
+//! Both look at a width for a few steps in a row, because only the inner ones are timed cleanly.
+//!
+//! A width is timed at other times than the one it is compared with, and meanwhile contexts grow, or the machine is given to others. So
+//! times are kept as shares of a *pace*, which follows the times of the width in use. Of those kept a low one counts: a moment in
+//! which everything is slow makes a width look bad, and what looks bad would not be timed again for long, while a width that looks too good
+//! is found out in a few steps.
+
+use std::cmp::Ordering;
+
+use crate::error::{Error, Result};
+use crate::plan::{Acceptance, MOST_BLOCK};
+
+/// Steps in a row that a look at a width takes.
+const LOOK: u8 = 4;
+/// Times that are kept of a width and a size of the batch: those of some looks.
+const KEPT: usize = 16;
+/// How far one step moves the pace. Down three times as far as up, so that a quarter of the steps are faster, as of the times kept.
+const PACE_UP: f64 = 1.002;
+const PACE_DOWN: f64 = 0.994;
+/// Steps after which a time is old, and of which looking at a width may cost one.
+const FRESH: u64 = 256;
+/// By how much another width has to be better before it is changed: times and acceptance scatter.
+const MARGIN: f64 = 1.03;
+/// By how much a width that was never tried has to look better, at best, to be tried.
+const HOPE: f64 = 1.05;
+
+/// Requests that are taken to be one size of a batch: single ones up to 32, then sixteen sizes to each doubling. Of batches that differ
+/// more, one width timed on the small ones and another on the large ones could not be compared.
+fn size_of(requests: usize) -> usize {
+    let below = requests.max(1) - 1;
+    if below < 32 {
+        return below;
+    }
+    let log = below.ilog2() as usize;
+    32 + 16 * (log - 5) + ((below >> (log - 4)) & 15)
+}
+
+/// The most requests of a size.
+fn most_of(size: usize) -> f64 {
+    if size < 32 {
+        return (size + 1) as f64;
+    }
+    let (log, part) = (5 + (size - 32) / 16, (size - 32) % 16);
+    (((17 + part) as u64) << (log - 4)) as f64
+}
+
+/// Times of one width at one size, as shares of the pace.
+#[derive(Clone, Debug, Default)]
+struct Times {
+    kept: Vec<f64>,
+    next: usize,
+    // The lower quartile of those kept.
+    typical: Option<f64>,
+    // Steps of this size so far when it was timed or looked at last.
+    seen: u64,
+    // The same when it was looked at without a time to judge by.
+    tried: Option<u64>,
+}
+
+impl Times {
+    fn add(&mut self, time: f64, now: u64) {
+        self.seen = now;
+        if self.kept.len() < KEPT {
+            self.kept.push(time);
+        } else {
+            self.kept[self.next % KEPT] = time;
+        }
+        self.next = (self.next + 1) % KEPT;
+        let mut sorted = self.kept.clone();
+        sorted.sort_by(f64::total_cmp);
+        self.typical = Some(sorted[(sorted.len() - 1) / 4]);
+    }
+
+    fn look(&mut self, now: u64) {
+        match self.typical {
+            None => self.tried = Some(now),
+            // Should nothing be timed, the old figure holds for as long as a new one would.
+            Some(_) => self.seen = now,
+        }
+    }
+}
+
+/// What is known of one size of the batch.
+#[derive(Clone, Debug, Default)]
+struct Size {
+    steps: u64,
+    // By width.
+    times: Vec<Times>,
+}
+
+/// Chooses one width for a whole batch, step by step.
+#[derive(Clone, Debug)]
+pub struct WidthPlanner {
+    // Rising.
+    widths: Vec<usize>,
+    acceptance: Acceptance,
+    sizes: Vec<Size>,
+    // The width that is looked at, and for how many more steps.
+    look: (usize, u8),
+    current: usize,
+    pace: f64,
+}
+
+impl WidthPlanner {
+    /// To choose from `widths`, tokens per request with the anchor counted.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is none, or one of 0, of more than 4096, or not larger than the one before.
+    pub fn new(widths: &[usize]) -> Result<Self> {
+        let rising = widths.windows(2).all(|pair| pair[0] < pair[1]);
+        let (Some(&first), Some(&last)) = (widths.first(), widths.last()) else {
+            return Err(refused("no widths".into()));
+        };
+        if !rising || first == 0 || last > MOST_BLOCK {
+            return Err(refused(format!("{widths:?}")));
+        }
+        Ok(Self {
+            widths: widths.into(),
+            acceptance: Acceptance::new(last - 1),
+            sizes: Vec::new(),
+            look: (0, 0),
+            current: widths.len() - 1,
+            pace: 1.0,
+        })
+    }
+
+    /// The widths to choose from.
+    pub fn widths(&self) -> &[usize] {
+        &self.widths
+    }
+
+    /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
+    pub fn acceptance(&self, position: usize) -> f64 {
+        self.acceptance.at(position)
+    }
+
+    /// Books a step: drafts accepted by each request when `width` tokens were verified of each.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`, `InvalidArgument` for a width of 0; nothing is booked then.
+    pub fn record(&mut self, width: usize, accepted: &[u32]) -> Result<()> {
+        let Some(drafted) = width.checked_sub(1) else {
+            return Err(Error::InvalidArgument {
+                name: "width",
+                got: "0".into(),
+                expected: "at least 1".into(),
+            });
+        };
+        if let Some(&most) = accepted.iter().max().filter(|&&most| most as usize > drafted) {
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: most,
+                drafted: drafted as u32,
+            });
+        }
+        accepted
+            .iter()
+            .try_for_each(|&n| self.acceptance.record(drafted, n as usize))
+    }
+
+    /// A step of `requests` requests and this width took `time`. A width that is not among those to choose from is ignored.
+    pub fn observe(&mut self, requests: usize, width: usize, time: f64) {
+        if let Ok(index) = self.widths.binary_search(&width)
+            && time > 0.0
+            && time.is_finite()
+        {
+            let (pace, current) = (self.pace, self.current);
+            let size = self.size(requests);
+            let (now, times) = (size.steps, &mut size.times[index]);
+            let before = times.typical.filter(|_| index == current && times.kept.len() == KEPT);
+            times.add(time / pace, now);
+            if let Some(typical) = before {
+                self.pace *= match (typical * pace).total_cmp(&time) {
+                    Ordering::Less => PACE_UP,
+                    Ordering::Equal => 1.0,
+                    Ordering::Greater => PACE_DOWN,
+                };
+            }
+        }
+    }
+
+    /// What a step of `requests` requests takes with each of the widths, as far as it is known.
+    pub fn times(&self, requests: usize) -> Vec<Option<f64>> {
+        let size = self.sizes.get(size_of(requests));
+        (0..self.widths.len())
+            .map(|index| Some(size?.times[index].typical? * self.pace))
+            .collect()
+    }
+
+    /// The width of the next step, of `requests` requests.
+    pub fn choose(&mut self, requests: usize) -> usize {
+        let index = self.index(requests);
+        self.widths[index]
+    }
+
+    fn index(&mut self, requests: usize) -> usize {
+        if requests == 0 || self.widths.len() == 1 {
+            return self.widths.len() - 1;
+        }
+        self.size(requests).steps += 1;
+        if self.look.1 > 0 {
+            self.look.1 -= 1;
+            return self.look.0;
+        }
+        let size = &self.sizes[size_of(requests)];
+        let (tokens, times) = (self.tokens(), self.times(requests));
+        let now = size.steps;
+        // Times are per step of the whole batch, tokens per request: the number of requests is the same on all sides.
+        let (mut best, mut most) = (None, 0.0);
+        let (mut hopeful, mut hope) = (None, 0.0);
+        for (index, &time) in times.iter().enumerate() {
+            if let Some(time) = time {
+                if tokens[index] / time >= most {
+                    (best, most) = (Some(index), tokens[index] / time);
+                }
+            } else if size.times[index].tried.is_none_or(|then| now - then >= FRESH) {
+                let at_best = tokens[index] / self.at_least(requests, index);
+                if at_best >= hope {
+                    (hopeful, hope) = (Some(index), at_best);
+                }
+            }
+        }
+        if let Some(index) = hopeful
+            && (best.is_none() || hope > most * HOPE)
+        {
+            return self.look_at(requests, index);
+        }
+        // Tried, and never timed: whole blocks, as without a planner.
+        let Some(best) = best else {
+            return self.widths.len() - 1;
+        };
+        let stays = times[self.current].is_some_and(|time| tokens[self.current] / time * MARGIN >= most);
+        if !stays {
+            self.current = best;
+        }
+        let step = tokens[best] / most;
+        let due = times.iter().enumerate().position(|(index, &time)| {
+            let Some(time) = time else { return false };
+            let lost = f64::from(LOOK) * (time - tokens[index] / most) / step;
+            index != self.current && (now - size.times[index].seen) as f64 >= FRESH as f64 * lost.max(1.0)
+        });
+        due.map_or(self.current, |index| self.look_at(requests, index))
+    }
+
+    fn look_at(&mut self, requests: usize, index: usize) -> usize {
+        self.look = (index, LOOK - 1);
+        let size = self.size(requests);
+        size.times[index].look(size.steps);
+        index
+    }
+
+    /// Expected tokens of a request's pass, by width.
+    fn tokens(&self) -> Vec<f64> {
+        let (mut tokens, mut alive, mut reached) = (1.0, 1.0, 1);
+        let more = |&width: &usize| {
+            while reached < width {
+                alive *= self.acceptance.at(reached - 1);
+                tokens += alive;
+                reached += 1;
+            }
+            tokens
+        };
+        self.widths.iter().map(more).collect()
+    }
+
+    /// What a step takes at least: as long as a step that is no wider, of its share of the requests.
+    fn at_least(&self, requests: usize, index: usize) -> f64 {
+        let share = |size: usize| (requests as f64 / most_of(size)).min(1.0);
+        let narrower = |size: &Size| {
+            let times = size.times.iter().take(index + 1);
+            times.filter_map(|times| times.typical).fold(0.0, f64::max)
+        };
+        let sizes = self.sizes.iter().enumerate();
+        sizes
+            .map(|(size, known)| narrower(known) * share(size))
+            .fold(0.0, f64::max)
+    }
+
+    fn size(&mut self, requests: usize) -> &mut Size {
+        let index = size_of(requests);
+        while self.sizes.len() <= index {
+            self.sizes.push(Size {
+                steps: 0,
+                times: vec![Times::default(); self.widths.len()],
+            });
+        }
+        &mut self.sizes[index]
+    }
+}
+
+fn refused(got: String) -> Error {
+    Error::InvalidArgument {
+        name: "widths",
+        got,
+        expected: format!("numbers from 1 to {MOST_BLOCK} that rise"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A device: what a step takes, and how likely the draft at each position is.
+    struct World {
+        fixed: f64,
+        row: f64,
+        drafting: f64,
+        likely: f64,
+        noise: u64,
+    }
+
+    impl World {
+        fn time(&self, requests: usize, width: usize) -> f64 {
+            let drafting = if width > 1 { self.drafting } else { 0.0 };
+            self.fixed + drafting + self.row * (requests * width) as f64
+        }
+
+        fn tokens(&self, width: usize) -> f64 {
+            (0..width).map(|n| self.likely.powi(n as i32)).sum()
+        }
+
+        fn goodput(&self, requests: usize, width: usize) -> f64 {
+            self.tokens(width) / self.time(requests, width)
+        }
+
+        fn random(&mut self) -> f64 {
+            self.noise = self
+                .noise
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (self.noise >> 11) as f64 / (1u64 << 53) as f64
+        }
+
+        /// Takes `steps` steps and tells tokens per request, seconds and the widths. Times are `noise` longer now and then.
+        fn run(
+            &mut self,
+            planner: &mut WidthPlanner,
+            steps: usize,
+            size: impl Fn(usize) -> usize,
+            noise: f64,
+        ) -> (f64, f64, Vec<usize>) {
+            let (mut tokens, mut seconds, mut widths) = (0.0, 0.0, Vec::new());
+            let mut last = 0;
+            for step in 0..steps {
+                let requests = size(step);
+                let width = planner.choose(requests);
+                let mut time = self.time(requests, width);
+                if self.random() < 0.2 {
+                    time *= 1.0 + noise * self.random();
+                }
+                // Only where the step before had the same width is the time a clean one.
+                if last == width {
+                    planner.observe(requests, width, time);
+                }
+                let accepted: Vec<u32> = (0..requests)
+                    .map(|_| (1..width).take_while(|_| self.random() < self.likely).count() as u32)
+                    .collect();
+                planner.record(width, &accepted).unwrap();
+                tokens += self.tokens(width);
+                seconds += time;
+                widths.push(width);
+                last = width;
+            }
+            (tokens, seconds, widths)
+        }
+    }
+
+    const WIDTHS: [usize; 5] = [1, 2, 4, 8, 16];
+
+    fn planner() -> WidthPlanner {
+        WidthPlanner::new(&WIDTHS).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn no_width_would_have_been_much_faster(
+            row in 0.001f64..1.0,
+            drafting in 0.0f64..1.0,
+            likely in 0.0f64..0.98,
+            requests in 1usize..64,
+            noise in 0u64..1000,
+        ) {
+            let mut world = World { fixed: 1.0, row, drafting, likely, noise };
+            let mut planner = planner();
+            world.run(&mut planner, 300, |_| requests, 0.0);
+            let (tokens, seconds, _) = world.run(&mut planner, 3000, |_| requests, 0.0);
+            let best = WIDTHS.iter().map(|&w| world.goodput(requests, w)).fold(0.0, f64::max);
+            prop_assert!(tokens / seconds >= 0.93 * best, "{} of {}", tokens / seconds, best);
+        }
+
+        #[test]
+        fn batches_that_change_and_times_that_scatter_do_not_make_it_much_slower_than_plain_steps(
+            row in 0.001f64..1.0,
+            drafting in 0.0f64..1.0,
+            likely in 0.0f64..0.98,
+            low in 1usize..40,
+            span in 1usize..20,
+            noise in 0u64..1000,
+        ) {
+            let mut world = World { fixed: 1.0, row, drafting, likely, noise };
+            let mut planner = planner();
+            let size = |step: usize| low + step / 7 % span;
+            let (tokens, seconds, _) = world.run(&mut planner, 6000, size, 0.5);
+            // The same steps, plain, and disturbed as often.
+            let plain: f64 = (0..6000).map(|step| world.time(size(step), 1)).sum::<f64>() * 1.05;
+            prop_assert!(tokens / seconds >= 0.92 * 6000.0 / plain, "{} of {}", tokens / seconds, 6000.0 / plain);
+        }
+
+        #[test]
+        fn sizes_of_batches_rise_without_gaps(requests in 1usize..5000) {
+            let (size, next) = (size_of(requests), size_of(requests + 1));
+            prop_assert!(next == size || next == size + 1);
+            prop_assert_eq!(next > size, most_of(size) == requests as f64);
+        }
+    }
+
+    fn world(row: f64, likely: f64) -> World {
+        World {
+            fixed: 1.0,
+            row,
+            drafting: 0.2,
+            likely,
+            noise: 7,
+        }
+    }
+
+    #[test]
+    fn whole_blocks_come_first_and_every_width_is_tried_where_nothing_is_known() {
+        let (_, _, widths) = world(0.001, 0.9).run(&mut planner(), 24, |_| 1, 0.0);
+        for (look, width) in [16, 8, 4, 2, 1].iter().enumerate() {
+            assert!(widths[4 * look..4 * look + 4].iter().all(|w| w == width), "{widths:?}");
+        }
+        assert_eq!(widths[20..], [16; 4]);
+    }
+
+    #[test]
+    fn another_size_is_judged_by_its_neighbours_and_little_is_tried_again() {
+        let (mut world, mut planner) = (world(0.5, 0.5), planner());
+        world.run(&mut planner, 100, |_| 24, 0.0);
+        let (_, _, widths) = world.run(&mut planner, 100, |_| 20, 0.0);
+        assert!(widths.iter().all(|&w| w <= 2), "{widths:?}");
+    }
+
+    #[test]
+    fn what_is_far_too_slow_is_looked_at_rarely_and_still_now_and_then() {
+        let (mut world, mut planner) = (world(0.2, 0.0), planner());
+        world.run(&mut planner, 100, |_| 16, 0.0);
+        let (_, _, widths) = world.run(&mut planner, 20_000, |_| 16, 0.0);
+        let count = |width| widths.iter().filter(|&&w| w == width).count();
+        assert!((1..60).contains(&count(16)), "{}", count(16));
+        assert!(count(1) > 19_000, "{}", count(1));
+    }
+
+    #[test]
+    fn drafts_that_get_better_are_noticed() {
+        let mut planner = planner();
+        world(0.01, 0.0).run(&mut planner, 2000, |_| 8, 0.0);
+        assert_eq!(planner.choose(8), 1);
+        world(0.01, 0.95).run(&mut planner, 2000, |_| 8, 0.0);
+        let (_, _, widths) = world(0.01, 0.95).run(&mut planner, 100, |_| 8, 0.0);
+        assert!(widths.iter().filter(|&&w| w >= 8).count() > 80, "{widths:?}");
+    }
+
+    #[test]
+    fn steps_that_get_dearer_are_noticed() {
+        let mut planner = planner();
+        let (_, _, widths) = world(0.001, 0.8).run(&mut planner, 300, |_| 8, 0.0);
+        assert_eq!(widths[299], 16);
+        let (_, _, widths) = world(1.0, 0.8).run(&mut planner, 1500, |_| 8, 0.0);
+        assert!(widths[1400..].iter().filter(|&&w| w <= 2).count() > 80, "{widths:?}");
+    }
+
+    /// Tokens per second of the planner and of plain steps, at one moment's pace after the other.
+    fn under(pace: impl Fn(usize) -> f64, world: &mut World, requests: usize, steps: usize) -> (f64, f64) {
+        let (mut planner, mut last) = (planner(), 0);
+        let (mut tokens, mut seconds, mut plain) = (0.0, 0.0, 0.0);
+        for step in 0..steps {
+            let width = planner.choose(requests);
+            let time = world.time(requests, width) * pace(step);
+            if last == width {
+                planner.observe(requests, width, time);
+            }
+            let accepted: Vec<u32> = (0..requests)
+                .map(|_| (1..width).take_while(|_| world.random() < world.likely).count() as u32)
+                .collect();
+            planner.record(width, &accepted).unwrap();
+            tokens += world.tokens(width);
+            seconds += time;
+            plain += world.time(requests, 1) * pace(step);
+            last = width;
+        }
+        (tokens / seconds, steps as f64 / plain)
+    }
+
+    #[test]
+    fn a_machine_that_slows_down_and_contexts_that_grow_do_not_look_like_one_width() {
+        // Drafting is worth little here, and does not pay.
+        let slower = |step: usize| 1.0 + step as f64 / 2000.0;
+        let waves = |step: usize| 1.5 + (step as f64 / 400.0).sin() / 2.0;
+        // Bad moments of ten steps, which a look can fall into.
+        let moments = |step: usize| if step / 10 % 7 == 3 { 2.5 } else { 1.0 };
+        for (name, pace) in [
+            ("slower", &slower as &dyn Fn(usize) -> f64),
+            ("waves", &waves),
+            ("moments", &moments),
+        ] {
+            for requests in [1, 3, 16] {
+                let (own, plain) = under(pace, &mut world(0.1, 0.3), requests, 8000);
+                assert!(own > 0.94 * plain, "{name}, {requests}: {own} of {plain}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_nothing_can_be_timed_whole_blocks_are_taken_most_of_the_time() {
+        let mut planner = planner();
+        let widths: Vec<usize> = (0..1000).map(|_| planner.choose(3)).collect();
+        assert!(widths.iter().filter(|&&w| w == 16).count() > 900);
+        assert_eq!(planner.times(3), [None; 5]);
+    }
+
+    #[test]
+    fn one_width_is_no_choice() {
+        let mut planner = WidthPlanner::new(&[8]).unwrap();
+        planner.observe(4, 8, 0.1);
+        planner.observe(4, 5, 0.1);
+        planner.observe(4, 8, f64::NAN);
+        assert_eq!((planner.choose(4), planner.times(4)), (8, vec![Some(0.1)]));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_name() {
+        for widths in [&[][..], &[0, 2], &[2, 2], &[4, 2], &[1, 4097]] {
+            let error = WidthPlanner::new(widths).unwrap_err().to_string();
+            assert!(error.starts_with("widths: got"), "{error}");
+        }
+        let mut planner = planner();
+        let before = planner.acceptance(0);
+        assert!(planner.record(4, &[1, 4]).is_err() && planner.record(0, &[]).is_err());
+        assert_eq!(planner.acceptance(0), before);
+    }
+}
