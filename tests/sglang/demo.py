@@ -58,9 +58,12 @@ def main() -> int:
         if args.serve:
             print(f"http://127.0.0.1:{ours.port} serves until Ctrl-C", file=sys.stderr)
             try:
-                ours.process.wait()
+                code = ours.process.wait()
             except KeyboardInterrupt:
                 pass
+            else:
+                print(f"the server ended with code {code}, log: {ours.log}", file=sys.stderr)
+                return 1
         return 0 if same and mean > 2 else 1
     finally:
         plain.close()

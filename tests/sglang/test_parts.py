@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -193,6 +194,10 @@ def test_options_come_inline_or_from_a_file(tmp_path) -> None:
     file = tmp_path / "options.json"
     file.write_text('{"alarm_passes": 10}')
     assert config.parse(str(file)).alarm_passes == 10
+    assert config.parse(f'{{"alarm_passes": {2**31 - 1}}}').alarm_passes == 2147483647
+    file.write_text("null\n")
+    with pytest.raises(InvalidArgument, match="got null, expected an object"):
+        config.parse(str(file))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +215,10 @@ def test_options_come_inline_or_from_a_file(tmp_path) -> None:
         ('{"widths": [true]}', r"widths: got \[True\], expected a list of integers"),
         ('{"widths": [4, 4]}', r"widths: got \[4, 4\], expected each width once"),
         ('{"widths": [1, 4], "adaptive": false}', r"widths: got \[1, 4\], expected none with"),
+        (f'{{"alarm_passes": {2**31}}}', "alarm_passes: got 2147483648, expected .* at most 2147483647"),
+        ('{"metrics": true, "widths": [1], "metrics": false}', "metrics: given more than once, expected once"),
+        ("null", "got null, expected an object"),
+        ("[1, 2]", r"got \[1, 2\], expected an object"),
         ("{", "not JSON"),
         ("/nowhere.json", "got '/nowhere.json', expected a JSON object or a path"),
     ],
@@ -247,7 +256,7 @@ def request(**params: Any) -> SimpleNamespace:
         "repetition_penalty": 1.0,
         "min_new_tokens": 0,
         "min_p": 0.0,
-        "top_k": 1,
+        "top_k": 1 << 30,
         "top_p": 1.0,
         "stop_token_ids": None,
     }
@@ -260,6 +269,8 @@ def request(**params: Any) -> SimpleNamespace:
         tokenizer=None,
         eos_token_ids=None,
         custom_logit_processor=None,
+        logprob=SimpleNamespace(top_logprobs_num=0),
+        vocab_size=100,
         rid="r",
     )
 
@@ -271,11 +282,57 @@ def test_min_p_is_refused_only_where_draws_are_seeded() -> None:
     )
 
 
+def test_min_p_of_a_greedy_request_is_dropped() -> None:
+    asked = request(min_p=0.1, top_k=1)
+    shared = asked.sampling_params
+    requests.without_idle_filters(asked)
+    assert asked.sampling_params.min_p == 0 and shared.min_p == 0.1 and requests.why_not(asked, True) is None
+    asked = request(min_p=0.1, top_k=2)
+    requests.without_idle_filters(asked)
+    assert asked.sampling_params.min_p == 0.1
+
+
+def test_what_would_end_the_server_is_refused() -> None:
+    def prompt(*ids: int) -> SimpleNamespace:
+        asked = request()
+        asked.origin_input_ids = array("q", ids)
+        return asked
+
+    assert requests.why_not(prompt(), False).startswith("input_ids: got none, expected at least one token")
+    assert requests.unknown_tokens(prompt(0, 99)) is None
+    for outside in (-3, 100):
+        assert (
+            requests.unknown_tokens(prompt(1, outside)) == f"input_ids: got {outside}, expected 0..99, the vocabulary"
+        )
+    asked = request()
+    for many, refused in ((100, False), (101, True), (-1, True), (None, False)):
+        asked.logprob.top_logprobs_num = many
+        assert (
+            requests.why_not(asked, False) == f"top_logprobs_num: got {many}, expected 0..100, the vocabulary"
+        ) is refused
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "{}", '{"callable": "00"}', '{"callable": "80044b052e"}'])
+def test_a_custom_processor_that_cannot_be_read_is_refused(text: str) -> None:
+    assert requests.unreadable(text).startswith("custom_logit_processor: got what reads as ")
+
+
+def test_a_custom_processor_that_can_be_read_is_served() -> None:
+    import cases
+
+    assert requests.unreadable(None) is None
+    for fields in cases.custom().values():
+        assert requests.unreadable(fields["custom_logit_processor"]) is None
+
+
 def test_a_refused_request_asks_for_nothing_any_more() -> None:
     refused = request(min_p=0.1)
     shared, refused.return_hidden_states = refused.sampling_params, True
+    refused.logprob.top_logprobs_num, refused.custom_logit_processor = 101, "nonsense"
+    refused.origin_input_ids_unpadded = array("q", [-3])
     requests.harmless(refused)
     assert requests.why_not(refused, seeded=True) is None and shared.min_p == 0.1
+    assert refused.custom_logit_processor is None and list(refused.origin_input_ids_unpadded) == [0]
 
 
 # --- penalties --------------------------------------------------------------------------------------------------------

@@ -294,6 +294,15 @@ def simulates_acceptance() -> bool:
     return SIMULATE_ACC_LEN > 0
 
 
+@cache
+def takes_media() -> bool:
+    """Whether prompts of this target may hold placeholders of images, sound or video, which can be outside the vocabulary."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.runtime_context import get_server_args
+
+    return bool(ModelConfig.from_server_args(get_server_args()).is_multimodal)
+
+
 def same_on_all_ranks(worker: Any, tokens: Any, drawn: bool) -> Any:
     """Tokens of rank 0 on every rank of the tensor-parallel group, as SGLANG_SPEC_TP_SYNC asks for `drawn` ones or others."""
     if not hasattr(worker, "_tp_sync"):

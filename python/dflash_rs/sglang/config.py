@@ -15,6 +15,7 @@ from typing import Any
 from dflash_rs.errors import InvalidArgument
 
 VARIABLE = "DFLASH_RS_CONFIG"
+MOST_PASSES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Options:
         if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau < float("inf"):
             raise _bad("alarm_tau", tau, "a finite number of at least 0")
         passes = self.alarm_passes
-        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-            raise _bad("alarm_passes", passes, "an integer of at least 1")
+        if isinstance(passes, bool) or not isinstance(passes, int) or not 1 <= passes <= MOST_PASSES:
+            raise _bad("alarm_passes", passes, f"an integer of at least 1 and at most {MOST_PASSES}")
         for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
@@ -93,15 +94,17 @@ def parse(text: str | None) -> Options:
         try:
             text = Path(text).read_text(encoding="utf-8")
         except OSError as error:
+            if _is_json(text):
+                raise InvalidArgument(f"{VARIABLE}: got {text[:80]}, expected an object") from error
             raise InvalidArgument(
                 f"{VARIABLE}: got {text!r}, expected a JSON object or a path to one ({error.strerror})"
             ) from error
     try:
-        given: Any = json.loads(text)
+        given: Any = json.loads(text, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         raise InvalidArgument(f"{VARIABLE}: not JSON: {error}") from error
     if not isinstance(given, dict):
-        raise InvalidArgument(f"{VARIABLE}: got {type(given).__name__}, expected a JSON object")
+        raise InvalidArgument(f"{VARIABLE}: got {text.strip()[:80]}, expected an object")
     known = [field.name for field in fields(Options)]
     if unknown := sorted(set(given) - set(known)):
         raise InvalidArgument(f"{VARIABLE}: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
@@ -111,6 +114,21 @@ def parse(text: str | None) -> Options:
 def load() -> Options:
     """Options from the environment."""
     return parse(os.environ.get(VARIABLE))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidArgument(f"{VARIABLE}: {', '.join(twice)}: given more than once, expected once")
+    return dict(pairs)
 
 
 def _bad(name: str, got: Any, expected: str) -> InvalidArgument:
