@@ -59,7 +59,7 @@ def examine_part(part: str) -> list[Check]:
     found = [entry for entry in metadata.entry_points(group="dflash_rs.doctor") if entry.name == part]
     if not found:
         detail = f"this installation of dflash-rs knows no checks for {part}"
-        return [Check(part, MISSING, detail, "pip install --force-reinstall dflash-rs", needed=True)]
+        return [Check(part, MISSING, detail, "pip install --force-reinstall . (from a clone)", needed=True)]
     return found[0].load()()
 
 
@@ -179,7 +179,9 @@ def _kernels() -> Check:
 def _cuda_driver() -> Check:
     found = _cuda_info()
     if found["driver_error"] is not None:
-        return Check("cuda driver", ABSENT, found["driver_error"])
+        # Which driver is needed depends on the nvcc, so a build without kernels needs none.
+        detail = found["driver_error"] if found["architectures"] else "none needed: this build contains no CUDA kernels"
+        return Check("cuda driver", ABSENT, detail)
     if not found["devices"]:
         return Check("cuda driver", ABSENT, f"CUDA {found['driver']}, no GPU")
     parts, unfit = [], False
@@ -202,7 +204,10 @@ def _cuda_info() -> dict[str, Any]:
 def _sglang() -> Check:
     version = _version("sglang")
     if version is None:
-        return Check("sglang", ABSENT, "not installed; only needed for serving", "pip install 'dflash-rs[sglang]'")
+        from dflash_rs.sglang import compat
+
+        fix = f"{compat.INSTALL} (docs/sglang.md, Install)"
+        return Check("sglang", ABSENT, "not installed; only needed for serving", fix)
     return Check("sglang", OK, f"{version}; dflash-rs doctor --sglang looks closer")
 
 

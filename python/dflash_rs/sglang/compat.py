@@ -17,6 +17,7 @@ from typing import Any
 from dflash_rs.errors import DflashError
 
 TESTED = ("0.5.17", "0.5.23")
+INSTALL = f"pip install sglang=={TESTED[-1]}"
 
 # Methods of DFlashWorkerV2 that are overridden, and the parameters that are relied on.
 SEAMS = {

@@ -25,7 +25,7 @@ def examine() -> list[Check]:
 
 
 def _version(name: str) -> Check:
-    have, wanted = compat.version(), f"pip install sglang=={compat.TESTED[-1]}"
+    have, wanted = compat.version(), compat.INSTALL
     if have is None:
         return Check(name, MISSING, "not installed", wanted, needed=True)
     if have not in compat.TESTED:
@@ -35,7 +35,7 @@ def _version(name: str) -> Check:
 
 def _seams(name: str) -> Check:
     if found := compat.problems():
-        return Check(name, BROKEN, "; ".join(found), f"pip install sglang=={compat.TESTED[-1]}", needed=True)
+        return Check(name, BROKEN, "; ".join(found), compat.INSTALL, needed=True)
     return Check(name, OK, f"all {len(compat.SEAMS)} methods that are overridden look as expected", needed=True)
 
 
