@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,20 @@ def test_log_probabilities_are_those_of_plain_sglang(servers: dict[str, Server],
         for key in ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs"):
             numbers = flat(answer["meta_info"][key])
             assert numbers and numbers == pytest.approx(flat(want["meta_info"][key]), abs=2e-3, rel=2e-3), key
+
+
+@pytest.mark.parametrize(
+    ("option", "fields"),
+    [
+        ("input_ids", {"input_ids": [-3]}),
+        ("top_logprobs_num", {"text": "def f", "return_logprob": True, "top_logprobs_num": 1_000_000}),
+        ("custom_logit_processor", {"text": "def f", "custom_logit_processor": "nonsense"}),
+    ],
+)
+def test_what_would_end_plain_sglang_is_refused_by_name(servers: dict[str, Server], option: str, fields: dict) -> None:
+    status, answer = servers["ours"].post("/generate", {"sampling_params": {"max_new_tokens": 4}, **fields})
+    assert status == 400 and f"{option}: got" in json.dumps(answer), (status, answer)
+    assert servers["ours"].flush_is_clean()
 
 
 def test_new_weights_of_the_target_leave_the_drafter_alone(servers: dict[str, Server]) -> None:
