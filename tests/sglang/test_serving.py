@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 import cases
 import pytest
 from cases import matrix, tokens
+from second import second
 from servers import TARGET, Server, speculative, widths
 from test_text import CHECKED
 
@@ -86,6 +90,18 @@ def test_texts_that_run_to_the_end_of_the_context_leave_their_neighbours_alone(l
         ends = [a["meta_info"]["prompt_tokens"] + a["meta_info"]["completion_tokens"] for a in answers]
         assert max(ends) >= 158 and lengths(answers) > 1.5
         assert server.flush_is_clean()
+
+
+def test_a_dflash_2_drafts_its_likeliest_path(reference: dict, logs, tmp_path) -> None:
+    names = ["greedy", "all penalties", "seed, top_k"]
+    options = speculative(**SEEDED) | {"speculative_draft_model_path": str(second(tmp_path, 0.001))}
+    with Server(logs / "second.log", **options) as server:
+        answers = []
+        for name in names:
+            answers += server.together(cases.bodies(matrix()[name]))
+        assert tokens(answers) == [text for name in names for text in tokens(reference[name])]
+        assert lengths(answers) > 1.5
+        assert "whole blocks: " in server.log.read_text(errors="replace")
 
 
 # --- a window, sessions and time limits, on one server ----------------------------------------------------------------
