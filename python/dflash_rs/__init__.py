@@ -12,7 +12,7 @@ from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutO
 
 if TYPE_CHECKING:
     from dflash_rs import serving, verify
-    from dflash_rs._core import DraftTree, PagePool, Planner
+    from dflash_rs._core import DraftTree, PagePool, Planner, WidthPlanner
     from dflash_rs.config import StepCosts
     from dflash_rs.llm import LLM, Output, StreamEvent
     from dflash_rs.sampling import SamplingParams
@@ -26,6 +26,7 @@ _LATER = {
     "Planner": "dflash_rs._core",
     "StepCosts": "dflash_rs.config",
     "SamplingParams": "dflash_rs.sampling",
+    "WidthPlanner": "dflash_rs._core",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "StepCosts",
     "StreamEvent",
     "UnsupportedModel",
+    "WidthPlanner",
     "__version__",
     "serving",
     "verify",

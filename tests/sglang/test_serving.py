@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 import cases
 import pytest
 from cases import matrix, tokens
+from second import second
 from servers import TARGET, Server, speculative, widths
 from test_text import CHECKED
 
@@ -60,6 +64,44 @@ def test_data_parallel_ranks_give_the_same_and_count_apart(reference: dict, logs
         assert server.flush_is_clean()
         whole = "whole blocks: ranks with data-parallel attention" in server.log.read_text(errors="replace")
         assert whole == ("attn_dp_size" in ranks)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"page_size": 1}, {"page_size": 16, "disable_overlap_schedule": True}],
+    ids=["pages of 1, overlapped", "pages of 16"],
+)
+def test_texts_that_run_to_the_end_of_the_context_leave_their_neighbours_alone(logs, shape: dict) -> None:
+    # Twice the drafter's own block: the longer a block, the further beyond the context a step may write.
+    options = {"context_length": 160, "speculative_num_draft_tokens": 16, **shape}
+    plain = {name: value for name, value in options.items() if "speculative" not in name}
+    asked = [
+        {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}}
+        for text in cases.prompts(4)
+        for most in (159 - len(cases.tokenizer().encode(text).ids), 40)
+    ]
+    name = f"end-{shape['page_size']}"
+    with Server(logs / f"{name}-plain.log", **plain) as server:
+        expected = server.together(asked)
+    with Server(logs / f"{name}.log", env=CHECKED, **speculative(**options)) as server:
+        for _ in range(2):
+            answers = server.together(asked)
+            assert tokens(answers) == tokens(expected)
+        ends = [a["meta_info"]["prompt_tokens"] + a["meta_info"]["completion_tokens"] for a in answers]
+        assert max(ends) >= 158 and lengths(answers) > 1.5
+        assert server.flush_is_clean()
+
+
+def test_a_dflash_2_drafts_its_likeliest_path(reference: dict, logs, tmp_path) -> None:
+    names = ["greedy", "all penalties", "seed, top_k"]
+    options = speculative(**SEEDED) | {"speculative_draft_model_path": str(second(tmp_path, 0.001))}
+    with Server(logs / "second.log", **options) as server:
+        answers = []
+        for name in names:
+            answers += server.together(cases.bodies(matrix()[name]))
+        assert tokens(answers) == [text for name in names for text in tokens(reference[name])]
+        assert lengths(answers) > 1.5
+        assert "whole blocks: " in server.log.read_text(errors="replace")
 
 
 # --- a window, sessions and time limits, on one server ----------------------------------------------------------------

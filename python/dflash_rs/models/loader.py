@@ -406,8 +406,11 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
         "layer_types": [SLIDING if s else FULL for s in sliding],
         "num_target_layers": c.num_target_layers,
         "block_size": c.block_size,
-        "dflash_config": {"mask_token_id": c.mask_token_id, "target_layer_ids": list(c.target_layer_ids)},
-        **({key: getattr(c, key) for key in _DFLASH2_KEYS} if c.is_second else {}),
+        "dflash_config": {
+            "mask_token_id": c.mask_token_id,
+            "target_layer_ids": list(c.target_layer_ids),
+            **({key: getattr(c, key) for key in _DFLASH2_KEYS} if c.is_second else {}),
+        },
         "input_embedding_scale": c.input_embedding_scale,
         "output_multiplier": c.output_multiplier,
         "final_logit_softcapping": c.final_logit_softcapping,

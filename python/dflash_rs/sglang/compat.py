@@ -51,6 +51,8 @@ SEAMS = {
 
 # Where the scheduler asks whether a request can be served; answered by `requests.refusal`.
 REQUEST_CHECK = "sglang.srt.managers.scheduler.validate_dflash_request"
+# How many columns a request's row of KV slots has beyond the context.
+ROW_WIDTH = "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len"
 # Where it asks which models new weights are for, and where a turn of a streaming session ends. Not hooked in 0.5.17, whose worker
 # is asked itself about the weights, and where streaming sessions are refused.
 WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners"
@@ -245,7 +247,7 @@ def not_hooked() -> list[str]:
     """Which of the hooks SGLang could not apply; it logs that and goes on."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    wanted = [REQUEST_CHECK] if is_oldest() else [REQUEST_CHECK, WEIGHTS_FOR, TURN_ENDS]
+    wanted = [REQUEST_CHECK, ROW_WIDTH] if is_oldest() else [REQUEST_CHECK, ROW_WIDTH, WEIGHTS_FOR, TURN_ENDS]
     return [name for name in wanted if name not in HookRegistry._patched]
 
 
@@ -346,10 +348,29 @@ def hook(ours: Any, refusal: Any) -> None:
             kv.kv_committed_len = min(kv.kv_committed_len, len(req.origin_input_ids) + len(req.output_ids) - 1)
         return kept
 
+    def row_width(original, *args):
+        extra = original(*args)
+        if not ours():
+            return extra
+        block, page = _block_and_page(*args)
+        # Where a step that the host plans at the end of the context may write, in whole pages. With pages of one token SGLang makes
+        # rows narrower than what is reserved, and the last slots of one request would be the first of the next.
+        return max(extra, 2 * block + page)
+
     HookRegistry.register(REQUEST_CHECK, check, HookType.AROUND)
+    HookRegistry.register(ROW_WIDTH, row_width, HookType.AROUND)
     if not oldest:
         HookRegistry.register(WEIGHTS_FOR, weights_for, HookType.AROUND)
         HookRegistry.register(TURN_ENDS, turn_ends, HookType.AROUND)
+
+
+def _block_and_page(server_args: Any = None) -> tuple[int, int]:
+    """Tokens of a block and of a page; 0.5.17 hands its server arguments around."""
+    if server_args is not None:
+        return int(server_args.speculative_num_draft_tokens), int(server_args.page_size)
+    from sglang.srt.runtime_context import get_schedule, get_spec
+
+    return int(get_spec().speculative_num_draft_tokens), int(get_schedule().page_size)
 
 
 def block_spec(width: int, device: Any) -> Any:

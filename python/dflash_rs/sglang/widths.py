@@ -3,7 +3,7 @@
     start of a step ──> next ──> width ──> SGLang's step in that shape (shapes)
     accept lengths, one step late with overlap scheduling ──> verified ──> acceptance
 
-The core (``dflash_rs._core.WidthPlanner``) decides; this file tells it what steps took. The clock is read where a step starts, which
+The core (``dflash_rs.WidthPlanner``) decides; this file tells it what steps took. The clock is read where a step starts, which
 costs nothing and waits for nobody: from one start to the next is a step and what the scheduler does around it. Only steps that follow
 one another count, with no prefill and no pause between them.
 """
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dflash_rs._core import WidthPlanner
+from dflash_rs import WidthPlanner
 
 # More steps than this are never on their way at once.
 _ON_THEIR_WAY = 64

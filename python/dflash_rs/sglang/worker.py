@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dflash_rs import cuda, verify
+from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning
 from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.metrics import Acceptance, Exporter
@@ -46,6 +46,15 @@ class DflashRsWorker(compat.worker_class()):
         )
         self._check_drafter()
         runner = self.model_runner
+        context = int(runner.model_config.context_len)
+        if 2 * int(self.block_size) > context:
+            raise InvalidArgument(
+                f"--speculative-num-draft-tokens: got {self.block_size}, expected at most {context // 2}, half of the context of {context} "
+                "tokens: a request reserves room for two blocks"
+            )
+        if hasattr(self, "_selector_sampling_enabled"):
+            # A DFlash 2 drafts its likeliest path: drafts are followed only where the target draws the same.
+            self._selector_sampling_enabled = False
         self._targets: TargetSampler | None = None
         # The requests of the running call, their rows of the request pool and their sampling parameters.
         self._reqs: list[Any] = []
