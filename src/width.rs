@@ -31,8 +31,10 @@ const PACE_UP: f64 = 1.002;
 const PACE_DOWN: f64 = 0.994;
 /// Steps after which a time is old, and of which looking at a width may cost one.
 const FRESH: u64 = 256;
-/// By how much another width has to be better before it is changed: times and acceptance scatter.
-const MARGIN: f64 = 1.03;
+/// By how much a wider step, and a narrower one, have to be better before the width is changed: times and acceptance scatter. To have
+/// drafted too much costs more than to have drafted too little.
+const WIDER: f64 = 1.08;
+const NARROWER: f64 = 1.02;
 /// By how much a width that was never tried has to look better, at best, to be tried.
 const HOPE: f64 = 1.05;
 
@@ -240,7 +242,8 @@ impl WidthPlanner {
         let Some(best) = best else {
             return self.widths.len() - 1;
         };
-        let stays = times[self.current].is_some_and(|time| tokens[self.current] / time * MARGIN >= most);
+        let margin = if best > self.current { WIDER } else { NARROWER };
+        let stays = times[self.current].is_some_and(|time| tokens[self.current] / time * margin >= most);
         if !stays {
             self.current = best;
         }
