@@ -17,7 +17,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo test check kernels bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
-  sglang-install bench-core bench-demo bench-reference bench-sglang
+  sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -98,7 +98,7 @@ $(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VE
 	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --target $(SGLANG_VENV)/sglang-0.5.17 -r $<
 	touch $@
 
-bench: bench-core bench-demo bench-reference bench-sglang
+bench: bench-core bench-demo bench-trees bench-reference bench-sglang
 
 bench-core: install venv
 	cargo bench --locked
@@ -109,6 +109,9 @@ bench-core: install venv
 bench-demo: install venv
 	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \
 	  --json benchmarks/results/demo.json --plot docs/img/demo.png
+
+bench-trees: install venv
+	$(BIN)/python benchmarks/trees.py --json benchmarks/results/trees.json
 
 bench-sglang: sglang-install
 	OMP_NUM_THREADS=1 $(SGLANG)/python benchmarks/sglang_planning.py --json benchmarks/results/sglang_planning.json
