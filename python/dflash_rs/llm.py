@@ -517,7 +517,7 @@ class LLM:
     def _decide(self) -> tuple[int, int]:
         """Tokens of this step's decoding rows, and of the blocks that the drafter computes."""
         if self._planner is None:
-            return max(self.block_size, self.tree_nodes + 1), self.block_size
+            return (self.tree_nodes + 1 if self.tree_nodes else self.block_size), self.block_size
         active = list(self._active.values())[: self.config.max_running]
         drafting = sum(a.drafts for a in active)
         if self._forester is None:

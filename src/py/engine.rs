@@ -466,7 +466,8 @@ macro_rules! plan_arrays {
             #[getter]
             fn $field<'py>(slf: &Bound<'py, Self>) -> Bound<'py, PyArray1<$kind>> {
                 let data: *const [$kind] = locked(&slf.get().plan).arrays().$field.as_slice();
-                // SAFETY: the buffer belongs to the plan that `slf` owns; it is refilled or cut short in place, never moved.
+                // SAFETY: the buffer belongs to the plan that `slf` owns; it is refilled or cut short in place, never moved. Those of trees are
+                // filled once, from empty: a view from before has no elements.
                 unsafe { view(&*data, slf.clone().into_any()) }
             })*
         }

@@ -293,6 +293,15 @@ def test_trees_are_captured_and_the_accepted_path_is_moved(planted, monkeypatch)
     assert {key[3] for key in graphs._captured if key[0] == "draft"} >= {planted.block_size}
 
 
+def test_a_tree_may_be_smaller_than_a_block(exact, llm):
+    with engine(tree_nodes=3) as made:
+        assert tokens(made.generate(PROMPTS, params("filters"))) == tokens(
+            llm.generate(PROMPTS, params("filters"), draft=False)
+        )
+        stats = made.stats()
+        assert stats["accepted"] > 0 and stats["verified"] <= 3 * stats["passes"]
+
+
 def test_trees_with_prompts_plain_requests_and_ends_of_texts(llm, planted):
     each = [params(name, most) for name, most in zip(("greedy", "filters", "penalties", "seeded"), (3, 9, 14, 20))]
     expected = [tokens(llm.generate([prompt], [one], draft=False))[0] for prompt, one in zip(PROMPTS, each)]

@@ -248,6 +248,7 @@ def test_trees_do_not_change_the_text(one, kind):
     else:
         assert before["verified"] > before["drafted"] > before["accepted"] > 0
         assert before["tau"] > 1.3
+        assert before["verified"] <= TREES[kind]["tree_nodes"] * before["passes"]
 
 
 def test_more_drafts_per_pass_are_accepted_by_trees():
