@@ -402,7 +402,8 @@ mod tests {
             world.run(&mut planner, 300, |_| requests, 0.0);
             let (tokens, seconds, _) = world.run(&mut planner, 3000, |_| requests, 0.0);
             let best = WIDTHS.iter().map(|&w| world.goodput(requests, w)).fold(0.0, f64::max);
-            prop_assert!(tokens / seconds >= 0.93 * best, "{} of {}", tokens / seconds, best);
+            // What is not WIDER times as good is not changed to; looking at widths costs a little more.
+            prop_assert!(tokens / seconds >= 0.87 * best, "{} of {}", tokens / seconds, best);
         }
 
         #[test]
@@ -420,7 +421,7 @@ mod tests {
             let (tokens, seconds, _) = world.run(&mut planner, 6000, size, 0.5);
             // The same steps, plain, and disturbed as often.
             let plain: f64 = (0..6000).map(|step| world.time(size(step), 1)).sum::<f64>() * 1.05;
-            prop_assert!(tokens / seconds >= 0.92 * 6000.0 / plain, "{} of {}", tokens / seconds, 6000.0 / plain);
+            prop_assert!(tokens / seconds >= 0.85 * 6000.0 / plain, "{} of {}", tokens / seconds, 6000.0 / plain);
         }
 
         #[test]

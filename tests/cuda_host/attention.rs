@@ -315,7 +315,7 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
             num_slots: case.num_slots,
             slots: Some(&case.slots),
             valid_from: Some(&case.valid_from),
-            ancestors: Some((&case.ancestors, case.words)),
+            ancestors: (case.mask == Mask::Ancestors).then_some((&case.ancestors, case.words)),
         })
         .unwrap();
         let layout = |rows: usize, heads: usize| Layout::contiguous(rows, heads, case.dim);
