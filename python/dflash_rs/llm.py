@@ -535,24 +535,24 @@ class LLM:
         # How many of them pay is seen when the drafter has said how sure it is: some will want more, some fewer.
         return (min(self.tree_nodes, max(2 * nodes, self.block_size - 1)) + 1, block) if nodes else (1, 1)
 
-    def _drafter_inputs(self, plan: Any) -> tuple[np.ndarray, ...]:
-        """Anchors, context lengths and rows of the page table of those who draft."""
+    def _candidates(self, plan: Any, page_table: np.ndarray, block: int, k: int | None) -> tuple[np.ndarray, ...]:
+        """What the drafter has to say, for those who draft: see `DFlashDraft.candidates`."""
         rows = plan.draft_rows
-        return plan.token_ids[plan.query_starts[rows]], plan.context_lens[rows], plan.row_ids[rows]
+        return self._draft.candidates(
+            plan.token_ids[plan.query_starts[rows]],
+            plan.context_lens[rows],
+            page_table,
+            plan.row_ids[rows],
+            page_size=self.config.page_size,
+            valid_from=plan.draft_valid_from[rows],
+            block_size=block,
+            k=k,
+        )
 
     def _propose(self, plan: Any, page_table: np.ndarray, block: int) -> None:
         """Fills in the drafts, and leaves out those that do not pay."""
         rows = plan.draft_rows
-        anchors, lengths, row_ids = self._drafter_inputs(plan)
-        drafts, probabilities = self._draft.draft(
-            anchors,
-            lengths,
-            page_table,
-            row_ids,
-            page_size=self.config.page_size,
-            valid_from=plan.draft_valid_from[rows],
-            block_size=block,
-        )
+        drafts, probabilities = (each[:, :, 0] for each in self._candidates(plan, page_table, block, 1))
         plan.set_drafts(np.ascontiguousarray(drafts))
         if self._planner is not None:
             lengths = plan.block_len[rows]
@@ -564,16 +564,8 @@ class LLM:
     def _plant(self, plan: Any, page_table: np.ndarray, block: int) -> None:
         """Drafts a tree for everyone, of the drafts that pay."""
         rows = plan.draft_rows
-        anchors, lengths, row_ids = self._drafter_inputs(plan)
-        tokens, probabilities = self._draft.candidates(
-            anchors,
-            lengths,
-            page_table,
-            row_ids,
-            page_size=self.config.page_size,
-            valid_from=plan.draft_valid_from[rows],
-            block_size=block,
-        )
+        anchors = plan.token_ids[plan.query_starts[rows]]
+        tokens, probabilities = self._candidates(plan, page_table, block, None)
         first = probabilities[:, :, :1]
         chances = first ** self._sharpness(plan.request_ids[rows])[:, None, None]
         # What the likeliest token leaves, its rivals share as the drafter would have them share it.
