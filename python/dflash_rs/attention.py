@@ -212,7 +212,7 @@ class CudaAttention:
         packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
         ends = np.cumsum([part.size for part in parts])
         views = [packed[end - part.size : end] for part, end in zip(parts, ends, strict=True)]
-        ancestors = arrays["ancestors"]
+        ancestors = arrays.get("ancestors")
         if ancestors is not None:
             ancestors = torch.from_numpy(ancestors.view(np.int64)).to(device, non_blocking=True)
         return cls(

@@ -28,7 +28,8 @@ def calls(llm, monkeypatch):
     """Counts the calls of the stand-in, which reads its arguments as the kernel does."""
     counted = []
 
-    def sample_rows(logits, sampling, *, query_starts, token_ids, positions, row_tokens):
+    def sample_rows(logits, sampling, *, query_starts, token_ids, positions, row_tokens, parents):
+        assert parents is None  # chains
         counted.append(len(logits))
         rows = np.frombuffer(sampling.rows.numpy().tobytes(), dtype=cuda.SAMPLING_ROW)
         drawn = []
