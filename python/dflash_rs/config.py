@@ -11,7 +11,8 @@ from ._core import Planner
 from .arguments import integer
 from .errors import InvalidArgument
 
-# Candidates per position that a tree is made of. Of the bundled pair's, the first four hold nine tenths of what eight would.
+# Candidates per position that a tree is made of. With the bundled pair the target's token is among the first four in 0.91 of the cases
+# in which it is among the first eight at temperature 0, in 0.85 at 0.7, in 0.81 at 1.
 BRANCHES = 4
 # What the KV cache may take by default. A serving machine sets num_pages itself.
 _DEFAULT_KV_BYTES = 512 << 20
