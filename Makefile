@@ -2,6 +2,8 @@
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
 # make install the same without the watching: what builds the package and what runs it, none of the tools of the tests
+# make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
+# make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
 # make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
@@ -10,13 +12,14 @@
 #
 # Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker (the tests: a C++ compiler), and package registries. The
 # tests run against the installed wheel, never against the source tree. No CUDA and no GPU: `make kernels` installs the
-# compiler into .venv, and what is built after that contains the kernels; DFLASH_CUDA=0 leaves all of that out.
+# compiler into .venv, and what is built after that contains the kernels; DFLASH_CUDA=0 leaves all of that out. `make wheel` installs
+# a linker (zig) besides, and what is built after that runs with a glibc from 2.28 on.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check kernels bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
+.PHONY: demo test check kernels wheel dist bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
   sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
 
 VENV ?= .venv
@@ -44,7 +47,7 @@ demo: install
 	$(BIN)/dflash-rs generate --example 43 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
 
-test: kernels lint rust-test install stubs python-test sglang-test
+test: kernels lint rust-test dist install stubs python-test sglang-test
 
 check: lint stubs
 
@@ -63,6 +66,15 @@ kernels: $(VENV)/.stamp-nvcc
 ifneq ($(DFLASH_CUDA),0)
 	$(BIN)/python scripts/kernel_table.py
 endif
+
+# Both compilers first: `install` then has the very wheel.
+wheel: $(VENV)/.stamp-nvcc $(VENV)/.stamp-zig $(VENV)/.stamp-wheel
+
+dist: wheel venv
+	rm -f dist/*.tar.gz
+	$(BIN)/maturin sdist --out dist
+	$(BIN)/python scripts/dist.py check dist
+	$(BIN)/python scripts/dist.py try dist $(if $(filter 0,$(DFLASH_CUDA)),,--kernels)
 
 stubs: install venv
 	cd $(VENV) && bin/python -m mypy.stubtest dflash_rs._core --allowlist $(CURDIR)/scripts/stubtest-allowlist.txt
@@ -159,16 +171,29 @@ ifneq ($(DFLASH_CUDA),0)
 endif
 	touch $@
 
-$(VENV)/.stamp-package: $(VENV)/.stamp-build $(PACKAGE_SOURCES)
+# The removal: a wheel that is there was linked otherwise. Other systems have no manylinux.
+$(VENV)/.stamp-zig: $(VENV)/.stamp-venv scripts/zig-requirements.txt
+ifeq ($(shell uname -s),Linux)
+	$(PIP) install -r scripts/zig-requirements.txt
+	rm -f $(VENV)/.stamp-wheel
+endif
+	touch $@
+
+# maturin looks for zig on PATH.
+$(VENV)/.stamp-wheel: $(VENV)/.stamp-build $(PACKAGE_SOURCES)
 	rm -rf dist
 	@echo "Compiling the extension (a few minutes the first time)"
-	$(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist
+	zig=""; if $(BIN)/python -c "import ziglang" 2>/dev/null; then zig="--zig --compatibility manylinux_2_28"; fi; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist $$zig
+	touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-wheel
 	$(PIP) install --force-reinstall --no-deps dist/*.whl
 	touch $@
 
 clean:
 	rm -rf target dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks tests/sglang/host/build tests/sglang/host/*.egg-info
-	rm -f $(VENV)/.stamp-package
+	rm -f $(VENV)/.stamp-package $(VENV)/.stamp-wheel
 
 distclean: clean
 	rm -rf $(VENV) $(SGLANG_VENV)
