@@ -3,6 +3,7 @@
     python scripts/dist.py check dist             names, contents, metadata, README, sizes, the platform tag of every wheel
     python scripts/dist.py try dist               fresh environments of every Python found; the wheel, and one built from the sdist
     python scripts/dist.py try dist --kernels     besides, both have to contain CUDA kernels
+    python scripts/dist.py tag v0.1.0             whether a release of this tag is what the tree says
 
 Needs the `dev` extra. Exit code 1 after a line for everything that is not as it should be.
 """
@@ -10,6 +11,7 @@ Needs the `dev` extra. Exit code 1 after a line for everything that is not as it
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -136,13 +138,15 @@ def tag_problems(name: str, audited: str) -> list[str]:
     shape = r"manylinux_(\d+)_(\d+)_(\w+)"
     tags = [re.fullmatch(shape, tag) for tag in platform_tags(name)]
     if not all(tags):
-        return [f"platform: got {'.'.join(platform_tags(name))}, expected manylinux tags: an index takes no others from Linux"]
-    found = re.search(rf'platform tag:\s*"{shape}"', audited)
+        return [
+            f"platform: got {'.'.join(platform_tags(name))}, expected manylinux tags: an index takes no others from Linux"
+        ]
+    found = re.search(rf'platform tag:\s*"({shape})"', audited)
     if found is None:
         return [f"auditwheel finds no platform tag: {audited.strip()}"]
-    oldest = min((int(tag[1]), int(tag[2])) for tag in tags)
-    if (int(found[1]), int(found[2])) > oldest or any(tag[3] != found[3] for tag in tags):
-        return [f"platform: got {found[0].split()[-1]} by what it links to, expected what its name says"]
+    needed, machine = (int(found[2]), int(found[3])), found[4]
+    if any(needed > (int(tag[1]), int(tag[2])) or machine != tag[3] for tag in tags):
+        return [f"platform: got {found[1]} by what it links to, expected what its name says"]
     return []
 
 
@@ -167,6 +171,14 @@ def project_version() -> str:
     return re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
 
 
+def release_problems(tag: str, version: str, changelog: str) -> list[str]:
+    """Whether tag, crate and changelog name one version, and the changelog its day."""
+    found = [] if tag == f"v{version}" else [f"tag: got {tag}, expected v{version}, the version in Cargo.toml"]
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
+        found.append(f"CHANGELOG.md: got no heading of {version} with a day, expected: ## [{version}] - YYYY-MM-DD")
+    return found
+
+
 def wheel_problems(wheel: Path, version: str) -> list[str]:
     """Everything about one wheel but whether it works."""
     with zipfile.ZipFile(wheel) as archive:
@@ -175,7 +187,11 @@ def wheel_problems(wheel: Path, version: str) -> list[str]:
         text = archive.read(f"dflash_rs-{version}.dist-info/METADATA").decode()
     if not wheel.name.startswith(f"dflash_rs-{version}-cp310-abi3-"):
         found.append(f"name: got {wheel.name}, expected dflash_rs-{version}-cp310-abi3-*")
-    return [*found, *metadata_problems(text, version), *tag_problems(wheel.name, tool("auditwheel", "show", str(wheel)).stdout)]
+    return [
+        *found,
+        *metadata_problems(text, version),
+        *tag_problems(wheel.name, tool("auditwheel", "show", str(wheel)).stdout),
+    ]
 
 
 def sdist_problems(sdist: Path, version: str) -> list[str]:
@@ -223,7 +239,11 @@ def interpreters() -> dict[tuple[int, int], str]:
         except OSError:
             continue
         words = done.stdout.split()
-        if done.returncode == 0 and words[2:] == ["cpython", "True"] and (int(words[0]), int(words[1])) >= OLDEST_PYTHON:
+        if (
+            done.returncode == 0
+            and words[2:] == ["cpython", "True"]
+            and (int(words[0]), int(words[1])) >= OLDEST_PYTHON
+        ):
             found.setdefault((int(words[0]), int(words[1])), candidate)
     return dict(sorted(found.items()))
 
@@ -242,11 +262,29 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
+def unpacked(sdist: Path) -> Path:
+    """The folder of the source distribution, unpacked outside the checkout, as if its files had been written now.
+
+    Always at the same place for one checkout: cargo keeps what it compiles by path, and would keep it for every place anew. The
+    files' own dates are all the same, so cargo would take changed ones for unchanged.
+    """
+    owner = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"dflash-rs-sdist-{owner}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
+    with tarfile.open(sdist) as archive:
+        for member in archive.getmembers():
+            member.mtime = time.time()
+            archive.extract(member, folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
 def wheel_of(sdist: Path, folder: Path, target: Path) -> Path:
     """The wheel that the source distribution builds here.
 
     Unoptimised, and with this environment's maturin and nvcc and this checkout's folder of what is compiled already: what the
-    source distribution has to show is that it is complete. Its own folder is elsewhere, so nothing else comes from the checkout.
+    source distribution has to show is that it is complete.
     """
     environment = clean_environment()
     environment |= {"CARGO_TARGET_DIR": str(target), "MATURIN_PEP517_ARGS": "--profile dev"}
@@ -254,8 +292,21 @@ def wheel_of(sdist: Path, folder: Path, target: Path) -> Path:
     channel = re.search(r'^channel = "(.+)"$', (ROOT / "rust-toolchain.toml").read_text(encoding="utf-8"), re.MULTILINE)
     environment["RUSTUP_TOOLCHAIN"] = channel[1]
     environment["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environment["PATH"]])
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "wheel", "--no-deps", "--no-build-isolation"]
-    must([*pip, "--wheel-dir", str(folder), str(sdist)], env=environment, cwd=folder)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--quiet",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    source = unpacked(sdist)
+    try:
+        must([*pip, "--wheel-dir", str(folder), str(source)], env=environment, cwd=folder)
+    finally:
+        shutil.rmtree(source.parent)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -272,7 +323,9 @@ def difference(ours: Path, built: Path) -> list[str]:
             }
 
     one, other = files(ours), files(built)
-    return sorted(f"{name}: not the same" for name in one.keys() | other.keys() if one.get(name, b"") != other.get(name, b""))
+    return sorted(
+        f"{name}: not the same" for name in one.keys() | other.keys() if one.get(name, b"") != other.get(name, b"")
+    )
 
 
 def fitting(wheels: list[Path]) -> Path:
@@ -305,7 +358,9 @@ def attempt(python: str, wheel: Path, folder: Path, options: list[str], numpy: s
     pip = [inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--only-binary", ":all:"]
     if torch_from:
         must([*pip, "--no-deps", str(wheel)], env=environment)
-        packages = must([inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], env=environment).strip()
+        packages = must(
+            [inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], env=environment
+        ).strip()
         (Path(packages) / "zz_shared.pth").write_text(torch_from + "\n", encoding="utf-8")
     else:
         must([*pip, str(wheel), *([f"numpy=={numpy}"] if numpy else [])], env=environment)
@@ -361,16 +416,18 @@ def attempts(folder: Path, kernels: bool, target: Path) -> list[str]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["check", "try"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=["check", "try", "tag"])
+    parser.add_argument("subject", help="the folder of the distributions, or the tag")
     parser.add_argument("--kernels", action="store_true", help="the distributions have to contain CUDA kernels")
     parser.add_argument("--target", type=Path, default=ROOT / "target", help="cargo's folder (default: the checkout's)")
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    if arguments.what == "check":
-        failed = check(folder)
+    if arguments.what == "tag":
+        changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+        failed = release_problems(arguments.subject, project_version(), changelog)
+    elif arguments.what == "check":
+        failed = check(Path(arguments.subject).resolve())
     else:
-        failed = attempts(folder, arguments.kernels, arguments.target.resolve())
+        failed = attempts(Path(arguments.subject).resolve(), arguments.kernels, arguments.target.resolve())
     for line in failed:
         print(line, file=sys.stderr)
     sys.exit(bool(failed))

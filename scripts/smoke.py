@@ -55,7 +55,9 @@ def without_torch() -> None:
     for name in ("py.typed", "_core.pyi", "assets/target/model.safetensors", "assets/draft/model.safetensors"):
         expect(name, (root / name).is_file(), True)
     expect("--version", run("--version").stdout.strip(), f"dflash-rs {installed.version}")
-    module = subprocess.run([sys.executable, "-m", "dflash_rs", "--version"], capture_output=True, text=True, check=False)
+    module = subprocess.run(
+        [sys.executable, "-m", "dflash_rs", "--version"], capture_output=True, text=True, check=False
+    )
     expect("python -m dflash_rs --version", module.stdout.strip(), f"dflash-rs {installed.version}")
 
 
@@ -63,7 +65,9 @@ def refuses_without_torch() -> None:
     """The command names the extra that it needs, in one line."""
     done = run("generate", "import os")
     expect("exit code of generate without torch", done.returncode, 1)
-    expect("its lines", done.stderr.splitlines(), ["dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'"])
+    expect(
+        "its lines", done.stderr.splitlines(), ["dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'"]
+    )
 
 
 def with_torch() -> None:
