@@ -3,7 +3,9 @@
 DFLASH_CUDA=0   no kernels, nothing to download for them
 otherwise       the compiler that build.rs would find outside an isolated build, else the pinned Python packages
 
-A build that fails ends with what this machine lacks, where that is to be seen: pip shows the last lines first.
+Without Rust maturin would download a toolchain of several hundred megabytes into the user's cache and go on. Here that takes
+MATURIN_NO_INSTALL_RUST set to nothing; else the build says what it needs, and ends. So does every build that fails: its last lines
+are what this machine lacks.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 _REQUIREMENTS = Path(__file__).with_name("nvcc-requirements.txt")
+os.environ.setdefault("MATURIN_NO_INSTALL_RUST", "1")
+
 # As in build.rs.
 _OLDEST_NVCC = (12, 8)
 # As in Cargo.toml, whose reader (cargo) is what may be missing.
@@ -98,19 +102,18 @@ def _says(*words: str) -> str | None:
 
 def lacking() -> list[str]:
     """What a build needs and this machine seems not to have, with the way to get it."""
-    found = []
+    found, oldest = [], ".".join(map(str, _OLDEST_RUST))
     get_rust = "with rustup (https://rustup.rs) or the system's packages"
     if shutil.which("cargo") is None:
-        found.append(
-            f"Rust: cargo is not on PATH; install Rust {_OLDEST_RUST[0]}.{_OLDEST_RUST[1]} or newer {get_rust}"
-        )
+        # Where maturin may install it, it has.
+        if os.environ.get("MATURIN_NO_INSTALL_RUST"):
+            found.append(f"Rust: cargo is not on PATH; install Rust {oldest} or newer {get_rust}")
     else:
         version = _says("rustc", "--version")
         number = re.search(r"^rustc (\d+)\.(\d+)", version or "")
         if number is None:
             found.append("Rust: `rustc --version` fails; with rustup, `rustup default stable` chooses a toolchain")
         elif (int(number[1]), int(number[2])) < _OLDEST_RUST:
-            oldest = ".".join(map(str, _OLDEST_RUST))
             found.append(f"Rust: got {version.strip()}, expected {oldest} or newer, {get_rust}")
     # Rust links with `cc` on these systems, unless told otherwise.
     if sys.platform.startswith(("linux", "darwin")) and shutil.which("cc") is None:

@@ -26,6 +26,7 @@ def backend(monkeypatch):
     module = script("build_backend")
     for name in ("DFLASH_CUDA", "DFLASH_NVCC", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MATURIN_NO_INSTALL_RUST", "1")
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(module, "packaged_nvcc", lambda: None)
     monkeypatch.setattr(module.maturin, "get_requires_for_build_wheel", lambda settings=None: ["maturins-own"])
@@ -106,6 +107,21 @@ def test_a_build_without_rust_and_linker_ends_with_both(backend, monkeypatch, ca
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2 and all(line.startswith("dflash-rs cannot be built here: ") for line in lines)
         assert "cargo is not on PATH; install Rust 1.90 or newer" in lines[0] and "cc is not on PATH" in lines[1]
+
+
+def test_no_toolchain_is_downloaded_unless_asked_for(backend, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("DFLASH_CUDA", "0")
+    # As a build starts: the variable is not set, or set to nothing by who wants the download.
+    monkeypatch.delenv("MATURIN_NO_INSTALL_RUST", raising=False)
+    fresh = script("build_backend")
+    assert fresh.get_requires_for_build_wheel() == fresh.get_requires_for_build_sdist() == []
+    assert any("cargo is not on PATH" in line for line in fresh.lacking())
+    monkeypatch.setenv("MATURIN_NO_INSTALL_RUST", "")
+    fresh = script("build_backend")
+    assert fresh.get_requires_for_build_wheel() == ["puccinialin"]
+    assert not any("cargo" in line for line in fresh.lacking())
 
 
 def test_the_oldest_rust_is_that_of_the_manifest(backend):
