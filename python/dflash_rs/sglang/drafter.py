@@ -6,13 +6,13 @@ loader leaves out what it does not find. So what can be compared is compared, an
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dflash_rs.errors import CheckpointError
+from dflash_rs.models import checkpoint
 from dflash_rs.weights import check_weights
 
 
@@ -24,10 +24,24 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     draft, target = (getattr(c, "text_config", None) or c for c in (draft_config, target_config))
     nested = getattr(draft_config, "dflash_config", None) or {}
     file = f"{path}/config.json"
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{file}: dflash_config: got {type(nested).__name__}, expected an object")
 
     def field(name: str) -> Any:
         return nested.get(name, getattr(draft, name, None))
 
+    for name, values in (
+        ("hidden_size", (field("hidden_size"),)),
+        ("num_hidden_layers", (field("num_hidden_layers"),)),
+        ("num_target_layers", (field("num_target_layers"),)),
+        ("mask_token_id", (field("mask_token_id"),)),
+        ("target_layer_ids", field("target_layer_ids") or ()),
+    ):
+        needed = name in ("hidden_size", "num_hidden_layers")
+        given = [v for v in values if needed or v is not None] if isinstance(values, list | tuple) else [values]
+        if any(isinstance(value, bool) or not isinstance(value, int) for value in given):
+            expected = "a list of layer numbers" if name == "target_layer_ids" else "an integer"
+            raise CheckpointError(f"{file}: {name}: got {checkpoint.short(field(name))}, expected {expected}")
     # A looped target runs its layers several times, and they are counted through.
     layers = int(target.num_hidden_layers) * int(getattr(target, "num_loops", 1) or 1)
     if int(draft.hidden_size) != int(target.hidden_size):
@@ -62,14 +76,9 @@ def _not_stored(path: Path, layers: int) -> str | None:
     """
     files, index = sorted(path.glob("*.safetensors")), path / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = set(checkpoint.weight_map_of(index))
     elif files:
-        from safetensors import safe_open
-
-        names = set()
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                names |= set(opened.keys())
+        names = set(checkpoint.stored_tensors({file: [] for file in files}, "a DFlash checkpoint"))
     else:
         return None
     names = {name.removeprefix("model.") for name in names}
