@@ -83,9 +83,12 @@ def read_object(file: Path, missing: str) -> dict[str, Any]:
 
 
 def short_reason(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    lines = [line for line in str(error).strip().split("\n") if line.strip()]
-    return lines[0].strip()[:300] if lines else "no reason given"
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    if not lines:
+        return "no reason given"
+    # A heading says less than what stands under it.
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:300]
 
 
 @contextlib.contextmanager
@@ -374,6 +377,7 @@ class _Config:
             elif key in ("attn_implementation", "_attn_implementation", "experts_implementation") and "/" in str(value):
                 raise self.fail(key, value, "the name of an implementation here: code from elsewhere is not run")
         for holder in self._objects(self.values):
+            check_eos(self.where, holder.get("eos_token_id"), None)
             self._check_window(holder)
             for key in _ROPE_KEYS:
                 self._check_rope(key, holder.get(key))
@@ -547,7 +551,7 @@ def load_causal_lm(
         vocab = getattr(config.get_text_config(), "vocab_size", None)
         check_eos(raw.where, raw.values.get("eos_token_id"), vocab)
         _generation_config(folder, path, vocab)
-        _check_size(path, config, tensors, quantized)
+        _check_stored(path, config, tensors, quantized)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
@@ -555,12 +559,14 @@ def load_causal_lm(
         return model, sorted(found["unexpected_keys"])
 
 
-def _check_size(path: str | Path, config, tensors: dict[str, Stored], quantized: bool) -> None:
-    """Refuses a model that is larger than what is stored, by its shapes alone."""
+def _check_stored(path: str | Path, config, tensors: dict[str, Stored], quantized: bool) -> None:
+    """Refuses a model that is larger than what is stored, or stored in other types, by shapes and types alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    if not quantized:
+        _check_plain(path, model, tensors, None)
     needed = sum(parameter.numel() for parameter in model.parameters())
     # A packed number of eight bytes holds 64 weights at most. Plain weights are stored once, but for those that are tied.
     held = sum(tensor.numel for tensor in tensors.values()) * (64 if quantized else 2) + 2**16
@@ -606,26 +612,26 @@ def _check_found(path, model: nn.Module, found: dict[str, Any], tensors: dict[st
                 "weights, expected a quant_method that transformers applies"
             )
         return
-    wrong = _not_plain(model, tensors, set(found["unexpected_keys"]))
-    if wrong is not None:
-        raise CheckpointError(
-            f"target {path}: {wrong}: got {tensors[wrong].kind}, expected a floating-point type of at least 16 bits, or a "
-            "quantization_config in config.json that says what the numbers mean"
-        )
+    _check_plain(path, model, tensors, set(found["unexpected_keys"]))
 
 
-def _not_plain(model: nn.Module, tensors: dict[str, Stored], spare: set[str]) -> str | None:
-    """Name of a tensor of integers, truth values, 8-bit floats or complex numbers that was taken for a weight's values."""
+def _check_plain(path: str | Path, model: nn.Module, tensors: dict[str, Stored], spare: set[str] | None) -> None:
+    """Refuses integers, truth values, 8-bit floats and complex numbers that would be taken for a weight's values.
+
+    `spare`: names of tensors that the model had no place for; None before it was loaded, when names are all there is to go by.
+    """
     weights = {n for name, _ in model.named_parameters(remove_duplicate=False) for n in _spellings(model, name)}
     buffers = {n for name, _ in model.named_buffers(remove_duplicate=False) for n in _spellings(model, name)}
     for name, tensor in tensors.items():
-        if tensor.plain or name in spare:
+        if tensor.plain or (spare is not None and name in spare):
             continue
         # Under another name than the model's: transformers puts some weights together from parts, such as those of experts.
-        part = name.endswith("weight") and len(tensor.shape) > 1 and name not in buffers
+        part = spare is not None and name.endswith("weight") and len(tensor.shape) > 1 and name not in buffers
         if name in weights or part:
-            return name
-    return None
+            raise CheckpointError(
+                f"target {path}: {name}: got {tensor.kind}, expected a floating-point type of at least 16 bits, or a quantization_config "
+                "in config.json that says what the numbers mean"
+            )
 
 
 def some(names: list[str]) -> str:

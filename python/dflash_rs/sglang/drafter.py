@@ -30,18 +30,17 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     def field(name: str) -> Any:
         return nested.get(name, getattr(draft, name, None))
 
-    for name, values in (
-        ("hidden_size", (field("hidden_size"),)),
-        ("num_hidden_layers", (field("num_hidden_layers"),)),
-        ("num_target_layers", (field("num_target_layers"),)),
-        ("mask_token_id", (field("mask_token_id"),)),
-        ("target_layer_ids", field("target_layer_ids") or ()),
-    ):
-        needed = name in ("hidden_size", "num_hidden_layers")
-        given = [v for v in values if needed or v is not None] if isinstance(values, list | tuple) else [values]
-        if any(isinstance(value, bool) or not isinstance(value, int) for value in given):
-            expected = "a list of layer numbers" if name == "target_layer_ids" else "an integer"
-            raise CheckpointError(f"{file}: {name}: got {checkpoint.short(field(name))}, expected {expected}")
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    ids = field("target_layer_ids")
+    wrong = [name for name in ("hidden_size", "num_hidden_layers") if not whole(field(name))]
+    wrong += [n for n in ("num_target_layers", "mask_token_id") if field(n) is not None and not whole(field(n))]
+    if ids is not None and not (isinstance(ids, list | tuple) and all(whole(layer) for layer in ids)):
+        wrong += ["target_layer_ids"]
+    for name in wrong:
+        expected = "a list of layer numbers" if name == "target_layer_ids" else "an integer"
+        raise CheckpointError(f"{file}: {name}: got {checkpoint.short(field(name))}, expected {expected}")
     # A looped target runs its layers several times, and they are counted through.
     layers = int(target.num_hidden_layers) * int(getattr(target, "num_loops", 1) or 1)
     if int(draft.hidden_size) != int(target.hidden_size):
