@@ -88,6 +88,23 @@ def test_weights_that_need_scales_are_not_read_as_values(target, kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_parts_that_transformers_puts_together_are_looked_at_as_well(tmp_path, kind):
+    """Experts are stored one by one and become one tensor: their names are none of the model's."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    assert checkpoint.load_causal_lm(tmp_path / "moe")[1] == []
+    tensors(tmp_path / "moe", lambda t: t.update({name: SCALED[kind](t[name])}))
+    with pytest.raises(CheckpointError, match=f"{name}: got "):
+        checkpoint.load_causal_lm(tmp_path / "moe")
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("method", ["made_up", None, 5, ["fp8"]])
 def test_a_quantization_that_transformers_does_not_know_is_refused(target, kind, method):
     tensors(target, lambda t: t.update({UP: SCALED[kind](t[UP])}))
@@ -333,6 +350,7 @@ TARGET_NUMBERS = [
     ({"eos_token_id": "x"}, "eos_token_id: got 'x'"),
     ({"eos_token_id": [0, 10**9]}, "eos_token_id: got [0, 1000000000], expected token ids in 0..4095"),
     ({"some_scale": float("inf")}, "some_scale: got inf, expected a finite number"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": {"__float__": "NaN"}}}, "rope_theta: got nan"),
     ({"big": 10**400}, "big: got 1000"),
     ({"model_type": 5}, "model_type: got 5"),
     ({"model_type": "made_up"}, "made_up"),

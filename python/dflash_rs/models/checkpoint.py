@@ -133,13 +133,22 @@ def target_folder(path: str | Path, what: str = "target", weights: bool = True) 
 
         name = folder.as_posix()
         folder = Path(snapshot_download(name, allow_patterns=list(_HUB_SMALL)))
-        if weights:
-            index = next((i for i in _INDICES if (folder / i).is_file()), None)
-            wanted = list(_SINGLES) if index is None else sorted(set(weight_map_of(folder / index).values()))
-            explicit = read_object(folder / _CONFIG, "a model's configuration").get("transformers_weights")
-            wanted += [explicit] if isinstance(explicit, str) else []
+        if not weights:
+            return folder
+        explicit = read_object(folder / _CONFIG, "a model's configuration").get("transformers_weights")
+        for single in _SINGLES[:1] if explicit is not None else _SINGLES:
+            # One kind of weights only: many repositories have them in several forms.
+            files = tensor_files(folder, explicit) if explicit is not None else _hub_files(folder, single)
+            wanted = sorted({file.name for file in files})
             folder = Path(snapshot_download(name, allow_patterns=[*_HUB_SMALL, *wanted]))
+            if all((folder / file).is_file() for file in wanted):
+                break
         return folder
+
+
+def _hub_files(folder: Path, single: str) -> dict[Path, list[str]]:
+    index = folder / _INDICES[_SINGLES.index(single)]
+    return _from_index(index) if index.is_file() else {folder / single: []}
 
 
 # ---- what is stored ----------------------------------------------------------------------------------------------
@@ -349,7 +358,10 @@ class _Config:
         stack: list[tuple[str, str, Any]] = [("", "", self.values)]
         while stack:
             parent, key, value = stack.pop()
-            if isinstance(value, dict):
+            if isinstance(value, dict) and isinstance(value.get("__float__"), str):
+                # How transformers writes what JSON has no number for.
+                yield parent, key, float(value["__float__"])
+            elif isinstance(value, dict):
                 stack += [(key or parent, k, v) for k, v in value.items() if k != "quantization_config"]
             elif isinstance(value, list):
                 stack += [(parent, key, v) for v in value]
@@ -563,8 +575,13 @@ def _check_stored(path: str | Path, config, tensors: dict[str, Stored], quantize
     """Refuses a model that is larger than what is stored, or stored in other types, by shapes and types alone."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        return  # an architecture that looks at values while it is built; it is seen through once it is loaded
     if not quantized:
         _check_plain(path, model, tensors, None)
     needed = sum(parameter.numel() for parameter in model.parameters())
@@ -651,7 +668,7 @@ def load_tokenizer(path: str | Path):
     with readable(path, "tokenizer"):
         for name in _TOKENIZER_JSON:
             if (folder / name).exists():
-                read_object(folder / name, "part of a tokenizer")
+                (read_json if name == "vocab.json" else read_object)(folder / name, "part of a tokenizer")
         file = folder / "tokenizer_config.json"
         about = read_object(file, "a tokenizer's settings") if file.exists() else {}
         own = about.get("auto_map")
@@ -659,7 +676,8 @@ def load_tokenizer(path: str | Path):
         kind = about.get("tokenizer_class")
         if not isinstance(kind, str | None):
             raise CheckpointError(f"tokenizer {path}: {file.name}: tokenizer_class: got {short(kind)}, expected a name")
-        if own is not None and (kind is None or tokenizer_class_from_name(kind.removesuffix("Fast")) is None):
+        spellings = () if kind is None else (kind, kind.removesuffix("Fast"), kind + "Fast")
+        if own is not None and all(tokenizer_class_from_name(spelling) is None for spelling in spellings):
             raise CheckpointError(
                 f"tokenizer {path}: {file.name}: auto_map: got {short(own)}, expected a tokenizer_class that transformers knows: "
                 f"{kind or 'this one'} needs the checkpoint's own code, which is not run"
