@@ -23,7 +23,7 @@ import numpy as np
 from . import _core
 from .arguments import integer
 from .config import EngineConfig, StepCosts, assets
-from .errors import CheckpointError, DflashError, InvalidArgument
+from .errors import DflashError, InvalidArgument
 from .options import as_list, core_params, encodable, params_for, pick_device, pick_dtype, pick_precision
 from .outputs import ABORT, REASONS, Active, Output, Prompt, StreamEvent, token_logprobs
 from .sampling import SamplingParams
@@ -88,12 +88,12 @@ class LLM:
         cuda_graphs: bool = True,
     ):
         import torch
-        from transformers import AutoTokenizer
 
         from .device_step import DeviceStep, serves
+        from .models.checkpoint import load_tokenizer, readable
         from .models.costs import measure
         from .models.loader import load_draft
-        from .models.target import TargetModel, readable
+        from .models.target import TargetModel
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         page_size, max_running = self.config.page_size, self.config.max_running
@@ -135,14 +135,10 @@ class LLM:
         self.tree_nodes = integer("tree_nodes", tree_nodes, 0, most, expected=expected)
         # Most tokens of a decoding row.
         row = max(self.block_size, self.tree_nodes + 1)
-        with readable(model, "tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-        if not self.tokenizer("a").input_ids:
-            raise CheckpointError(
-                f"tokenizer {model}: it turns 'a' into no token, expected a tokenizer.json in the folder"
-            )
+        self.tokenizer = load_tokenizer(model)
         self.vocab_size = self._target.vocab_size
-        self._bytes = token_bytes(self.tokenizer, self.vocab_size)
+        with readable(model, "tokenizer"):
+            self._bytes = token_bytes(self.tokenizer, self.vocab_size)
         self.eos_token_ids = list(self._target.eos_token_ids)
 
         limit = self._target.max_context

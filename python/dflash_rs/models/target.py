@@ -12,7 +12,6 @@ architecture with state that pages do not hold is refused there.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from ..attention import kernel_serves, step_attention
 from ..errors import CheckpointError, InvalidArgument, UnsupportedModel
+from . import checkpoint
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable
 
@@ -127,21 +127,6 @@ def check_architecture(config) -> None:
             )
 
 
-@contextlib.contextmanager
-def readable(path: str | Path, what: str = "target"):
-    """Turns whatever the loaders raise about the checkpoint at `path` into one CheckpointError."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    if not Path(path).exists() and (Path(path).is_absolute() or str(path).count("/") > 1):
-        raise CheckpointError(f"{what} {path}: there is no such folder")
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{what} {path}: cannot be loaded ({type(error).__name__}: {reason})") from error
-
-
 class _Quiet:
     """transformers without its progress bar and its report of the tensors it met, which `load` goes through itself.
 
@@ -186,34 +171,6 @@ class _Quiet:
 
 
 _quiet = _Quiet()
-
-
-def _stored_integers(path: str | Path, model: nn.Module) -> tuple[str, str] | None:
-    """Name and type of a tensor stored as integers where `model` has a weight; transformers would take them for its values."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from safetensors import safe_open
-
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(path), local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError):
-            return None  # loaded from somewhere else: it cannot be told
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = model.base_model_prefix + "."
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                kind = opened.get_slice(name).get_dtype()
-                known = {name, prefix + name, name.removeprefix(prefix)} & weights
-                if known and (kind[0] in "IU" or kind == "BOOL"):
-                    return name, kind
-    return None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 class TargetModel:
@@ -275,40 +232,22 @@ class TargetModel:
         otherwise be made up. Warns of tensors that the model has no place for: often spare parts, such as layers that predict
         further ahead, but they may be what makes the checkpoint another model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with readable(path):
-            config = AutoConfig.from_pretrained(path)
-        check_architecture(config)
-        with readable(path), _quiet:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        lost = sorted(found["missing_keys"])
-        if lost:
-            raise CheckpointError(f"target {path}: {len(lost)} tensors are missing ({_some(lost)})")
-        for name, got, expected in sorted(found["mismatched_keys"]):
-            raise CheckpointError(
-                f"target {path}: {name}: got shape {list(got)}, expected {list(expected)} from config.json"
-            )
-        if getattr(config, "quantization_config", None) is None:
-            with readable(path):
-                integers = _stored_integers(path, model)
-            if integers is not None:
-                raise CheckpointError(
-                    f"target {path}: {integers[0]}: got {integers[1]}, expected a floating-point type, or a quantization_config "
-                    "in config.json that says what the integers mean"
-                )
-        if spare := sorted(found["unexpected_keys"]):
+        with _quiet:
+            model, spare = checkpoint.load_causal_lm(path, dtype, check_architecture)
+        if spare:
             warnings.warn(
-                f"target {path}: a {type(model).__name__} has no place for {len(spare)} of its tensors ({_some(spare)}); they are "
-                "ignored",
+                f"target {path}: a {type(model).__name__} has no place for {len(spare)} of its tensors ({checkpoint.some(spare)}); they "
+                "are ignored",
                 stacklevel=3,
             )
-        for name, tensor in model.named_parameters():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"target {path}: {name}: has values that are not finite")
-        return cls(model.to(device), **options)
+        with checkpoint.readable(path):
+            for name, tensor in model.named_parameters():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"target {path}: {name}: has values that are not finite")
+            target = cls(model.to(device), **options)
+            # Said here, before anything is made of them.
+            target.eos_token_ids, target.max_context  # noqa: B018
+            return target
 
     @property
     def path(self) -> str:
@@ -317,17 +256,27 @@ class TargetModel:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, from the generation configuration or else the model's; may be empty."""
+        """Ids that end a text, from the generation configuration or else the model's; may be empty. Raises CheckpointError."""
         for source in (getattr(self.model, "generation_config", None), self.config):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:
-                return tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]))
+                return checkpoint.check_eos(self._name, ids, self.vocab_size)
         return ()
 
     @property
     def max_context(self) -> int:
         """Positions the model was made for, prompt and output together."""
-        return int(self.config.max_position_embeddings)
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= checkpoint.MOST_POSITIONS:
+            raise CheckpointError(
+                f"{self._name}: max_position_embeddings: got {checkpoint.short(limit)}, expected an integer in "
+                f"1..{checkpoint.MOST_POSITIONS}"
+            )
+        return limit
+
+    @property
+    def _name(self) -> str:
+        return f"target {getattr(self.model, 'name_or_path', '') or type(self.model).__name__}"
 
     @property
     def kv_bytes_per_token(self) -> int:

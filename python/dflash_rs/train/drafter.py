@@ -210,14 +210,14 @@ def train(
     autocast: bool | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report."""
-    from transformers import AutoModelForCausalLM
-
+    from ..models.checkpoint import load_causal_lm
     from ..models.draft import DFlashDraft
+    from ..models.loader import read_tensors
 
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast
-    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.float32).to(where)
+    target = load_causal_lm(target_path, torch.float32)[0].to(where)
     settings.check(target.config.num_hidden_layers, target.config.vocab_size)
     own = responses.load(own_path)
     corpus_tokens = np.load(data / "train.npy")
@@ -227,9 +227,7 @@ def train(
     warm_start(draft, target.cpu(), settings)
     target.to(where)
     if settings.init_from:
-        from safetensors.torch import load_file
-
-        draft.load_state_dict(load_file(Path(settings.init_from) / "model.safetensors"))
+        draft.load_state_dict(read_tensors(settings.init_from))
     draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
     teacher = Teacher(target, settings.tap_ids, settings.mask_token_id)
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())

@@ -185,9 +185,9 @@ def train(
         step, history = 0, []
         model = build(settings, settings.layers_at(0))
         if settings.init_from:
-            from transformers import AutoModelForCausalLM
+            from ..models.checkpoint import load_causal_lm
 
-            model.load_state_dict(AutoModelForCausalLM.from_pretrained(settings.init_from).state_dict())
+            model.load_state_dict(load_causal_lm(settings.init_from)[0].state_dict())
         model.to(where)
         optimizers = _optimizers(model, settings)
 
@@ -245,10 +245,12 @@ def train(
 
 def export(model, tokenizer_folder: Path, out: Path, notes: dict) -> None:
     """Writes the model as bf16 safetensors with its tokenizer and the notes of its training."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
+
+    from ..models.checkpoint import load_tokenizer
 
     model = model.to("cpu", torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=corpus.END_OF_TEXT_ID, pad_token_id=corpus.END_OF_TEXT_ID)
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(out)
+    load_tokenizer(tokenizer_folder).save_pretrained(out)
     (out / "training.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
