@@ -204,6 +204,7 @@ class HostAttention:
         _core.paged_attention(
             self.batch, _address(q), _address(k), _address(v), _address(k_cache), _address(v_cache), _address(out),
             _DTYPES[q.dtype], q.shape[1], k.shape[1], q.shape[2], scale, "causal" if causal else "block", window, self._threads,
+            softcap, None if sinks is None else sinks.detach().float().contiguous().numpy(),
         )  # fmt: skip
         return out
 
@@ -285,7 +286,8 @@ class CudaAttention:
             q, k, v, k_cache, v_cache, query_starts=self.query_starts, context_lens=self._context_lens, table=self._table,
             max_block_len=self._max_block_len, max_keys=self._max_keys, scale=scale,
             mask="ancestors" if ancestors is not None else "causal" if causal else "block",
-            window=window, valid_from=self._valid_from, slots=self._slots, ancestors=ancestors,
+            window=window, valid_from=self._valid_from, slots=self._slots, ancestors=ancestors, softcap=softcap,
+            sinks=None if sinks is None else sinks.float().contiguous(),
         )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class _Recorder:
 
     def __init__(self, limit: int):
         self.layers: dict[int, LayerKV] = {}
+        self.modules: dict[int, nn.Module] = {}
         self._limit = max(2, limit)
         self._masks: list[tuple[Tensor, Tensor, int | None]] = []
 
@@ -144,12 +145,13 @@ class _Recorder:
             "a window"
         )
 
-    def attend_layer(self, index, q, k, v, scale, window, softcap, sinks, mask, name):
+    def attend_layer(self, index, q, k, v, scale, window, softcap, sinks, mask, module):
         if index in self.layers:
             raise UnsupportedModel(
                 f"layer {index} attends twice per forward: cross-attention or shared layers have no pages"
             )
-        window = self._window_of(mask, window, name)
+        self.modules[index] = module
+        window = self._window_of(mask, window, type(module).__name__)
         self.layers[index] = LayerKV(
             k.shape[1], k.shape[-1], v.shape[-1], float(scale), window, softcap, sinks is not None
         )
@@ -167,8 +169,9 @@ class _Step:
     def __init__(self, attention, caches, windows):
         self.attention, self.caches, self.windows = attention, caches, windows
 
-    def attend_layer(self, index, q, k, v, scale, window, softcap, sinks, mask, name):
+    def attend_layer(self, index, q, k, v, scale, window, softcap, sinks, mask, module):
         if mask is not None:
+            name = type(module).__name__
             raise UnsupportedModel(f"{name}: attention gets a mask that the model made itself, expected none")
         k_cache, v_cache = self.caches[index]
         rows = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -210,7 +213,7 @@ def _registered_attention(module, query, key, value, attention_mask, scaling=Non
         None if softcap is None else float(softcap),
         None if sinks is None else sinks.reshape(-1),
         attention_mask,
-        name,
+        module,
     ), None
 
 
@@ -386,7 +389,6 @@ class TargetModel:
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
         self.vocab_size = int(self.lm_head.weight.shape[0])
-        self.decoder_layers = self._find_layers()
         self.taps: tuple[int, ...] = ()
         self._hooks: list = []
         self._tapped: dict[int, Tensor] = {}
@@ -398,12 +400,10 @@ class TargetModel:
             self._fused, self.path_reason = None, "turned off"
             model.set_attn_implementation(ATTENTION_NAME)
             with _named(model, "its forward with attention over pages"):
-                self.kv_layers = self._probe()
+                self.kv_layers, self.decoder_layers = self._probe()
             self._windows = {index: kv.window for index, kv in self.kv_layers.items()}
             shapes = {(kv.key_dim, kv.value_dim) for kv in self.kv_layers.values()}
             self.kernel = all(kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
-            if any(kv.sinks or kv.softcap for kv in self.kv_layers.values()):
-                self.kernel = False
             if check is not None:
                 with _named(model, "its forward with attention over pages"):
                     check.compare(self, "modules")
@@ -487,16 +487,17 @@ class TargetModel:
         per_head = (layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.kv_layers.values())
         return sum(per_head) * self.dtype.itemsize
 
-    def _find_layers(self) -> nn.ModuleList:
-        base = getattr(self.model, self.model.base_model_prefix, self.model)
-        for module in base.modules():
+    def _find_layers(self, attention: dict[int, nn.Module]) -> nn.ModuleList:
+        """The list whose i-th entry holds the module that attended as layer i: a tower for pictures may be as deep."""
+        for module in self.model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
-                return module
+                if all(any(part is attention[i] for part in layer.modules()) for i, layer in enumerate(module)):
+                    return module
         raise UnsupportedModel(
             f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers found (config num_hidden_layers)"
         )
 
-    def _probe(self) -> dict[int, LayerKV]:
+    def _probe(self) -> tuple[dict[int, LayerKV], nn.ModuleList]:
         recorder = _Recorder(self.max_context)
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
@@ -516,7 +517,7 @@ class TargetModel:
                 raise UnsupportedModel(
                     f"layer {index}: declared sliding_attention, but its window did not reach the attention"
                 )
-        return layers
+        return layers, self._find_layers(recorder.modules)
 
     def set_taps(self, layer_ids) -> None:
         """Tap the outputs of these layers (0-based, order kept) as features; empty for none.
