@@ -7,6 +7,7 @@
 # make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
+# make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
 # make clean   removes build outputs (make distclean: the virtual environments, too)
 #
@@ -19,7 +20,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check kernels wheel dist bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
+.PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
   sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
 
 VENV ?= .venv
@@ -83,6 +84,9 @@ python-test: install venv
 	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/emulated
+
+sweep: install venv
+	$(BIN)/python -m tests.sweep --json build/sweep.json --table docs/models.md
 
 # SGLang asks for the versions it likes, .venv has ours; so it gets an environment of its own, which sees .venv for torch and
 # for the package under test.

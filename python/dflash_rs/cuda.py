@@ -240,6 +240,8 @@ def block_attention(
     valid_from: Tensor | None = None,
     slots: Tensor | None = None,
     ancestors: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     workspace: AttentionWorkspace | None = None,
 ) -> Tensor:
@@ -247,7 +249,8 @@ def block_attention(
 
     q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches [num_slots, kv_heads, head_dim]. With `slots` (int64 [T];
     negative: not stored) k and v are written to the caches as well. `mask`: "causal", "block" (all own tokens) or "ancestors"
-    with `ancestors` uint64 or int64 [T, words]. `max_block_len` and `max_keys` (context and own tokens) bound every request.
+    with `ancestors` uint64 or int64 [T, words]. `max_block_len` and `max_keys` (context and own tokens) bound every request. With a
+    `softcap` c a score s becomes c * tanh(s / c); `sinks` float32 [heads] are scores of one more key per head, whose value is zero.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -275,6 +278,8 @@ def block_attention(
         valid_from=_maybe(valid_from),
         slots=_maybe(slots),
         ancestors=_maybe(ancestors),
+        softcap=softcap,
+        sinks=_maybe(sinks),
         partial_out=None if workspace is None else _view(workspace.out),
         partial_stats=None if workspace is None else _view(workspace.stats),
         num_splits=max(1, -(-max_keys // SPLIT_KEYS)),

@@ -402,7 +402,7 @@ pub(super) fn cuda_kv_inject(
 #[pyfunction]
 #[pyo3(signature = (*, q, k, v, k_cache, v_cache, out, query_starts, context_lens, page_table, row_ids, page_size, max_block_len, max_keys,
                     scale, stream, mask="causal", window=None, valid_from=None, slots=None, ancestors=None, partial_out=None,
-                    partial_stats=None, num_splits=1, split_keys=512))]
+                    partial_stats=None, num_splits=1, split_keys=512, softcap=None, sinks=None))]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_block_attention(
     q: Tensor,
@@ -429,6 +429,8 @@ pub(super) fn cuda_block_attention(
     partial_stats: Option<Tensor>,
     num_splits: usize,
     split_keys: usize,
+    softcap: Option<f32>,
+    sinks: Option<Tensor>,
 ) -> PyResult<()> {
     let r = requests(&query_starts)?;
     let (tokens, heads, dim) = (q.extent(0), q.extent(1), q.extent(2));
@@ -452,6 +454,11 @@ pub(super) fn cuda_block_attention(
     }
     if window == Some(0) {
         return Err(invalid("window", "0", "at least 1, or None"));
+    }
+    if let Some(softcap) = softcap
+        && !(softcap.is_finite() && softcap > 0.0)
+    {
+        return Err(invalid("softcap", softcap.to_string(), "a positive number, or None"));
     }
     if max_block_len > tokens {
         return Err(invalid(
@@ -544,6 +551,7 @@ pub(super) fn cuda_block_attention(
             &[AtLeast(num_splits), Is(tokens), Is(heads), Is(2)],
             Write,
         )?,
+        sinks: call.optional("sinks", sinks.as_ref(), Dtype::F32, &[Is(heads)], Read)?,
         table: call.table(&page_table, &row_ids, r, page_size)?,
         q_stride,
         k_stride,
@@ -562,7 +570,7 @@ pub(super) fn cuda_block_attention(
         mask_words: int32("ancestors", words)?,
         window: int32("window", window.unwrap_or(0))?,
         scale,
-        reserved: 0,
+        softcap: softcap.unwrap_or(0.0),
     };
     int32("query_starts", r.saturating_mul(kv_heads))?;
     call.finish()?;

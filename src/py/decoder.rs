@@ -125,6 +125,7 @@ impl HostDecoder {
             scale,
             mask: mask_named(mask)?,
             window,
+            softcap: None,
         };
         let shape = LayerShape {
             heads,

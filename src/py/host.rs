@@ -196,7 +196,7 @@ impl AttentionBatch {
 /// One layer's attention, with this step's K and V written to the cache first.
 #[pyfunction]
 #[pyo3(signature = (batch, q, k, v, k_cache, v_cache, out, dtype, num_q_heads, num_kv_heads, head_dim, scale, mask="causal",
-                    window=None, threads=1))]
+                    window=None, threads=1, softcap=None, sinks=None))]
 #[allow(clippy::too_many_arguments, reason = "one crossing per layer")]
 pub(super) fn paged_attention(
     py: Python<'_>,
@@ -215,6 +215,8 @@ pub(super) fn paged_attention(
     mask: &str,
     window: Option<usize>,
     threads: usize,
+    softcap: Option<f32>,
+    sinks: Option<PyReadonlyArray1<'_, f32>>,
 ) -> PyResult<()> {
     let mask = mask_named(mask)?;
     if threads == 0 {
@@ -224,7 +226,13 @@ pub(super) fn paged_attention(
         batch: &batch.get().0,
         arrays: [q, k, v, k_cache, v_cache, out],
         heads: (num_q_heads, num_kv_heads, head_dim),
-        params: AttentionParams { scale, mask, window },
+        params: AttentionParams {
+            scale,
+            mask,
+            window,
+            softcap,
+        },
+        sinks: sinks.as_ref().map(|s| contiguous("sinks", s)).transpose()?,
         kernels: HostKernels::default().with_threads(threads),
     };
     match dtype {
@@ -258,6 +266,7 @@ struct Call<'a> {
     arrays: [Pointer; 6],
     heads: (usize, usize, usize),
     params: AttentionParams,
+    sinks: Option<&'a [f32]>,
     kernels: HostKernels,
 }
 
@@ -282,6 +291,7 @@ impl Call<'_> {
             k_cache: k_cache.rows_mut(),
             v_cache: v_cache.rows_mut(),
             out: out.rows_mut(),
+            sinks: self.sinks,
         };
         let Self {
             batch, params, kernels, ..

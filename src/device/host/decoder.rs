@@ -301,6 +301,7 @@ impl Decoder {
                     k_cache,
                     v_cache,
                     out: RowsMut::from_slice("attended", attended, out)?,
+                    sinks: None,
                 },
             )?;
             // The residual stream moves to `normed` and back: a product may not write what it reads.
