@@ -579,7 +579,16 @@ class Events:
         """``(request_id, message)`` of each request that ended with an error."""
 
 def multiplies_bf16() -> bool:
-    """Whether this processor multiplies pairs of bfloat16 in one instruction: what makes ``precision="medium"`` fast."""
+    """Whether the host kernels multiply pairs of bfloat16 in one instruction: what makes ``precision="medium"`` fast."""
+
+def cpu_isa() -> str:
+    """The instruction set of the host kernels: what ``DFLASH_CPU_ISA`` names, else the last of ``cpu_isas()``.
+
+    The variable is read when it is first needed. Raises InvalidArgument when it names no set, or one that the processor lacks.
+    """
+
+def cpu_isas() -> list[str]:
+    """Instruction sets this processor can run the host kernels with, narrowest first: of portable, avx2, avx512, avx512_bf16."""
 
 def swiglu(gate_up: tuple[int, int, int], rows: int, width: int, out: tuple[int, int, int], threads: int = 1) -> None:
     """``out = silu(gate) * up`` on the host. ``gate_up`` f32 ``[rows, 2 * width]`` is gate, then up; ``out`` f32 ``[rows, width]``.

@@ -120,17 +120,23 @@ def _core() -> Check:
 def _cpu() -> Check:
     from dflash_rs.bench.report import cpu_model, usable_cpus
 
-    found = []
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        ).split()
-        found = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    except (OSError, StopIteration):
-        pass
-    threads = os.environ.get("OMP_NUM_THREADS")
     detail = f"{cpu_model()}, {usable_cpus()} cores"
-    detail += f", {' '.join(found)}" if found else ""
+    if importlib.util.find_spec("dflash_rs._core") is not None:
+        from dflash_rs import _core
+
+        try:
+            used, widest = _core.cpu_isa(), _core.cpu_isas()[-1]
+        except ValueError as error:
+            return Check("cpu", BROKEN, f"{detail}, {error}", "unset DFLASH_CPU_ISA")
+        detail += f", kernels for {used}" + ("" if used == widest else f" (DFLASH_CPU_ISA; the processor has {widest})")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        from dflash_rs.models.fused import packs_bfloat16
+
+        detail += f", torch's for {torch.backends.cpu.get_cpu_capability().lower()}"
+        detail += ", bfloat16 through oneDNN" if packs_bfloat16() else ", bfloat16 without oneDNN (slow)"
+    threads = os.environ.get("OMP_NUM_THREADS")
     detail += f", OMP_NUM_THREADS={threads}" if threads else ""
     return Check("cpu", OK, detail)
 

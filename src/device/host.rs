@@ -22,15 +22,25 @@ pub struct HostKernels {
 }
 
 impl Default for HostKernels {
+    /// # Panics
+    /// Where [`HostKernels::new`] is an error.
     fn default() -> Self {
-        Self {
-            isa: Isa::detect(),
-            threads: 1,
-        }
+        Self::new().unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
 impl HostKernels {
+    /// Kernels with the instruction set of this process, [`Isa::chosen`], and one thread.
+    ///
+    /// # Errors
+    /// Those of [`Isa::chosen`].
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            isa: Isa::chosen()?,
+            threads: 1,
+        })
+    }
+
     /// At most `threads` threads, the caller's included; a call uses them only when its work is worth starting them.
     pub fn with_threads(self, threads: usize) -> Self {
         Self {

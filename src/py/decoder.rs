@@ -60,7 +60,7 @@ fn kernels(threads: usize) -> PyResult<HostKernels> {
     if threads == 0 {
         return Err(unknown("threads", "0", "at least 1"));
     }
-    Ok(HostKernels::default().with_threads(threads))
+    Ok(HostKernels::new()?.with_threads(threads))
 }
 
 /// Decoder layers and a head whose passes run in one call on the host, in f32.
@@ -264,7 +264,7 @@ impl HostDecoder {
         self.decoder.run(kernels, batch, inputs, scratch, |_, _| ())?;
         let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
         let mut logits = self.head.all_logits(kernels, &rows, tokens, scratch)?;
-        let isa = Isa::detect();
+        let isa = Isa::chosen()?;
         let mut guesses = Vec::with_capacity(rows.len() * k);
         for (row, logits) in logits.chunks_exact_mut(self.head.weight.outputs()).enumerate() {
             candidates(isa, logits, never, k, &mut guesses);

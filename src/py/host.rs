@@ -233,7 +233,7 @@ pub(super) fn paged_attention(
             softcap,
         },
         sinks: sinks.as_ref().map(|s| contiguous("sinks", s)).transpose()?,
-        kernels: HostKernels::default().with_threads(threads),
+        kernels: HostKernels::new()?.with_threads(threads),
     };
     match dtype {
         "float32" => call.run::<f32>(py),
@@ -322,7 +322,8 @@ pub fn swiglu(
     let out = Checked::<f32>::new("out", out, rows, 1, width)?;
     out.alone(&[&gate_up])?;
     let (gate_up, out) = (gate_up.rows(), out.rows_mut());
-    let run = || HostKernels::default().with_threads(threads).swiglu(gate_up, out);
+    let kernels = HostKernels::new()?.with_threads(threads);
+    let run = || kernels.swiglu(gate_up, out);
     if rows.saturating_mul(width) < DETACH_WORK {
         run()?;
     } else {
@@ -331,10 +332,22 @@ pub fn swiglu(
     Ok(())
 }
 
-/// Whether this processor multiplies pairs of bfloat16 in one instruction.
+/// Whether the host kernels multiply pairs of bfloat16 in one instruction.
 #[pyfunction]
-pub fn multiplies_bf16() -> bool {
-    Isa::detect().multiplies_bf16()
+pub fn multiplies_bf16() -> PyResult<bool> {
+    Ok(Isa::chosen()?.multiplies_bf16())
+}
+
+/// The instruction set of the host kernels.
+#[pyfunction]
+pub fn cpu_isa() -> PyResult<&'static str> {
+    Ok(Isa::chosen()?.name())
+}
+
+/// Every instruction set this processor can run them with, narrowest first.
+#[pyfunction]
+pub fn cpu_isas() -> Vec<&'static str> {
+    Isa::available().into_iter().map(Isa::name).collect()
 }
 
 /// A weight packed for products with few rows.
@@ -363,7 +376,7 @@ impl PackedWeight {
         let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias, precision)?;
         Ok(Self {
             weight: Arc::new(weight),
-            isa: Isa::detect(),
+            isa: Isa::chosen()?,
         })
     }
 

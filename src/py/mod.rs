@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
-    use super::host::{AttentionBatch, PackedWeight, multiplies_bf16, paged_attention, swiglu};
+    use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
     #[pymodule_export]
     use super::plan::{Planner, WidthPlanner};
     #[pymodule_export]

@@ -8,6 +8,8 @@ Whoever uses it checks it against the ordinary forward once, when the model is l
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,14 +21,27 @@ from ..errors import InvalidArgument
 _COPY_LIMIT = 1 << 25
 
 
+@functools.cache
+def packs_bfloat16() -> bool:
+    """Whether oneDNN multiplies by bfloat16 weights packed once. Tried, because it hangs on the build of torch, on the processor and
+    on what oneDNN's own variables leave of it; AVX2 alone is too little."""
+    try:
+        weight = torch.ones(32, 32, dtype=torch.bfloat16)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+        product = torch.ops.mkldnn._linear_pointwise(weight[:8], packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):  # no such operation in this build, or a refusal
+        return False
+    return bool((product == 32).all())
+
+
 class PackedLinear:
     """y = x W^T + b over the stacked rows of one or more linear modules, with the weight laid out for few rows of x.
 
     On a CPU in float32 the extension's product is used: it reads the weight once for a whole block, in two bytes a weight where
     the checkpoint was bfloat16, and gives a row the same bits whatever else is in the batch. That takes a second copy of the
     weight. Above `_COPY_LIMIT` the weight is stored transposed instead, which MKL likes better for 1..16 rows, and the modules'
-    own parameters become views of it (unless `share` is False). In bfloat16 the weight is packed once for oneDNN, which would
-    otherwise reorder it on every call.
+    own parameters become views of it (unless `share` is False). In bfloat16 the weight is packed once for oneDNN where it takes
+    that (`packs_bfloat16`), which would otherwise reorder it on every call; elsewhere torch multiplies as it does for anyone.
 
     `precision` "medium" (float32 on a CPU only) rounds x and W to bfloat16 before they are multiplied, whatever their size.
     """
@@ -57,7 +72,7 @@ class PackedLinear:
             for m in modules:
                 m.weight.data = self.transposed[:, start : start + m.out_features].t()
                 start += m.out_features
-        elif weight.dtype == torch.bfloat16 and small and torch.backends.mkldnn.is_available():
+        elif weight.dtype == torch.bfloat16 and small and packs_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -11,6 +11,12 @@
 //! Memory is touched through references of the exact size only, or through [`KeyChunk`], whose constructors own the argument.
 
 use super::view::{Bf16, KeyChunk};
+use crate::error::{Error, Result};
+use std::ffi::{OsStr, OsString};
+use std::sync::OnceLock;
+
+/// Environment variable that names the instruction set of the host kernels, by [`Isa::name`]; read once per process.
+const VARIABLE: &str = "DFLASH_CPU_ISA";
 
 /// Lanes of a vector, and keys of a chunk.
 pub(super) const LANES: usize = 16;
@@ -32,6 +38,46 @@ impl Isa {
     /// The widest set this processor has.
     pub fn detect() -> Self {
         *Self::available().last().expect("the portable set is always there")
+    }
+
+    /// The set of this process: what the environment variable `DFLASH_CPU_ISA` names, else the widest this processor has.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the variable names no set, or one that this processor lacks.
+    pub fn chosen() -> Result<Self> {
+        static CHOSEN: OnceLock<Result<Isa>> = OnceLock::new();
+        let read = || Self::choose(std::env::var_os(VARIABLE), &Self::available());
+        CHOSEN.get_or_init(read).clone()
+    }
+
+    fn choose(name: Option<OsString>, available: &[Self]) -> Result<Self> {
+        let Some(name) = name else {
+            return Ok(*available.last().expect("the portable set is always there"));
+        };
+        let named = |isa: &&Self| name == OsStr::new(isa.name());
+        let refused = |what: &str| Error::InvalidArgument {
+            name: VARIABLE,
+            got: format!("{name:?}{what}"),
+            expected: available.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(" or "),
+        };
+        match Self::ALL.iter().find(named) {
+            None => Err(refused("")),
+            Some(isa) if available.contains(isa) => Ok(*isa),
+            Some(_) => Err(refused(" on a processor without it")),
+        }
+    }
+
+    /// Every set there is, narrowest first.
+    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512_bf16",
+        }
     }
 
     /// Every set this processor can run, narrowest first.
@@ -581,5 +627,39 @@ mod x86 {
                 Self(half_sum(&eight, 0), half_sum(&eight, 8))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(name: &str, available: &[Isa]) -> Result<Isa> {
+        Isa::choose(Some(name.into()), available)
+    }
+
+    #[test]
+    fn the_widest_set_runs_unless_a_narrower_one_is_named() {
+        let available = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+        assert_eq!(Isa::choose(None, &available), Ok(Isa::Avx512));
+        for isa in available {
+            assert_eq!(choose(isa.name(), &available), Ok(isa));
+        }
+        assert_eq!(choose("avx512_bf16", &Isa::ALL), Ok(Isa::Avx512Bf16));
+    }
+
+    #[test]
+    fn a_set_that_the_processor_lacks_or_nobody_knows_is_refused() {
+        let available = [Isa::Portable, Isa::Avx2];
+        let refused = |name| choose(name, &available).unwrap_err().to_string();
+        assert_eq!(
+            refused("avx512"),
+            "DFLASH_CPU_ISA: got \"avx512\" on a processor without it, expected portable or avx2"
+        );
+        assert_eq!(
+            refused("AVX2"),
+            "DFLASH_CPU_ISA: got \"AVX2\", expected portable or avx2"
+        );
+        assert!(choose("", &available).is_err());
     }
 }
