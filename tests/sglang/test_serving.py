@@ -145,7 +145,7 @@ def limited(logs) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize("name", ["greedy", "all penalties", "seed, top_k", "regex"])
+@pytest.mark.parametrize("name", ["greedy", "all penalties", "seed, top_k", "regex", "regex, ignore_eos"])
 def test_a_drafter_that_sees_a_window_only(limited: Server, reference: dict, name: str) -> None:
     answers = limited.together(cases.bodies(matrix()[name]), at_once=2)
     assert tokens(answers) == tokens(reference[name])
