@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,30 @@ def test_every_command_line_in_the_documentation_parses():
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         cli.build_parser().parse_args(words)
+
+
+def test_what_a_stranger_types_first_is_what_the_demo_runs():
+    """So the commands of the README's first block are run, too, whenever the demo is."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    demo = re.findall(
+        r"^\t\$\(BIN\)/(dflash-rs .*)$", makefile.partition("\ndemo:")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it")[2].partition("## Use it")[0]
+    assert len(demo) == 2 and re.findall(r"^    (dflash-rs .*)$", readme, re.MULTILINE) == demo
+    assert readme.index("pip install 'dflash-rs[torch]'") < readme.index(demo[0]) < readme.index("make demo")
+
+
+def test_extras_and_targets_in_the_documentation_exist():
+    extras = set(metadata.distribution("dflash-rs").metadata.get_all("Provides-Extra"))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    text = "".join(
+        (ROOT / page).read_text(encoding="utf-8") for page in (*PAGES, "docs/releasing.md", "docs/sglang.md")
+    )
+    named = set(re.findall(r"(?:dflash-rs|\.)\[([a-z]+)\]'", text))
+    assert "torch" in named and named <= extras
+    made = set(re.findall(r"(?:`|^    |&& )make ([a-z-]+)", text, re.MULTILINE))
+    assert {"demo", "test", "dist", "wheel"} <= made <= targets
 
 
 FORGE = "https://github.com/dflash-rs/dflash-rs/"
