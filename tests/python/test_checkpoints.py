@@ -296,6 +296,15 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(target, tmp_path, own):
 
 def test_no_kernel_is_fetched_by_a_configuration(target):
     refused(edit(target, attn_implementation="somebody/kernel"), "attn_implementation: got 'somebody/kernel'")
+    refused(
+        edit(target, attn_implementation=..., fusion_config={"a": True}),
+        "fusion_config: got {'a': True}, expected nothing",
+    )
+    # What the checkpoint was saved with needs a package; the engine has an attention of its own.
+    edit(target, fusion_config=..., attn_implementation="flash_attention_2")
+    assert TargetModel.load(target).path == "fused"
+    edit(target, attn_implementation=..., _attn_implementation="flash_attention_2")
+    assert TargetModel.load(target).path == "fused"
 
 
 def test_a_trainings_target_is_looked_at_in_the_same_way(target, tmp_path):
@@ -307,6 +316,19 @@ def test_a_trainings_target_is_looked_at_in_the_same_way(target, tmp_path):
     with pytest.raises(CheckpointError, match="auto_map"):
         drafter.train(DrafterTraining(), target, tmp_path, tmp_path, tmp_path / "out", device="cpu")
     assert not mark.exists()
+
+
+def test_a_run_is_not_gone_on_with_from_a_pickle_with_code_in_it(tmp_path):
+    from dflash_rs.train.common import load_checkpoint, save_checkpoint
+
+    file = tmp_path / "checkpoint.pt"
+    assert load_checkpoint(file) is None
+    save_checkpoint(file, {"step": 3})
+    assert load_checkpoint(file) == {"step": 3}
+    torch.save(Evil(tmp_path / "was_run"), file)
+    with pytest.raises(CheckpointError, match="checkpoint.pt: cannot be loaded"):
+        load_checkpoint(file)
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_nobody_is_asked_by_the_command_line_even_where_somebody_would_say_yes(target, tmp_path):
@@ -474,7 +496,7 @@ def test_an_index_leads_to_no_file_outside_the_folder(target, draft, name):
 @pytest.mark.parametrize("index", [{"weight_map": 5}, {"weight_map": []}, {"metadata": 5}, {"metadata": ...}])
 def test_an_index_of_another_form_is_refused(target, index):
     edit(sharded(target), "model.safetensors.index.json", **index)
-    refused(target, "")
+    refused(target, f"model.safetensors.index.json: {'not an index' if 'weight_map' in index else 'metadata: got '}")
 
 
 def test_a_shard_that_is_not_there_or_lacks_a_tensor_is_named(target):

@@ -231,9 +231,10 @@ def use(part: str, where: Path, target) -> None:
     from models_helpers import greedy_loop
 
     from dflash_rs import LLM, SamplingParams
-    from dflash_rs.models.loader import load_draft
+    from dflash_rs.models.loader import load_draft, read_draft_config
 
     if part == "draft":
+        read_draft_config(where)
         draft = load_draft(where, target)
         tokens, _ = greedy_loop(target, draft, [5, 6, 7], 3, 4, draft.config.block_size)
         assert len(tokens) == 6

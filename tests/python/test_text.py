@@ -8,7 +8,7 @@ import pytest
 import torch
 from models_helpers import randomise
 
-from dflash_rs import LLM, SamplingParams
+from dflash_rs import LLM, InvalidArgument, SamplingParams
 from dflash_rs.text import Detokenizer, _byte_level_alphabet, token_bytes
 
 EOT, HEADER = "<|eot_id|>", "<|start_header_id|>"
@@ -225,8 +225,10 @@ def test_an_end_token_without_a_role_is_not_part_of_the_answer(ended):
 
 def test_stop_strings_do_not_see_special_tokens(ended):
     engine, eot = ended
-    if engine._bytes is None:
-        pytest.skip("stop strings are refused with such a tokenizer")
+    if engine._bytes is None:  # without bytes there are no stop strings
+        with pytest.raises(InvalidArgument, match="^stop: this tokenizer's tokens have no bytes"):
+            engine.generate("hello", SamplingParams(stop=EOT))
+        return
     params = SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={eot: 1e4}, stop=[EOT, "eot"])
     output = engine.generate("hello", params)[0]
     assert (output.text, output.finish_reason) == ("", "length")

@@ -389,6 +389,10 @@ class _Config:
             elif key in ("attn_implementation", "_attn_implementation", "experts_implementation") and "/" in str(value):
                 raise self.fail(key, value, "the name of an implementation here: code from elsewhere is not run")
         for holder in self._objects(self.values):
+            if holder.get("fusion_config") is not None:
+                raise self.fail(
+                    "fusion_config", holder["fusion_config"], "nothing: modules are built as transformers has them"
+                )
             check_eos(self.where, holder.get("eos_token_id"), None)
             self._check_window(holder)
             for key in _ROPE_KEYS:
@@ -534,7 +538,26 @@ def load_config(folder: Path, path: str | Path):
         raw.check_code()
         raw.check()
         raw.check_quantization()
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # What a checkpoint was saved with. Others than these would be looked for in packages and at the hub; the engine brings its own.
+        if config._attn_implementation not in (None, "eager", "sdpa"):
+            config._attn_implementation = None
+        if getattr(config, "_experts_implementation", None) not in (None, "eager", "batched_mm", "grouped_mm"):
+            config._experts_implementation = None
+        return config
+
+
+def _check_indices(folder: Path) -> None:
+    """What transformers asks of the index it reads, beside the files' names."""
+    for single, name in zip(_SINGLES, _INDICES):
+        if (folder / single).is_file():
+            return
+        if (folder / name).is_file():
+            about = read_object(folder / name, "an index").get("metadata")
+            if not isinstance(about, dict):
+                raise CheckpointError(
+                    f"{folder / name}: metadata: got {short(about)}, expected an object, which may be empty"
+                )
 
 
 def load_causal_lm(
@@ -556,6 +579,7 @@ def load_causal_lm(
         _refuse_beside(folder, path)
         tensors = stored_tensors(tensor_files(folder, raw.values.get("transformers_weights")), "a model")
         raw.check_layers(tensors)
+        _check_indices(folder)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise raw.fail(
                 "model_type", raw.values.get("model_type"), "that of a causal language model in transformers"
@@ -565,7 +589,12 @@ def load_causal_lm(
         _generation_config(folder, path, vocab)
         _check_stored(path, config, tensors, quantized)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         _check_found(path, model, found, tensors, quantized)
         return model, sorted(found["unexpected_keys"])

@@ -168,9 +168,9 @@ def train(
     autocast: bool | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report."""
-    from ..models.checkpoint import load_causal_lm
+    from ..models.checkpoint import load_causal_lm, readable
     from ..models.draft import DFlashDraft
-    from ..models.loader import read_tensors
+    from ..models.loader import load_draft
 
     where = pick_device(device)
     group = Group.join(where)
@@ -185,7 +185,8 @@ def train(
     warm_start(draft, target.cpu(), settings)
     target.to(where)
     if settings.init_from:
-        draft.load_state_dict(read_tensors(settings.init_from))
+        with readable(settings.init_from, "init_from"):
+            draft.load_state_dict(load_draft(settings.init_from).state_dict())
     draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
     teacher = Teacher(target, settings.tap_ids, settings.mask_token_id)
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())

@@ -138,9 +138,10 @@ def train(
         step, history = 0, []
         model = build(settings, settings.layers_at(0))
         if settings.init_from:
-            from ..models.checkpoint import load_causal_lm
+            from ..models.checkpoint import load_causal_lm, readable
 
-            model.load_state_dict(load_causal_lm(settings.init_from)[0].state_dict())
+            with readable(settings.init_from, "init_from"):
+                model.load_state_dict(load_causal_lm(settings.init_from)[0].state_dict())
         model.to(where)
         optimizers = _optimizers(model, settings)
 
