@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SGLANG_PLATFORM", "host")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulated"))
 import cases
+import emulated_driver
 import pytest
 from servers import Server, speculative, widths
 
@@ -21,6 +24,12 @@ from servers import Server, speculative, widths
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where servers write their logs."""
     return tmp_path_factory.mktemp("sglang")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The stand-in for CUDA's driver, with the kernels compiled for the host: once, because that takes a while."""
+    return str(emulated_driver.build(tmp_path_factory.mktemp("driver")))
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +74,7 @@ def reference(started: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
         for name, fields in cases.custom().items():
             answers[name] = server.together(cases.bodies(**fields))
         answers["crowd"] = server.together(cases.crowd())
+        answers["to the end"] = server.together(cases.to_the_end())
         answers["talk"] = [answer for answers in cases.converse(server) for answer in answers]
         for prompt in cases.kit_prompts():
             answers[f"kit: {prompt}"] = [server.generate(prompt, {"temperature": 0, "max_new_tokens": 48})]
