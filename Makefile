@@ -9,6 +9,8 @@
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
+# make soak    random lives of the engine for MINUTES=10 from SEED=1 on; says how to replay the one that failed
+# make mutants small faults in the core and in the kernels' logic, one at a time: do the tests notice? See docs/testing.md
 # make clean   removes build outputs (make distclean: the virtual environments, too)
 #
 # Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker (the tests: a C++ compiler), and package registries. The
@@ -21,7 +23,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
-  sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
+  sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -135,6 +137,36 @@ bench-sglang: sglang-install
 
 bench-reference: install venv
 	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
+
+# A failure is found again by its seed and the number of lives; proptest makes it smaller and keeps it as a regression.
+MINUTES ?= 10
+SEED ?= 1
+LIVES ?= 2000
+soak:
+	cargo test --locked --profile soak --test engine_model --no-run
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); seed=$(SEED); \
+	while PROPTEST_RNG_SEED=$$seed PROPTEST_CASES=$(LIVES) cargo test --locked --profile soak --test engine_model --quiet; do \
+	  seed=$$((seed + 1)); \
+	  if [ $$(date +%s) -ge $$end ]; then \
+	    echo "$(LIVES) lives from each of the seeds $(SEED) to $$((seed - 1)): nothing found"; exit 0; \
+	  fi; \
+	done; \
+	echo "seed $$seed failed; again: make soak MINUTES=0 SEED=$$seed LIVES=$(LIVES)" >&2; exit 1
+
+# Which faults, and where: docs/testing.md. MUTANTS is passed on, such as MUTANTS="--shard 1/8" or MUTANTS="--re PagePool".
+MUTANTS ?=
+MUTATED := src/kv src/schedule.rs src/schedule src/step.rs src/step src/verify src/draft src/plan.rs src/plan src/width.rs src/stats.rs
+mutants: mutants-tools
+	failed=0; \
+	$(BIN)/python scripts/mutants.py rust $(MUTATED) $(MUTANTS) || failed=1; \
+	$(BIN)/python scripts/mutants.py cuda cuda/common.cuh $(wildcard cuda/logic_*.cuh) $(MUTANTS) || failed=1; \
+	exit $$failed
+
+mutants-tools: target/tools/.stamp
+target/tools/.stamp: scripts/mutants-requirements.txt | $(VENV)/.stamp-venv
+	cargo install cargo-mutants --locked --quiet --version 27.1.0 --root target/tools
+	$(PIP) install --target target/tools/python --upgrade -r $<
+	touch $@
 
 venv: $(VENV)/.stamp-tools
 install: $(VENV)/.stamp-package

@@ -319,3 +319,49 @@ fn a_row_gets_whole_pages_for_what_a_step_may_write_and_keeps_what_it_has() {
     assert_eq!(room(96, 112, 16, 16), 112, "it fits exactly");
     assert_eq!(room(5, 64, 16, 16), 64, "nothing is given back");
 }
+
+#[test]
+fn a_text_longer_than_a_row_is_an_error_with_both_lengths_and_one_of_a_rows_length_is_let_in() {
+    let mut kv = kv(32, 4);
+    assert_eq!((kv.page_size(), kv.table().width()), (4, 16));
+    let refused = Error::SlotsNotOwned { end: 65, owned: 64 };
+    assert_eq!(kv.admit(&text(0..65), 0, false), Err(refused));
+    assert_eq!((kv.available(), kv.table().num_free_rows()), (32, 4));
+    let row = kv.admit(&text(0..64), 0, false).unwrap().unwrap();
+    assert_eq!(kv.table().allocated(row.key), Ok(64));
+    let refused = Error::SlotsNotOwned { end: 65, owned: 64 };
+    assert_eq!(kv.reserve(row.key, 65, 1).unwrap_err(), refused);
+    assert!(kv.reserve(row.key, 64, 1).unwrap().unwrap().pages().is_empty());
+}
+
+#[test]
+fn of_two_reservations_the_row_has_room_for_one_and_the_other_is_handed_back() {
+    let mut kv = kv(64, 4);
+    let row = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
+    let first = kv.reserve(row.key, 64, 8).unwrap().unwrap();
+    let second = kv.reserve(row.key, 64, 8).unwrap().unwrap();
+    let launched = first.launch(kv.table_mut()).unwrap();
+    let failed = second.launch(kv.table_mut()).unwrap_err();
+    assert_eq!(failed.error, Error::SlotsNotOwned { end: 124, owned: 64 });
+    assert_eq!(failed.reservation.pages().len(), 15);
+    drop(failed);
+    launched.cancel(kv.table_mut());
+    kv.release(row.key).unwrap();
+    assert_eq!((kv.available(), kv.table().num_free_rows()), (64, 4));
+}
+
+#[test]
+fn a_step_cannot_commit_more_than_its_row_owns() {
+    let mut kv = kv(8, 4);
+    let row = kv.admit(&text(0..6), 0, false).unwrap().unwrap();
+    let launch = |kv: &mut Kv, width| {
+        let reserved = kv.reserve(row.key, 8, width).unwrap().unwrap();
+        reserved.launch(kv.table_mut()).unwrap()
+    };
+    assert_eq!(launch(&mut kv, 5).commit(kv.table_mut(), 5), Ok(true));
+    let refused = Error::SlotsNotOwned { end: 9, owned: 8 };
+    assert_eq!(launch(&mut kv, 4).commit(kv.table_mut(), 4), Err(refused));
+    assert_eq!(kv.table().committed(row.key), Ok(5));
+    assert_eq!(launch(&mut kv, 3).commit(kv.table_mut(), 3), Ok(true));
+    assert_eq!(kv.table().committed(row.key), Ok(8));
+}
