@@ -19,8 +19,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check kernels wheel dist bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
-  sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
+.PHONY: demo test check kernels wheel dist bench clean distclean lint rust-test install venv stubs python-test sglang-test \
+  sglang-demo sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
 
 VENV ?= .venv
 BIN := $(VENV)/bin
