@@ -22,8 +22,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
-  sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
+.PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test \
+  sglang-demo sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -232,8 +232,12 @@ def interpreters() -> dict[tuple[int, int], str]:
     candidates += sorted(str(path) for path in pyenv.glob("3.*/bin/python3"))
     found: dict[tuple[int, int], str] = {}
     for candidate in filter(None, candidates):
-        # A shim may stand for a Python that is not there, and a system's Python may come without what makes environments.
-        code = "import ensurepip, sys, venv; print(*sys.version_info[:2], sys.implementation.name, sys._is_gil_enabled() if hasattr(sys, '_is_gil_enabled') else True)"
+        # A shim may stand for a Python that is not there, a system's Python may come without what makes environments, and one
+        # without the lock takes other wheels.
+        code = (
+            "import ensurepip, sys, venv; locked = getattr(sys, '_is_gil_enabled', lambda: True)(); "
+            "print(*sys.version_info[:2], sys.implementation.name, locked)"
+        )
         try:
             done = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
         except OSError:

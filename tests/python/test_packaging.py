@@ -300,6 +300,31 @@ def test_a_python_that_does_not_start_is_not_tried(tmp_path, monkeypatch):
     assert dist.interpreters() == {(3, 13): str(tmp_path / "bin" / "python3.13")}
 
 
+def test_what_fails_in_one_environment_is_named_and_the_others_are_tried(tmp_path, monkeypatch, capsys):
+    dist = script("dist")
+    wheel = tmp_path / "dflash_rs-1-cp310-abi3-any.whl"
+    monkeypatch.setattr(dist, "distributions", lambda folder: ([wheel], tmp_path / "dflash_rs-1.tar.gz"))
+    monkeypatch.setattr(dist, "fitting", lambda wheels: wheels[0])
+    monkeypatch.setattr(dist, "interpreters", lambda: {(3, 10): "python3.10", (3, 12): "python3.12"})
+    monkeypatch.setattr(dist, "wheel_of", lambda *_: wheel)
+    monkeypatch.setattr(dist, "difference", lambda ours, built: ["a.py: not the same"])
+    asked = []
+
+    def attempt(python, options, numpy="", torch_from="", **_):
+        asked.append((python, tuple(options), numpy))
+        return dist.must(
+            [sys.executable, "-c", "import sys; sys.exit('broken' if sys.argv[1] == 'python3.12' else 0)", python]
+        )
+
+    monkeypatch.setattr(dist, "attempt", attempt)
+    failed = dist.attempts(tmp_path, kernels=True, target=tmp_path)
+    assert len(failed) == 2 and "sdist: its wheel's a.py: not the same" in failed
+    assert any(line.startswith("wheel: ") and line.endswith("ended with 1:\nbroken") for line in failed)
+    assert ("python3.10", ("--kernels",), dist.oldest_numpy()) in asked and ("python3.12", ("--kernels",), "") in asked
+    assert (sys.executable, ("--kernels", "--torch"), "") in asked and len(asked) == 4
+    assert "this machine has none: Python 3.11, 3.13" in capsys.readouterr().out
+
+
 def test_a_tag_names_the_version_and_the_changelog_its_day():
     dist = script("dist")
     changelog = "# Changelog\n\n## [0.2.0] - 2026-11-30\n\n## [0.1.0] - unreleased\n"
