@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -59,18 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit:  # argparse's, after --help for example
             emit("")
             raise
-        # Not left to the interpreter's exit, which would answer a full disk with a traceback and a code of its own.
         emit("")
         return code
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        _say("\ninterrupted")
+        _settle(sys.stdout)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`| head`): nothing to say, and nobody to say it to.
-        _discard(sys.stdout, sys.stderr)
+        _settle(sys.stdout, sys.stderr)
         return OK
     except Unwritable as error:
-        _discard(sys.stdout)
+        _settle(sys.stdout)
         return _complain(str(error), FAILED, debug)
     except ModuleNotFoundError as error:
         module = (error.name or "").split(".")[0]
@@ -96,13 +97,19 @@ def _run(arguments: Sequence[str], debug: bool, closed: set[str]) -> int:
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
-    print(f"dflash-rs: warning: {message}", file=sys.stderr)
+    _say(f"dflash-rs: warning: {message}")
+
+
+def _say(message: str) -> None:
+    # Ctrl-C ends the reader of a pipe, too, and what is left to say must not change the exit code.
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _settle(sys.stderr)
 
 
 def _complain(message: str, code: int, debug: bool = False) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"dflash-rs: error: {message}", file=sys.stderr)
+    _say((traceback.format_exc() if debug else "") + f"dflash-rs: error: {message}")
     return code
 
 
@@ -133,10 +140,11 @@ def prepare_streams() -> set[str]:
     return closed
 
 
-def emit(text: str) -> None:
-    """Writes to standard output, and has it arrive: whoever reads along sees it now."""
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Has what is written to standard output within arrive: whoever reads along sees it now."""
     try:
-        sys.stdout.write(text)
+        yield
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -144,8 +152,15 @@ def emit(text: str) -> None:
         raise Unwritable(f"standard output: {error.strerror or error}") from None
 
 
-def _discard(*streams: TextIO) -> None:
-    """What these streams still hold, and what comes, goes nowhere; the interpreter flushes them when it exits."""
+def emit(text: str) -> None:
+    """Writes to standard output, at once."""
+    with writing():
+        sys.stdout.write(text)
+
+
+def _settle(*streams: TextIO) -> None:
+    """Has these streams flushed, or, where nobody takes it, what they hold and what comes go nowhere: the interpreter flushes
+    them when it exits, and answers a failure with a traceback and a code of its own."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         try:
@@ -542,7 +557,7 @@ def collect_prompts(args: argparse.Namespace, stdin: TextIO) -> list[Any]:
         if text == "-":
             where = "standard input"
             if stdin.isatty() and not args.quiet:
-                print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
+                _say("Type the prompt; Ctrl-D on a line of its own ends it.")
             text = read_all(stdin)
             if not text:
                 raise InvalidArgument("PROMPT: got an empty standard input, expected at least one character")
@@ -690,7 +705,7 @@ def run_generate(args: argparse.Namespace) -> int:
         if output.finish_reason == "error":
             code = _complain(f"{called(i, prompts)}: {output.error or 'the engine gave no reason'}", FAILED)
         elif not args.quiet and not args.json:
-            print(summary(output), file=sys.stderr)
+            _say(summary(output))
     return code
 
 
@@ -816,25 +831,25 @@ def run_bench(args: argparse.Namespace) -> int:
             heads.append(report.header(args.words, llm))
         return llm
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     if args.suite == "reference":
         from dflash_rs.bench.reference import ReferenceLoop, run_reference
 
         ReferenceLoop.require()
-        rows = run_reference(engine, ReferenceLoop.beside, prompts, plan, say)
+        rows = run_reference(engine, ReferenceLoop.beside, prompts, plan, _say)
     else:
-        rows = run_demo(engine, prompts, plan, say)
+        rows = run_demo(engine, prompts, plan, _say)
 
     lines = [report.table(rows), report.machine(heads[0]), *report.remarks(rows)]
     if args.profile:
         lines.append(report.profile_table(rows))
     if args.json == "-":
-        say("\n".join(lines))
+        _say("\n".join(lines))
     else:
         emit("\n".join(lines) + "\n")
-    if args.json is not None:
+    if args.json == "-":
+        with writing():
+            report.write_json(args.json, heads[0], rows)
+    elif args.json is not None:
         report.write_json(args.json, heads[0], rows)
     if args.plot is not None:
         report.plot(args.plot, heads[0], rows)

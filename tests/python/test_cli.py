@@ -634,6 +634,14 @@ def outside(words: str, *, shell: str = "{}", stdin: bytes = b"", **environment:
         ("generate x", "{} >/dev/full", 1, b"", b"dflash-rs: error: standard output: No space left on device\n"),
         ("--help", "{} >/dev/full", 1, b"", b"dflash-rs: error: standard output: No space left on device\n"),
         ("generate x --max-tokens 300 --quiet", "{} | head -c 1; exit ${{PIPESTATUS[0]}}", 0, b"x", b""),
+        ("generate ''", "{} 2> >(exec <&-)", 2, b"", b""),
+        (
+            "bench --json - --prompts 1 --max-tokens 2 --repeat 1",
+            "{} >/dev/full",
+            1,
+            b"",
+            b"standard output: No space left",
+        ),
         ("doctor --nothing", "{} >&-", 2, b"", b"unrecognized arguments: --nothing"),
     ],
 )
