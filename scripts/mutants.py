@@ -20,6 +20,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ mod mutants_switch {
             ACTIVE.store(asked, Relaxed);
             return on(fault);
         }
-        if active == u32::MAX - 1 && SEEN[fault as usize].swap(1, Relaxed) == 0 {
+        let seen = &SEEN[fault as usize];
+        if active == u32::MAX - 1 && seen.load(Relaxed) == 0 && seen.swap(1, Relaxed) == 0 {
             use std::io::Write;
             let path = std::env::var("MUTANTS_REACHED").unwrap();
             let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
@@ -82,7 +84,7 @@ extern "C" {
 uint32_t mutants_active = getenv("MUTANT") ? uint32_t(strtoul(getenv("MUTANT"), nullptr, 10)) : 0xffffffffu;
 void mutants_note(uint32_t fault) {
     static bool seen[COUNT];
-    if (__atomic_exchange_n(&seen[fault], true, __ATOMIC_RELAXED)) return;
+    if (seen[fault] || __atomic_exchange_n(&seen[fault], true, __ATOMIC_RELAXED)) return;
     FILE* file = fopen(getenv("MUTANTS_REACHED"), "a");
     fprintf(file, "%u\\n", fault);
     fclose(file);
@@ -290,7 +292,8 @@ def cuda_visit(node, path, function, result, faults):
                 if said(value) != other and said(value) not in ("0", "1"):
                     add(value, "expression", other, f"result {other} for `{said(value)[:70]}`")
         elif node.type == "continue_statement" or (
-            node.type == "expression_statement" and node.children[0].type in ("assignment_expression", "call_expression")
+            node.type == "expression_statement"
+            and node.children[0].type in ("assignment_expression", "call_expression")
         ):
             add(node, "statement", "", f"`{said(node)[:70]}` left out")
     for child in node.children:
@@ -396,7 +399,9 @@ def blamed(tree, output, faults):
         if at > len(lines):
             continue
         before, here = "\n".join(lines[: at - 1]), lines[at - 1]
-        opened = {int(n) for n in re.findall(r"/\*<(\d+)\*/", before)} - {int(n) for n in re.findall(r"/\*(\d+)>\*/", before)}
+        opened = {int(n) for n in re.findall(r"/\*<(\d+)\*/", before)} - {
+            int(n) for n in re.findall(r"/\*(\d+)>\*/", before)
+        }
         found |= opened | {int(n) for n in re.findall(r"/\*<(\d+)\*/", here)}
         if not found and " match " in f" {here}":  # patterns that do not cover everything once an arm may be missing
             body = "\n".join(lines[at : at + 60])
@@ -417,17 +422,22 @@ def build(tree, faults, rust, tests):
     }
     command = ["cargo", "test", "--locked", "--no-run", "--message-format=json-diagnostic-short"]
     command += (["--lib"] if rust else []) + [part for test in tests for part in ("--test", test)]
-    aside = WORK / f"unbuildable-{'rust' if rust else 'cuda'}.json"  # found by an earlier run: one round instead of several
+    # Found by an earlier run: one round instead of several.
+    aside = WORK / f"unbuildable-{tree.name}.json"
     names = set(json.loads(aside.read_text())) if aside.exists() else set()
     for fault in faults:
         if fault.name in names:
             fault.state = "unbuildable"
     for _ in range(40):
         write_tree(tree, faults, rust)
-        done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
         messages = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode == 0:
-            built = [m for m in messages if m.get("reason") == "compiler-artifact" and m.get("executable") and m["profile"]["test"]]
+            built = [
+                m
+                for m in messages
+                if m.get("reason") == "compiler-artifact" and m.get("executable") and m["profile"]["test"]
+            ]
             return [Path(m["executable"]) for m in built]
         errors = [
             m["message"]["rendered"]
@@ -480,12 +490,17 @@ def run(test, tree, mutant, seconds, reached=None):
     return process.returncode, usage.ru_utime + usage.ru_stime
 
 
-def baseline(programs, tree, jobs):
+def baseline(programs, tree, jobs, wanted):
     """Every test once, without a fault: what it reaches, and how long it takes."""
     tests = []
     for program in programs:
-        listing = subprocess.run([program, "--list", "--format=terse"], cwd=tree, check=True, stdout=subprocess.PIPE, text=True).stdout
-        tests += [Test(program, line.removesuffix(": test")) for line in listing.splitlines() if line.endswith(": test")]
+        listing = subprocess.run(
+            [program, "--list", "--format=terse"], cwd=tree, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        tests += [
+            Test(program, line.removesuffix(": test")) for line in listing.splitlines() if line.endswith(": test")
+        ]
+    tests = [test for test in tests if re.search(wanted, test.name)]
     notes = tree / "reached"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
@@ -555,7 +570,9 @@ def main():
     chosen = [f for f in faults if f.number not in hidden and re.search(options.re, f.name)]
     random.Random(options.seed).shuffle(chosen)
     chosen = sorted(chosen[part - 1 :: parts], key=lambda f: f.number)
-    print(f"{len(faults)} faults, {len(equivalent)} of them known to make no difference, {len(aside)} not expressible; {len(chosen)} chosen")
+    print(
+        f"{len(faults)} faults, {len(equivalent)} of them known to make no difference, {len(aside)} not expressible; {len(chosen)} chosen"
+    )
     if options.list:
         print("\n".join(f.name for f in chosen))
         return 0
@@ -564,19 +581,29 @@ def main():
     tree.mkdir(parents=True, exist_ok=True)
     programs = build(tree, chosen, rust, RUST_TESTS if rust else CUDA_TESTS)
     print(f"built after {time.monotonic() - began:.0f} s", flush=True)
-    tests = baseline(programs, tree, options.jobs)
-    tests = [t for t in tests if re.search(options.tests, t.name) and t.seconds <= options.seconds]
+    tests = baseline(programs, tree, options.jobs, options.tests)
+    tests = [t for t in tests if t.seconds <= options.seconds]
     total, slowest = sum(t.seconds for t in tests), max(tests, key=lambda t: t.seconds)
-    print(f"{len(tests)} tests, {total:.1f} s of processor time, {slowest.seconds:.1f} s of it for {slowest.name}", flush=True)
+    print(
+        f"{len(tests)} tests, {total:.1f} s of processor time, {slowest.seconds:.1f} s of it for {slowest.name}",
+        flush=True,
+    )
     alive = [f for f in chosen if f.state != "unbuildable" and f.number >= options.first]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         waiting = [pool.submit(judge, fault, tests, tree) for fault in alive]
-        for done in concurrent.futures.as_completed(waiting):
-            fault = done.result()
-            if not fault.state.startswith("caught"):
-                print(f"{fault.state}: {fault.name}", flush=True)
+        try:
+            for count, done in enumerate(concurrent.futures.as_completed(waiting), 1):
+                fault = done.result()
+                if not fault.state.startswith("caught"):
+                    print(f"{fault.state}: {fault.name}", flush=True)
+                if count % 100 == 0:
+                    print(f"{count} of {len(alive)} after {time.monotonic() - began:.0f} s", flush=True)
+        except KeyboardInterrupt:  # what is known by then is told all the same
+            pool.shutdown(cancel_futures=True)
     table = {}
     for fault in chosen:
+        fault.state = fault.state or "not run"
         row = table.setdefault(folder_of(fault.path), {})
         row[fault.state] = row.get(fault.state, 0) + 1
     for folder, row in sorted(table.items()):
@@ -584,7 +611,7 @@ def main():
     result = {"aside": aside, "faults": [vars(f) for f in chosen]}
     (WORK / f"{options.language}.json").write_text(json.dumps(result, indent=1))
     print(f"{time.monotonic() - began:.0f} s; {WORK / options.language}.json")
-    return 1 if any(f.state in ("MISSED", "not reached") for f in chosen) else 0
+    return 1 if any(f.state in ("MISSED", "not reached", "not run") for f in chosen) else 0
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ impl Kv {
         }
         let fresh = need.saturating_sub(row.pages.len());
         let mut pages = Vec::new();
-        if fresh > 0 && !self.take(fresh, &mut pages)? {
+        if !self.take(fresh, &mut pages)? {
             return Ok(None);
         }
         let returns = (!pages.is_empty()).then(|| self.pool.returns());

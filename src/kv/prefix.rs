@@ -331,6 +331,20 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_differ_in_one_token_have_different_hashes() {
+        let cache = PrefixCache::new(16, 1);
+        let mut hashes = std::collections::HashSet::new();
+        for place in 0..16 {
+            for id in 1..500 {
+                let mut text = tokens(&[0; 16]);
+                text[place] = TokenId(id);
+                hashes.insert(cache.hash(None, &text));
+            }
+        }
+        assert_eq!(hashes.len(), 16 * 499);
+    }
+
+    #[test]
     fn texts_with_the_same_hash_are_told_apart_and_evicted_one_by_one() {
         let mut pool = PagePool::new(4).unwrap();
         let mut cache = PrefixCache::new(2, 4);
