@@ -14,6 +14,7 @@ MOST_PARAMETERS = 3_000_000
 
 _SMALL: dict[str, Any] = {
     # sizes
+    "pronunciation_vocab_size": 16, "shape_vocab_size": 16, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
     "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "text_vocab_size": VOCAB, "vocab_size_nonaudio": VOCAB,
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32, "word_embed_proj_dim": 32,
     "embedding_size": 32, "hidden_size_per_layer_input": 8, "input_embedding_size": 32, "dim_model": 32,
