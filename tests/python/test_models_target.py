@@ -228,6 +228,7 @@ def test_layers_that_share_keys_are_refused():
     config = Gemma4TextConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
         head_dim=8, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
     with pytest.raises(UnsupportedModel, match="num_kv_shared_layers = 2"):
         TargetModel(Gemma4ForCausalLM(config))

@@ -66,12 +66,13 @@ def render(results: dict[str, dict[str, Any]], version: str) -> str:
     lines = [
         _HEAD.format(version=version, counts=counts),
         "## Exact\n",
-        "| model type | class | tokens per pass | remarks |",
+        "| model type | class | tokens per pass with drafts | remarks |",
         "|---|---|---|---|",
     ]
     for entry in by["exact"]:
         remarks = ["short path for Llama-shaped models"] * (entry["path"] == "fused") + entry["notes"]
-        lines.append(f"| {entry['kind']} | {entry['name']} | {entry['tau']:.1f} | {_cell('; '.join(remarks))} |")
+        tau = f"{entry['tau']:.1f}" if entry["tau"] else ""
+        lines.append(f"| {entry['kind']} | {entry['name']} | {tau} | {_cell('; '.join(remarks))} |")
     lines += ["", "## Refused\n", "| what is in the way | model types |", "|---|---|"]
     reasons: dict[str, list[str]] = {}
     for entry in by["refused"]:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 VOCAB, WINDOW, CONTEXT = 97, 8, 128
-MOST_PARAMETERS = 3_000_000
+MOST_PARAMETERS = 8_000_000
 
 _SMALL: dict[str, Any] = {
     # sizes
+    "pronunciation_vocab_size": 16, "shape_vocab_size": 16, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
     "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "text_vocab_size": VOCAB, "vocab_size_nonaudio": VOCAB,
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32, "word_embed_proj_dim": 32,
     "embedding_size": 32, "hidden_size_per_layer_input": 8, "input_embedding_size": 32, "dim_model": 32,
@@ -76,6 +77,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "nemotron": {"num_key_value_heads": 2},
+    "mamba2": {"num_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
     "dots3_note": {"num_key_value_heads": 4},
@@ -148,7 +152,11 @@ def build(kind: str, seed: int = 0, std: float = 0.3, **options) -> nn.Module:
     if "is_decoder" in config.to_dict():
         config.is_decoder = True
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in made(config).parameters())
+        try:
+            parameters = sum(p.numel() for p in made(config).parameters())
+        except AttributeError:  # a class for the text part alone
+            config = config.get_text_config()
+            parameters = sum(p.numel() for p in made(config).parameters())
     if parameters > MOST_PARAMETERS:
         raise ValueError(f"{parameters:,} parameters, expected at most {MOST_PARAMETERS:,}")
     torch.manual_seed(seed)

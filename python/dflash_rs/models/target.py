@@ -357,7 +357,7 @@ class TargetModel:
             self._fused, self.path_reason = None, "turned off"
             model.set_attn_implementation(ATTENTION_NAME)
             with _named(model, "its forward with attention over pages"):
-                self.kv_layers, self.decoder_layers = self._probe()
+                self.kv_layers, self.decoder_layers, self._layer_outputs = self._probe()
             self._windows = {index: kv.window for index, kv in self.kv_layers.items()}
             shapes = {(kv.key_dim, kv.value_dim) for kv in self.kv_layers.values()}
             self.kernel = all(kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
@@ -446,27 +446,46 @@ class TargetModel:
             f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers found (config num_hidden_layers)"
         )
 
-    def _probe(self) -> tuple[dict[int, LayerKV], nn.ModuleList]:
+    def _probe(self) -> tuple[dict[int, LayerKV], nn.ModuleList, list[tuple[int, ...]]]:
+        """How its layers attend, the layers, and the shape of what each puts out for one request of two tokens."""
         recorder = _Recorder(self.max_context)
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
+        shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+        def note(module, args, output):
+            shapes[module] = tuple((output[0] if isinstance(output, tuple) else output).shape)
+
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_layers]
+        hooks = [layer.register_forward_hook(note) for layers in lists for layer in layers]
         _probing.recorder = recorder
         try:
             self.model(input_ids=tokens, position_ids=positions, use_cache=False, **{_STEP: recorder})
         finally:
             _probing.recorder = None
+            for hook in hooks:
+                hook.remove()
         layers = dict(sorted(recorder.layers.items()))
         if sorted(layers) != list(range(self.num_layers)):
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: attention ran in layers {sorted(layers)}, expected every one of the "
                 f"{self.num_layers}: a layer without paged attention keeps state that cannot be rolled back"
             )
+        softcap = getattr(self.config, "attn_logit_softcapping", None)
+        for index, layer in layers.items():
+            if softcap and layer.softcap != softcap:
+                raise UnsupportedModel(
+                    f"layer {index}: attn_logit_softcapping is {softcap}, but {layer.softcap} reached the attention"
+                )
+            if isinstance(getattr(recorder.modules[index], "sinks", None), Tensor) and not layer.sinks:
+                raise UnsupportedModel(f"layer {index}: has sinks, but they did not reach the attention")
         for index, kind in enumerate(getattr(self.config, "layer_types", None) or ()):
             if kind == "sliding_attention" and layers[index].window is None:
                 raise UnsupportedModel(
                     f"layer {index}: declared sliding_attention, but its window did not reach the attention"
                 )
-        return layers, self._find_layers(recorder.modules)
+        decoder = self._find_layers(recorder.modules)
+        return layers, decoder, [shapes.get(layer, ()) for layer in decoder]
 
     def set_taps(self, layer_ids) -> None:
         """Tap the outputs of these layers (0-based, order kept) as features; empty for none.
@@ -478,6 +497,11 @@ class TargetModel:
             if not 0 <= k < self.num_layers - 1:
                 raise InvalidArgument(
                     f"target_layer_ids: got {k}, expected 0..{self.num_layers - 2}, below the last layer"
+                )
+            if self._layer_outputs[k] != (1, 2, self.hidden_size):
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__}: layer {k} puts out {list(self._layer_outputs[k])} for two tokens, expected "
+                    f"[1, 2, {self.hidden_size}]: there are no features for a drafter"
                 )
         for hook in self._hooks:
             hook.remove()
