@@ -524,7 +524,7 @@ def judge(fault, tests, tree):
     if not reaching:
         fault.state = "not reached"
     for test in reaching:
-        status, _ = run(test, tree, fault.number, 10 + 20 * test.seconds)
+        status, _ = run(test, tree, fault.number, 2 + 20 * test.seconds)
         if status != 0:
             fault.state = "caught" if status == 101 else "caught by a crash or a limit"
             fault.by = f"{test.program.name.rsplit('-', 1)[0]}: {test.name}"

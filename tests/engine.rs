@@ -686,7 +686,11 @@ fn sizes_that_cannot_be_are_refused_by_name() {
             assert_eq!(refusal(set(name, size)), (name, size.to_string()));
         }
     }
-    for (name, size) in [("vocab_size", most), ("max_batch_tokens", most), ("max_batch_tokens", 2)] {
+    for (name, size) in [
+        ("vocab_size", most),
+        ("max_batch_tokens", most),
+        ("max_batch_tokens", 2),
+    ] {
         assert!(Engine::new(set(name, size), None).is_ok(), "{name} of {size}");
     }
     assert_eq!(refusal(set("max_batch_tokens", 1)), ("max_batch_tokens", "1".into()));
@@ -757,7 +761,11 @@ fn drafts_leave_a_quarter_of_a_step_to_prompts_that_can_use_it_and_to_no_others(
     ask(&mut engine, 3, 9, 90, true);
     for piece in [4, 4] {
         let shared = [(0, 8, false), (1, 4, false), (2, piece, true)];
-        assert_eq!(step(&mut engine, 8), shared, "while it waits, and while it is on its way");
+        assert_eq!(
+            step(&mut engine, 8),
+            shared,
+            "while it waits, and while it is on its way"
+        );
     }
     assert_eq!(step(&mut engine, 8), [(0, 8, false), (1, 4, false), (2, 1, true)]);
     assert_eq!(step(&mut engine, 8), [(0, 8, false), (1, 7, false), (2, 1, false)]);
@@ -804,7 +812,11 @@ fn a_block_that_finds_no_pages_becomes_a_plain_step() {
     ask(&mut engine, 1, 4, 20, true);
     ask(&mut engine, 2, 12, 8, false);
     assert_eq!(step(&mut engine, 8), [(0, 4, true), (1, 12, true)]);
-    assert_eq!(step(&mut engine, 8), [(0, 1, false), (1, 1, false)], "seven pages are left");
+    assert_eq!(
+        step(&mut engine, 8),
+        [(0, 1, false), (1, 1, false)],
+        "seven pages are left"
+    );
     assert_eq!(engine.counts().unwrap().retractions, 0);
     assert_eq!(step(&mut engine, 3), [(0, 3, false), (1, 1, false)], "five are");
 }
