@@ -19,7 +19,7 @@ from servers import TARGET, Server, speculative, widths
 from test_text import CHECKED
 
 SEEDED = {"enable_deterministic_inference": True, "grammar_backend": "xgrammar"}
-TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_HOST_FORK": "0"}
 
 
 def passes_counted(server: Server) -> dict[int, float]:
