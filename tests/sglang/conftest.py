@@ -76,7 +76,6 @@ def reference(started: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
         for name, fields in cases.custom().items():
             answers[name] = server.together(cases.bodies(**fields))
         answers["crowd"] = server.together(cases.crowd())
-        answers["to the end"] = server.together(cases.to_the_end())
         answers["talk"] = [answer for answers in cases.converse(server) for answer in answers]
         for prompt in cases.kit_prompts():
             answers[f"kit: {prompt}"] = [server.generate(prompt, {"temperature": 0, "max_new_tokens": 48})]
