@@ -165,19 +165,6 @@ def crowd() -> list[dict[str, Any]]:
     return [{"text": prompt, "sampling_params": base | kind} for kind in kinds for prompt in prompts(8)]
 
 
-# The context of servers whose texts run to its end.
-CONTEXT = 160
-
-
-def to_the_end() -> list[dict[str, Any]]:
-    """Greedy /generate bodies, in turn one that runs to the end of that context and one that ends before."""
-    return [
-        {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": most, "ignore_eos": True}}
-        for text in prompts(4)
-        for most in (CONTEXT - 1 - len(tokenizer().encode(text).ids), 40)
-    ]
-
-
 def converse(server: Any, rounds: int = 3) -> list[list[dict[str, Any]]]:
     """Conversations of token ids: every round sends what was said so far and something new. Answers with their prompts, by round."""
     params = [greedy()["greedy"], greedy()["all penalties"]] * 2

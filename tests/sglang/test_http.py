@@ -173,7 +173,7 @@ def test_two_ranks_and_the_engine_in_python(reference: dict, tmp_path) -> None:
         "log_level": "warning",
     }
     given = json.dumps([options, list(cases.prompts()), cases.greedy()["all penalties"]])
-    env = environment(SGLANG_CPU_OMP_THREADS_BIND="0|1")
+    env = environment(SGLANG_CPU_OMP_THREADS_BIND="0|1", SGLANG_HOST_FORK="0")
     done = subprocess.run(
         [sys.executable, str(script), given], env=env, capture_output=True, text=True, timeout=400, check=False
     )
