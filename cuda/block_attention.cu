@@ -70,11 +70,8 @@ __device__ void combine(const BlockAttentionParams& p) {
 } // namespace
 } // namespace dflash
 
-// `blocks`: how many a multiprocessor is to hold at least, which bounds the registers. For heads of 64 the compiler would take more
-// than it needs, for the sake of soft caps.
-#define ATTENTION_KERNELS(dim, blocks)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(128, blocks) block_attention_##dim(                                        \
-        const __grid_constant__ BlockAttentionParams p) {                                                                   \
+#define ATTENTION_KERNELS(dim)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128) block_attention_##dim(const __grid_constant__ BlockAttentionParams p) { \
         dflash::attend<dim>(p);                                                                                             \
     }                                                                                                                       \
     extern "C" __global__ void __launch_bounds__(128) block_attention_combine_##dim(                                        \
@@ -82,6 +79,6 @@ __device__ void combine(const BlockAttentionParams& p) {
         dflash::combine<dim>(p);                                                                                            \
     }
 
-ATTENTION_KERNELS(64, 4)
-ATTENTION_KERNELS(128, 1)
-ATTENTION_KERNELS(256, 1)
+ATTENTION_KERNELS(64)
+ATTENTION_KERNELS(128)
+ATTENTION_KERNELS(256)

@@ -70,20 +70,11 @@ DFLASH_HD float exp2_of(float x) {
 #endif
 }
 
-// a / b to within two units in the last place, for b far from both ends of the range: without the branches of an exact division.
-DFLASH_HD float quick_div(float a, float b) {
-#if DFLASH_ON_DEVICE
-    return __fdividef(a, b);
-#else
-    return a / b;
-#endif
-}
-
 // up * tanh(-x * down * ln(2) / 2): with t = 2^(x * down) that is up * (1 - t) / (1 + t), and the bounds change nothing.
 DFLASH_HD float capped(float x, float down, float up) {
     float t = exp2_of(fminf(fmaxf(mul(x, down), -29.0f), 29.0f));
     // What is not a number stays so: the bounds drop it.
-    return add(mul(up, quick_div(sub(1.0f, t), add(1.0f, t))), sub(x, x));
+    return add(mul(up, div(sub(1.0f, t), add(1.0f, t))), sub(x, x));
 }
 
 // ---- what a block of threads looks at ---------------------------------------------------------------------------------
@@ -350,7 +341,7 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
     bool masked = first_key + KEYS > t.context || first_key < t.unmasked_from;
     float scale = mul(p.scale, 1.44269504f);
     if (p.softcap > 0.0f) {
-        float down = quick_div(mul(-2.0f, scale), p.softcap), up = mul(p.softcap, 1.44269504f);
+        float down = div(mul(-2.0f, scale), p.softcap), up = mul(p.softcap, 1.44269504f);
         EACH_LANE(lane) {
             DFLASH_UNROLL
             for (int32_t n = 0; n < KEYS / 8; ++n) {

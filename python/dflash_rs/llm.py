@@ -1,4 +1,4 @@
-"""The embedded engine: one process, any Hugging Face causal LM as target, a DFlash drafter beside it.
+"""The embedded engine: one process, a Hugging Face causal LM as target, a DFlash drafter beside it.
 
     plan ──> propose ──> forward ──> accept ──> inject ──> commit ──> events
     core     drafter     target      core       drafter    core       text

@@ -19,7 +19,7 @@ REFUSED = {
     "bloom": "BloomForCausalLM does not take its attention from the transformers registry",
     "qwen3_5_text": "layer_types has 'linear_attention'",
     "llama4_text": "layer_types has 'chunked_attention'",
-    "gemma3n_text": "layer 0 attends|altup|fails|num_kv_shared_layers|differs",
+    "nemotron": "NemotronAttention does not pass extra arguments on to its attention",
     "doge": "DogeAttention: attention gets a mask that the layer or the model made itself",
     "diffllama": "layer 0 attends twice per forward",
     "camembert": "CamembertForCausalLM: its own forward",
@@ -30,7 +30,7 @@ REFUSED = {
 def test_a_tiny_model_gives_the_tokens_and_log_probabilities_of_transformers(kind):
     result = examine(kind)
     assert (result.status, result.detail) == ("exact", "")
-    assert result.tau > 1.3 and result.distinct > 20
+    assert result.tau > 1.3 and result.distinct > 10
     assert re.search(rf"^\| {kind} \| {result.name} \|", PAGE, re.MULTILINE), (
         "docs/models.md says otherwise: make sweep"
     )

@@ -16,13 +16,12 @@ What became of a tiny random model of every architecture that transformers {vers
   the tiny models), and with drafts of which three of four are right; texts with and without drafts are equal, greedy and sampled.
 - *Refused*: loading raises `UnsupportedModel` or `CheckpointError`, which says what is in the way. Nothing is generated.
 
-{counts}. None was different, and none raised anything else.
+{counts}.{verdict}
 
 The architecture is what is tried here, not a checkpoint: variants of a configuration that the tiny model does not have are caught, as
 those of code outside transformers are, by what `LLM` does with every target when it loads it. It evaluates the attention masks that the
 model asks for at positions as far apart as the context allows, and compares a forward over pages with the model's own on a few tokens,
 some of them at the end of the context.
-
 """
 _REASONS = (
     ("does not take its attention from", "attention that is not from transformers' registry"),
@@ -63,8 +62,14 @@ def render(results: dict[str, dict[str, Any]], version: str) -> str:
     }
     names = {"exact": "exact", "refused": "refused", "not built": "not tried"}
     counts = f"{len(results)} architectures: " + ", ".join(f"{len(by[s])} {name}" for s, name in names.items() if by[s])
+    wrong = len(by["different"]) + len(by["error"])
+    verdict = (
+        f" **{wrong} wrong**: see the end of the page."
+        if wrong
+        else " None was different, and none raised anything else."
+    )
     lines = [
-        _HEAD.format(version=version, counts=counts),
+        _HEAD.format(version=version, counts=counts, verdict=verdict),
         "## Exact\n",
         "| model type | class | tokens per pass with drafts | remarks |",
         "|---|---|---|---|",
