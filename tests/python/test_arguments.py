@@ -229,7 +229,7 @@ def test_what_takes_addresses_says_which_argument_it_could_not_read():
     )
     optional = dict(slots=np.zeros(0, I64), valid_from=np.zeros(1, I32), ancestors=np.zeros((0, 1), U64))
     good = zeros | dict(page_size=4, num_slots=8) | optional
-    either = (InvalidArgument, TypeError)
+    either = (TypeError, ValueError)
     tried(_core.AttentionBatch, good, tuple(good), ("context_lens", "row_ids", "query_starts", "valid_from"), either)
     weight = dict(weight=np.ones((4, 4), F32), bias=np.zeros(4, F32), precision="highest")
     tried(_core.PackedWeight, weight, ("weight", "bias"), ("bias",), either)
