@@ -205,7 +205,7 @@ impl Planner {
             return Err(Error::InvalidArgument {
                 name: "block_size",
                 got: block.to_string(),
-                expected: format!("1 to {MOST_BLOCK}"),
+                expected: format!("1..{MOST_BLOCK}"),
             });
         }
         Ok(Self {
@@ -279,13 +279,20 @@ impl Planner {
     /// `others` tokens run beside them. The drafter's part of the step is spent already.
     ///
     /// # Errors
-    /// `Length` when `probabilities` is not a whole number of rows.
+    /// `Length` when `probabilities` is not a whole number of rows, `InvalidArgument` for rows of none.
     pub fn widths(&mut self, probabilities: &[f32], width: usize, others: usize) -> Result<Vec<i32>> {
-        if width == 0 || !probabilities.len().is_multiple_of(width) {
+        if width == 0 {
+            return Err(Error::InvalidArgument {
+                name: "probabilities",
+                got: "rows of no drafts".into(),
+                expected: "at least one draft per request".into(),
+            });
+        }
+        if !probabilities.len().is_multiple_of(width) {
             return Err(Error::Length {
                 name: "probabilities",
                 got: probabilities.len(),
-                expected: probabilities.len().next_multiple_of(width.max(1)),
+                expected: probabilities.len().next_multiple_of(width),
             });
         }
         let requests = probabilities.len() / width;

@@ -281,7 +281,7 @@ fn trees_that_do_not_fit_are_refused_and_change_nothing() {
         ),
         (
             vec![tree(&[9, 50], &[0, 0])],
-            "trees: got token 50 for request 0, expected tokens below vocab_size = 50",
+            "trees: got token 50 for request 0, expected tokens in 0..49",
         ),
     ] {
         assert_eq!(plan.set_trees(&trees).unwrap_err().to_string(), message);
@@ -328,8 +328,8 @@ fn a_narrowed_plan_closes_up_and_refuses_what_it_does_not_have() {
     let whole = plan.arrays().clone();
     for (keep, message) in [
         (&[1][..], "keep: got 1 elements, expected 2"),
-        (&[1, 4][..], "keep: got 4 for request 1, expected 0 to its 3 drafts"),
-        (&[-1, 0][..], "keep: got -1 for request 0, expected 0 to its 3 drafts"),
+        (&[1, 4][..], "keep: got 4 for request 1, expected 0..3, its drafts"),
+        (&[-1, 0][..], "keep: got -1 for request 0, expected 0..3, its drafts"),
     ] {
         assert_eq!(plan.narrow(keep).unwrap_err().to_string(), message);
         assert_eq!(plan.arrays(), &whole);

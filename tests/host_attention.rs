@@ -677,7 +677,7 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 slots: Some(&[3, 4, 16]),
                 ..base
             },
-            "slots: got 16 at index 2, expected 0 to 16 (num_slots) exclusive",
+            "slots: got 16 at index 2, expected 0..15",
         ),
         (
             BatchArrays {
@@ -691,7 +691,7 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 valid_from: Some(&[6, 0]),
                 ..base
             },
-            "valid_from: got 6 at index 0, expected 0 to the context length 5",
+            "valid_from: got 6 at index 0, expected 0..5 (the context length)",
         ),
         (
             BatchArrays { page_size: 0, ..base },
@@ -716,7 +716,7 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 ancestors: Some((&[3, 3, 1], 1)),
                 ..base
             },
-            "ancestors: got bit 1 for token 0, expected bits 0 to 0: parents come first",
+            "ancestors: got bit 1 for token 0, expected bits in 0..0: parents come first",
         ),
     ];
     for (arrays, expected) in cases {

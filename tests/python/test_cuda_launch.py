@@ -285,7 +285,7 @@ def attention(**changed):
         ({"sinks": t(11, "bfloat16", 4)}, "sinks: got bfloat16, expected float32"),
         ({"scale": float("nan")}, "scale: got NaN"),
         ({"max_block_len": 9}, "max_block_len: got 9, expected at most 8"),
-        ({"max_keys": 600}, "num_splits: got 1, expected 2 to 65535"),
+        ({"max_keys": 600}, "num_splits: got 1, expected 2..65535"),
         ({"max_keys": 600, "num_splits": 2}, "partial_out, partial_stats: got None, expected workspaces for 2 splits"),
         ({"split_keys": 100}, "split_keys: got 100, expected a multiple of 64"),
     ],

@@ -107,7 +107,7 @@ fn check<E: Element>(
     let q = tensors.q.layout();
     let (kv_heads, dim) = (tensors.k.layout().heads, q.dim);
     if dim == 0 || dim > MAX_HEAD_DIM {
-        return invalid("head_dim", dim.to_string(), format!("1 to {MAX_HEAD_DIM}"));
+        return invalid("head_dim", dim.to_string(), format!("1..{MAX_HEAD_DIM}"));
     }
     if kv_heads == 0 || !q.heads.is_multiple_of(kv_heads) {
         return invalid(
