@@ -314,7 +314,7 @@ fn checked_ancestors(bits: &[u64], words: usize, tokens: usize, requests: &[Requ
             };
             if before != expected || row(i)[i / 64] >> (i % 64) & 1 == 0 {
                 return bad(
-                    format!("other bits for packed token {}", request.start + i),
+                    format!("{:x?} for packed token {}", row(i), request.start + i),
                     format!("its own bit {i} and exactly the bits of its highest other token, its parent"),
                 );
             }
