@@ -66,7 +66,11 @@ def refuses_without_torch() -> None:
     done = run("generate", "import os")
     expect("exit code of generate without torch", done.returncode, 1)
     expect(
-        "its lines", done.stderr.splitlines(), ["dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'"]
+        "its lines",
+        done.stderr.splitlines(),
+        [
+            "dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): pip install 'dflash-rs[torch]'"
+        ],
     )
 
 

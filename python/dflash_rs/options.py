@@ -203,7 +203,5 @@ def import_torch() -> ModuleType:
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingPackage(
-            f"LLM: got {error}, expected torch and transformers to run the models with: pip install 'dflash-rs[torch]'"
-        ) from error
+        raise MissingPackage(f"LLM needs torch and transformers ({error}): pip install 'dflash-rs[torch]'") from error
     return torch

@@ -207,7 +207,7 @@ except dflash_rs.MissingPackage as error:
 def test_without_torch_an_llm_says_how_to_get_it():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=300)
     assert done.stderr == ""
-    assert done.stdout.startswith("LLM: got No module named 'torch', expected torch and transformers")
+    assert done.stdout.startswith("LLM needs torch and transformers (No module named 'torch'): ")
     assert "pip install 'dflash-rs[torch]'" in done.stdout
     assert issubclass(MissingPackage, ImportError)
 

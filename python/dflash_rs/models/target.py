@@ -13,6 +13,7 @@ that the model asks for are evaluated at positions far apart, and one of the com
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from dataclasses import dataclass
