@@ -533,10 +533,19 @@ mod tests {
     #[test]
     fn probabilities_that_are_no_rows_are_refused_with_the_length_that_fits() {
         let mut planner = planner(0.5);
-        for (got, width, expected) in [(0, 0, 0), (2, 0, 2), (3, 2, 4)] {
-            let refused = planner.widths(&vec![0.5; got], width, 0).unwrap_err();
-            let name = "probabilities";
-            assert_eq!(refused, Error::Length { name, got, expected });
+        let name = "probabilities";
+        let (got, expected) = (3, 4);
+        let refused = planner.widths(&[0.5; 3], 2, 0).unwrap_err();
+        assert_eq!(refused, Error::Length { name, got, expected });
+        for rows in [&[] as &[f32], &[0.5; 2]] {
+            let refused = planner.widths(rows, 0, 0).unwrap_err();
+            assert!(matches!(
+                refused,
+                Error::InvalidArgument {
+                    name: "probabilities",
+                    ..
+                }
+            ));
         }
     }
 
