@@ -641,14 +641,14 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 row_ids: &[1, 2],
                 ..base
             },
-            "row_ids: got 2 at index 1, expected a row of page_table, below 2",
+            "row_ids: got 2 at index 1, expected a row of page_table, 0..1",
         ),
         (
             BatchArrays {
                 row_ids: &[-1, 0],
                 ..base
             },
-            "row_ids: got -1 at index 0, expected a row of page_table, below 2",
+            "row_ids: got -1 at index 0, expected a row of page_table, 0..1",
         ),
         (
             BatchArrays {

@@ -35,8 +35,8 @@ class Output:
     `prompt` is what was asked: a string as it was passed, token ids as a plain list of ints whatever they came in. `text` ends before a stop string and does not show the end-of-text token; `token_ids` holds every token that was produced.
     `finish_reason`: ``stop``, ``length``, ``abort`` or ``error`` (then `error` says why). `logprobs` is None unless asked for.
     `request_id` is None for a prompt that was refused (``on_error="return"``); it has no tokens, and its metrics are zeros.
-    `metrics`: prompt_tokens, cached_prompt_tokens, output_tokens, steps (target passes after the prefill), tau (tokens per such
-    pass), accepted_per_position (share of drafted positions accepted), accept_histogram (passes by number of drafts accepted),
+    `metrics`: prompt_tokens, cached_prompt_tokens, output_tokens, steps (target passes after the prefill), drafted_steps
+    (those that had drafts to verify), tau (tokens per pass), accepted_per_position (share of drafted positions accepted), accept_histogram (passes by number of drafts accepted),
     ttft_s, total_s, tokens_per_s, seed.
     """
 
@@ -78,7 +78,7 @@ class Active:
         self.draws: Draws | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.steps = 0
+        self.steps = self.drafted_steps = 0
         self.decoded = 0
         self.cached = 0
         self.histogram: list[int] = []
@@ -91,6 +91,7 @@ class Active:
 
     def count(self, drafted: int, accepted: int, tokens: int) -> None:
         self.steps += 1
+        self.drafted_steps += drafted > 0
         self.decoded += tokens
         _bump(self.histogram, accepted)
         for i in range(drafted):
@@ -106,6 +107,7 @@ class Active:
             "cached_prompt_tokens": self.cached,
             "output_tokens": len(self.token_ids),
             "steps": self.steps,
+            "drafted_steps": self.drafted_steps,
             "tau": self.decoded / self.steps if self.steps else 0.0,
             "accepted_per_position": [a / d for a, d in zip(accepted, self.drafted_at, strict=True)],
             "accept_histogram": self.histogram,
