@@ -2,22 +2,28 @@
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
 # make install the same without the watching: what builds the package and what runs it, none of the tools of the tests
+# make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
+# make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
 # make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
+# make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
+# make soak    random lives of the engine for MINUTES=10 from SEED=1 on; says how to replay the one that failed
+# make mutants small faults in the core and in the kernels' logic, one at a time: do the tests notice? See docs/testing.md
 # make clean   removes build outputs (make distclean: the virtual environments, too)
 #
 # Needs: Python >= 3.10 with venv, a Rust toolchain, a C linker (the tests: a C++ compiler), and package registries. The
 # tests run against the installed wheel, never against the source tree. No CUDA and no GPU: `make kernels` installs the
-# compiler into .venv, and what is built after that contains the kernels; DFLASH_CUDA=0 leaves all of that out.
+# compiler into .venv, and what is built after that contains the kernels; DFLASH_CUDA=0 leaves all of that out. `make wheel` installs
+# a linker (zig) besides, and what is built after that runs with a glibc from 2.28 on.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check kernels bench clean distclean lint rust-test install venv stubs python-test sglang-test sglang-demo \
-  sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang
+.PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test \
+  sglang-demo sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -44,7 +50,9 @@ demo: install
 	$(BIN)/dflash-rs generate --example 43 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
 
-test: kernels lint rust-test install stubs python-test sglang-test
+# Two lanes side by side: SGLang's tests wait for servers half of their time.
+test: kernels dist install sglang-install
+	$(BIN)/python scripts/lanes.py "$(MAKE) lint rust-test stubs python-test" "$(MAKE) sglang-test"
 
 check: lint stubs
 
@@ -64,6 +72,15 @@ ifneq ($(DFLASH_CUDA),0)
 	$(BIN)/python scripts/kernel_table.py
 endif
 
+# Both compilers first: `install` then has the very wheel.
+wheel: $(VENV)/.stamp-nvcc $(VENV)/.stamp-zig $(VENV)/.stamp-wheel
+
+dist: wheel venv
+	rm -f dist/*.tar.gz
+	$(BIN)/maturin sdist --out dist
+	$(BIN)/python scripts/dist.py check dist
+	$(BIN)/python scripts/dist.py try dist $(if $(filter 0,$(DFLASH_CUDA)),,--kernels)
+
 stubs: install venv
 	cd $(VENV) && bin/python -m mypy.stubtest dflash_rs._core --allowlist $(CURDIR)/scripts/stubtest-allowlist.txt
 
@@ -71,6 +88,9 @@ python-test: install venv
 	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/emulated
+
+sweep: install venv
+	$(BIN)/python -m tests.sweep --json build/sweep.json --table docs/models.md
 
 # SGLang asks for the versions it likes, .venv has ours; so it gets an environment of its own, which sees .venv for torch and
 # for the package under test.
@@ -120,6 +140,36 @@ bench-sglang: sglang-install
 bench-reference: install venv
 	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
 
+# A failure is found again by its seed and the number of lives; proptest makes it smaller and keeps it as a regression.
+MINUTES ?= 10
+SEED ?= 1
+LIVES ?= 2000
+soak:
+	cargo test --locked --profile soak --test engine_model --no-run
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); seed=$(SEED); \
+	while PROPTEST_RNG_SEED=$$seed PROPTEST_CASES=$(LIVES) cargo test --locked --profile soak --test engine_model --quiet; do \
+	  seed=$$((seed + 1)); \
+	  if [ $$(date +%s) -ge $$end ]; then \
+	    echo "$(LIVES) lives from each of the seeds $(SEED) to $$((seed - 1)): nothing found"; exit 0; \
+	  fi; \
+	done; \
+	echo "seed $$seed failed; again: make soak MINUTES=0 SEED=$$seed LIVES=$(LIVES)" >&2; exit 1
+
+# Which faults, and where: docs/testing.md. MUTANTS is passed on, such as MUTANTS="--shard 1/8" or MUTANTS="--re PagePool".
+MUTANTS ?=
+MUTATED := src/kv src/schedule.rs src/schedule src/step.rs src/step src/verify src/draft src/plan.rs src/plan src/width.rs src/stats.rs
+mutants: mutants-tools
+	failed=0; \
+	$(BIN)/python scripts/mutants.py rust $(MUTATED) $(MUTANTS) || failed=1; \
+	$(BIN)/python scripts/mutants.py cuda cuda/common.cuh $(wildcard cuda/logic_*.cuh) $(MUTANTS) || failed=1; \
+	exit $$failed
+
+mutants-tools: target/tools/.stamp
+target/tools/.stamp: scripts/mutants-requirements.txt | $(VENV)/.stamp-venv
+	cargo install cargo-mutants --locked --quiet --version 27.1.0 --root target/tools
+	$(PIP) install --target target/tools/python --upgrade -r $<
+	touch $@
+
 venv: $(VENV)/.stamp-tools
 install: $(VENV)/.stamp-package
 
@@ -159,16 +209,29 @@ ifneq ($(DFLASH_CUDA),0)
 endif
 	touch $@
 
-$(VENV)/.stamp-package: $(VENV)/.stamp-build $(PACKAGE_SOURCES)
+# The removal: a wheel that is there was linked otherwise. Other systems have no manylinux.
+$(VENV)/.stamp-zig: $(VENV)/.stamp-venv scripts/zig-requirements.txt
+ifeq ($(shell uname -s),Linux)
+	$(PIP) install -r scripts/zig-requirements.txt
+	rm -f $(VENV)/.stamp-wheel
+endif
+	touch $@
+
+# maturin looks for zig on PATH.
+$(VENV)/.stamp-wheel: $(VENV)/.stamp-build $(PACKAGE_SOURCES)
 	rm -rf dist
 	@echo "Compiling the extension (a few minutes the first time)"
-	$(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist
+	zig=""; if $(BIN)/python -c "import ziglang" 2>/dev/null; then zig="--zig --compatibility manylinux_2_28"; fi; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out dist $$zig
+	touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-wheel
 	$(PIP) install --force-reinstall --no-deps dist/*.whl
 	touch $@
 
 clean:
 	rm -rf target dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks tests/sglang/host/build tests/sglang/host/*.egg-info
-	rm -f $(VENV)/.stamp-package
+	rm -f $(VENV)/.stamp-package $(VENV)/.stamp-wheel
 
 distclean: clean
 	rm -rf $(VENV) $(SGLANG_VENV)

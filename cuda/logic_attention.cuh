@@ -70,6 +70,13 @@ DFLASH_HD float exp2_of(float x) {
 #endif
 }
 
+// up * tanh(-x * down * ln(2) / 2): with t = 2^(x * down) that is up * (1 - t) / (1 + t), and the bounds change nothing.
+DFLASH_HD float capped(float x, float down, float up) {
+    float t = exp2_of(fminf(fmaxf(mul(x, down), -29.0f), 29.0f));
+    // What is not a number stays so: the bounds drop it.
+    return add(mul(up, div(sub(1.0f, t), add(1.0f, t))), sub(x, x));
+}
+
 // ---- what a block of threads looks at ---------------------------------------------------------------------------------
 
 struct AttentionTile {
@@ -277,9 +284,15 @@ DFLASH_HD void warp_open(const BlockAttentionParams& p, const AttentionTile& t, 
     EACH_LANE(lane) {
         DFLASH_UNROLL
         for (int32_t half = 0; half < 2; ++half) {
-            s.rows[half][lane] = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
+            AttentionRow r = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
+            s.rows[half][lane] = r;
             s.largest[half][lane] = -infinity();
             s.sums[half][lane] = 0.0f;
+            // A sink is a key of the first split, with a weight and no value: one lane of the row's four has it.
+            if (p.sinks && t.split == 0 && r.query >= 0) {
+                s.largest[half][lane] = mul(p.sinks[r.head], 1.44269504f);
+                s.sums[half][lane] = lane % 4 == 0 ? 1.0f : 0.0f;
+            }
         }
         DFLASH_UNROLL
         for (int32_t n = 0; n < D / 8; ++n) {
@@ -327,6 +340,17 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
     }
     bool masked = first_key + KEYS > t.context || first_key < t.unmasked_from;
     float scale = mul(p.scale, 1.44269504f);
+    if (p.softcap > 0.0f) {
+        float down = div(mul(-2.0f, scale), p.softcap), up = mul(p.softcap, 1.44269504f);
+        EACH_LANE(lane) {
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < KEYS / 8; ++n) {
+                DFLASH_UNROLL
+                for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = capped(scores[n][e][lane], down, up);
+            }
+        }
+        scale = 1.0f;
+    }
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         Float largest;

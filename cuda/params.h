@@ -97,7 +97,8 @@ struct KvInjectParams {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // block_attention_{64,128,256}, then block_attention_combine_{64,128,256} if num_splits > 1.
-//   out = softmax(scale * q . K^T) V over the keys that mask and window leave visible (device::Kernels::block_attention).
+//   out = softmax(scale * q . K^T) V over the keys that mask and window leave visible (device::Kernels::block_attention), with
+//   soft cap and sinks where they are given.
 //   Keys below context_lens[r] come from the caches, the request's own from k and v; with `slots` those are stored as well.
 //   Keys are cut at fixed multiples of split_keys (a multiple of 64), partial results are combined in order: a row's bits do
 //   not depend on other requests, nor on num_splits, which only has to cover the longest request.
@@ -116,6 +117,7 @@ struct BlockAttentionParams {
     const uint64_t* ancestors;   // MASK_ANCESTORS: [T, mask_words]
     float* partial_out;          // num_splits > 1: [num_splits, max_tokens, q_heads, D]
     float* partial_stats;        // num_splits > 1: [num_splits, max_tokens, q_heads, 2]
+    const float* sinks;          // nullable, [q_heads]: scores of one more key per head, without a value
     struct PageTable table;
     int64_t q_stride[2]; // token, head
     int64_t k_stride[2];
@@ -134,7 +136,7 @@ struct BlockAttentionParams {
     int32_t mask_words;
     int32_t window; // 0: none
     float scale;
-    int32_t reserved;
+    float softcap; // scores become softcap * tanh(score / softcap); 0: they stay
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +380,7 @@ DFLASH_GEOMETRY Launch compact_kv_launch(const CompactKvParams& p) {
 static_assert(sizeof(PageTable) == 24, "mirrored in Rust");
 static_assert(sizeof(PrepareBlockParams) == 112, "mirrored in Rust");
 static_assert(sizeof(KvInjectParams) == 128, "mirrored in Rust");
-static_assert(sizeof(BlockAttentionParams) == 272, "mirrored in Rust");
+static_assert(sizeof(BlockAttentionParams) == 280, "mirrored in Rust");
 static_assert(sizeof(SamplingRow) == 56, "mirrored in Rust");
 static_assert(sizeof(SampleRowsParams) == 144, "mirrored in Rust");
 static_assert(sizeof(AcceptParams) == 176, "mirrored in Rust");

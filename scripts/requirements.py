@@ -62,11 +62,11 @@ def requirements(project: dict, extras: list[str], pinned: dict[str, str], torch
         )
     lines = []
     for requirement in wanted:
-        name = re.match(r"[A-Za-z0-9_.-]+", requirement).group(0)
+        name, extra = re.match(r"([A-Za-z0-9_.-]+)(\[[^]]*\])?", requirement).groups(default="")
         if name == "torch" and (cpu := cpu_build(torch_versions, pinned["torch"])):
             requirement = f"torch=={cpu}"
         elif name in pinned:
-            requirement = f"{name}=={pinned[name]}"
+            requirement = f"{name}{extra}=={pinned[name]}"
         if requirement not in lines:
             lines.append(requirement)
     return lines

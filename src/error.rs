@@ -1,11 +1,32 @@
 //! The one error type of the core. It carries numbers, not prose about Python.
+//!
+//! Integers are expected in `0..31`, both ends included; real numbers in an interval, `[0, 1)`. Whatever was passed, it is shown in a line.
+
+use std::borrow::Cow;
+
+/// The indices of `count` things, as messages write them.
+pub(crate) fn indices(count: usize) -> String {
+    match count.checked_sub(1) {
+        Some(last) => format!("0..{last}"),
+        None => "none, where there are none".into(),
+    }
+}
+
+/// What was passed, cut to what fits into a message.
+fn short(got: &str) -> Cow<'_, str> {
+    const LONG: usize = 100;
+    match got.char_indices().nth(LONG) {
+        Some((end, _)) => format!("{}...", &got[..end]).into(),
+        None => got.into(),
+    }
+}
 
 /// Whatever the core refuses, with what it got and what it expected.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A parameter outside its documented domain.
-    #[error("{name}: got {got}, expected {expected}")]
+    #[error("{name}: got {}, expected {expected}", short(got))]
     InvalidArgument {
         /// The argument as its caller knows it.
         name: &'static str,
@@ -50,7 +71,7 @@ pub enum Error {
     },
     /// A request that could not finish even if it had the whole pool to itself.
     #[error(
-        "prompt of {prompt} tokens with max_tokens {max_tokens} needs {needed} pages of {page_size} slots, the pool has \
+        "prompt: got {prompt} tokens with max_tokens {max_tokens}, {needed} pages of {page_size} slots, expected at most the pool's \
          {total}: shorten the prompt, lower max_tokens or raise num_pages"
     )]
     OutOfPages {
@@ -108,6 +129,14 @@ pub enum Error {
     AtRow {
         /// Index of the row in the arrays passed.
         row: usize,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
+    /// An error of one request of a batch.
+    #[error("request {request}, {source}")]
+    AtRequest {
+        /// Index of the request in the arrays passed.
+        request: usize,
         /// What is wrong with it.
         source: Box<Error>,
     },

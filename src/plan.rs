@@ -205,7 +205,7 @@ impl Planner {
             return Err(Error::InvalidArgument {
                 name: "block_size",
                 got: block.to_string(),
-                expected: format!("1 to {MOST_BLOCK}"),
+                expected: format!("1..{MOST_BLOCK}"),
             });
         }
         Ok(Self {
@@ -279,13 +279,20 @@ impl Planner {
     /// `others` tokens run beside them. The drafter's part of the step is spent already.
     ///
     /// # Errors
-    /// `Length` when `probabilities` is not a whole number of rows.
+    /// `Length` when `probabilities` is not a whole number of rows, `InvalidArgument` for rows of none.
     pub fn widths(&mut self, probabilities: &[f32], width: usize, others: usize) -> Result<Vec<i32>> {
-        if width == 0 || !probabilities.len().is_multiple_of(width) {
+        if width == 0 {
+            return Err(Error::InvalidArgument {
+                name: "probabilities",
+                got: "rows of no drafts".into(),
+                expected: "at least one draft per request".into(),
+            });
+        }
+        if !probabilities.len().is_multiple_of(width) {
             return Err(Error::Length {
                 name: "probabilities",
                 got: probabilities.len(),
-                expected: probabilities.len().next_multiple_of(width.max(1)),
+                expected: probabilities.len().next_multiple_of(width),
             });
         }
         let requests = probabilities.len() / width;
@@ -396,10 +403,33 @@ mod tests {
                 })
                 .collect();
             let target = Curve::new("target", &points).unwrap();
-            let mut planner = Planner::new(8, StepCost { target, draft: line(0.1, 0.01) }).unwrap();
+            let mut planner = Planner::new(8, StepCost { target, draft: line(0.1, 0.5) }).unwrap();
             let keep: Vec<usize> = planner.widths(&p, 3, others).unwrap().iter().map(|&k| k as usize).collect();
             let (got, best) = (goodput(&planner, &p, 3, others, &keep), best_by_trying(&planner, &p, 3, others));
             prop_assert!(got >= best * (1.0 - 1e-5), "{} against {}", got, best);
+        }
+
+        #[test]
+        fn a_block_is_one_longer_than_the_one_with_the_best_goodput(
+            steps in prop::collection::vec((1usize..9, 0.0f64..0.5), 1..6),
+            (drafting, seen) in (0.0f64..0.4, prop::collection::vec(0usize..8, 0..40)),
+            (requests, others) in (1usize..5, 0usize..9),
+        ) {
+            let cost = StepCost { target: Curve::new("target", &rising(&steps)).unwrap(), draft: line(0.1, drafting) };
+            let mut planner = Planner::new(8, cost.clone()).unwrap();
+            for accepted in seen {
+                planner.record(7, accepted).unwrap();
+            }
+            let goodput = |block: usize| {
+                let chance = |drafts: usize| (0..drafts).map(|at| planner.acceptance(at)).product::<f64>();
+                let tokens = (0..block).map(chance).sum::<f64>() * requests as f64;
+                let drafter = if block > 1 { cost.draft.at(requests * block) } else { 0.0 };
+                tokens / (cost.target.at(requests * block + others) + drafter)
+            };
+            let most = (1..=8).map(goodput).fold(0.0, f64::max);
+            let near = |block: usize| goodput(block) >= most * (1.0 - 1e-9);
+            let block = planner.clone().block(requests, others);
+            prop_assert!(if block == 1 { near(1) } else { near(block - 1) && block > 2 || block == 8 && near(8) }, "{}", block);
         }
 
         #[test]
@@ -468,6 +498,55 @@ mod tests {
             planner.record(7, 7).unwrap();
         }
         assert_eq!(planner.block(1, 0), 8);
+    }
+
+    #[test]
+    fn a_curve_tells_its_points_and_a_time_of_nothing_does_not_lower_it() {
+        let points = [(1.0, 2.0), (4.0, 3.0)];
+        let mut curve = Curve::new("curve", &points).unwrap();
+        for time in [0.0, -1.0, f64::NAN, 9.0] {
+            curve.lower(2, time);
+            assert_eq!(curve.points(), points);
+        }
+    }
+
+    #[test]
+    fn times_that_were_seen_lower_the_costs_and_a_step_without_drafts_only_the_targets() {
+        let mut planner = planner(0.5);
+        assert_eq!(planner.block_size(), 8);
+        let before = planner.cost().clone();
+        planner.observe((4, 0.5), (0, 0.01));
+        assert!((planner.cost().target.at(4) - 0.5).abs() < 1e-9 && before.target.at(4) > 1.0);
+        assert_eq!(planner.cost().draft, before.draft);
+        planner.observe((4, 0.5), (1, 0.02));
+        assert!((planner.cost().draft.at(1) - 0.02).abs() < 1e-9 && before.draft.at(1) > 0.1);
+    }
+
+    #[test]
+    fn a_step_in_which_nobody_can_draft_is_a_plain_one() {
+        let mut planner = Planner::new(8, StepCost::passes()).unwrap();
+        for _ in 0..2 * EXPLORE {
+            assert_eq!(planner.block(0, 3), 1);
+        }
+    }
+
+    #[test]
+    fn probabilities_that_are_no_rows_are_refused_with_the_length_that_fits() {
+        let mut planner = planner(0.5);
+        let name = "probabilities";
+        let (got, expected) = (3, 4);
+        let refused = planner.widths(&[0.5; 3], 2, 0).unwrap_err();
+        assert_eq!(refused, Error::Length { name, got, expected });
+        for rows in [&[] as &[f32], &[0.5; 2]] {
+            let refused = planner.widths(rows, 0, 0).unwrap_err();
+            assert!(matches!(
+                refused,
+                Error::InvalidArgument {
+                    name: "probabilities",
+                    ..
+                }
+            ));
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 
 pub use request::{Finish, Params, Request, Vocabulary};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::kv::{Kv, Launched, RowKey, pages_for};
 use crate::types::{RequestId, SlotId, TokenId};
 
@@ -72,7 +72,7 @@ impl Config {
             ("vocab_size", self.vocab_size),
         ] {
             if !(1..=most).contains(&got) {
-                let expected = format!("1..={most}");
+                let expected = format!("1..{most}");
                 return Err(Error::InvalidArgument {
                     name,
                     got: got.to_string(),
@@ -111,7 +111,7 @@ pub(crate) fn check_tokens(name: &'static str, tokens: &[TokenId], vocab_size: u
         Some(token) => Err(Error::InvalidArgument {
             name,
             got: format!("token {}", token.0),
-            expected: format!("tokens below vocab_size = {vocab_size}"),
+            expected: format!("tokens in {}", indices(vocab_size)),
         }),
     }
 }

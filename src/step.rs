@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, Histories, PlanArrays, StepPlan};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
@@ -149,7 +149,7 @@ impl Engine {
         let config = self.scheduler.config();
         let refuse = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
         if prompt.is_empty() || prompt.len() >= config.max_context {
-            let expected = format!("1 to {} tokens (max_context less one)", config.max_context - 1);
+            let expected = format!("1..{} (max_context less one)", config.max_context - 1);
             return refuse("prompt", format!("{} tokens", prompt.len()), expected);
         }
         check_tokens("prompt", &prompt, config.vocab_size)?;
@@ -169,7 +169,7 @@ impl Engine {
             return refuse(
                 "logprobs",
                 top.to_string(),
-                format!("at most vocab_size = {}", config.vocab_size),
+                format!("0..{} (vocab_size)", config.vocab_size),
             );
         }
         let max_total = (prompt.len() + params.max_tokens as usize).min(config.max_context) as u32;
@@ -375,7 +375,7 @@ impl Engine {
                 return Err(row_failure(status, vocab as usize));
             }
             if chosen < 0 || chosen >= vocab {
-                let expected = format!("tokens below vocab_size = {vocab}");
+                let expected = format!("tokens in {}", indices(vocab as usize));
                 return Err(Error::InvalidArgument {
                     name: "sampled",
                     got: format!("token {chosen}"),

@@ -306,7 +306,7 @@ fn refused(got: String) -> Error {
     Error::InvalidArgument {
         name: "widths",
         got,
-        expected: format!("numbers from 1 to {MOST_BLOCK} that rise"),
+        expected: format!("integers in 1..{MOST_BLOCK} that rise"),
     }
 }
 

@@ -281,7 +281,7 @@ fn trees_that_do_not_fit_are_refused_and_change_nothing() {
         ),
         (
             vec![tree(&[9, 50], &[0, 0])],
-            "trees: got token 50 for request 0, expected tokens below vocab_size = 50",
+            "trees: got token 50 for request 0, expected tokens in 0..49",
         ),
     ] {
         assert_eq!(plan.set_trees(&trees).unwrap_err().to_string(), message);
@@ -328,8 +328,8 @@ fn a_narrowed_plan_closes_up_and_refuses_what_it_does_not_have() {
     let whole = plan.arrays().clone();
     for (keep, message) in [
         (&[1][..], "keep: got 1 elements, expected 2"),
-        (&[1, 4][..], "keep: got 4 for request 1, expected 0 to its 3 drafts"),
-        (&[-1, 0][..], "keep: got -1 for request 0, expected 0 to its 3 drafts"),
+        (&[1, 4][..], "keep: got 4 for request 1, expected 0..3, its drafts"),
+        (&[-1, 0][..], "keep: got -1 for request 0, expected 0..3, its drafts"),
     ] {
         assert_eq!(plan.narrow(keep).unwrap_err().to_string(), message);
         assert_eq!(plan.arrays(), &whole);
@@ -614,4 +614,242 @@ fn prompts_are_taken_in_pieces_beside_decoding_rows() {
         [(4, Some(4)), (4, Some(8)), (4, Some(8)), (4, Some(8)), (4, Some(6))]
     );
     assert_eq!(pieces[5].1, None);
+}
+
+/// A request of `prompt` tokens that are all `token`, for `max_tokens` more.
+fn ask(engine: &mut Engine, token: u32, prompt: usize, max_tokens: u32, draft: bool) -> RequestId {
+    let params = Params {
+        max_tokens,
+        draft,
+        ..Params::default()
+    };
+    engine.add(vec![TokenId(token); prompt], params).unwrap()
+}
+
+/// Takes a step in which no draft is right, and tells `(request, tokens of its block, whether it is prompt)` of each row.
+fn step(engine: &mut Engine, max_block: usize) -> Vec<(u64, i32, bool)> {
+    let mut plan = engine.plan(max_block).unwrap().unwrap();
+    let arrays = plan.arrays();
+    let rows = (0..arrays.row_ids.len())
+        .map(|row| (arrays.request_ids[row], arrays.block_len[row], arrays.is_prefill[row]))
+        .collect();
+    let width = arrays.block_len.iter().max().map_or(0, |&len| len as usize - 1);
+    let drafts = vec![9; arrays.draft_rows.len() * width];
+    if !drafts.is_empty() {
+        plan.set_drafts(&drafts, width).unwrap();
+    }
+    let sampled = vec![1; plan.arrays().logit_rows.len()];
+    let accepted = engine.accept_sampled(&plan, &sampled, &[]).unwrap();
+    engine.commit(&mut plan, &accepted, true).unwrap();
+    rows
+}
+
+fn small(page_size: usize, num_pages: usize) -> Config {
+    Config {
+        max_running: 2,
+        max_batch_tokens: 16,
+        ..config(8, page_size, num_pages)
+    }
+}
+
+#[test]
+fn sizes_that_cannot_be_are_refused_by_name() {
+    let most = i32::MAX as usize / 4;
+    let set = |name: &str, size: usize| {
+        let mut config = small(16, 60);
+        let field = match name {
+            "num_pages" => &mut config.num_pages,
+            "page_size" => &mut config.page_size,
+            "max_running" => &mut config.max_running,
+            "max_context" => &mut config.max_context,
+            "block_size" => &mut config.block_size,
+            "max_batch_tokens" => &mut config.max_batch_tokens,
+            _ => &mut config.vocab_size,
+        };
+        *field = size;
+        config
+    };
+    let refusal = |config: Config| match Engine::new(config, None).unwrap_err() {
+        Error::InvalidArgument { name, got, .. } => (name, got),
+        other => panic!("{other}"),
+    };
+    for name in [
+        "num_pages",
+        "page_size",
+        "max_running",
+        "max_context",
+        "block_size",
+        "max_batch_tokens",
+        "vocab_size",
+    ] {
+        for size in [0, most + 1] {
+            assert_eq!(refusal(set(name, size)), (name, size.to_string()));
+        }
+    }
+    for (name, size) in [
+        ("vocab_size", most),
+        ("max_batch_tokens", most),
+        ("max_batch_tokens", 2),
+    ] {
+        assert!(Engine::new(set(name, size), None).is_ok(), "{name} of {size}");
+    }
+    assert_eq!(refusal(set("max_batch_tokens", 1)), ("max_batch_tokens", "1".into()));
+    let deep = Config {
+        depth: 2,
+        ..small(16, 60)
+    };
+    assert_eq!(refusal(deep), ("depth", "2".into()));
+    let eos_ids = vec![TokenId(49), TokenId(50)];
+    let outside = Config {
+        eos_ids,
+        ..small(16, 60)
+    };
+    assert_eq!(refusal(outside), ("eos_ids", "token 50".into()));
+}
+
+#[test]
+fn a_row_has_room_for_the_whole_context_a_block_and_what_a_step_under_way_may_have_added() {
+    for (page_size, max_context, block_size, depth, slots) in [
+        (1, 10, 3, 0, 13),
+        (1, 10, 3, 1, 16),
+        (4, 10, 3, 1, 20),
+        (4, 9, 8, 0, 20),
+    ] {
+        let config = Config {
+            max_context,
+            block_size,
+            depth,
+            ..small(page_size, 60)
+        };
+        let engine = Engine::new(config, None).unwrap();
+        let width = engine.scheduler().kv().table().width();
+        assert_eq!(width * page_size, slots, "{max_context} {block_size} {depth}");
+    }
+}
+
+#[test]
+fn tokens_outside_the_vocabulary_are_refused_in_prompts_and_stops() {
+    let mut engine = Engine::new(small(16, 60), None).unwrap();
+    for (name, prompt, stop) in [("prompt", 50, 1), ("stop_token_ids", 1, 50)] {
+        let params = Params {
+            stop_ids: vec![TokenId(stop)],
+            ..Params::default()
+        };
+        let refused = engine.add(vec![TokenId(prompt)], params).unwrap_err();
+        assert!(
+            matches!(&refused, Error::InvalidArgument { name: of, got, .. } if *of == name && got == "token 50"),
+            "{refused}"
+        );
+    }
+    assert!(!engine.has_work());
+}
+
+#[test]
+fn drafts_leave_a_quarter_of_a_step_to_prompts_that_can_use_it_and_to_no_others() {
+    let mut engine = Engine::new(
+        Config {
+            max_running: 3,
+            ..small(16, 60)
+        },
+        None,
+    )
+    .unwrap();
+    ask(&mut engine, 1, 4, 90, true);
+    ask(&mut engine, 2, 4, 90, true);
+    assert_eq!(step(&mut engine, 8), [(0, 4, true), (1, 4, true)]);
+    assert_eq!(step(&mut engine, 8), [(0, 8, false), (1, 8, false)], "no prompt waits");
+    ask(&mut engine, 3, 9, 90, true);
+    for piece in [4, 4] {
+        let shared = [(0, 8, false), (1, 4, false), (2, piece, true)];
+        assert_eq!(
+            step(&mut engine, 8),
+            shared,
+            "while it waits, and while it is on its way"
+        );
+    }
+    assert_eq!(step(&mut engine, 8), [(0, 8, false), (1, 4, false), (2, 1, true)]);
+    assert_eq!(step(&mut engine, 8), [(0, 8, false), (1, 7, false), (2, 1, false)]);
+    ask(&mut engine, 4, 9, 90, true);
+    let full = [(0, 8, false), (1, 7, false), (2, 1, false)];
+    assert_eq!(step(&mut engine, 8), full, "it has no row to run in");
+    assert_eq!(engine.counts().unwrap().retractions, 0);
+}
+
+#[test]
+fn nobody_is_let_in_while_a_step_is_full() {
+    let mut engine = Engine::new(
+        Config {
+            max_batch_tokens: 4,
+            ..small(16, 60)
+        },
+        None,
+    )
+    .unwrap();
+    ask(&mut engine, 1, 10, 9, true);
+    ask(&mut engine, 2, 10, 9, true);
+    for rows in [[(0, 4, true)], [(0, 4, true)]] {
+        assert_eq!(step(&mut engine, 8), rows);
+        let counts = engine.counts().unwrap();
+        assert_eq!((counts.running, counts.waiting), (1, 1));
+    }
+    assert_eq!(step(&mut engine, 8), [(0, 2, true), (1, 2, true)]);
+}
+
+#[test]
+fn a_block_has_no_more_tokens_than_the_request_may_still_get() {
+    let mut engine = Engine::new(small(16, 60), None).unwrap();
+    ask(&mut engine, 1, 4, 5, true);
+    step(&mut engine, 8);
+    for left in [4, 3, 2, 1] {
+        assert_eq!(step(&mut engine, 8), [(0, left, false)]);
+    }
+    assert!(!engine.has_work());
+}
+
+#[test]
+fn a_block_that_finds_no_pages_becomes_a_plain_step() {
+    let mut engine = Engine::new(small(1, 23), None).unwrap();
+    ask(&mut engine, 1, 4, 20, true);
+    ask(&mut engine, 2, 12, 8, false);
+    assert_eq!(step(&mut engine, 8), [(0, 4, true), (1, 12, true)]);
+    assert_eq!(
+        step(&mut engine, 8),
+        [(0, 1, false), (1, 1, false)],
+        "seven pages are left"
+    );
+    assert_eq!(engine.counts().unwrap().retractions, 0);
+    assert_eq!(step(&mut engine, 3), [(0, 3, false), (1, 1, false)], "five are");
+}
+
+#[test]
+fn the_youngest_gives_way_and_is_not_let_in_again_at_once() {
+    let mut engine = Engine::new(small(1, 23), None).unwrap();
+    ask(&mut engine, 1, 4, 20, false);
+    for _ in 0..8 {
+        step(&mut engine, 1);
+    }
+    ask(&mut engine, 2, 4, 20, true);
+    assert_eq!(step(&mut engine, 8), [(0, 1, false), (1, 4, true)]);
+    assert_eq!(step(&mut engine, 6), [(0, 1, false), (1, 6, false)]);
+    assert_eq!(engine.counts().unwrap().free_pages, 0);
+    // Its block is rejected, so it holds more pages than it needs to come back.
+    assert_eq!(step(&mut engine, 1), [(0, 1, false)]);
+    let counts = engine.counts().unwrap();
+    assert_eq!((counts.running, counts.waiting, counts.retractions), (1, 1, 1));
+}
+
+#[test]
+fn a_row_whose_result_is_under_way_waits_for_it_when_pages_run_out() {
+    let config = Config {
+        depth: 1,
+        ..small(1, 7)
+    };
+    let mut engine = Engine::new(config, None).unwrap();
+    ask(&mut engine, 1, 4, 4, true);
+    step(&mut engine, 8);
+    let plan = engine.plan(8).unwrap().unwrap();
+    assert_eq!(plan.arrays().block_len, [3]);
+    assert!(engine.plan(8).unwrap().is_none());
+    let counts = engine.counts().unwrap();
+    assert_eq!((counts.running, counts.in_flight, counts.retractions), (1, 1, 0));
 }

@@ -650,8 +650,7 @@ fn configs() -> impl Strategy<Value = Config> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 250, ..ProptestConfig::default() })]
-
+    // `make soak` sets PROPTEST_CASES and PROPTEST_RNG_SEED, and goes on for as long as one likes.
     #[test]
     fn whatever_happens_every_text_is_the_plain_one_and_no_page_is_lost(
         config in configs(),

@@ -26,6 +26,16 @@ struct Shape {
     kv_heads: usize,
     dim: usize,
     page_size: usize,
+    softcap: Option<f32>,
+    sinks: bool,
+}
+
+impl Shape {
+    /// Scores of every head's sink, from far below to far above those of its keys.
+    fn sinks(&self) -> Option<Vec<f32>> {
+        self.sinks
+            .then(|| (0..self.q_heads).map(|head| head as f32 * 1.5 - 4.0).collect())
+    }
 }
 
 /// A small deterministic generator: values in (-1, 1) that bfloat16 holds exactly, so that every storage sees the same numbers.
@@ -117,12 +127,15 @@ fn reference(sequences: &[Sequence], shape: Shape, params: &AttentionParams) -> 
                         let dot: f64 = (0..dim)
                             .map(|d| at(&s.q, token, q_heads, head, d) * at(&s.k, key, kv_heads, kv, d))
                             .sum();
-                        dot * f64::from(params.scale)
+                        let score = dot * f64::from(params.scale);
+                        let cap = params.softcap.map(f64::from);
+                        cap.map_or(score, |c| c * (score / c).tanh())
                     })
                     .collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sink = shape.sinks().map_or(f64::NEG_INFINITY, |s| f64::from(s[head]));
+                let max = scores.iter().copied().fold(sink, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
-                let total: f64 = weights.iter().sum();
+                let total = weights.iter().sum::<f64>() + (sink - max).exp();
                 for d in 0..dim {
                     let sum: f64 = keys
                         .iter()
@@ -169,7 +182,9 @@ fn attend<E: Element>(
         kv_heads,
         dim,
         page_size,
+        ..
     } = shape;
+    let sinks = shape.sinks();
     let mut numbers = Numbers(seed);
     let row = kv_heads * dim;
     let width = sequences
@@ -273,17 +288,19 @@ fn attend<E: Element>(
                 k_cache: RowsMut::from_slice("k_cache", &mut k_cache, cache).unwrap(),
                 v_cache: RowsMut::from_slice("v_cache", &mut v_cache, cache).unwrap(),
                 out: RowsMut::from_slice("out", &mut out, Layout::contiguous(tokens, q_heads, dim)).unwrap(),
+                sinks: sinks.as_deref(),
             },
         )
         .unwrap();
     Outcome { out, k_cache, slots }
 }
 
-fn params(dim: usize, mask: Mask, window: Option<usize>) -> AttentionParams {
+fn params(shape: Shape, mask: Mask, window: Option<usize>) -> AttentionParams {
     AttentionParams {
-        scale: 2.0 / (dim as f32).sqrt(),
+        scale: 2.0 / (shape.dim as f32).sqrt(),
         mask,
         window,
+        softcap: shape.softcap,
     }
 }
 
@@ -335,12 +352,17 @@ fn any_shape() -> impl Strategy<Value = Shape> {
     let heads = prop_oneof![Just((1, 1)), Just((4, 2)), Just((3, 1)), Just((4, 4)), Just((10, 2))];
     let dim = prop_oneof![Just(16), Just(64), Just(40), Just(80), Just(7), Just(128), Just(256)];
     let page = prop_oneof![Just(1), Just(16), Just(64), Just(5)];
-    (heads, dim, page).prop_map(|((q_heads, kv_heads), dim, page_size)| Shape {
-        q_heads,
-        kv_heads,
-        dim,
-        page_size,
-    })
+    let softcap = prop_oneof![3 => Just(None), 1 => Just(Some(0.7)), 1 => Just(Some(30.0))];
+    (heads, dim, page, softcap, prop::bool::weighted(0.3)).prop_map(
+        |((q_heads, kv_heads), dim, page_size, softcap, sinks)| Shape {
+            q_heads,
+            kv_heads,
+            dim,
+            page_size,
+            softcap,
+            sinks,
+        },
+    )
 }
 
 proptest! {
@@ -351,7 +373,7 @@ proptest! {
         shape in any_shape(), mask in any_mask(), window in prop::option::of(1..40usize), store: bool, seed: u64,
     ) {
         let sequences = random_batch(&mut Numbers(seed), shape, mask);
-        let params = params(shape.dim, mask, window);
+        let params = params(shape, mask, window);
         let expected = reference(&sequences, shape, &params);
         for isa in Isa::available() {
             let kernels = HostKernels::default().with_isa(isa);
@@ -366,7 +388,7 @@ proptest! {
         shape in any_shape(), mask in any_mask(), window in prop::option::of(1..40usize), seed: u64,
     ) {
         let sequences = random_batch(&mut Numbers(seed), shape, mask);
-        let params = params(shape.dim, mask, window);
+        let params = params(shape, mask, window);
         let bits = |isa| {
             let kernels = HostKernels::default().with_isa(isa);
             let out = attend::<f32>(&kernels, &sequences, shape, &params, true, seed).out;
@@ -383,7 +405,7 @@ proptest! {
         shape in any_shape(), mask in any_mask(), window in prop::option::of(1..40usize), seed: u64, page_size in 1..40usize,
     ) {
         let sequences = random_batch(&mut Numbers(seed), shape, mask);
-        let params = params(shape.dim, mask, window);
+        let params = params(shape, mask, window);
         let kernels = HostKernels::default();
         let together = attend::<f32>(&kernels, &sequences, shape, &params, true, seed).out;
         let mut alone = Vec::new();
@@ -400,7 +422,7 @@ proptest! {
         shape in any_shape(), window in prop::option::of(1..40usize), seed: u64, len in 1..20usize, context in 0..100usize,
     ) {
         let block = sequence(&mut Numbers(seed), shape, context, len);
-        let params = params(shape.dim, Mask::Causal, window);
+        let params = params(shape, Mask::Causal, window);
         let kernels = HostKernels::default();
         let verified = attend::<f32>(&kernels, std::slice::from_ref(&block), shape, &params, true, seed).out;
         let (row, q_row) = (shape.kv_heads * shape.dim, shape.q_heads * shape.dim);
@@ -424,7 +446,7 @@ proptest! {
         tree.parents = random_tree(&mut numbers, len);
         let kernels = HostKernels::default();
         let (row, q_row) = (shape.kv_heads * shape.dim, shape.q_heads * shape.dim);
-        let in_tree = params(shape.dim, Mask::Ancestors, window);
+        let in_tree = params(shape, Mask::Ancestors, window);
         let verified = attend::<f32>(&kernels, std::slice::from_ref(&tree), shape, &in_tree, true, seed).out;
         let leaf = numbers.below(len);
         let path: Vec<usize> = (0..=leaf).filter(|&a| tree.is_ancestor(a, leaf)).collect();
@@ -452,12 +474,14 @@ fn any_number_of_threads_gives_the_same_bits() {
         kv_heads: 4,
         dim: 64,
         page_size: 16,
+        softcap: None,
+        sinks: false,
     };
     let mut numbers = Numbers(5);
     let sequences: Vec<_> = (0..6)
         .map(|i| sequence(&mut numbers, shape, 700 + 31 * i, 40))
         .collect();
-    let params = params(64, Mask::Causal, None);
+    let params = params(shape, Mask::Causal, None);
     let run = |threads| {
         let kernels = HostKernels::default().with_threads(threads);
         attend::<f32>(&kernels, &sequences, shape, &params, true, 1).out
@@ -476,10 +500,12 @@ fn the_keys_of_a_step_are_written_to_its_slots_and_nowhere_else() {
         kv_heads: 2,
         dim: 16,
         page_size: 4,
+        softcap: None,
+        sinks: false,
     };
     let mut numbers = Numbers(9);
     let sequences = [sequence(&mut numbers, shape, 6, 3), sequence(&mut numbers, shape, 0, 5)];
-    let params = params(16, Mask::Causal, None);
+    let params = params(shape, Mask::Causal, None);
     let kernels = HostKernels::default();
     let row = shape.kv_heads * shape.dim;
     let written = attend::<f32>(&kernels, &sequences, shape, &params, true, 3);
@@ -511,10 +537,12 @@ fn large_scores_do_not_overflow() {
         kv_heads: 1,
         dim: 16,
         page_size: 16,
+        softcap: None,
+        sinks: false,
     };
     let mut s = sequence(&mut Numbers(2), shape, 50, 4);
     s.q.iter_mut().for_each(|x| *x *= 1000.0);
-    let params = params(16, Mask::Block, None);
+    let params = params(shape, Mask::Block, None);
     let got = attend::<f32>(
         &HostKernels::default(),
         std::slice::from_ref(&s),
@@ -534,8 +562,10 @@ fn an_empty_batch_is_success() {
         kv_heads: 1,
         dim: 16,
         page_size: 16,
+        softcap: None,
+        sinks: false,
     };
-    let params = params(16, Mask::Causal, None);
+    let params = params(shape, Mask::Causal, None);
     assert!(
         attend::<f32>(&HostKernels::default(), &[], shape, &params, true, 1)
             .out
@@ -647,7 +677,7 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 slots: Some(&[3, 4, 16]),
                 ..base
             },
-            "slots: got 16 at index 2, expected 0 to 16 (num_slots) exclusive",
+            "slots: got 16 at index 2, expected 0..15",
         ),
         (
             BatchArrays {
@@ -661,7 +691,7 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 valid_from: Some(&[6, 0]),
                 ..base
             },
-            "valid_from: got 6 at index 0, expected 0 to the context length 5",
+            "valid_from: got 6 at index 0, expected 0..5 (the context length)",
         ),
         (
             BatchArrays { page_size: 0, ..base },
@@ -686,7 +716,7 @@ fn a_bad_step_is_refused_by_name_value_and_expectation() {
                 ancestors: Some((&[3, 3, 1], 1)),
                 ..base
             },
-            "ancestors: got bit 1 for token 0, expected bits 0 to 0: parents come first",
+            "ancestors: got bit 1 for token 0, expected bits in 0..0: parents come first",
         ),
     ];
     for (arrays, expected) in cases {

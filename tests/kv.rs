@@ -82,6 +82,8 @@ fn a_second_release_is_an_error_even_when_the_row_has_a_new_tenant() {
     let second = kv.admit(&text(4..9), 0, false).unwrap().unwrap();
     assert_eq!(first.key.slot, second.key.slot);
     assert!(matches!(kv.release(first.key), Err(Error::StaleRow { .. })));
+    assert!(matches!(kv.table().allocated(first.key), Err(Error::StaleRow { .. })));
+    assert!(kv.table().is_live(second.key) && !kv.table().is_live(first.key));
     assert_eq!(kv.table().allocated(second.key), Ok(8));
 }
 
@@ -318,4 +320,89 @@ fn a_row_gets_whole_pages_for_what_a_step_may_write_and_keeps_what_it_has() {
     assert_eq!(room(100, 112, 16, 16), 128);
     assert_eq!(room(96, 112, 16, 16), 112, "it fits exactly");
     assert_eq!(room(5, 64, 16, 16), 64, "nothing is given back");
+}
+
+#[test]
+fn a_text_longer_than_a_row_is_an_error_with_both_lengths_and_one_of_a_rows_length_is_let_in() {
+    let mut kv = kv(32, 4);
+    assert_eq!((kv.page_size(), kv.table().width()), (4, 16));
+    let refused = Error::SlotsNotOwned { end: 65, owned: 64 };
+    assert_eq!(kv.admit(&text(0..65), 0, false), Err(refused));
+    assert_eq!((kv.available(), kv.table().num_free_rows()), (32, 4));
+    let row = kv.admit(&text(0..64), 0, false).unwrap().unwrap();
+    assert_eq!(kv.table().allocated(row.key), Ok(64));
+    let refused = Error::SlotsNotOwned { end: 65, owned: 64 };
+    assert_eq!(kv.reserve(row.key, 65, 1).unwrap_err(), refused);
+    assert!(kv.reserve(row.key, 64, 1).unwrap().unwrap().pages().is_empty());
+}
+
+#[test]
+fn of_two_reservations_the_row_has_room_for_one_and_the_other_is_handed_back() {
+    let mut kv = kv(64, 4);
+    let row = kv.admit(&text(0..4), 0, false).unwrap().unwrap();
+    let first = kv.reserve(row.key, 64, 8).unwrap().unwrap();
+    let second = kv.reserve(row.key, 64, 8).unwrap().unwrap();
+    let launched = first.launch(kv.table_mut()).unwrap();
+    let failed = second.launch(kv.table_mut()).unwrap_err();
+    assert_eq!(failed.error, Error::SlotsNotOwned { end: 124, owned: 64 });
+    assert_eq!(failed.reservation.pages().len(), 15);
+    drop(failed);
+    launched.cancel(kv.table_mut());
+    kv.release(row.key).unwrap();
+    assert_eq!((kv.available(), kv.table().num_free_rows()), (64, 4));
+}
+
+#[test]
+fn a_step_cannot_commit_more_than_its_row_owns() {
+    let mut kv = kv(8, 4);
+    let row = kv.admit(&text(0..6), 0, false).unwrap().unwrap();
+    let launch = |kv: &mut Kv, width| {
+        let reserved = kv.reserve(row.key, 8, width).unwrap().unwrap();
+        reserved.launch(kv.table_mut()).unwrap()
+    };
+    assert_eq!(launch(&mut kv, 5).commit(kv.table_mut(), 5), Ok(true));
+    let refused = Error::SlotsNotOwned { end: 9, owned: 8 };
+    assert_eq!(launch(&mut kv, 4).commit(kv.table_mut(), 4), Err(refused));
+    assert_eq!(kv.table().committed(row.key), Ok(5));
+    assert_eq!(launch(&mut kv, 3).commit(kv.table_mut(), 3), Ok(true));
+    assert_eq!(kv.table().committed(row.key), Ok(8));
+}
+
+#[test]
+fn a_cached_page_tells_the_text_that_leads_to_it_and_its_own() {
+    let mut kv = kv(8, 4);
+    let row = prefilled(&mut kv, &text(0..10), true);
+    let pages = kv.table().pages(row.key).unwrap().to_vec();
+    assert_eq!(kv.cache().text_of(pages[0]), Some(text(0..4)));
+    assert_eq!(kv.cache().text_of(pages[1]), Some(text(0..8)));
+    assert_eq!(kv.cache().text_of(pages[2]), None, "it is not full");
+    assert_eq!((kv.cache().len(), kv.cache().is_empty()), (2, false));
+}
+
+#[test]
+fn of_two_pages_with_one_text_the_first_stays_unless_only_the_second_has_draft_context() {
+    for (has, injected) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut kv = kv(8, 4);
+        let [first, second] = [0, 1].map(|_| {
+            let row = kv.admit(&text(0..5), 0, false).unwrap().unwrap();
+            let reserved = kv.reserve(row.key, 5, 5).unwrap().unwrap();
+            let launched = reserved.launch(kv.table_mut()).unwrap();
+            assert_eq!(launched.commit(kv.table_mut(), 5), Ok(true));
+            (row.key, kv.table().pages(row.key).unwrap()[0])
+        });
+        let valid_from = |injected| if injected { 0 } else { 5 };
+        kv.share(first.0, &text(0..5), 5, valid_from(has)).unwrap();
+        assert_eq!(kv.cache().reclaimable(), 0, "its first owner holds it");
+        kv.release(first.0).unwrap();
+        assert_eq!(kv.cache().reclaimable(), 1);
+        kv.share(second.0, &text(0..5), 5, valid_from(injected)).unwrap();
+        let (kept, reclaimable) = if injected && !has { (second.1, 0) } else { (first.1, 1) };
+        assert!(kv.cache().holds(kept));
+        assert_eq!((kv.cache().len(), kv.cache().reclaimable()), (1, reclaimable));
+        kv.release(second.0).unwrap();
+        assert_eq!((kv.cache().reclaimable(), kv.available()), (1, 8));
+        let reader = kv.admit(&text(0..5), 0, false).unwrap().unwrap();
+        let valid_from = if has || injected { 0 } else { 4 };
+        assert_eq!((reader.cached_tokens, reader.draft_valid_from), (4, valid_from));
+    }
 }

@@ -8,19 +8,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages, UnsupportedModel
+from dflash_rs.errors import (
+    CheckpointError,
+    DflashError,
+    InvalidArgument,
+    MissingPackage,
+    OutOfPages,
+    UnsupportedModel,
+)
 
 if TYPE_CHECKING:
     from dflash_rs import serving, verify
     from dflash_rs._core import DraftTree, PagePool, Planner, WidthPlanner
     from dflash_rs.config import StepCosts
-    from dflash_rs.llm import LLM, Output, StreamEvent
+    from dflash_rs.llm import LLM, Output, Stream, StreamEvent
     from dflash_rs.sampling import SamplingParams
 
 _LATER = {
     "DraftTree": "dflash_rs._core",
     "LLM": "dflash_rs.llm",
     "Output": "dflash_rs.llm",
+    "Stream": "dflash_rs.llm",
     "StreamEvent": "dflash_rs.llm",
     "PagePool": "dflash_rs._core",
     "Planner": "dflash_rs._core",
@@ -35,12 +43,14 @@ __all__ = [
     "DraftTree",
     "InvalidArgument",
     "LLM",
+    "MissingPackage",
     "OutOfPages",
     "Output",
     "PagePool",
     "Planner",
     "SamplingParams",
     "StepCosts",
+    "Stream",
     "StreamEvent",
     "UnsupportedModel",
     "WidthPlanner",

@@ -92,6 +92,8 @@ def cuda_block_attention(
     partial_stats: _CudaTensor | None = None,
     num_splits: int = 1,
     split_keys: int = 512,
+    softcap: float | None = None,
+    sinks: _CudaTensor | None = None,
 ) -> None:
     """See `dflash_rs.cuda.block_attention`."""
 
@@ -1030,12 +1032,15 @@ def paged_attention(
     mask: str = "causal",
     window: int | None = None,
     threads: int = 1,
+    softcap: float | None = None,
+    sinks: NDArray[np.float32] | None = None,
 ) -> None:
     """One layer's attention, with this step's K and V written to the cache first.
 
     An array is (address, row stride, head stride), strides in elements: ``q`` and ``out`` ``[T, num_q_heads, head_dim]``, ``k`` and
     ``v`` ``[T, num_kv_heads, head_dim]``, caches ``[num_slots, num_kv_heads, head_dim]``. The caller keeps them alive and as large
-    as they are said to be. ``dtype``: "float32" or "bfloat16"; ``mask``: "causal", "block" or "ancestors".
+    as they are said to be. ``dtype``: "float32" or "bfloat16"; ``mask``: "causal", "block" or "ancestors". With a ``softcap`` c a score s
+    becomes c * tanh(s / c); ``sinks`` f32 ``[num_q_heads]`` are scores of one more key per head, whose value is zero.
 
     Raises ``InvalidArgument`` for a null or misaligned address, strides that make heads overlap, or memory that overlaps
     what is written.

@@ -114,11 +114,14 @@ class TorchAttention:
         scale: float,
         causal: bool = True,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """q [T, heads, d], k and v [T, kv_heads, d] of this step; caches [num_slots, kv_heads, d] -> [T, heads, d].
 
         Writes k and v to the cache first, unless they are scratch. Head h reads key head h // (heads / kv_heads).
-        A window w lets a query see keys at a distance below w.
+        A window w lets a query see keys at a distance below w. With a softcap c a score s becomes c * tanh(s / c). `sinks` [heads]: scores
+        of one more key per head, seen by every query, whose value is zero.
         """
         heads, kv_heads = q.shape[1], k.shape[1]
         group = heads // kv_heads
@@ -134,9 +137,11 @@ class TorchAttention:
             values = torch.cat((v_cache[index].to(q.dtype), v[start:end])).transpose(0, 1)
             # The query heads that share a key head become extra rows, so keys are never repeated.
             rows = q[start:end].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * n, -1)
-            one = F.scaled_dot_product_attention(
-                rows[None], keys[None], values[None], attn_mask=self._mask(r, causal, window, group), scale=scale
-            )
+            mask = self._mask(r, causal, window, group)
+            if softcap is None and sinks is None:
+                one = F.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=mask, scale=scale)
+            else:
+                one = _spelled_out(rows, keys, values, mask, scale, softcap, sinks)
             one = one.view(kv_heads, group, n, -1).permute(2, 0, 1, 3).reshape(n, heads, -1)
             if n == q.shape[0]:
                 return one
@@ -144,6 +149,29 @@ class TorchAttention:
                 out = q.new_empty(q.shape[0], heads, v.shape[-1])
             out[start:end] = one
         return q.new_empty(0, heads, v.shape[-1]) if out is None else out
+
+
+def _spelled_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of one request with what torch's has no argument for, in float32: q [kv_heads, group * n, d], k and v [kv_heads, keys, d]."""
+    scores = q.float() @ k.float().transpose(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        group = sinks.numel() // k.shape[0]
+        rows = sinks.float().view(-1, group, 1).expand(-1, group, q.shape[1] // group)
+        scores = torch.cat((scores, rows.reshape(k.shape[0], -1, 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[1]]
+    return (weights @ v.float()).to(q.dtype)
 
 
 class HostAttention:
@@ -158,13 +186,25 @@ class HostAttention:
         self._threads = threads
 
     def attend(
-        self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None
+        self,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """As `TorchAttention.attend`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _core.paged_attention(
             self.batch, _address(q), _address(k), _address(v), _address(k_cache), _address(v_cache), _address(out),
             _DTYPES[q.dtype], q.shape[1], k.shape[1], q.shape[2], scale, "causal" if causal else "block", window, self._threads,
+            softcap, None if sinks is None else sinks.detach().float().contiguous().numpy(),
         )  # fmt: skip
         return out
 
@@ -227,7 +267,18 @@ class CudaAttention:
         )
 
     def attend(
-        self, q, k, v, k_cache, v_cache, *, scale: float, causal: bool = True, window: int | None = None
+        self,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """As `TorchAttention.attend`."""
         ancestors = self._ancestors if causal else None
@@ -235,7 +286,8 @@ class CudaAttention:
             q, k, v, k_cache, v_cache, query_starts=self.query_starts, context_lens=self._context_lens, table=self._table,
             max_block_len=self._max_block_len, max_keys=self._max_keys, scale=scale,
             mask="ancestors" if ancestors is not None else "causal" if causal else "block",
-            window=window, valid_from=self._valid_from, slots=self._slots, ancestors=ancestors,
+            window=window, valid_from=self._valid_from, slots=self._slots, ancestors=ancestors, softcap=softcap,
+            sinks=None if sinks is None else sinks.float().contiguous(),
         )  # fmt: skip
 
 

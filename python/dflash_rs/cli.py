@@ -1,17 +1,25 @@
 """The command `dflash-rs`: generate, bench, train, doctor.
 
 Nothing heavy is imported before the arguments are understood: `--help` and a misspelt option answer at once.
-Results go to standard output, everything said about them to standard error, so that output can be piped.
+Results go to standard output, everything said about them to standard error, so that output can be piped. Text is written in
+the terminal's encoding, what it cannot show as an escape; JSON is ASCII.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
 import sys
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -37,63 +45,175 @@ EXTRAS = {
 }
 
 
+class Unwritable(DflashError):
+    """Standard output takes no more: the disk is full, for example."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; never raises for what a user did."""
+    """Runs one command and returns its exit code; of what a user did only SystemExit leaves it, argparse's."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        args = build_parser(arguments).parse_args(arguments)
-        args.words = arguments
-        quiet_libraries()
-        with warnings.catch_warnings():
-            if not debug:
-                warnings.showwarning = _warn
-            return args.run(args)
+        closed = prepare_streams()
+        try:
+            code = _run(arguments, debug, closed)
+        except SystemExit:  # argparse's, after --help for example
+            emit("")
+            raise
+        emit("")
+        return code
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        _say("\ninterrupted")
+        _settle(sys.stdout)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`| head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _settle(sys.stdout, sys.stderr)
         return OK
+    except Unwritable as error:
+        _settle(sys.stdout)
+        return _complain(str(error), FAILED, debug)
     except ModuleNotFoundError as error:
-        if debug or (error.name or "").split(".")[0] not in EXTRAS:
-            return _crash(error, debug)
         module = (error.name or "").split(".")[0]
-        return _complain(f"this needs {module}: pip install 'dflash-rs[{EXTRAS[module]}]'", FAILED)
+        if module not in EXTRAS:
+            return _crash(error, debug)
+        return _complain(f"this needs {module}: pip install 'dflash-rs[{EXTRAS[module]}]'", FAILED, debug)
     except DflashError as error:
-        if debug:
-            raise
-        return _complain(str(error), BAD_INPUT if isinstance(error, ValueError | OutOfPages) else FAILED)
+        return _complain(str(error), BAD_INPUT if isinstance(error, ValueError | OutOfPages) else FAILED, debug)
     except Exception as error:  # the last net: a defect is reported, not dumped
         return _crash(error, debug)
 
 
+def _run(arguments: Sequence[str], debug: bool, closed: set[str]) -> int:
+    args = build_parser().parse_args(arguments)
+    args.words = list(arguments)
+    if "stdout" in closed:
+        raise InvalidArgument("standard output: got a closed one, expected a place to write to (> /dev/null discards)")
+    quiet_libraries()
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = _warn
+        return args.run(args)
+
+
 def _warn(message: Warning | str, *_: Any) -> None:
-    print(f"dflash-rs: warning: {message}", file=sys.stderr)
+    _say(f"dflash-rs: warning: {message}")
 
 
-def _complain(message: str, code: int) -> int:
-    print(f"dflash-rs: error: {message}", file=sys.stderr)
+def _say(message: str) -> None:
+    # Ctrl-C ends the reader of a pipe, too, and what is left to say must not change the exit code.
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _settle(sys.stderr)
+
+
+def _complain(message: str, code: int, debug: bool = False) -> int:
+    _say((traceback.format_exc() if debug else "") + f"dflash-rs: error: {message}")
     return code
 
 
 def _crash(error: Exception, debug: bool) -> int:
-    if debug:
-        raise error
-    return _complain(f"{type(error).__name__}: {error}\nRun the same command with --debug for the traceback.", FAILED)
+    advice = "" if debug else "\nRun the same command with --debug for the traceback."
+    return _complain(f"{type(error).__name__}: {error}{advice}", FAILED, debug)
+
+
+# --- streams -----------------------------------------------------------------------------------------------------
+
+
+def prepare_streams() -> set[str]:
+    """Makes the three standard streams safe to use, and returns the names of those that the caller had closed.
+
+    A descriptor that is free would be given to the next file that is opened, and then be written to by whoever means the
+    stream. And no character that a terminal cannot show may end the command.
+    """
+    closed = {name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None}
+    if closed:
+        while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(free)
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return closed
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Has what is written to standard output within arrive: whoever reads along sees it now."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Unwritable(f"standard output: {error.strerror or error}") from None
+
+
+def emit(text: str) -> None:
+    """Writes to standard output, at once."""
+    with writing():
+        sys.stdout.write(text)
+
+
+def _settle(*streams: TextIO) -> None:
+    """Has these streams flushed, or, where nobody takes it, what they hold and what comes go nowhere: the interpreter flushes
+    them when it exits, and answers a failure with a traceback and a code of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def as_text(name: str, text: str) -> str:
+    """A word of the command line, whose bytes are taken for UTF-8 where the locale could not read them."""
+    if text.isascii() or not re.search("[\ud800-\udfff]", text):
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError as error:
+        raise InvalidArgument(f"{name}: got bytes that are not UTF-8 (byte {error.start}), expected text") from None
+
+
+def read_all(stdin: TextIO) -> str:
+    """The text on standard input; in the locale's encoding, where that is more than ASCII, else UTF-8."""
+    if isinstance(stdin, io.TextIOWrapper):
+        own = codecs.lookup(stdin.encoding).name
+        stdin.reconfigure(encoding="utf-8" if own == "ascii" else own, errors="strict")
+    try:
+        return stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        kind = error.encoding.upper()
+        raise InvalidArgument(
+            f"PROMPT: got standard input that is not {kind} (byte {error.start}), expected text"
+        ) from None
+    except OSError as error:  # a folder, for example
+        raise InvalidArgument(f"PROMPT: standard input cannot be read: {error.strerror or error}") from None
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
 
 
-def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The whole command line. `arguments` only decides whether the parsers of `train` are loaded."""
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="dflash-rs",
         description="Lossless DFlash speculative decoding.",
-        epilog=EXIT_CODES,
+        epilog="""examples:
+  dflash-rs generate 'def fibonacci(n):' --max-tokens 64
+  dflash-rs bench --suite demo
+  dflash-rs doctor
+
+Every command says more, and how to use it, with --help.
+
+"""
+        + EXIT_CODES,
         formatter_class=formatter,
     )
     parser.add_argument("--version", action=_Version)
@@ -108,25 +228,38 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   dflash-rs generate 'def fibonacci(n):' --max-tokens 64
   dflash-rs generate --example 3 --temperature 0.7 --seed 1
   echo 'class Stack:' | dflash-rs generate - --json
+  dflash-rs generate --prompt-file prompts.txt --json --max-tokens 256 > answers.jsonl
   dflash-rs generate --model Qwen/Qwen3-4B --draft path/to/Qwen3-4B-DFlash-b16 'Prove that 2 is prime.'
 
 """
         + EXIT_CODES,
     )
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; - reads standard input")
-    generate.add_argument("--prompt-file", metavar="FILE", help="JSON list, JSON lines, or one prompt per line")
+    generate.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="text to continue; - reads it from standard input; after -- it may begin with a dash",
+    )
+    generate.add_argument("--prompt-file", metavar="FILE", help="JSON list, JSON lines, or one prompt per line; UTF-8")
     generate.add_argument("--example", type=_positive, metavar="N", help="the N-th bundled held-out prompt")
-    _add_engine(generate)
+    engine = _add_engine(generate)
+    engine.add_argument(
+        "--max-running", type=_positive, metavar="N", help="prompts that are answered at a time; default: 32"
+    )
     generate.add_argument("--no-draft", action="store_true", help="decode without speculation: the same text, slower")
     _add_sampling(generate)
-    generate.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per prompt and line, in the order of the prompts, each as soon as it and those before it are done",
+    )
     generate.add_argument(
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
         help="auto: on a terminal unless NO_COLOR is set",
     )
-    generate.add_argument("--quiet", action="store_true", help="no summary on standard error")
+    generate.add_argument("--quiet", action="store_true", help="no summary and no progress on standard error")
     _add_debug(generate)
     generate.set_defaults(run=run_generate)
 
@@ -157,10 +290,16 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         metavar="T,T",
         help="default: 0,0.7 (reference: 0); above 0 runs are seeded",
     )
-    bench.add_argument("--seed", type=_seed, default=1, help="prompt i is sampled with seed + i; default: 1")
+    bench.add_argument(
+        "--seed", type=_seed, default=1, metavar="N", help="prompt i is sampled with seed + i; default: 1"
+    )
     bench.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs per arm; default: 3")
     bench.add_argument("--prompts", type=_positive, metavar="N", help="use the first N prompts; default: all")
-    bench.add_argument("--prompt-file", metavar="FILE", help="your prompts instead of the bundled held-out ones")
+    bench.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="your prompts instead of the bundled held-out ones: JSON list, JSON lines, or one per line; UTF-8",
+    )
     bench.add_argument("--max-tokens", type=_positive, default=96, metavar="N", help="per prompt; default: 96")
     _add_engine(bench)
     bench.add_argument("--json", metavar="PATH", help="write header and rows; - writes to standard output")
@@ -185,15 +324,12 @@ Every step says with --help what it reads and writes. For training at large scal
 """
         + EXIT_CODES,
     )
-    if _command(arguments) == "train":
-        from dflash_rs.train.cli import add_parsers
+    from dflash_rs.train.cli import add_parsers
 
-        kinds = train.add_subparsers(metavar="WHAT", required=True)
-        add_parsers(kinds)
-        for kind in kinds.choices.values():
-            _add_debug(kind)
-    else:
-        train.set_defaults(run=lambda args: OK)
+    kinds = train.add_subparsers(metavar="WHAT", required=True)
+    add_parsers(kinds)
+    for kind in kinds.choices.values():
+        _add_debug(kind)
 
     doctor = commands.add_parser(
         "doctor",
@@ -212,10 +348,6 @@ Every step says with --help what it reads and writes. For training at large scal
     return parser
 
 
-def _command(arguments: Sequence[str]) -> str | None:
-    return next((word for word in arguments if not word.startswith("-")), None)
-
-
 class _Version(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
@@ -223,7 +355,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from dflash_rs import __version__
 
-        print(f"dflash-rs {__version__}")
+        emit(f"dflash-rs {__version__}\n")
         parser.exit(OK)
 
 
@@ -231,7 +363,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def _add_engine(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("models and engine")
     group.add_argument("--model", metavar="PATH", help="target: folder or Hugging Face id; default: the bundled pair")
     group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
@@ -258,8 +390,27 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draft trees of at most N tokens; default: chains, one token per place",
     )
+    group.add_argument(
+        "--no-adaptive",
+        action="store_false",
+        default=None,
+        dest="adaptive",
+        help="draft and verify whole blocks, however little it pays; the same text",
+    )
     group.add_argument("--page-size", type=_positive, metavar="N", help="tokens per KV page; default: 16")
-    group.add_argument("--num-pages", type=_positive, metavar="N", help="KV pages in the pool")
+    group.add_argument(
+        "--num-pages",
+        type=_positive,
+        metavar="N",
+        help="KV pages in the pool; default: what running prompts can fill, within 512 MiB",
+    )
+    group.add_argument(
+        "--max-context",
+        type=_positive,
+        metavar="N",
+        help="tokens of a prompt and its text together; default: the target's limit",
+    )
+    return group
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -285,12 +436,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="may be given repeatedly",
     )
-    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, with N alternatives")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json only: log-probabilities, and the N likeliest tokens"
+    )
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
 
 
 def _positive(text: str) -> int:
-    value = int(text) if text.strip().isascii() and text.strip().isdigit() else 0
+    digits = text.strip()
+    # More digits than any size has, and Python converts some thousands at most.
+    value = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
     return value
@@ -301,7 +456,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
     return int(text)
 
@@ -354,10 +509,13 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
         "threads",
         "block_size",
         "tree_nodes",
+        "adaptive",
         "page_size",
         "num_pages",
+        "max_context",
+        "max_running",
     )
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     if plain:
         options["draft"] = None
     if args.model is None and args.matmul_precision is None and getattr(args, "suite", None) != "reference":
@@ -382,7 +540,8 @@ def sampling_from(args: argparse.Namespace) -> Any:
     if args.logit_bias is not None:
         options["logit_bias"] = dict(args.logit_bias)
     if args.stop is not None:
-        options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop]
+        stops = [as_text("--stop", text) for text in args.stop]
+        options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stops]
     return SamplingParams(**options)
 
 
@@ -390,13 +549,22 @@ def collect_prompts(args: argparse.Namespace, stdin: TextIO) -> list[Any]:
     """The prompts of `generate` in the order they will be answered."""
     from dflash_rs.bench.workloads import Prompt, held_out_prompts, read_prompts
 
+    if args.prompts.count("-") > 1:
+        raise InvalidArgument(f"PROMPT: got - {args.prompts.count('-')} times, expected it once: it takes all there is")
     prompts = []
     for text in args.prompts:
+        where = ""
         if text == "-":
-            text = stdin.read()
+            where = "standard input"
+            if stdin.isatty() and not args.quiet:
+                _say("Type the prompt; Ctrl-D on a line of its own ends it.")
+            text = read_all(stdin)
+            if not text:
+                raise InvalidArgument("PROMPT: got an empty standard input, expected at least one character")
+        text = as_text("PROMPT", text)
         if not text:
             raise InvalidArgument("PROMPT: got an empty text, expected at least one character")
-        prompts.append(Prompt(text))
+        prompts.append(Prompt(text, where=where))
     if args.prompt_file is not None:
         prompts += read_prompts(args.prompt_file)
     if args.example is not None:
@@ -479,50 +647,126 @@ class Ordered:
                 self._write("".join(self._waiting[self._turn]))
 
 
+class Progress:
+    """One line on a terminal that says how many prompts are done. It is taken away before anything else is written, and left
+    out where it would share the terminal with streamed text."""
+
+    EVERY = 0.1  # seconds
+
+    def __init__(self, total: int, stream: TextIO | None) -> None:
+        self.total, self._stream = total, stream
+        self._begin = time.monotonic()
+        self._last = -self.EVERY
+        self._shown = False
+
+    @classmethod
+    def choose(cls, args: argparse.Namespace, total: int) -> Progress:
+        """On standard error, if that is a terminal and there are several prompts to wait for."""
+        fits = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and (args.json or not sys.stdout.isatty())
+        return cls(total, sys.stderr if fits and total > 1 and not args.quiet else None)
+
+    def show(self, done: int, tokens: int) -> None:
+        """So many prompts are done, so many tokens were written."""
+        now = time.monotonic()
+        if self._stream is None or now - self._last < self.EVERY:
+            return
+        self._last = now
+        rate = tokens / max(now - self._begin, 1e-9)
+        line = f"{done} of {self.total} prompts, {tokens} tokens, {rate:.0f} tokens/s"
+        room = shutil.get_terminal_size().columns - 1
+        self._stream.write(f"\r\x1b[K{line[:room]}")
+        self._stream.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        """Takes the line away."""
+        if self._stream is not None and self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._shown = False
+
+
 def run_generate(args: argparse.Namespace) -> int:
     """`dflash-rs generate`."""
+    if args.logprobs is not None and not args.json:
+        raise InvalidArgument(f"--logprobs: got {args.logprobs} without --json, which alone shows log-probabilities")
     prompts = collect_prompts(args, sys.stdin)
     params = sampling_from(args)
     llm = make_engine(args)
+    progress = Progress.choose(args, len(prompts))
     try:
-        if args.json:
-            outputs = llm.generate([prompt.text for prompt in prompts], params)
-            for prompt, output in zip(prompts, outputs):
-                print(json.dumps(output_json(output, prompt), ensure_ascii=False))
-        else:
-            outputs = stream_outputs(llm, prompts, params, Painter.choose(args.color, sys.stdout), sys.stdout)
+        paint = None if args.json else Painter.choose(args.color, sys.stdout)
+        outputs = stream_outputs(llm, prompts, params, paint, progress)
     finally:
+        progress.clear()
         llm.close()
     code = OK
     for i, output in enumerate(outputs):
         if output.finish_reason == "error":
-            code = _complain(f"prompt {i + 1}: {output.error or 'the engine gave no reason'}", FAILED)
+            code = _complain(f"{called(i, prompts)}: {output.error or 'the engine gave no reason'}", FAILED)
         elif not args.quiet and not args.json:
-            print(summary(output), file=sys.stderr)
+            _say(summary(output))
     return code
 
 
-def stream_outputs(llm: Any, prompts: Sequence[Any], params: Any, paint: Painter, out: TextIO) -> list[Any]:
-    """Streams all prompts at once and writes them in order; returns the finished outputs."""
+def called(index: int, prompts: Sequence[Any]) -> str:
+    """How messages call a prompt: by its number, and by where it stands if that is elsewhere."""
+    where = prompts[index].where
+    return f"prompt {index + 1}" + (f" ({where})" if where else "")
+
+
+def stream_outputs(
+    llm: Any, prompts: Sequence[Any], params: Any, paint: Painter | None, progress: Progress
+) -> list[Any]:
+    """Answers all prompts at once and writes them in order, text as it comes or, without `paint`, JSON as it is done; returns the
+    finished outputs."""
 
     def write(text: str) -> None:
-        out.write(text)
-        out.flush()
+        if text:
+            progress.clear()
+            emit(text)
 
     # What cannot be taken is refused here, before anything is written.
-    events = llm.stream([prompt.text for prompt in prompts], params)
-    write(paint.legend())
+    events = begin(llm, prompts, params)
     ordered = Ordered(len(prompts), write)
     finished: list[Any] = [None] * len(prompts)
-    for i, prompt in enumerate(prompts):
-        ordered.add(i, paint("prompt", prompt.text))
+    if paint is not None:
+        write(paint.legend())
+        for i, prompt in enumerate(prompts):
+            ordered.add(i, paint("prompt", prompt.text))
+    done = tokens = 0
     for event in events:
-        drafted, own = split_delta(event, llm.decode)
-        ordered.add(event.index, paint("draft", drafted) + paint("own", own))
+        tokens += len(event.token_ids)
+        if paint is not None:
+            drafted, own = split_delta(event, llm.decode)
+            ordered.add(event.index, paint("draft", drafted) + paint("own", own))
         if event.finish_reason is not None:
+            done += 1
             finished[event.index] = event.output
-            ordered.add(event.index, "\n\n" if len(prompts) > 1 else "\n", done=True)
+            if paint is None:
+                end = json.dumps(output_json(event.output, prompts[event.index])) + "\n"
+            else:
+                end = "\n\n" if len(prompts) > 1 else "\n"
+            ordered.add(event.index, end, done=True)
+        progress.show(done, tokens)
     return finished
+
+
+def begin(llm: Any, prompts: Sequence[Any], params: Any) -> Any:
+    """The events of all prompts. A prompt that cannot be taken is an error that names it."""
+    try:
+        return llm.stream([prompt.text for prompt in prompts], params)
+    except (InvalidArgument, OutOfPages) as error:
+        # One that comes of a prompt alone is about that prompt, unless it is about an option.
+        for i, prompt in enumerate(prompts):
+            try:
+                llm.stream([prompt.text], params).close()
+            except type(error) as alone:
+                own = re.match(r"prompts?(\[\d+\])?: ", str(alone))
+                if own or isinstance(alone, OutOfPages):
+                    said = str(alone)[own.end() if own else 0 :]
+                    raise type(error)(f"{called(i, prompts)}: {said}") from None
+        raise
 
 
 def output_json(output: Any, prompt: Any) -> dict[str, Any]:
@@ -558,17 +802,20 @@ def run_bench(args: argparse.Namespace) -> int:
     from dflash_rs.bench import report
     from dflash_rs.bench.runner import Plan, run_demo
     from dflash_rs.bench.workloads import Setting, held_out_prompts, read_prompts
+    from dflash_rs.sampling import SamplingParams
 
     default = (0.0,) if args.suite == "reference" else (0.0, 0.7)
     temperatures = args.temperature or default
     settings = tuple(Setting(t, args.seed if t > 0 else None) for t in temperatures)
     plan = Plan(settings, args.concurrency, args.repeat, args.max_tokens, args.profile)
+    if args.plot is not None and args.json is not None and os.path.realpath(args.plot) == os.path.realpath(args.json):
+        raise InvalidArgument(f"--plot: got {args.plot}, expected another file than --json")
     prompts = read_prompts(args.prompt_file, args.prompts) if args.prompt_file else held_out_prompts(args.prompts)
     if args.plot is not None:
         report.need_matplotlib(args.plot)
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path not in (None, "-"):
-            report.need_place(option, path)
+        report.need_place("--plot", args.plot)
+    if args.json not in (None, "-"):
+        report.need_place("--json", args.json)
 
     heads: list[dict[str, Any]] = []
 
@@ -576,28 +823,33 @@ def run_bench(args: argparse.Namespace) -> int:
         # Without prefix reuse: every run computes its prompts itself, whichever arm ran before.
         llm = make_engine(args, max_running=concurrency, prefix_cache=False)
         if not heads:
+            try:
+                begin(llm, prompts, SamplingParams(max_tokens=args.max_tokens)).close()
+            except BaseException:
+                llm.close()
+                raise
             heads.append(report.header(args.words, llm))
         return llm
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     if args.suite == "reference":
         from dflash_rs.bench.reference import ReferenceLoop, run_reference
 
         ReferenceLoop.require()
-        rows = run_reference(engine, ReferenceLoop.beside, prompts, plan, say)
+        rows = run_reference(engine, ReferenceLoop.beside, prompts, plan, _say)
     else:
-        rows = run_demo(engine, prompts, plan, say)
+        rows = run_demo(engine, prompts, plan, _say)
 
-    out = sys.stderr if args.json == "-" else sys.stdout
-    print(report.table(rows), file=out)
-    print(report.machine(heads[0]), file=out)
-    for line in report.remarks(rows):
-        print(line, file=out)
+    lines = [report.table(rows), report.machine(heads[0]), *report.remarks(rows)]
     if args.profile:
-        print(report.profile_table(rows), file=out)
-    if args.json is not None:
+        lines.append(report.profile_table(rows))
+    if args.json == "-":
+        _say("\n".join(lines))
+    else:
+        emit("\n".join(lines) + "\n")
+    if args.json == "-":
+        with writing():
+            report.write_json(args.json, heads[0], rows)
+    elif args.json is not None:
         report.write_json(args.json, heads[0], rows)
     if args.plot is not None:
         report.plot(args.plot, heads[0], rows)
@@ -612,9 +864,9 @@ def run_doctor(args: argparse.Namespace) -> int:
     checks = doctor.examine_part("sglang") if args.sglang else doctor.examine()
     job = ("SGLang", "serve") if args.sglang else ("The bundled pair", "generate")
     if args.json:
-        print(json.dumps(doctor.to_json(checks), indent=2))
+        emit(json.dumps(doctor.to_json(checks), indent=2) + "\n")
     else:
-        print(doctor.to_text(checks, Painter.choose("auto", sys.stdout), job))
+        emit(doctor.to_text(checks, Painter.choose("auto", sys.stdout), job) + "\n")
     return OK if doctor.works(checks) else FAILED
 
 

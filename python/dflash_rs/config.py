@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from ._core import Planner
-from .arguments import integer
+from .arguments import bad, flag, integer, real
 from .errors import InvalidArgument
 
 # Candidates per position that a tree is made of. With the bundled pair the target's token is among the first four in 0.91 of the cases
@@ -39,10 +40,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for names, low in ((("page_size", "max_running", "max_batch_tokens"), 1), (("num_pages", "max_context"), 0)):
             for name in names:
-                value = integer(name, getattr(self, name), low, 2**63 - 1, expected=f"an integer of at least {low}")
-                object.__setattr__(self, name, value)
-        if not isinstance(self.prefix_cache, bool):
-            raise InvalidArgument(f"prefix_cache: got {self.prefix_cache!r}, expected True or False")
+                object.__setattr__(self, name, integer(name, getattr(self, name), low, 2**63 - 1))
+        flag("prefix_cache", self.prefix_cache)
 
     def pages(self, bytes_per_token: int, max_context: int, block_size: int) -> int:
         """Pages of the pool for KV of `bytes_per_token`."""
@@ -70,8 +69,8 @@ class StepCosts:
             value = getattr(self, name)
             try:
                 points = tuple((float(rows), float(time)) for rows, time in value)
-            except (TypeError, ValueError):
-                raise InvalidArgument(f"costs.{name}: got {value!r}, expected pairs of rows and time") from None
+            except (TypeError, ValueError, OverflowError):
+                raise bad(f"costs.{name}", value, "pairs of rows and time") from None
             object.__setattr__(self, name, points)
         try:
             self.planner(2)
@@ -81,11 +80,17 @@ class StepCosts:
     @classmethod
     def lines(cls, fixed: float, row: float, draft_fixed: float, draft_row: float) -> StepCosts:
         """A target pass takes ``fixed + row * rows``, a drafter pass ``draft_fixed + draft_row * rows``."""
+        fixed, row = _time("fixed", fixed), _time("row", row)
+        draft_fixed, draft_row = _time("draft_fixed", draft_fixed), _time("draft_row", draft_row)
         return cls(((0, fixed), (1, fixed + row)), ((0, draft_fixed), (1, draft_fixed + draft_row)))
 
     def planner(self, block_size: int, tree_nodes: int = 0) -> Planner:
         """A planner that judges by these costs, of trees of up to `tree_nodes` drafts."""
         return Planner(block_size, target=list(self.target), draft=list(self.draft), tree_nodes=tree_nodes)
+
+
+def _time(name: str, value: float) -> float:
+    return real(name, value, 0.0, math.inf)
 
 
 def assets() -> Path:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .arguments import bad, integer, shown
 from .errors import InvalidArgument
+from .named import named
 
 HEAD_DIMS = (64, 128, 256)
 # Keys are cut at multiples of this and partial results joined in order. It decides the bits of a long row, so it is one number.
@@ -56,6 +58,7 @@ def load(device: torch.device | str = "cuda") -> dict[str, tuple[int, int, int]]
         return _core.cuda_load()
 
 
+@named
 def probe(device: torch.device | str = "cuda") -> int:
     """The architecture of the code that the driver picked for `device`, such as 900."""
     out = torch.zeros(1, dtype=torch.int32, device=device)
@@ -97,6 +100,9 @@ class KvCaches:
     """
 
     def __init__(self, k: Sequence[Tensor], v: Sequence[Tensor]):
+        for name, caches in (("k", k), ("v", v)):
+            if not isinstance(caches, Sequence) or not all(isinstance(cache, Tensor) for cache in caches):
+                raise bad(name, caches, "a list of tensors, one per layer")
         if not k or len(k) != len(v):
             raise InvalidArgument(f"v: got {len(v)} caches for {len(k)} of K, expected as many, at least one")
         first = k[0]
@@ -132,6 +138,7 @@ class PageTable(NamedTuple):
     page_size: int
 
 
+@named
 def prepare_block(
     *,
     query_starts: Tensor,
@@ -168,6 +175,7 @@ def prepare_block(
     )
 
 
+@named
 def kv_inject(
     kv: Tensor,
     k_norm: Tensor,
@@ -208,6 +216,7 @@ class AttentionWorkspace(NamedTuple):
     stats: Tensor
 
 
+@named
 def attention_workspace(
     tokens: int, heads: int, head_dim: int, max_keys: int, device: torch.device | str
 ) -> AttentionWorkspace | None:
@@ -222,6 +231,7 @@ def attention_workspace(
     )
 
 
+@named
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -240,6 +250,8 @@ def block_attention(
     valid_from: Tensor | None = None,
     slots: Tensor | None = None,
     ancestors: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     workspace: AttentionWorkspace | None = None,
 ) -> Tensor:
@@ -247,7 +259,8 @@ def block_attention(
 
     q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches [num_slots, kv_heads, head_dim]. With `slots` (int64 [T];
     negative: not stored) k and v are written to the caches as well. `mask`: "causal", "block" (all own tokens) or "ancestors"
-    with `ancestors` uint64 or int64 [T, words]. `max_block_len` and `max_keys` (context and own tokens) bound every request.
+    with `ancestors` uint64 or int64 [T, words]. `max_block_len` and `max_keys` (context and own tokens) bound every request. With a
+    `softcap` c a score s becomes c * tanh(s / c); `sinks` float32 [heads] are scores of one more key per head, whose value is zero.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -275,6 +288,8 @@ def block_attention(
         valid_from=_maybe(valid_from),
         slots=_maybe(slots),
         ancestors=_maybe(ancestors),
+        softcap=softcap,
+        sinks=_maybe(sinks),
         partial_out=None if workspace is None else _view(workspace.out),
         partial_stats=None if workspace is None else _view(workspace.stats),
         num_splits=max(1, -(-max_keys // SPLIT_KEYS)),
@@ -320,6 +335,7 @@ class SamplingRows(NamedTuple):
     filters: bool
 
 
+@named
 def sampling_rows(requests: Sequence[dict], device: torch.device | str = "cuda") -> SamplingRows:
     """Lays out the sampling of requests, one dict each: `seed`, `temperature`, `top_k`, `top_p`, `min_p`, the three penalties,
     `logit_bias` {token: number}, and for penalties `history` {token: occurrences in the output}, tokens of the prompt
@@ -335,7 +351,9 @@ def sampling_rows(requests: Sequence[dict], device: torch.device | str = "cuda")
             if name in known:
                 row[name] = value
             elif name not in ("logit_bias", "history"):
-                raise InvalidArgument(f"requests: got {name!r}, expected {sorted(known | {'logit_bias', 'history'})}")
+                raise InvalidArgument(
+                    f"requests: got {shown(name)}, expected {sorted(known | {'logit_bias', 'history'})}"
+                )
         row["history_start"], row["bias_start"] = len(history), len(bias)
         history += sorted(request.get("history", {}).items())
         bias += sorted(request.get("logit_bias", {}).items())
@@ -364,6 +382,7 @@ class Sampled(NamedTuple):
     logprobs: Tensor | None
 
 
+@named
 def sample_rows(
     logits: Tensor,
     sampling: SamplingRows,
@@ -432,8 +451,10 @@ class Accepted(NamedTuple):
     commit_slots: Tensor | None
 
 
+@named
 def empty_accepted(requests: int, tokens: int, max_nodes: int, device: torch.device) -> Accepted:
     """Room for what `accept` writes about `requests` requests of `tokens` tokens together."""
+    max_nodes = integer("max_nodes", max_nodes, 1, 1024)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -451,6 +472,7 @@ def empty_accepted(requests: int, tokens: int, max_nodes: int, device: torch.dev
     )
 
 
+@named
 def accept(
     *,
     query_starts: Tensor,
@@ -499,10 +521,11 @@ def accept(
     return out
 
 
+@named
 def tree_top_k(values: Tensor, k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """The k best columns of each row of `values` (float32 or bfloat16 [N, V]), falling, lowest id first among equals:
     tokens int64 [N, k] and log-probabilities float32 [N, k]. Without `normalise` values are log-probabilities already."""
-    n = values.shape[0]
+    n, k = values.shape[0], integer("k", k, 1, 256)
     tokens = torch.empty((n, k), dtype=torch.int64, device=values.device)
     log_probs = torch.empty((n, k), dtype=torch.float32, device=values.device)
     _launch(
@@ -527,12 +550,13 @@ class Trees(NamedTuple):
     counts: Tensor
 
 
+@named
 def tree_build(
     anchors: Tensor, top_tokens: Tensor, top_log_probs: Tensor, max_nodes: int, *, budgets: Tensor | None = None
 ) -> Trees:
     """`DraftTree.build` for every request: anchors int64 [R], top_tokens int64 and top_log_probs float32 [R, depth, k]; at
     most `max_nodes` nodes besides the anchor, or `budgets` [R] of them."""
-    r, n = anchors.shape[0], max_nodes + 1
+    r, n = anchors.shape[0], integer("max_nodes", max_nodes, 1, 1023) + 1
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=anchors.device)
@@ -560,6 +584,7 @@ def tree_build(
     return out
 
 
+@named
 def compact_kv(path: Tensor, context_lens: Tensor, caches: KvCaches, table: PageTable) -> None:
     """Moves the KV of every request's accepted path (`Accepted.path`) behind its context, for all layers in one launch.
 

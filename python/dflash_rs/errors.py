@@ -13,6 +13,10 @@ class InvalidArgument(DflashError, ValueError):
     """A caller passed a value that cannot be honoured exactly."""
 
 
+class MissingPackage(DflashError, ImportError):
+    """A package that is only needed for this is not installed, or cannot be imported."""
+
+
 class OutOfPages(DflashError):
     """The KV page pool cannot hold what was asked of it, not even if nothing else ran."""
 

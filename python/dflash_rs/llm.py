@@ -1,4 +1,4 @@
-"""The embedded engine: one process, any Hugging Face causal LM as target, a DFlash drafter beside it.
+"""The embedded engine: one process, a Hugging Face causal LM as target, a DFlash drafter beside it.
 
     plan ──> propose ──> forward ──> accept ──> inject ──> commit ──> events
     core     drafter     target      core       drafter    core       text
@@ -9,25 +9,39 @@ tokens into text. Each stage is one call with whole-batch arrays.
 
 from __future__ import annotations
 
+import functools
 import secrets
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
-from .arguments import integer
-from .config import EngineConfig, StepCosts, assets
-from .errors import CheckpointError, DflashError, InvalidArgument
-from .options import as_list, core_params, encodable, params_for, pick_device, pick_dtype, pick_precision
-from .outputs import ABORT, REASONS, Active, Output, Prompt, StreamEvent, token_logprobs
+from .arguments import bad, flag, integer, thread_count
+from .config import EngineConfig, StepCosts
+from .errors import DflashError, InvalidArgument
+from .options import (
+    Asked,
+    asked,
+    core_params,
+    encodable,
+    import_torch,
+    known_tokens,
+    pick_costs,
+    pick_device,
+    pick_dtype,
+    pick_models,
+    pick_precision,
+)
+from .outputs import ABORT, REASONS, Active, Output, Prompt, StreamEvent, refused, token_logprobs
 from .sampling import SamplingParams
+from .streams import Stream
 from .text import Detokenizer, token_bytes
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .device_step import DeviceStep
@@ -38,6 +52,7 @@ _GREEDY_SHARPNESS, _MORE_SHARPNESS = np.float32(0.43), np.float32(0.49)
 # Page tables beyond this are a mistake, not a plan.
 _MOST_TABLE_BYTES = 1 << 30
 _MOST_NODES = 1023
+_CALL = functools.partial.__call__
 
 
 class LLM:
@@ -61,9 +76,12 @@ class LLM:
     - the rest: see `EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
-    from several threads; the steps are taken one at a time.
+    from several threads; the steps are taken one at a time. A signal handler may call `abort` and `close`, which then take effect at
+    the end of the step it came into; a call that would take a step itself raises DflashError there, and so does every call in a forked
+    child.
 
-    Raises InvalidArgument for a bad option, CheckpointError for a checkpoint that is damaged or does not fit its target.
+    Raises InvalidArgument for a bad option, CheckpointError for a checkpoint that is damaged or does not fit its target,
+    MissingPackage without torch and transformers.
     """
 
     def __init__(
@@ -87,36 +105,23 @@ class LLM:
         tree_nodes: int = 0,
         cuda_graphs: bool = True,
     ):
-        import torch
-        from transformers import AutoTokenizer
+        torch = import_torch()
 
         from .device_step import DeviceStep, serves
+        from .models.checkpoint import load_tokenizer, readable
         from .models.costs import measure
         from .models.loader import load_draft
-        from .models.target import TargetModel, readable
+        from .models.target import TargetModel
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         page_size, max_running = self.config.page_size, self.config.max_running
         max_context, max_batch_tokens = self.config.max_context, self.config.max_batch_tokens
-        if model is None:
-            model = assets() / "target"
-            draft = assets() / "draft" if draft == "auto" else draft
-        elif draft == "auto":
-            raise InvalidArgument(
-                "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, or None to decode plainly"
-            )
-        if draft is not None and not isinstance(draft, str | Path):
-            raise InvalidArgument(
-                f"draft: got {draft!r}, expected a drafter's folder or hub name, or None to decode plainly"
-            )
-        if not isinstance(adaptive, bool):
-            raise InvalidArgument(f"adaptive: got {adaptive!r}, expected True or False")
-        if not isinstance(cuda_graphs, bool):
-            raise InvalidArgument(f"cuda_graphs: got {cuda_graphs!r}, expected True or False")
-        if costs is not None and not isinstance(costs, StepCosts):
-            raise InvalidArgument(f"costs: got {costs!r}, expected a StepCosts")
+        model, draft = pick_models(model, draft)
+        flag("adaptive", adaptive)
+        flag("cuda_graphs", cuda_graphs)
+        costs = pick_costs(costs)
         if threads is not None:
-            torch.set_num_threads(integer("threads", threads, 1, 2**15 - 1))
+            torch.set_num_threads(thread_count("threads", threads))
         self._torch = torch
         self.device = pick_device(torch, device)
         self.dtype = pick_dtype(torch, dtype, self.device)
@@ -135,14 +140,10 @@ class LLM:
         self.tree_nodes = integer("tree_nodes", tree_nodes, 0, most, expected=expected)
         # Most tokens of a decoding row.
         row = max(self.block_size, self.tree_nodes + 1)
-        with readable(model, "tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-        if not self.tokenizer("a").input_ids:
-            raise CheckpointError(
-                f"tokenizer {model}: it turns 'a' into no token, expected a tokenizer.json in the folder"
-            )
+        self.tokenizer = load_tokenizer(model)
         self.vocab_size = self._target.vocab_size
-        self._bytes = token_bytes(self.tokenizer, self.vocab_size)
+        with readable(model, "tokenizer"):
+            self._bytes = token_bytes(self.tokenizer, self.vocab_size)
         self.eos_token_ids = list(self._target.eos_token_ids)
 
         limit = self._target.max_context
@@ -202,7 +203,9 @@ class LLM:
             self._forester = self._planner if self.tree_nodes else None
         self._active: dict[int, Active] = {}
         self._closed = False
-        self._lock = threading.RLock()
+        self._turns = Turns()
+        # Requests to abort when whoever has the turn gives it up.
+        self._leaving: deque[int] = deque()
         self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
         self._steps = 0
 
@@ -258,19 +261,16 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as `generate` would make them."""
+        return self._encode("text", text)
+
+    def _encode(self, name: str, text: str) -> list[int]:
         if not isinstance(text, str) or not encodable(text):
-            raise InvalidArgument(f"text: got {text!r}, expected a string without lone surrogates")
+            raise bad(name, text, "a string without lone surrogates")
         return list(self.tokenizer(text).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are not shown."""
-        if not isinstance(ids, Sequence | np.ndarray):
-            raise InvalidArgument(f"ids: got {ids!r}, expected a list of token ids")
-        tokens = [int(i) if isinstance(i, int | np.integer) and not isinstance(i, bool) else -1 for i in ids]
-        bad = next((given for given, t in zip(ids, tokens, strict=True) if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise InvalidArgument(f"ids: got {bad!r}, expected token ids in 0..{self.vocab_size - 1}")
-        return Detokenizer(self.tokenizer, self._bytes).push(tokens, None, True)
+        return Detokenizer(self.tokenizer, self._bytes).push(known_tokens("ids", ids, self.vocab_size), None, True)
 
     def generate(
         self,
@@ -278,16 +278,22 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         draft: bool = True,
+        on_error: str = "raise",
     ) -> list[Output]:
         """Completes prompts (strings, or lists of token ids) and returns one `Output` each, in order.
 
-        `params`: one for all or one each. `draft=False` decodes plainly on the same engine: the same text, slower. A prompt
-        that cannot be taken raises before any runs; a request that fails later comes back with ``finish_reason="error"``.
+        `params`: one for all or one each. `draft=False` decodes plainly on the same engine: the same text, slower.
+
+        A prompt that cannot be taken, or whose parameters cannot be honoured, is an InvalidArgument (or OutOfPages) that names it,
+        ``prompts[2]: ...`` or ``params[2].logit_bias: ...``, before any runs. With ``on_error="return"`` the others run, and at its place
+        comes an `Output` without tokens, with ``finish_reason="error"`` and that message as its `error`; what is wrong with the call
+        as a whole raises all the same. A request that fails later always comes back with ``finish_reason="error"``.
         """
         outputs: dict[int, Output] = {}
-        for event in self.stream(prompts, params, draft=draft):
-            if event.output is not None:
-                outputs[event.index] = event.output
+        with self.stream(prompts, params, draft=draft, on_error=on_error) as events:
+            for event in events:
+                if event.output is not None:
+                    outputs[event.index] = event.output
         return [outputs[i] for i in range(len(outputs))]
 
     def stream(
@@ -296,85 +302,115 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         draft: bool = True,
-    ) -> Iterator[StreamEvent]:
-        """Like `generate`, but yields tokens as they are committed. Leaving the iterator early aborts what is unfinished."""
-        if not isinstance(draft, bool):
-            raise InvalidArgument(f"draft: got {draft!r}, expected True or False")
-        texts = as_list(prompts)
-        options = params_for(texts, params)
-        return _Stream(self, self._submit(texts, options, draft))
+        on_error: str = "raise",
+    ) -> Stream:
+        """Like `generate`, but an iterator of tokens as they are committed. Closing or dropping it aborts what is unfinished:
+        ``with llm.stream(...) as events:``. With ``on_error="return"`` refused prompts are the first events."""
+        flag("draft", draft)
+        if not isinstance(on_error, str) or on_error not in ("raise", "return"):
+            raise bad("on_error", on_error, "'raise' or 'return'")
+        self._check_open()
+        stream = Stream(self)
+        taken: list[tuple[Asked, list[int]]] = []
+        for one in asked(prompts, params):
+            try:
+                taken.append((one, one.check(self._encode, self.vocab_size, self._bytes is not None)))
+            except InvalidArgument as error:
+                if on_error == "raise":
+                    raise
+                stream._events.append(refused(one.index, one.prompt, one.params, str(error)))
+        drafts, strict = draft and self._draft is not None, on_error == "raise"
+        self._turns.take(lambda: self._submit(stream, taken, drafts, strict), self._settle)
+        return stream
 
-    def abort(self, request_id: int) -> bool:
+    def abort(self, request_id: int | None) -> bool:
         """Ends a request wherever it is; its pages return. False when it is unknown or already finished."""
-        with self._lock:
-            active = self._active.get(request_id)
-            if active is None:
-                return False
-            self._core.abort(request_id)
-            self._finish(active, request_id, ABORT, [], 0, "")
-            return True
+        if request_id is not None:
+            request_id = integer("request_id", request_id, 0, expected="the request_id of an event or output")
+        if self._turns.mine():
+            self._leaving.append(request_id)
+            return request_id in self._active
+        return self._turns.take(lambda: self._abort(request_id), self._settle)
 
-    def _submit(self, texts: list[Prompt], options: list[SamplingParams], draft: bool) -> dict[int, Active]:
+    def _abort(self, request: int) -> bool:
+        active = self._active.get(request)
+        if active is None:
+            return False
+        self._core.abort(request)
+        self._finish(active, request, ABORT, [], 0, "")
+        return True
+
+    def _drop(self, requests: list[int]) -> None:
+        """Aborts requests, at once or when the running step ends; waits for nothing."""
+        if requests:
+            self._leaving.extend(requests)
+            self._turns.soon(self._settle)
+
+    def _settle(self) -> None:
+        """Does what was asked for while somebody had the turn."""
+        while self._leaving:
+            self._abort(self._leaving[0])
+            self._leaving.popleft()
+        if self._closed:
+            for request in list(self._active):
+                self._abort(request)
+            self._target.caches = {}
+            if self._draft is not None:
+                self._draft._engine = None
+
+    def _check_open(self) -> None:
         if self._closed:
             raise DflashError("this LLM is closed: make a new one")
-        prepared = [self._check(i, p, o) for i, (p, o) in enumerate(zip(texts, options, strict=True))]
-        ids: list[int] = []
-        with self._lock:
-            try:
-                for i, (prompt, tokens, o) in enumerate(zip(texts, prepared, options, strict=True)):
-                    seed = secrets.randbits(63) if o.seed is None else int(o.seed)
-                    drafts = draft and self._draft is not None
-                    request = self._core.add(tokens, **core_params(o, seed, drafts))
-                    active = Active(i, prompt, tokens, o, seed, Detokenizer(self.tokenizer, self._bytes))
-                    active.drafts = drafts
-                    if self._device_step is not None:
-                        active.draws = self._device_step.draws(o, seed)
-                    self._active[request] = active
-                    ids.append(request)
-            except BaseException:
-                # All or nothing: a prompt that cannot be taken leaves no others behind.
-                for request in ids:
-                    self._core.abort(request)
-                    del self._active[request]
-                raise
-            return {request: self._active[request] for request in ids}
 
-    def _check(self, index: int, prompt: Prompt, params: SamplingParams) -> list[int]:
-        name = f"prompts[{index}]"
-        if isinstance(prompt, str):
-            if not encodable(prompt):
-                raise InvalidArgument(f"{name}: got {prompt!r}, expected a string without lone surrogates")
-            tokens = self.encode(prompt)
-        else:
-            ids = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray)
-            if not ids or not all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt):
-                raise InvalidArgument(f"{name}: got {prompt!r}, expected a string or a list of token ids")
-            tokens = [int(t) for t in prompt]
-        if not tokens:
-            raise InvalidArgument(f"{name}: got an empty prompt, expected at least one token")
-        bad = next((t for t in tokens if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise InvalidArgument(f"{name}: got token id {bad}, expected 0..{self.vocab_size - 1}")
-        for option, values in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            bad = next((t for t in values if t >= self.vocab_size), None)
-            if bad is not None:
-                raise InvalidArgument(f"{option}: got token id {bad}, expected 0..{self.vocab_size - 1}")
-        if params.stop and self._bytes is None:
-            raise InvalidArgument("stop: this tokenizer's tokens have no bytes of their own; use stop_token_ids")
-        return tokens
+    def _submit(self, stream: Stream, taken: list[tuple[Asked, list[int]]], drafts: bool, strict: bool) -> None:
+        """Gives the core what can run. All or nothing if `strict`, else what it refuses becomes an event of the stream."""
+        self._check_open()
+        ids: list[int] = []
+        actives: list[Active] = []
+        try:
+            for one, tokens in taken:
+                seed = secrets.randbits(63) if one.params.seed is None else one.params.seed
+                active = Active(
+                    one.index, one.prompt, tokens, one.params, seed, Detokenizer(self.tokenizer, self._bytes)
+                )
+                active.drafts = drafts
+                if self._device_step is not None:
+                    active.draws = self._device_step.draws(one.params, seed)
+                add = functools.partial(self._core.add, tokens, **core_params(one.params, seed, drafts))
+                try:
+                    # In one call: no interruption comes between a request's beginning and our knowing its number.
+                    ids.extend(map(_CALL, (add,)))
+                except DflashError as error:
+                    told = one.tell(error)
+                    if strict:
+                        raise told from None
+                    stream._events.append(refused(one.index, one.prompt, one.params, str(told)))
+                else:
+                    actives.append(active)
+            found = dict(zip(ids, actives, strict=True))
+            stream._waiting.update(found)
+            self._active.update(found)
+        except BaseException:
+            for request in ids:
+                self._core.abort(request)
+                self._active.pop(request, None)
+            stream._waiting.clear()
+            raise
 
     def _ready(self, waiting: dict[int, Active]) -> list[StreamEvent]:
         """What is new for these requests, after a step if nothing is. Finished requests leave `waiting`."""
-        with self._lock:
-            if not any(a.events for a in waiting.values()):
-                self._step()
-            ready = []
-            for request, active in list(waiting.items()):
-                ready.extend(active.events)
-                active.events.clear()
-                if active.output is not None:
-                    del waiting[request]
-            return ready
+        return self._turns.take(lambda: self._next(waiting), self._settle)
+
+    def _next(self, waiting: dict[int, Active]) -> list[StreamEvent]:
+        if not any(a.events for a in waiting.values()):
+            self._step()
+        ready = []
+        for request, active in list(waiting.items()):
+            ready.extend(active.events)
+            active.events.clear()
+            if active.output is not None:
+                del waiting[request]
+        return ready
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -385,10 +421,13 @@ class LLM:
         seconds, clock = self._stage_seconds, time.perf_counter
         t0 = clock()
         row, block = self._decide()
-        plan = self._core.plan(row)
-        if plan is None:
-            raise DflashError(f"nothing can run although {len(self._active)} requests are unfinished; this is a defect")
+        plan = None
         try:
+            plan = self._core.plan(row)
+            if plan is None:
+                raise DflashError(
+                    f"nothing can run although {len(self._active)} requests are unfinished; this is a defect"
+                )
             with self._torch.inference_mode():
                 # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
                 inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
@@ -441,11 +480,16 @@ class LLM:
                     self._planner.record_trees(plan, accepted)
                 events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()
+            self._route(events, chains=not trees)
+            t7 = clock()
         except BaseException:
-            self._core.cancel(plan)
+            if plan is None:
+                self._core.cancel_all()
+            elif not self._core.cancel(plan):
+                # Committed, and somebody's tokens did not arrive: nobody gets a text with a hole.
+                for request in plan.request_ids.tolist():
+                    self._abort(request)
             raise
-        self._route(events, chains=not trees)
-        t7 = clock()
         self._steps += 1
         if self._observes and plan.logit_rows.size == plan.token_ids.size:  # a prefill computes fewer logits than rows
             self._planner.observe(plan.token_ids.size, t3 - t2, drafted_rows if inject else 0, t2 - t1 + t5 - t4)
@@ -557,7 +601,7 @@ class LLM:
         if self._planner is not None:
             lengths = plan.block_len[rows]
             others = plan.token_ids.size - int(lengths.sum())
-            chances = probabilities ** self._sharpness(plan.request_ids[rows])[:, None]
+            chances = _chances(probabilities ** self._sharpness(plan.request_ids[rows])[:, None])
             keep = np.minimum(self._planner.widths(chances, others), lengths - 1)
             plan.narrow(keep.astype(np.int32))
 
@@ -571,7 +615,7 @@ class LLM:
         # What the likeliest token leaves, its rivals share as the drafter would have them share it.
         rest = (1 - chances) * probabilities[:, :, 1:] / np.maximum(1 - first, np.float32(1e-6))
         # In every rounding: no rival is likelier than what comes before it.
-        chances = np.minimum.accumulate(np.concatenate((chances, rest), axis=2), axis=2)
+        chances = np.minimum.accumulate(_chances(np.concatenate((chances, rest), axis=2)), axis=2)
         lens = plan.block_len[rows]
         others = plan.token_ids.size - int(lens.sum())
         plan.set_trees(*self._forester.trees(anchors, tokens, chances, lens - 1, others))
@@ -636,14 +680,11 @@ class LLM:
         """Float32 logits ``[vocab_size]`` after `ids`, by one forward over all of them, without the running requests' cache."""
         from .models.batch import StepBatch
 
-        if self._closed:
-            raise DflashError("this LLM is closed: make a new one")
-        tokens = np.asarray(self._check(0, ids, SamplingParams()), dtype=np.int64)
+        self._check_open()
+        tokens = np.asarray(known_tokens("ids", ids, self.vocab_size), dtype=np.int64)
         n = tokens.size
-        if n > self.max_context:
-            raise InvalidArgument(
-                f"ids: got {n} tokens, expected at most {self.max_context}, this engine's max_context"
-            )
+        if not 1 <= n <= self.max_context:
+            raise InvalidArgument(f"ids: got {n} tokens, expected 1..{self.max_context}, this engine's max_context")
         batch = StepBatch.from_arrays(
             token_ids=tokens,
             positions=np.arange(n),
@@ -656,7 +697,9 @@ class LLM:
             page_size=n,
             device=self.device,
         )
-        with self._lock:
+
+        def run() -> np.ndarray:
+            self._check_open()
             kept = self._target.caches, self._target.num_slots
             try:
                 self._target.alloc_kv(n)
@@ -664,13 +707,16 @@ class LLM:
             finally:
                 self._target.caches, self._target.num_slots = kept
 
+        return self._turns.take(run, self._settle)
+
     def stats(self) -> dict[str, Any]:
         """Counters since the start: steps, seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
 
         On a GPU "verify" holds drafting and injection as well: they are one stretch of device time.
         """
         step = self._device_step
-        with self._lock:
+
+        def look() -> dict[str, Any]:
             return {
                 "steps": self._steps,
                 "stage_seconds": dict(self._stage_seconds),
@@ -679,15 +725,16 @@ class LLM:
                 **self._core.stats(),
             }
 
+        return look() if self._turns.mine() else self._turns.take(look, self._settle)
+
     def close(self) -> None:
-        """Aborts what is unfinished and frees the KV cache. The object cannot be used afterwards."""
-        with self._lock:
-            self._closed = True
-            for request in list(self._active):
-                self.abort(request)
-            self._target.caches = {}
-            if self._draft is not None:
-                self._draft._engine = None
+        """Aborts what is unfinished and frees the KV cache. The object cannot be used afterwards; closing it again does nothing.
+
+        From a signal handler it takes effect when the step it came into has ended; in a forked child it does nothing.
+        """
+        self._closed = True
+        if not self._turns.forked() and not self._turns.mine():
+            self._turns.take(lambda: None, self._settle)
 
     def __enter__(self) -> LLM:  # noqa: PYI034 (typing.Self needs Python 3.11)
         return self
@@ -696,30 +743,6 @@ class LLM:
         self.close()
 
 
-class _Stream(Iterator[StreamEvent]):
-    """The events of one call. Dropping it, begun or not, aborts what is unfinished."""
-
-    def __init__(self, llm: LLM, waiting: dict[int, Active]):
-        self._llm, self._waiting = llm, waiting
-        self._events: deque[StreamEvent] = deque()
-
-    def __next__(self) -> StreamEvent:
-        while not self._events:
-            if not self._waiting:
-                raise StopIteration
-            try:
-                self._events.extend(self._llm._ready(self._waiting))
-            except BaseException:
-                self.close()
-                raise
-        return self._events.popleft()
-
-    def close(self) -> None:
-        """Aborts what is unfinished."""
-        for request in list(self._waiting):
-            self._llm.abort(request)
-        self._waiting.clear()
-        self._events.clear()
-
-    def __del__(self) -> None:
-        self.close()
+def _chances(numbers: np.ndarray) -> np.ndarray:
+    """Chances of acceptance in [0, 1]; one that a drafter could not make a number of is no reason to draft."""
+    return np.clip(np.nan_to_num(numbers, copy=False, nan=0.0), 0, 1)

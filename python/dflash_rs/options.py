@@ -2,44 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from .errors import InvalidArgument
+from .arguments import bad, is_list, shown
+from .config import StepCosts, assets
+from .errors import DflashError, InvalidArgument, MissingPackage
 from .outputs import Prompt
 from .sampling import SamplingParams
+
+
+@dataclass
+class Asked:
+    """A prompt of a call and its parameters, not yet checked, with their names for errors."""
+
+    index: int
+    prompt: Prompt
+    params: Any
+    # ``params[2].`` where each prompt has its own, else nothing.
+    option: str
+
+    @property
+    def name(self) -> str:
+        return f"prompts[{self.index}]"
+
+    def check(self, encode: Callable[[str, str], list[int]], vocab_size: int, has_bytes: bool) -> list[int]:
+        """The prompt's tokens. Token ids in arrays and the like become a plain list."""
+        if isinstance(self.prompt, str):
+            tokens = encode(self.name, self.prompt)
+        else:
+            tokens = self.prompt = token_list(self.name, self.prompt, "a string or a list of token ids")
+        if not isinstance(self.params, SamplingParams):
+            raise bad(self.option.rstrip("."), self.params, "SamplingParams")
+        if not tokens:
+            raise InvalidArgument(f"{self.name}: got an empty prompt, expected at least one token")
+        known_tokens(self.name, tokens, vocab_size)
+        for option in ("logit_bias", "stop_token_ids"):
+            known_tokens(self.option + option, list(getattr(self.params, option)), vocab_size)
+        if self.params.stop and not has_bytes:
+            raise InvalidArgument(
+                f"{self.option}stop: got strings, expected stop_token_ids: this tokenizer's tokens have no bytes of their own"
+            )
+        return tokens
+
+    def tell(self, error: DflashError) -> DflashError:
+        """The core's error about this request, with the names that the caller knows."""
+        name, _, rest = str(error).partition(": ")
+        return type(error)(f"{self.name if name == 'prompt' else self.option + name}: {rest}")
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
-    if isinstance(prompts, bytes | bytearray) or not (array or isinstance(prompts, Sequence)):
-        raise InvalidArgument(
-            f"prompts: got {type(prompts).__name__}, expected a string, token ids, or a list of these"
-        )
+    if not (is_list(prompts) or (isinstance(prompts, np.ndarray) and prompts.ndim > 0)):
+        raise bad("prompts", prompts, "a string, token ids, or a list of these")
     if len(prompts) and isinstance(prompts[0], int | np.integer):
-        return [list(prompts)]
+        return [prompts]
     return list(prompts)
 
 
-def params_for(texts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * len(texts)
-    if isinstance(params, str | bytes) or not isinstance(params, Sequence):
-        raise InvalidArgument(f"params: got {params!r}, expected SamplingParams, or a list of them")
-    params = list(params)
+def asked(prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Asked]:
+    """The requests of a call; what is wrong with one of them is looked at later."""
+    texts = as_list(prompts)
+    if params is None or isinstance(params, SamplingParams):
+        shared = params or SamplingParams()
+        return [Asked(i, text, shared, "") for i, text in enumerate(texts)]
+    if not is_list(params):
+        raise bad("params", params, "SamplingParams, or a list of them")
     if len(params) != len(texts):
         raise InvalidArgument(f"params: got {len(params)}, expected one, or one for each of {len(texts)} prompts")
-    for one in params:
-        if not isinstance(one, SamplingParams):
-            raise InvalidArgument(f"params: got {one!r}, expected SamplingParams")
-    return params
+    return [Asked(i, text, one, f"params[{i}].") for i, (text, one) in enumerate(zip(texts, params))]
+
+
+def token_list(name: str, prompt: Any, expected: str) -> list[int]:
+    """Token ids as a list of ints."""
+    if not (is_list(prompt) or (isinstance(prompt, np.ndarray) and prompt.ndim == 1)):
+        raise bad(name, prompt, expected)
+    wrong = [token for token in prompt if not isinstance(token, int | np.integer) or isinstance(token, bool)]
+    if wrong:
+        raise InvalidArgument(f"{name}: got an entry {shown(wrong[0])}, expected {expected}")
+    return [int(token) for token in prompt]
+
+
+def known_tokens(name: str, ids: Any, vocab_size: int) -> list[int]:
+    """Token ids of a vocabulary, as a list of ints."""
+    tokens = token_list(name, ids, "a list of token ids")
+    wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise InvalidArgument(f"{name}: got token id {shown(wrong)}, expected token ids in 0..{vocab_size - 1}")
+    return tokens
 
 
 def core_params(o: SamplingParams, seed: int, draft: bool) -> dict[str, Any]:
@@ -72,32 +129,39 @@ def encodable(text: str) -> bool:
 
 def pick_device(torch: Any, name: str) -> Any:
     if not isinstance(name, str):
-        raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
+        raise bad("device", name, "'auto', 'cpu' or 'cuda'")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise InvalidArgument(f"device: got {name!r}, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
-        return torch.device(name)
-    raise InvalidArgument(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda'")
+            raise InvalidArgument(f"device: got {shown(name)}, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        count = torch.cuda.device_count()
+        if device is None or not 0 <= (device.index or 0) < count:
+            raise bad("device", name, f"'cuda' or 'cuda:N', N in 0..{count - 1}")
+        return device
+    raise bad("device", name, "'auto', 'cpu' or 'cuda'")
 
 
 def pick_dtype(torch: Any, name: str, device: Any) -> Any:
+    if not isinstance(name, str):
+        raise bad("dtype", name, "a name, for example 'float32'")
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not isinstance(name, str):
-        raise InvalidArgument(f"dtype: got {name!r}, expected a name, for example 'float32'")
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise InvalidArgument(f"dtype: got {name!r}, expected 'auto' or one of {sorted(known)}")
+        raise bad("dtype", name, f"'auto' or one of {sorted(known)}")
     return known[name]
 
 
 def pick_precision(name: str, device: Any, dtype: Any) -> str:
-    if name not in ("highest", "medium", "auto"):
-        raise InvalidArgument(f"matmul_precision: got {name!r}, expected 'highest', 'medium' or 'auto'")
+    if not isinstance(name, str) or name not in ("highest", "medium", "auto"):
+        raise bad("matmul_precision", name, "'highest', 'medium' or 'auto'")
     applies = device.type == "cpu" and str(dtype) == "torch.float32"
     if name == "medium" and not applies:
         raise InvalidArgument(
@@ -106,3 +170,38 @@ def pick_precision(name: str, device: Any, dtype: Any) -> str:
     if name == "auto":
         return "medium" if applies and _core.multiplies_bf16() else "highest"
     return name
+
+
+def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
+    """Where the two models are: folders or hub names."""
+    expected = "a model's folder or hub name, or None for the bundled one"
+    if model is None:
+        model = assets() / "target"
+        draft = assets() / "draft" if isinstance(draft, str) and draft == "auto" else draft
+    elif not isinstance(model, str | Path):
+        raise bad("model", model, expected)
+    elif not str(model) or "\0" in str(model):
+        raise bad("model", model, expected)
+    elif isinstance(draft, str) and draft == "auto":
+        raise InvalidArgument(
+            "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, or None to decode plainly"
+        )
+    if draft is not None and (not isinstance(draft, str | Path) or not str(draft) or "\0" in str(draft)):
+        raise bad("draft", draft, "a drafter's folder or hub name, or None to decode plainly")
+    return model, draft
+
+
+def pick_costs(costs: Any) -> StepCosts | None:
+    if costs is not None and not isinstance(costs, StepCosts):
+        raise bad("costs", costs, "a StepCosts")
+    return costs
+
+
+def import_torch() -> ModuleType:
+    """torch, where what runs models is installed."""
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingPackage(f"LLM needs torch and transformers ({error}): pip install 'dflash-rs[torch]'") from error
+    return torch

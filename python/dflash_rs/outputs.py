@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
-ABORT = 5
+ERROR, ABORT = 4, 5
 
 
 @dataclass
@@ -30,16 +30,17 @@ class TokenLogprob:
 
 @dataclass
 class Output:
-    """A finished request.
+    """A finished request, or a prompt that was refused.
 
-    `text` ends before a stop string and does not show the end-of-text token; `token_ids` holds every token that was produced.
+    `prompt` is what was asked: a string as it was passed, token ids as a plain list of ints whatever they came in. `text` ends before a stop string and does not show the end-of-text token; `token_ids` holds every token that was produced.
     `finish_reason`: ``stop``, ``length``, ``abort`` or ``error`` (then `error` says why). `logprobs` is None unless asked for.
+    `request_id` is None for a prompt that was refused (``on_error="return"``); it has no tokens, and its metrics are zeros.
     `metrics`: prompt_tokens, cached_prompt_tokens, output_tokens, steps (target passes after the prefill), tau (tokens per such
     pass), accepted_per_position (share of drafted positions accepted), accept_histogram (passes by number of drafts accepted),
     ttft_s, total_s, tokens_per_s, seed.
     """
 
-    request_id: int
+    request_id: int | None
     prompt: Prompt
     text: str
     token_ids: list[int]
@@ -54,11 +55,11 @@ class StreamEvent:
     """What one step added to one request.
 
     `index` is the prompt's place in the call. `text` is the new text, `token_ids` the new tokens; the first `accepted` of them
-    were drafts. `output` comes with the last event.
+    were drafts. `output` comes with the last event. A prompt that was refused has one event, with neither tokens nor a `request_id`.
     """
 
     index: int
-    request_id: int
+    request_id: int | None
     text: str
     token_ids: list[int]
     accepted: int
@@ -70,7 +71,7 @@ class Active:
     """A request on its way."""
 
     def __init__(
-        self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer
+        self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer | None
     ):
         self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
         self.drafts = False
@@ -113,6 +114,16 @@ class Active:
             "tokens_per_s": len(self.token_ids) / total if total > 0 else 0.0,
             "seed": self.seed,
         }
+
+
+def refused(index: int, prompt: Prompt, params: Any, error: str) -> StreamEvent:
+    """The one event of a prompt that was not taken."""
+    metrics = Active(index, prompt, [], SamplingParams(), 0, None).metrics()
+    own = isinstance(params, SamplingParams)
+    metrics |= {"ttft_s": 0.0, "total_s": 0.0, "seed": params.seed if own else None}
+    logprobs: list[TokenLogprob] | None = [] if own and params.logprobs is not None else None
+    output = Output(None, prompt, "", [], REASONS[ERROR], logprobs, metrics, error)
+    return StreamEvent(index, None, "", [], 0, REASONS[ERROR], output)
 
 
 def _bump(counts: list[int], at: int) -> None:

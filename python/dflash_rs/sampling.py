@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
-from .arguments import integer
-from .errors import InvalidArgument
+from .arguments import bad, flag, integer, is_list, real
 
 MAX_LOGPROBS = 64
 # Half a character, which no text has.
@@ -24,6 +22,22 @@ MIN_TEMPERATURE = 1e-5
 _FLOAT32 = 3.4028234e38
 _TINY = 1.1754944e-38
 _SEEDS = 2**64
+
+
+class Biases(dict):
+    """Token id -> bias, unchangeable, so that parameters can be members of sets and keys of dicts."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _unchangeable(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("logit_bias of SamplingParams cannot be changed: dataclasses.replace makes other parameters")
+
+    __setitem__ = __delitem__ = __ior__ = _unchangeable
+    clear = pop = popitem = setdefault = update = _unchangeable
+
+    def __reduce__(self) -> tuple[type[Biases], tuple[dict[int, float]]]:
+        return Biases, (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class SamplingParams:
     - `logit_bias`: token id -> finite number added to its logit.
     - `logprobs`: None, or n >= 0: the log-probability of every output token under the model's own softmax (before the
       transform above), and the n likeliest tokens beside it.
+
+    Parameters never change: they can be hashed, compared, copied and pickled, and ``dataclasses.replace(params, seed=2)`` makes others.
 
     Raises InvalidArgument (a ValueError) naming the option, what was got and what was expected.
     """
@@ -61,56 +77,54 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if _real("temperature", self.temperature, 0.0, _FLOAT32) != 0 and self.temperature < MIN_TEMPERATURE:
-            raise _bad(
-                "temperature", self.temperature, f"0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
-            )
+        self._real(
+            "temperature",
+            0.0,
+            _FLOAT32,
+            f"0 (greedy) or a number in [{MIN_TEMPERATURE:g}, {_FLOAT32:g}]",
+            MIN_TEMPERATURE,
+        )
         self._integer("top_k", 0, 2**31 - 1)
-        _real("top_p", self.top_p, _TINY, 1.0)
-        _real("min_p", self.min_p, 0.0, 1.0)
+        self._real("top_p", _TINY, 1.0, "a number in (0, 1]")
+        self._real("min_p", 0.0, 1.0)
         if self.seed is not None:
             self._integer("seed", 0, _SEEDS - 1)
         self._integer("max_tokens", 1, 2**31 - 1)
-        _real("repetition_penalty", self.repetition_penalty, _TINY, _FLOAT32)
-        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        self._real("repetition_penalty", _TINY, _FLOAT32, f"a number in (0, {_FLOAT32:g}]")
+        self._real("presence_penalty", -2.0, 2.0)
+        self._real("frequency_penalty", -2.0, 2.0)
         if self.logprobs is not None:
             self._integer("logprobs", 0, MAX_LOGPROBS)
-        if not isinstance(self.ignore_eos, bool):
-            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        flag("ignore_eos", self.ignore_eos)
 
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        good = _is_list(stops) and all(isinstance(s, str) and s and not _SURROGATE.search(s) for s in stops)
+        good = is_list(stops) and all(isinstance(s, str) and s and not _SURROGATE.search(s) for s in stops)
         if not good:
-            raise _bad("stop", self.stop, "a non-empty string or a list of them")
+            raise bad("stop", self.stop, "a non-empty string or a list of them")
         object.__setattr__(self, "stop", tuple(stops))
-        if not _is_list(self.stop_token_ids):
-            raise _bad("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        if not is_list(self.stop_token_ids):
+            raise bad("stop_token_ids", self.stop_token_ids, "a list of token ids")
         stops = tuple(integer("stop_token_ids", token, 0, 2**31 - 1) for token in self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", stops)
         if not isinstance(self.logit_bias, Mapping):
-            raise _bad("logit_bias", self.logit_bias, "a mapping from token id to number")
+            raise bad("logit_bias", self.logit_bias, "a mapping from token id to number")
         biases = {
-            integer("logit_bias (token id)", token, 0, 2**31 - 1): float(
-                _real(f"logit_bias[{token}]", bias, -_FLOAT32, _FLOAT32)
+            integer("logit_bias (token id)", token, 0, 2**31 - 1): real(
+                f"logit_bias[{token}]", bias, -_FLOAT32, _FLOAT32
             )
             for token, bias in self.logit_bias.items()
         }
-        object.__setattr__(self, "logit_bias", biases)
+        if len(biases) != len(self.logit_bias):
+            raise bad("logit_bias", self.logit_bias, "each token id once")
+        object.__setattr__(self, "logit_bias", Biases(biases))
 
     def _integer(self, name: str, low: int, high: int) -> None:
         object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
 
-
-def _bad(name: str, got: Any, expected: str) -> InvalidArgument:
-    return InvalidArgument(f"{name}: got {got!r}, expected {expected}")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _real(name: str, value: Any, low: float, high: float) -> Real:
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
-        raise _bad(name, value, f"a number in [{low:g}, {high:g}]")
-    return value
+    def _real(self, name: str, low: float, high: float, expected: str | None = None, above_0: float = 0.0) -> None:
+        """Makes the option a float in `[low, high]`, at least `above_0` unless it is 0."""
+        given = getattr(self, name)
+        value = real(name, given, low, high, expected=expected)
+        if 0 < given < above_0:
+            raise bad(name, given, expected or f"0 or a number in [{above_0:g}, {high:g}]")
+        object.__setattr__(self, name, value)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 
@@ -23,6 +25,53 @@ def _byte_level_alphabet() -> dict[str, int]:
     return table
 
 
+def _byte_level(decoder: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
+    """What a byte-level decoder makes of one token, where it is the decoder."""
+    if [part["type"] for part in decoder if part["type"] != "Fuse"] != ["ByteLevel"]:
+        return None
+    alphabet = _byte_level_alphabet()
+
+    def convert(token: str) -> bytes:
+        try:
+            return bytes(alphabet[c] for c in token)
+        except KeyError:  # an added token, in characters of its own
+            return token.encode()
+
+    return convert
+
+
+def _replacing(decoder: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
+    """What a decoder makes of one token, where it replaces strings by others and hexadecimal numbers by bytes (SentencePiece).
+
+    It may take a space from the beginning of a text: here that space stays, since what is decoded continues a prompt.
+    """
+    replaced: list[tuple[str, str]] = []
+    fallback = fused = False
+    for part in decoder:
+        kind = part["type"]
+        if kind == "Metaspace" and not fused:
+            replaced.append((part.get("replacement") or "\u2581", " "))
+        elif kind == "Replace" and not fused and isinstance(part.get("pattern"), dict) and "String" in part["pattern"]:
+            replaced.append((part["pattern"]["String"], part["content"]))
+        elif kind == "ByteFallback" and not fused:
+            fallback = True
+        elif kind == "Fuse":
+            fused = True
+        elif kind != "Strip" or part.get("stop") or not fused:
+            return None
+    if not replaced and not fallback:
+        return None
+
+    def convert(token: str) -> bytes:
+        if fallback and re.fullmatch("<0x[0-9a-fA-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        for old, new in replaced:
+            token = token.replace(old, new)
+        return token.encode()
+
+    return convert
+
+
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
     """The bytes of every id below `vocab_size`: empty for special tokens and unused ids.
 
@@ -32,34 +81,21 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    decoder = json.dumps(json.loads(backend.to_str()).get("decoder") or {})
-    special = set(tokenizer.all_special_ids)
-    added = tokenizer.added_tokens_decoder
-    if "ByteLevel" in decoder:
-        alphabet = _byte_level_alphabet()
-
-        def convert(token: str) -> bytes:
-            return bytes(alphabet[c] for c in token)
-    elif "ByteFallback" in decoder or "Metaspace" in decoder:
-
-        def convert(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode()
-    else:
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    decoder = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder] if decoder else []
+    convert = _byte_level(decoder) or _replacing(decoder)
+    if convert is None:
         return None
-    table = []
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))):
-        if token is None or i in special:
-            table.append(b"")
-        elif i in added:
-            table.append(added[i].content.encode())
-        else:
-            try:
-                table.append(convert(token))
-            except (KeyError, ValueError):
-                return None
-    return table + [b""] * (vocab_size - len(table))
+    hidden = _special_tokens(tokenizer)
+    # By every id there can be: the length of a tokenizer is a count, and ids may have holes.
+    tokens = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
+    return [b"" if token is None or token in hidden else convert(token) for token in tokens]
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """Tokens that are no text: those with a role (end of text, padding) and those that only the tokenizer's file calls special."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {str(token) for token in tokenizer.all_special_tokens} | {token.content for token in added if token.special}
 
 
 class Detokenizer:
@@ -87,7 +123,13 @@ class Detokenizer:
 
     def _push_by_tokenizer(self, ids: list[int], final: bool) -> str:
         self._ids += ids
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        try:
+            whole = self._decode()
+        except (ValueError, TypeError, LookupError, OverflowError):
+            # Ids that only the model has, since its matrices are padded. Most tokenizers leave them out, some fail on them.
+            known = set(self._tokenizer.get_vocab().values())
+            self._ids = [i for i in self._ids if i in known]
+            whole = self._decode()
         if not final:
             # A trailing replacement character may still become something else, and so may a trailing space.
             whole = whole.rstrip("\ufffd")
@@ -96,3 +138,6 @@ class Detokenizer:
         new = whole[len(self.text) :]
         self.text = whole
         return new
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

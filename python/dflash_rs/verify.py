@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dflash_rs import _core
-from dflash_rs.arguments import integer
+from dflash_rs.arguments import bad, integer
 from dflash_rs.errors import InvalidArgument
 
 __all__ = ["block", "gumbel", "sample_rows", "token", "top_logprobs", "walk"]
@@ -110,9 +110,9 @@ def _unsigned(name: str, values: ArrayLike | None, rows: int | None = None) -> N
         # NumPy has no type of its own for whole numbers on both sides of 2^63.
         array = _array(values, object)
         if not all(isinstance(value, Integral) and not isinstance(value, bool) for value in array.flat):
-            raise _bad(name, values, "integers in 0..2^64-1")
+            raise bad(name, values, "integers in 0..18446744073709551615")
     if array.size and not (array.min() >= 0 and array.max() < 2**64):
-        raise _bad(name, values, "integers in 0..2^64-1")
+        raise bad(name, values, "integers in 0..18446744073709551615")
     array = np.ascontiguousarray(array, dtype=np.uint64)
     return np.repeat(array, rows) if rows is not None and np.ndim(values) == 0 else array
 
@@ -123,20 +123,15 @@ def _coins(name: str, values: ArrayLike | None) -> NDArray[np.float64] | None:
         return None
     array = _array(values)
     if array.dtype.kind not in "fiu":
-        raise _bad(name, values, "numbers in [0, 1)")
+        raise bad(name, values, "numbers in [0, 1)")
     return np.ascontiguousarray(array, dtype=np.float64)
 
 
 def _array(values: ArrayLike, dtype: type | None = None) -> NDArray[Any]:
     try:
         return np.atleast_1d(np.asarray(values, dtype))
-    except (TypeError, ValueError):  # rows of unequal length
+    except (TypeError, ValueError, OverflowError, MemoryError):  # rows of unequal length, or ranges without end
         return np.array([None])
-
-
-def _bad(name: str, got: Any, expected: str) -> InvalidArgument:
-    shown = repr(got)
-    return InvalidArgument(f"{name}: got {shown if len(shown) <= 200 else type(got).__name__}, expected {expected}")
 
 
 def sample_rows(
@@ -169,13 +164,13 @@ def sample_rows(
     """
     rows = logits.shape[0] if isinstance(logits, np.ndarray) and logits.ndim else 0
     if logit_bias is not None and not isinstance(logit_bias, Mapping):
-        raise _bad("logit_bias", logit_bias, "a mapping from token ids to numbers")
+        raise bad("logit_bias", logit_bias, "a mapping from token ids to numbers")
     return _core.sample_rows(
         logits,
         _unsigned("positions", positions),
         _unsigned("seeds", seeds, rows),
         temperature=temperature,
-        top_k=integer("top_k", top_k, 0, 2**32 - 1, expected="an integer of at least 0; 0 keeps all"),
+        top_k=integer("top_k", top_k, 0, 2**32 - 1),
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,

@@ -10,11 +10,14 @@ from .errors import CheckpointError
 
 
 def check_weights(path: str | Path, weights: Iterable[tuple[str, Any]]) -> None:
-    """Refuses values that are not finite, and matrices of nothing but zeros: such a drafter runs, and nothing it says is accepted.
+    """Refuses values that are not finite or complex, and matrices of nothing but zeros: such a drafter runs, and nothing it says is
+    accepted.
 
     `weights` are names and torch tensors. Raises CheckpointError naming the tensor.
     """
     for name, weight in weights:
+        if weight.is_complex():
+            raise CheckpointError(f"{path}: {name}: got complex numbers, expected real ones")
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             continue  # quantized: nothing to see without its scales
         if not bool(weight.isfinite().all()):

@@ -7,7 +7,7 @@
 //!
 //! A value of this type is the proof that every index in it is in range, so the kernels do not look again.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 
 /// The arrays of a step as the engine holds them.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +180,7 @@ impl AttentionBatch {
                 return bad(
                     "row_ids",
                     format!("{} at index {r}", row_ids[r]),
-                    format!("a row of page_table, below {table_rows}"),
+                    format!("a row of page_table, {}", indices(table_rows)),
                 );
             };
             let valid_from = arrays.valid_from.map_or(0, |v| v[r]);
@@ -188,7 +188,7 @@ impl AttentionBatch {
                 return bad(
                     "valid_from",
                     format!("{valid_from} at index {r}"),
-                    format!("0 to the context length {context}"),
+                    format!("0..{context} (the context length)"),
                 );
             };
             let page_start = pages.len();
@@ -267,7 +267,7 @@ pub(crate) fn checked_slots(slots: &[i64], tokens: usize, num_slots: usize) -> R
             .ok_or_else(|| Error::InvalidArgument {
                 name: "slots",
                 got: format!("{slot} at index {index}"),
-                expected: format!("0 to {num_slots} (num_slots) exclusive"),
+                expected: indices(num_slots),
             })
     };
     slots.iter().enumerate().map(check).collect()
@@ -308,7 +308,7 @@ fn checked_ancestors(bits: &[u64], words: usize, tokens: usize, requests: &[Requ
                 Some(j) => {
                     return bad(
                         format!("bit {j} for token {i}"),
-                        format!("bits 0 to {i}: parents come first"),
+                        format!("bits in 0..{i}: parents come first"),
                     );
                 }
             };

@@ -33,6 +33,8 @@ pub struct AttentionParams {
     pub mask: Mask,
     /// Sliding window `W`: a token at position `p` sees key `j` only if `p - j < W`, and for [`Mask::Block`] also `j - p < W`.
     pub window: Option<usize>,
+    /// Bound `c` on scores: `c * tanh(scale * q . k / c)` takes the place of `scale * q . k`.
+    pub softcap: Option<f32>,
 }
 
 /// The arrays of one layer. `T` packed tokens, `Hq` query heads in groups over `Hkv` key heads, `D` elements per head.
@@ -50,12 +52,14 @@ pub struct AttentionTensors<'a, E> {
     pub v_cache: RowsMut<'a, E>,
     /// `[T, Hq, D]` result.
     pub out: RowsMut<'a, E>,
+    /// `[Hq]` scores of one more key per head, which every token sees and whose value is zero. Neither scaled nor capped.
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// The kernels of a device.
 pub trait Kernels {
     /// Writes this step's K and V to the batch's slots, if it has any, and attends: for every token and head
-    /// `softmax(scale * q . K^T) V` over the keys that [`Mask`] and window leave visible.
+    /// `softmax(scale * q . K^T) V` over the keys that [`Mask`] and window leave visible, with soft cap and sinks where there are any.
     ///
     /// A row's result depends on its own query and its visible keys and values in order, bit for bit: not on the other requests, on the
     /// length of its block, on where a key lives, or on the number of threads.

@@ -66,7 +66,7 @@ pub fn top_k(log_probs: &[f32], vocab: usize, k: usize) -> Result<(Vec<TokenId>,
         });
     }
     if k == 0 || k > vocab {
-        let expected = format!("1 to vocab = {vocab}");
+        let expected = format!("1..{vocab} (vocab)");
         return Err(Error::InvalidArgument {
             name: "k",
             got: k.to_string(),

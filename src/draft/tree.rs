@@ -1,6 +1,6 @@
 //! The tree itself: flat arrays, packed ancestor masks, child lookup.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::types::TokenId;
 
 /// Marks the absence of a parent, child or sibling.
@@ -56,11 +56,18 @@ impl DraftTree {
     /// A tree built elsewhere (on a device). `tokens[0]` is the anchor and `parents[0]` is ignored; `parents[i] < i` for the rest.
     /// Siblings keep the order of their indices. Scores are zero.
     pub fn from_parents(tokens: &[TokenId], parents: &[u32]) -> Result<Self> {
-        if tokens.is_empty() || parents.len() != tokens.len() {
+        if tokens.is_empty() {
+            return Err(Error::Length {
+                name: "tokens",
+                got: 0,
+                expected: 1,
+            });
+        }
+        if parents.len() != tokens.len() {
             return Err(Error::Length {
                 name: "parents",
                 got: parents.len(),
-                expected: tokens.len().max(1),
+                expected: tokens.len(),
             });
         }
         let mut tree = Self::root(tokens[0]);
@@ -69,7 +76,7 @@ impl DraftTree {
                 return Err(Error::InvalidArgument {
                     name: "parents",
                     got: format!("{} at node {i}", parents[i]),
-                    expected: format!("a node below {i}"),
+                    expected: format!("a node before it, {}", indices(i)),
                 });
             }
             tree.push(parents[i] as usize, tokens[i], 0.0);

@@ -45,6 +45,9 @@ pub struct Admitted {
     pub draft_valid_from: u32,
 }
 
+/// Page tables beyond this are a mistake, not a plan: a gigabyte of entries.
+const MOST_ENTRIES: usize = 1 << 28;
+
 /// Pool, table and cache as one: every page movement goes through here.
 #[derive(Debug)]
 pub struct Kv {
@@ -62,7 +65,7 @@ impl Kv {
     /// the prefix cache on.
     ///
     /// # Errors
-    /// `InvalidArgument` for sizes of 0, or a cache whose slots would not fit an `i32`.
+    /// `InvalidArgument` for sizes of 0, a cache whose slots would not fit an `i32`, or page tables of more than 2^28 entries.
     pub fn new(num_pages: usize, page_size: usize, max_rows: usize, row_slots: usize, reuse: bool) -> Result<Self> {
         for (name, got) in [
             ("page_size", page_size),
@@ -70,7 +73,7 @@ impl Kv {
             ("row_slots", row_slots),
         ] {
             if got == 0 || got > i32::MAX as usize {
-                let expected = format!("1..={}", i32::MAX);
+                let expected = format!("1..{}", i32::MAX);
                 return Err(Error::InvalidArgument {
                     name,
                     got: got.to_string(),
@@ -85,9 +88,17 @@ impl Kv {
                 expected: format!("at most {} slots", i32::MAX),
             });
         }
+        let width = pages_for(row_slots, page_size);
+        if max_rows.saturating_mul(width) > MOST_ENTRIES {
+            return Err(Error::InvalidArgument {
+                name: "max_running",
+                got: format!("{max_rows} requests of up to {width} pages"),
+                expected: format!("page tables of at most {MOST_ENTRIES} entries together"),
+            });
+        }
         Ok(Self {
             pool: PagePool::new(num_pages)?,
-            table: RequestTable::new(max_rows, pages_for(row_slots, page_size), page_size),
+            table: RequestTable::new(max_rows, width, page_size),
             cache: PrefixCache::new(page_size, num_pages),
             page_size,
             reuse,
@@ -203,7 +214,7 @@ impl Kv {
         }
         let fresh = need.saturating_sub(row.pages.len());
         let mut pages = Vec::new();
-        if fresh > 0 && !self.take(fresh, &mut pages)? {
+        if !self.take(fresh, &mut pages)? {
             return Ok(None);
         }
         let returns = (!pages.is_empty()).then(|| self.pool.returns());

@@ -30,6 +30,9 @@ impl Returns {
     }
 }
 
+/// Pages beyond this are a mistake, not a plan: the lists of them would take more than a gigabyte.
+const MOST_PAGES: usize = 1 << 26;
+
 /// Reference-counted pages with a free list.
 #[derive(Debug)]
 pub struct PagePool {
@@ -42,13 +45,13 @@ impl PagePool {
     /// A pool of `num_pages` free pages, numbered from 0.
     ///
     /// # Errors
-    /// `InvalidArgument` when `num_pages` is 0 or does not fit an `i32` page table.
+    /// `InvalidArgument` when `num_pages` is 0 or more than 2^26.
     pub fn new(num_pages: usize) -> Result<Self> {
-        if num_pages == 0 || num_pages > i32::MAX as usize {
+        if num_pages == 0 || num_pages > MOST_PAGES {
             return Err(Error::InvalidArgument {
                 name: "num_pages",
                 got: num_pages.to_string(),
-                expected: format!("1..={}", i32::MAX),
+                expected: format!("1..{MOST_PAGES}"),
             });
         }
         Ok(Self {

@@ -149,7 +149,6 @@ impl PrefixCache {
         pool.retain(page)?;
         let hash = self.hash(parent, tokens);
         let id = NodeId(self.vacant.pop().unwrap_or(self.nodes.len() as u32));
-        self.clock += 1;
         let node = Node {
             parent,
             hash,
@@ -157,7 +156,7 @@ impl PrefixCache {
             tokens: tokens.into(),
             page,
             children: 0,
-            used: self.clock,
+            used: 0, // somebody holds it; counts from when the last one lets go
             draft_injected,
         };
         if id.0 as usize == self.nodes.len() {
@@ -203,13 +202,11 @@ impl PrefixCache {
         let Some(id) = self.of_page[page.0 as usize] else {
             return;
         };
-        let used = self.node(id).used;
         if owners == 2 {
+            let used = self.node(id).used;
             self.reclaimable -= 1;
             self.leaves.remove(&(used, id));
         }
-        self.clock += 1;
-        self.node_mut(id).used = self.clock;
     }
 
     /// An owner of a page left.
@@ -331,6 +328,20 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_differ_in_one_token_have_different_hashes() {
+        let cache = PrefixCache::new(16, 1);
+        let mut hashes = std::collections::HashSet::new();
+        for place in 0..16 {
+            for id in 1..500 {
+                let mut text = tokens(&[0; 16]);
+                text[place] = TokenId(id);
+                hashes.insert(cache.hash(None, &text));
+            }
+        }
+        assert_eq!(hashes.len(), 16 * 499);
+    }
+
+    #[test]
     fn texts_with_the_same_hash_are_told_apart_and_evicted_one_by_one() {
         let mut pool = PagePool::new(4).unwrap();
         let mut cache = PrefixCache::new(2, 4);
@@ -367,5 +378,38 @@ mod tests {
         }
         assert_eq!(cache.evict(9, &mut pool), Ok(2));
         assert!(cache.is_empty() && pool.num_free() == 4);
+    }
+
+    #[test]
+    fn texts_with_the_same_hash_can_be_evicted_in_any_order() {
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut pool = PagePool::new(3).unwrap();
+            let mut cache = PrefixCache::new(2, 3);
+            cache.collide = true;
+            let texts = [[1, 2], [3, 4], [5, 6]].map(|ids| tokens(&ids));
+            for text in &texts {
+                let page = pool.alloc().unwrap();
+                assert!(matches!(
+                    cache.insert(None, text, page, true, &mut pool),
+                    Ok(Inserted::Now(_))
+                ));
+            }
+            assert!(!cache.is_empty());
+            for page in order.map(PageId) {
+                let owners = pool.release(page).unwrap();
+                cache.released(page, owners);
+            }
+            let mut left = [true; 3];
+            for gone in order {
+                assert_eq!(cache.evict(1, &mut pool), Ok(1));
+                left[gone as usize] = false;
+                let found = texts.each_ref().map(|text| {
+                    let mut hits = Vec::new();
+                    cache.find(text, 1, &mut hits);
+                    !hits.is_empty()
+                });
+                assert_eq!(found, left, "{order:?}");
+            }
+        }
     }
 }

@@ -104,11 +104,6 @@ impl RequestTable {
         Ok(&self.row(key)?.pages)
     }
 
-    /// Leading pages of the row that the prefix cache holds too.
-    pub fn cached_pages(&self, key: RowKey) -> Result<usize> {
-        Ok(self.row(key)?.cached)
-    }
-
     /// Appends the KV slots of positions `first..end` to `slots`.
     ///
     /// # Errors

@@ -111,7 +111,7 @@ impl Planner {
             return Err(Error::InvalidArgument {
                 name: "tree_nodes",
                 got: nodes.to_string(),
-                expected: format!("0 to {MOST_NODES}"),
+                expected: format!("0..{MOST_NODES}"),
             });
         }
         self.nodes = NodeRates {

@@ -7,6 +7,7 @@ use numpy::{
 };
 use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes};
 
@@ -19,7 +20,7 @@ pub(super) struct Given<T>(Result<T, String>);
 impl<'py, T: FromPyObjectOwned<'py>> FromPyObject<'_, 'py> for Given<T> {
     type Error = PyErr;
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if object.is_instance_of::<PyBool>() || object.is_instance_of::<PyBytes>() {
+        if object.is_instance_of::<PyBool>() || object.is_instance_of::<PyBytes>() || is_endless(&object) {
             return Ok(Self(Err(shown(&object))));
         }
         match object.extract::<T>().map_err(Into::into) {
@@ -49,6 +50,83 @@ impl<T> Given<T> {
     /// The value.
     pub(super) fn of(self, name: &'static str, expected: &str) -> PyResult<T> {
         self.0.map_err(|got| invalid(name, got, expected))
+    }
+}
+
+/// Whether room for all entries of a list could not even be asked for: `range(2**60)` is a list of numbers, too.
+fn is_endless(object: &Bound<'_, PyAny>) -> bool {
+    const MOST: usize = 1 << 28;
+    // A length beyond what Python can count is an error, and as bad. What has none is no list.
+    object.hasattr(intern!(object.py(), "__len__")).unwrap_or(false) && object.len().map_or(true, |len| len > MOST)
+}
+
+/// A truth value, of Python's own kind.
+pub(super) struct Flag(Result<bool, String>);
+
+impl FromPyObject<'_, '_> for Flag {
+    type Error = PyErr;
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        Ok(Self(match object.cast::<PyBool>() {
+            Ok(flag) => Ok(flag.is_true()),
+            Err(_) => Err(shown(&object)),
+        }))
+    }
+}
+
+impl Flag {
+    pub(super) const TRUE: Self = Self(Ok(true));
+    pub(super) const FALSE: Self = Self(Ok(false));
+
+    /// The value.
+    pub(super) fn of(self, name: &'static str) -> PyResult<bool> {
+        self.0.map_err(|got| invalid(name, got, "True or False"))
+    }
+}
+
+// Arguments of the functions whose other arguments are addresses, as they are before anything else is looked at: `TypeError`, to
+// which PyO3 adds a note with the argument's name.
+fn plain<'py, T: FromPyObjectOwned<'py>>(object: &Bound<'py, PyAny>, expected: &str) -> PyResult<T> {
+    let given: Given<T> = object.extract()?;
+    given
+        .0
+        .map_err(|got| PyTypeError::new_err(format!("got {got}, expected {expected}")))
+}
+
+/// A size.
+pub(super) fn size(object: &Bound<'_, PyAny>) -> PyResult<usize> {
+    plain(object, &format!("an integer in 0..{}", usize::MAX))
+}
+
+/// A size, or None.
+pub(super) fn maybe_size(object: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+    if object.is_none() {
+        Ok(None)
+    } else {
+        size(object).map(Some)
+    }
+}
+
+/// Sizes.
+pub(super) fn sizes(object: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {
+    plain(object, &format!("a list of integers in 0..{}", usize::MAX))
+}
+
+/// An integer of 64 bits.
+pub(super) fn whole(object: &Bound<'_, PyAny>) -> PyResult<i64> {
+    plain(object, &format!("an integer in {}..{}", i64::MIN, i64::MAX))
+}
+
+/// A number.
+pub(super) fn number(object: &Bound<'_, PyAny>) -> PyResult<f32> {
+    plain(object, "a number")
+}
+
+/// A number, or None.
+pub(super) fn maybe_number(object: &Bound<'_, PyAny>) -> PyResult<Option<f32>> {
+    if object.is_none() {
+        Ok(None)
+    } else {
+        number(object).map(Some)
     }
 }
 
@@ -103,17 +181,13 @@ pub(super) fn describe(object: &Bound<'_, PyAny>) -> String {
     }
 }
 
-/// What an argument is, as Python writes it where that is short.
-fn shown(object: &Bound<'_, PyAny>) -> String {
-    // Longer than this, what was passed tells less than what it is.
-    const LONG: usize = 60;
-    let short = |text: &String| text.chars().count() <= LONG;
-    match object.repr() {
-        Ok(text) if !object.is_instance_of::<PyUntypedArray>() => {
-            Some(text.to_string()).filter(short).unwrap_or_else(|| describe(object))
-        }
-        _ => describe(object),
-    }
+/// What an argument is, as the messages of `dflash_rs.arguments` write it.
+pub(super) fn shown(object: &Bound<'_, PyAny>) -> String {
+    let text = || -> PyResult<String> {
+        let module = object.py().import(intern!(object.py(), "dflash_rs.arguments"))?;
+        module.call_method1(intern!(object.py(), "shown"), (object,))?.extract()
+    };
+    text().unwrap_or_else(|_| describe(object))
 }
 
 /// A C-contiguous array of this dtype and number of dimensions; `shape` names the dimensions in the message, as in `[R, g]`.

@@ -19,6 +19,7 @@ use crate::device::cuda::tensor::Extent::{Any, AtLeast, Is};
 use crate::device::cuda::tensor::{self, Checks, Dtype, VECTOR, int32};
 use crate::device::cuda::{self, Kernel, Launch};
 use crate::error::{Error, Result};
+use crate::py::arrays::{Count, maybe_number, maybe_size, number, size, whole};
 use crate::py::errors::invalid;
 
 static PROBE: Kernel = Kernel::new(c"probe");
@@ -282,14 +283,14 @@ pub(super) fn cuda_prepare_block(
     anchors: Tensor,
     page_table: Tensor,
     row_ids: Tensor,
-    page_size: usize,
+    #[pyo3(from_py_with = size)] page_size: usize,
     token_ids: Tensor,
     positions: Tensor,
-    stream: usize,
+    #[pyo3(from_py_with = size)] stream: usize,
     slots: Option<Tensor>,
     drafts: Option<Tensor>,
     depths: Option<Tensor>,
-    mask_token: i64,
+    #[pyo3(from_py_with = whole)] mask_token: i64,
 ) -> PyResult<()> {
     let (r, tokens) = (requests(&query_starts)?, token_ids.extent(0));
     if mask_token < 0 {
@@ -328,8 +329,8 @@ pub(super) fn cuda_kv_inject(
     k_caches: Tensor,
     v_caches: Tensor,
     cache: Tensor,
-    eps: f32,
-    stream: usize,
+    #[pyo3(from_py_with = number)] eps: f32,
+    #[pyo3(from_py_with = size)] stream: usize,
     rows: Option<Tensor>,
 ) -> PyResult<()> {
     let (layers, heads, dim) = (kv.extent(1), kv.extent(3), kv.extent(4));
@@ -402,7 +403,7 @@ pub(super) fn cuda_kv_inject(
 #[pyfunction]
 #[pyo3(signature = (*, q, k, v, k_cache, v_cache, out, query_starts, context_lens, page_table, row_ids, page_size, max_block_len, max_keys,
                     scale, stream, mask="causal", window=None, valid_from=None, slots=None, ancestors=None, partial_out=None,
-                    partial_stats=None, num_splits=1, split_keys=512))]
+                    partial_stats=None, num_splits=1, split_keys=512, softcap=None, sinks=None))]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_block_attention(
     q: Tensor,
@@ -415,20 +416,22 @@ pub(super) fn cuda_block_attention(
     context_lens: Tensor,
     page_table: Tensor,
     row_ids: Tensor,
-    page_size: usize,
-    max_block_len: usize,
-    max_keys: usize,
-    scale: f32,
-    stream: usize,
+    #[pyo3(from_py_with = size)] page_size: usize,
+    #[pyo3(from_py_with = size)] max_block_len: usize,
+    #[pyo3(from_py_with = size)] max_keys: usize,
+    #[pyo3(from_py_with = number)] scale: f32,
+    #[pyo3(from_py_with = size)] stream: usize,
     mask: &str,
-    window: Option<usize>,
+    #[pyo3(from_py_with = maybe_size)] window: Option<usize>,
     valid_from: Option<Tensor>,
     slots: Option<Tensor>,
     ancestors: Option<Tensor>,
     partial_out: Option<Tensor>,
     partial_stats: Option<Tensor>,
-    num_splits: usize,
-    split_keys: usize,
+    #[pyo3(from_py_with = size)] num_splits: usize,
+    #[pyo3(from_py_with = size)] split_keys: usize,
+    #[pyo3(from_py_with = maybe_number)] softcap: Option<f32>,
+    sinks: Option<Tensor>,
 ) -> PyResult<()> {
     let r = requests(&query_starts)?;
     let (tokens, heads, dim) = (q.extent(0), q.extent(1), q.extent(2));
@@ -444,7 +447,7 @@ pub(super) fn cuda_block_attention(
         return Err(invalid(
             "q",
             format!("{heads} heads over {kv_heads} key heads"),
-            "1 to 64 query heads for every key head",
+            "1..64 query heads for every key head",
         ));
     }
     if !scale.is_finite() {
@@ -452,6 +455,11 @@ pub(super) fn cuda_block_attention(
     }
     if window == Some(0) {
         return Err(invalid("window", "0", "at least 1, or None"));
+    }
+    if let Some(softcap) = softcap
+        && !(softcap.is_finite() && softcap > 0.0)
+    {
+        return Err(invalid("softcap", softcap.to_string(), "a positive number, or None"));
     }
     if max_block_len > tokens {
         return Err(invalid(
@@ -468,7 +476,7 @@ pub(super) fn cuda_block_attention(
         return Err(invalid(
             "num_splits",
             num_splits.to_string(),
-            format!("{needed} to 65535: {split_keys} keys each for requests of up to {max_keys} keys"),
+            format!("{needed}..65535: {split_keys} keys each for requests of up to {max_keys} keys"),
         ));
     }
     if (mode == Mask::Ancestors) != ancestors.is_some() {
@@ -544,6 +552,7 @@ pub(super) fn cuda_block_attention(
             &[AtLeast(num_splits), Is(tokens), Is(heads), Is(2)],
             Write,
         )?,
+        sinks: call.optional("sinks", sinks.as_ref(), Dtype::F32, &[Is(heads)], Read)?,
         table: call.table(&page_table, &row_ids, r, page_size)?,
         q_stride,
         k_stride,
@@ -562,7 +571,7 @@ pub(super) fn cuda_block_attention(
         mask_words: int32("ancestors", words)?,
         window: int32("window", window.unwrap_or(0))?,
         scale,
-        reserved: 0,
+        softcap: softcap.unwrap_or(0.0),
     };
     int32("query_starts", r.saturating_mul(kv_heads))?;
     call.finish()?;
@@ -582,8 +591,9 @@ pub(super) fn cuda_block_attention(
 
 /// Bytes of scratch that `cuda_sample_rows` needs.
 #[pyfunction]
-pub(super) fn cuda_sample_scratch(rows: u64, vocab: u64) -> u64 {
-    SampleRowsParams::scratch_bytes(rows, vocab)
+pub(super) fn cuda_sample_scratch(rows: Count, vocab: Count) -> PyResult<u64> {
+    let (rows, vocab): (u32, u32) = (rows.count("rows")?, vocab.count("vocab")?);
+    Ok(SampleRowsParams::scratch_bytes(rows.into(), vocab.into()))
 }
 
 /// The target's own token of every row.
@@ -604,7 +614,7 @@ pub(super) fn cuda_sample_rows(
     tokens: Tensor,
     status: Tensor,
     scratch: Tensor,
-    stream: usize,
+    #[pyo3(from_py_with = size)] stream: usize,
     row_tokens: Option<Tensor>,
     parents: Option<Tensor>,
     logprobs: Option<Tensor>,
@@ -698,14 +708,14 @@ pub(super) fn cuda_accept(
     sampled: Tensor,
     page_table: Tensor,
     row_ids: Tensor,
-    page_size: usize,
+    #[pyo3(from_py_with = size)] page_size: usize,
     accepted: Tensor,
     out_tokens: Tensor,
     out_lens: Tensor,
     new_context_lens: Tensor,
     next_anchors: Tensor,
-    max_nodes: usize,
-    stream: usize,
+    #[pyo3(from_py_with = size)] max_nodes: usize,
+    #[pyo3(from_py_with = size)] stream: usize,
     logit_starts: Option<Tensor>,
     node_counts: Option<Tensor>,
     parents: Option<Tensor>,
@@ -767,7 +777,7 @@ pub(super) fn cuda_tree_top_k(
     values: Tensor,
     tokens: Tensor,
     log_probs: Tensor,
-    stream: usize,
+    #[pyo3(from_py_with = size)] stream: usize,
     normalise: bool,
 ) -> PyResult<()> {
     let (rows, vocab, k) = (values.extent(0), values.extent(1), tokens.extent(1));
@@ -808,7 +818,7 @@ pub(super) fn cuda_tree_build(
     parents: Tensor,
     depths: Tensor,
     counts: Tensor,
-    stream: usize,
+    #[pyo3(from_py_with = size)] stream: usize,
     budgets: Option<Tensor>,
     scores: Option<Tensor>,
     first_child: Option<Tensor>,
@@ -866,8 +876,8 @@ pub(super) fn cuda_compact_kv(
     cache: Tensor,
     page_table: Tensor,
     row_ids: Tensor,
-    page_size: usize,
-    stream: usize,
+    #[pyo3(from_py_with = size)] page_size: usize,
+    #[pyo3(from_py_with = size)] stream: usize,
 ) -> PyResult<()> {
     let (r, layers) = (path.extent(0), k_caches.extent(0));
     let (heads, dim) = (cache.extent(1), cache.extent(2));

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
+use super::arrays::{maybe_size, number, size, sizes};
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
 use crate::device::host::decoder::{
     Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, candidates,
@@ -98,12 +99,12 @@ impl HostDecoder {
         mlp_norm: PyReadonlyArray1<'_, f32>,
         gate_up: &PackedWeight,
         down: &PackedWeight,
-        heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        scale: f32,
+        #[pyo3(from_py_with = size)] heads: usize,
+        #[pyo3(from_py_with = size)] kv_heads: usize,
+        #[pyo3(from_py_with = size)] head_dim: usize,
+        #[pyo3(from_py_with = number)] scale: f32,
         mask: &str,
-        window: Option<usize>,
+        #[pyo3(from_py_with = maybe_size)] window: Option<usize>,
         query_norm: Option<PyReadonlyArray1<'_, f32>>,
         key_norm: Option<PyReadonlyArray1<'_, f32>>,
     ) -> PyResult<()> {
@@ -125,6 +126,7 @@ impl HostDecoder {
             scale,
             mask: mask_named(mask)?,
             window,
+            softcap: None,
         };
         let shape = LayerShape {
             heads,
@@ -150,9 +152,9 @@ impl HostDecoder {
         caches: Caches,
         logit_rows: PyReadonlyArray1<'_, i64>,
         logits: Pointer,
-        taps: Vec<usize>,
+        #[pyo3(from_py_with = sizes)] taps: Vec<usize>,
         features: Option<Pointer>,
-        threads: usize,
+        #[pyo3(from_py_with = size)] threads: usize,
     ) -> PyResult<()> {
         let batch = &batch.get().0;
         let hidden = self.decoder.hidden();
@@ -202,10 +204,10 @@ impl HostDecoder {
         embedding: (Pointer, usize),
         rotary: (Pointer, usize),
         caches: Caches,
-        block: usize,
-        never: Option<usize>,
-        k: usize,
-        threads: usize,
+        #[pyo3(from_py_with = size)] block: usize,
+        #[pyo3(from_py_with = maybe_size)] never: Option<usize>,
+        #[pyo3(from_py_with = size)] k: usize,
+        #[pyo3(from_py_with = size)] threads: usize,
     ) -> PyResult<Drafts<'py>> {
         let batch = &batch.get().0;
         if block < 2 || !batch.tokens().is_multiple_of(block) {
@@ -214,7 +216,7 @@ impl HostDecoder {
         }
         let vocabulary = self.head.weight.outputs();
         if k == 0 || k > vocabulary {
-            return Err(unknown("k", &k.to_string(), &format!("1 to {vocabulary}")));
+            return Err(unknown("k", &k.to_string(), &format!("1..{vocabulary}")));
         }
         let kernels = kernels(threads)?;
         let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
@@ -290,9 +292,9 @@ impl HostInjector {
         norm: PyReadonlyArray1<'_, f32>,
         key_values: &PackedWeight,
         key_norms: Vec<PyReadonlyArray1<'_, f32>>,
-        kv_heads: usize,
-        head_dim: usize,
-        eps: f32,
+        #[pyo3(from_py_with = size)] kv_heads: usize,
+        #[pyo3(from_py_with = size)] head_dim: usize,
+        #[pyo3(from_py_with = number)] eps: f32,
     ) -> PyResult<Self> {
         let key_norms = key_norms.iter().map(|norm| floats("key_norms", norm));
         let injector = Injector {
@@ -315,14 +317,14 @@ impl HostInjector {
         &self,
         py: Python<'_>,
         features: Pointer,
-        feature_rows: usize,
+        #[pyo3(from_py_with = size)] feature_rows: usize,
         rows: PyReadonlyArray1<'_, i64>,
         positions: PyReadonlyArray1<'_, i64>,
         slots: PyReadonlyArray1<'_, i64>,
         rotary: (Pointer, usize),
         caches: Caches,
-        num_slots: usize,
-        threads: usize,
+        #[pyo3(from_py_with = size)] num_slots: usize,
+        #[pyo3(from_py_with = size)] threads: usize,
     ) -> PyResult<()> {
         let injector = &self.0;
         let kernels = kernels(threads)?;

@@ -4,18 +4,21 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use numpy::ndarray::Dimension;
-use numpy::{Element, PyArray1, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::ndarray::{Dimension, Ix1, Ix2};
+use numpy::{Element, PyArray1, PyArray2, PyReadonlyArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::draft::DraftTree;
+use crate::py::arrays::{Count, Flag, Given, array, shaped};
 use crate::py::buffers::{table_view, view};
-use crate::py::errors::{invalid, token_ids};
+use crate::py::errors::{invalid, parent_ids, token_ids};
 use crate::schedule::{Config, Params, Vocabulary};
 use crate::step;
 use crate::types::{RequestId, TokenId};
 use crate::verify::Sampling;
+
+const TOKENS: &str = "a list of nothing but token ids";
 
 /// Continuous batching with speculative blocks over one KV pool.
 #[pyclass(frozen, module = "dflash_rs._core")]
@@ -49,16 +52,23 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn contiguous<'a, T: Element, D: Dimension>(
+type MaybeArray<'py, T, D> = Option<PyReadonlyArray<'py, T, D>>;
+
+fn maybe<'py, T: Element, D: Dimension>(
     name: &'static str,
-    array: Option<&'a PyReadonlyArray<'_, T, D>>,
-) -> PyResult<&'a [T]> {
-    let Some(array) = array else {
-        return Ok(&[]);
-    };
-    array
-        .as_slice()
-        .map_err(|_| invalid(name, "a strided array", "a C-contiguous array"))
+    object: Option<&Bound<'py, PyAny>>,
+    shape: &str,
+) -> PyResult<MaybeArray<'py, T, D>> {
+    object.map(|object| array(name, object, shape)).transpose()
+}
+
+/// The elements of an array that was checked to be contiguous; none where there is no array.
+fn elements<'a, T: Element, D: Dimension>(array: Option<&'a PyReadonlyArray<'_, T, D>>) -> PyResult<&'a [T]> {
+    Ok(array.map(|array| array.as_slice()).transpose()?.unwrap_or_default())
+}
+
+fn plan_given<'py>(plan: Given<Bound<'py, StepPlan>>) -> PyResult<Bound<'py, StepPlan>> {
+    plan.of("plan", "a StepPlan")
 }
 
 // Locks and the GIL, the one rule: whoever holds a lock never waits for the GIL, which anything that makes a Python object
@@ -75,35 +85,41 @@ impl Engine {
 impl Engine {
     #[new]
     #[pyo3(signature = (
-        *, num_pages, vocab_size, page_size = 16, max_running = 16, max_context = 2048, block_size = 8,
-        max_batch_tokens = 2048, eos_ids = Vec::new(), prefix_cache = true, depth = 0, vocabulary = None,
-    ))]
+        *, num_pages, vocab_size, page_size = Count::new(16), max_running = Count::new(16), max_context = Count::new(2048),
+        block_size = Count::new(8), max_batch_tokens = Count::new(2048), eos_ids = Given::new(Vec::new()), prefix_cache = Flag::TRUE,
+        depth = Count::ZERO, vocabulary = None,
+    ), text_signature = "(*, num_pages, vocab_size, page_size=16, max_running=16, max_context=2048, block_size=8, \
+        max_batch_tokens=2048, eos_ids=[], prefix_cache=True, depth=0, vocabulary=None)")]
     #[allow(clippy::too_many_arguments)]
     fn new(
-        num_pages: usize,
-        vocab_size: usize,
-        page_size: usize,
-        max_running: usize,
-        max_context: usize,
-        block_size: usize,
-        max_batch_tokens: usize,
-        eos_ids: Vec<i64>,
-        prefix_cache: bool,
-        depth: usize,
-        vocabulary: Option<Vec<Bound<'_, PyBytes>>>,
+        num_pages: Count,
+        vocab_size: Count,
+        page_size: Count,
+        max_running: Count,
+        max_context: Count,
+        block_size: Count,
+        max_batch_tokens: Count,
+        eos_ids: Given<Vec<i64>>,
+        prefix_cache: Flag,
+        depth: Count,
+        vocabulary: Option<Given<Vec<Bound<'_, PyBytes>>>>,
     ) -> PyResult<Self> {
+        let vocab_size = vocab_size.count("vocab_size")?;
         let config = Config {
-            num_pages,
-            page_size,
-            max_running,
-            max_context,
-            block_size,
-            max_batch_tokens,
+            num_pages: num_pages.count("num_pages")?,
+            page_size: page_size.count("page_size")?,
+            max_running: max_running.count("max_running")?,
+            max_context: max_context.count("max_context")?,
+            block_size: block_size.count("block_size")?,
+            max_batch_tokens: max_batch_tokens.count("max_batch_tokens")?,
             vocab_size,
-            eos_ids: token_ids("eos_ids", &eos_ids)?,
-            prefix_cache,
-            depth,
+            eos_ids: token_ids("eos_ids", &eos_ids.of("eos_ids", TOKENS)?)?,
+            prefix_cache: prefix_cache.of("prefix_cache")?,
+            depth: depth.count("depth")?,
         };
+        let vocabulary = vocabulary
+            .map(|tokens| tokens.of("vocabulary", "a list of the bytes of each token, or None"))
+            .transpose()?;
         let vocabulary = vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
         let engine = step::Engine::new(config, vocabulary.transpose()?)?;
         let table = engine.scheduler().kv().table();
@@ -118,92 +134,94 @@ impl Engine {
 
     /// Queues a request and returns its number.
     #[pyo3(signature = (
-        prompt, *, max_tokens = 16, temperature = 1.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0,
-        presence_penalty = 0.0, frequency_penalty = 0.0, logit_bias = None, seed = 0, stop_token_ids = Vec::new(),
-        stop = Vec::new(), ignore_eos = false, logprobs = None, draft = true,
-    ))]
+        prompt, *, max_tokens = Count::new(16), temperature = Given::new(1.0), top_k = Count::ZERO, top_p = Given::new(1.0),
+        min_p = Given::new(0.0), repetition_penalty = Given::new(1.0), presence_penalty = Given::new(0.0),
+        frequency_penalty = Given::new(0.0), logit_bias = None, seed = Count::ZERO, stop_token_ids = Given::new(Vec::new()),
+        stop = Given::new(Vec::new()), ignore_eos = Flag::FALSE, logprobs = None, draft = Flag::TRUE,
+    ), text_signature = "($self, prompt, *, max_tokens=16, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, \
+        presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, seed=0, stop_token_ids=[], stop=[], ignore_eos=False, \
+        logprobs=None, draft=True)")]
     #[allow(clippy::too_many_arguments)]
     fn add(
         &self,
         py: Python<'_>,
-        prompt: Vec<i64>,
-        max_tokens: u32,
-        temperature: f32,
-        top_k: u32,
-        top_p: f32,
-        min_p: f32,
-        repetition_penalty: f32,
-        presence_penalty: f32,
-        frequency_penalty: f32,
-        logit_bias: Option<HashMap<i64, f32>>,
-        seed: u64,
-        stop_token_ids: Vec<i64>,
-        stop: Vec<Vec<u8>>,
-        ignore_eos: bool,
-        logprobs: Option<u32>,
-        draft: bool,
+        prompt: Given<Vec<i64>>,
+        max_tokens: Count,
+        temperature: Given<f32>,
+        top_k: Count,
+        top_p: Given<f32>,
+        min_p: Given<f32>,
+        repetition_penalty: Given<f32>,
+        presence_penalty: Given<f32>,
+        frequency_penalty: Given<f32>,
+        logit_bias: Option<Given<HashMap<i64, f32>>>,
+        seed: Count,
+        stop_token_ids: Given<Vec<i64>>,
+        stop: Given<Vec<Vec<u8>>>,
+        ignore_eos: Flag,
+        logprobs: Option<Count>,
+        draft: Flag,
     ) -> PyResult<u64> {
+        const NUMBER: &str = "a number";
         let mut bias: Vec<(TokenId, f32)> = Vec::new();
-        for (id, value) in logit_bias.unwrap_or_default() {
+        let biases = logit_bias
+            .map(|biases| biases.of("logit_bias", "a dict from tokens to numbers, or None"))
+            .transpose()?;
+        for (id, value) in biases.unwrap_or_default() {
             bias.push((token_ids("logit_bias", &[id])?[0], value));
         }
         bias.sort_unstable_by_key(|&(token, _)| token);
         let params = Params {
             sampling: Sampling {
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty,
-                presence_penalty,
-                frequency_penalty,
+                temperature: temperature.of("temperature", NUMBER)?,
+                top_k: top_k.count("top_k")?,
+                top_p: top_p.of("top_p", NUMBER)?,
+                min_p: min_p.of("min_p", NUMBER)?,
+                repetition_penalty: repetition_penalty.of("repetition_penalty", NUMBER)?,
+                presence_penalty: presence_penalty.of("presence_penalty", NUMBER)?,
+                frequency_penalty: frequency_penalty.of("frequency_penalty", NUMBER)?,
                 logit_bias: bias,
-                seed,
+                seed: seed.count("seed")?,
             },
-            max_tokens,
-            stop_ids: token_ids("stop_token_ids", &stop_token_ids)?,
-            stop_strings: stop,
-            ignore_eos,
-            logprobs,
-            draft,
+            max_tokens: max_tokens.count("max_tokens")?,
+            stop_ids: token_ids("stop_token_ids", &stop_token_ids.of("stop_token_ids", TOKENS)?)?,
+            stop_strings: stop.of("stop", "a list of bytes")?,
+            ignore_eos: ignore_eos.of("ignore_eos")?,
+            logprobs: logprobs.map(|logprobs| logprobs.count("logprobs")).transpose()?,
+            draft: draft.of("draft")?,
         };
-        let prompt = token_ids("prompt", &prompt)?;
+        let prompt = token_ids("prompt", &prompt.of("prompt", TOKENS)?)?;
         Ok(self.with(py, |engine| engine.add(prompt, params))?.0)
     }
 
     /// Ends a request wherever it is; there is no event for it. `False`: it had ended already.
-    fn abort(&self, py: Python<'_>, request_id: u64) -> PyResult<bool> {
+    fn abort(&self, py: Python<'_>, request_id: Count) -> PyResult<bool> {
+        let request_id = request_id.count("request_id")?;
         Ok(self.with(py, |engine| engine.abort(RequestId(request_id)))?)
     }
 
     /// Launches the next step with blocks of at most `max_block` tokens (default: `block_size`); `None` when nothing
     /// can run.
     #[pyo3(signature = (max_block = None))]
-    fn plan(&self, py: Python<'_>, max_block: Option<usize>) -> PyResult<Option<StepPlan>> {
+    fn plan(&self, py: Python<'_>, max_block: Option<Count>) -> PyResult<Option<StepPlan>> {
+        let max_block = max_block.map(|most| most.count("max_block")).transpose()?;
         let plan = self.with(py, |engine| engine.plan(max_block.unwrap_or(usize::MAX)))?;
         Ok(plan.map(|plan| StepPlan { plan: Mutex::new(plan) }))
     }
 
     /// Draws the target's tokens from `logits` (f32 `[N, vocab_size]`, C-contiguous) and walks the drafts.
-    fn accept(&self, py: Python<'_>, plan: &StepPlan, logits: PyReadonlyArray2<'_, f32>) -> PyResult<Accepted> {
-        let got = format!("shape {:?}", logits.shape());
+    fn accept<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        logits: &Bound<'py, PyAny>,
+    ) -> PyResult<Accepted> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        let logits = array::<f32, Ix2>("logits", logits, "[N, vocab_size]")?;
         let rows = locked(&plan.plan).arrays().logit_rows.len();
-        let expected = [rows, self.vocab_size];
-        if logits.shape() != expected || !logits.is_c_contiguous() {
-            let got = if logits.is_c_contiguous() {
-                got
-            } else {
-                got + ", not C-contiguous"
-            };
-            return Err(invalid(
-                "logits",
-                got,
-                format!("a C-contiguous f32 array of shape {expected:?} [N, vocab_size]"),
-            ));
-        }
-        let logits = logits
-            .as_slice()
-            .map_err(|_| invalid("logits", "a strided array", "a C-contiguous array"))?;
+        shaped("logits", logits.shape(), &[rows, self.vocab_size], "[N, vocab_size]")?;
+        let logits = logits.as_slice()?;
         let accepted = self.with(py, |engine| engine.accept(&locked(&plan.plan), logits))?;
         Ok(Accepted { accepted })
     }
@@ -212,24 +230,31 @@ impl Engine {
     /// `top_logprobs` f32 `[N, k]` or `None`.
     #[pyo3(signature = (plan, sampled, logprobs = None, *, status = None, top_tokens = None, top_logprobs = None))]
     #[allow(clippy::too_many_arguments, reason = "what a device returns, by keyword")]
-    fn accept_sampled(
+    fn accept_sampled<'py>(
         &self,
-        py: Python<'_>,
-        plan: &StepPlan,
-        sampled: PyReadonlyArray1<'_, i64>,
-        logprobs: Option<PyReadonlyArray1<'_, f32>>,
-        status: Option<PyReadonlyArray1<'_, i32>>,
-        top_tokens: Option<PyReadonlyArray2<'_, i64>>,
-        top_logprobs: Option<PyReadonlyArray2<'_, f32>>,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        sampled: &Bound<'py, PyAny>,
+        logprobs: Option<&Bound<'py, PyAny>>,
+        status: Option<&Bound<'py, PyAny>>,
+        top_tokens: Option<&Bound<'py, PyAny>>,
+        top_logprobs: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Accepted> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        let sampled = array::<i64, Ix1>("sampled", sampled, "[N]")?;
+        let logprobs = maybe::<f32, Ix1>("logprobs", logprobs, "[N]")?;
+        let status = maybe::<i32, Ix1>("status", status, "[N]")?;
+        let top_tokens = maybe::<i64, Ix2>("top_tokens", top_tokens, "[N, k]")?;
+        let top_logprobs = maybe::<f32, Ix2>("top_logprobs", top_logprobs, "[N, k]")?;
         let top_count = top_tokens.as_ref().map_or(0, |array| array.shape()[1]);
         let drawn = step::DrawnRows {
-            tokens: contiguous("sampled", Some(&sampled))?,
-            logprobs: contiguous("logprobs", logprobs.as_ref())?,
-            status: contiguous("status", status.as_ref())?,
+            tokens: elements(Some(&sampled))?,
+            logprobs: elements(logprobs.as_ref())?,
+            status: elements(status.as_ref())?,
             top_count,
-            top_tokens: contiguous("top_tokens", top_tokens.as_ref())?,
-            top_logprobs: contiguous("top_logprobs", top_logprobs.as_ref())?,
+            top_tokens: elements(top_tokens.as_ref())?,
+            top_logprobs: elements(top_logprobs.as_ref())?,
         };
         let accepted = self.with(py, |engine| engine.accept_drawn(&locked(&plan.plan), &drawn))?;
         Ok(Accepted { accepted })
@@ -237,14 +262,28 @@ impl Engine {
 
     /// What penalties count, of the rows that have any: starts i32 `[R + 1]`, tokens i32 (ascending within a row), occurrences in the
     /// output i32.
-    fn histories<'py>(&self, py: Python<'py>, plan: &StepPlan) -> PyResult<[Bound<'py, PyArray1<i32>>; 3]> {
+    fn histories<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+    ) -> PyResult<[Bound<'py, PyArray1<i32>>; 3]> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
         let found = self.with(py, |engine| engine.histories(&locked(&plan.plan)))?;
         Ok([found.starts, found.tokens, found.counts].map(|values| PyArray1::from_vec(py, values)))
     }
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.
-    #[pyo3(signature = (plan, accepted, injected = true))]
-    fn commit(&self, py: Python<'_>, plan: &StepPlan, accepted: &Accepted, injected: bool) -> PyResult<Events> {
+    #[pyo3(signature = (plan, accepted, injected = Flag::TRUE), text_signature = "($self, plan, accepted, injected=True)")]
+    fn commit<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        accepted: Given<Bound<'py, Accepted>>,
+        injected: Flag,
+    ) -> PyResult<Events> {
+        let (plan, accepted) = (plan_given(plan)?, accepted.of("accepted", "an Accepted")?);
+        let (plan, accepted, injected) = (plan.get(), accepted.get(), injected.of("injected")?);
         let events = self.with(py, |engine| {
             engine.commit(&mut locked(&plan.plan), &accepted.accepted, injected)
         })?;
@@ -252,7 +291,9 @@ impl Engine {
     }
 
     /// Calls a step off: its requests go on from their last resolved token. `False`: it was closed already.
-    fn cancel(&self, py: Python<'_>, plan: &StepPlan) -> PyResult<bool> {
+    fn cancel<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<bool> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
         Ok(self.with(py, |engine| engine.cancel(&mut locked(&plan.plan)))?)
     }
 
@@ -263,7 +304,8 @@ impl Engine {
 
     /// Frees up to `count` cached pages that no request holds (default: all); returns how many.
     #[pyo3(signature = (count = None))]
-    fn evict(&self, py: Python<'_>, count: Option<usize>) -> PyResult<usize> {
+    fn evict(&self, py: Python<'_>, count: Option<Count>) -> PyResult<usize> {
+        let count = count.map(|count| count.count("count")).transpose()?;
         Ok(self.with(py, |engine| engine.evict(count.unwrap_or(usize::MAX)))?)
     }
 
@@ -373,30 +415,21 @@ impl Accepted {
 }
 
 /// Trees from rows of padded arrays; the parent of a first node is not looked at.
-fn trees(
-    tokens: &PyReadonlyArray2<'_, i64>,
-    parents: &PyReadonlyArray2<'_, i32>,
-    counts: &PyReadonlyArray1<'_, i32>,
-) -> PyResult<Vec<DraftTree>> {
+fn trees(tokens: &Bound<'_, PyAny>, parents: &Bound<'_, PyAny>, counts: &Bound<'_, PyAny>) -> PyResult<Vec<DraftTree>> {
+    let tokens = array::<i64, Ix2>("tokens", tokens, "[R, n]")?;
+    let parents = array::<i32, Ix2>("parents", parents, "[R, n]")?;
+    let counts = array::<i32, Ix1>("counts", counts, "[R]")?;
     let [rows, width] = [tokens.shape()[0], tokens.shape()[1]];
-    if parents.shape() != tokens.shape() {
-        let expected = format!("[{rows}, {width}], that of tokens");
-        return Err(invalid("parents", format!("shape {:?}", parents.shape()), expected));
-    }
-    let all_tokens = contiguous("tokens", Some(tokens))?;
-    let all_parents = contiguous("parents", Some(parents))?;
-    let counts = contiguous("counts", Some(counts))?;
-    if counts.len() != rows {
-        let expected = format!("{rows}, one per row of tokens");
-        return Err(invalid("counts", counts.len().to_string(), expected));
-    }
+    shaped("parents", parents.shape(), tokens.shape(), "[R, n], that of tokens")?;
+    shaped("counts", counts.shape(), &[rows], "[R], one per row of tokens")?;
+    let (all_tokens, all_parents, counts) = (tokens.as_slice()?, parents.as_slice()?, counts.as_slice()?);
     let tree = |(row, &count): (usize, &i32)| {
         let nodes = usize::try_from(count).ok().filter(|nodes| (1..=width).contains(nodes));
         let Some(nodes) = nodes else {
-            return Err(invalid("counts", count.to_string(), format!("1 to {width}")));
+            return Err(invalid("counts", count.to_string(), format!("1..{width}")));
         };
         let (first, end) = (row * width, row * width + nodes);
-        let parents: Vec<u32> = all_parents[first..end].iter().map(|&parent| parent as u32).collect();
+        let parents = parent_ids(&all_parents[first..end])?;
         Ok(DraftTree::from_parents(
             &token_ids("tokens", &all_tokens[first..end])?,
             &parents,
@@ -417,22 +450,23 @@ macro_rules! plan_arrays {
             }
 
             /// Fills in the drafts, i64 `[len(draft_rows), >= longest block - 1]`.
-            fn set_drafts(&self, drafts: PyReadonlyArray2<'_, i64>) -> PyResult<()> {
+            fn set_drafts(&self, drafts: &Bound<'_, PyAny>) -> PyResult<()> {
+                let drafts = array::<i64, Ix2>("drafts", drafts, "[len(draft_rows), columns]")?;
                 let [rows, width] = [drafts.shape()[0], drafts.shape()[1]];
                 let expected = locked(&self.plan).arrays().draft_rows.len();
                 if rows != expected {
                     let expected = format!("{expected} rows, one per entry of draft_rows");
                     return Err(invalid("drafts", format!("shape {:?}", drafts.shape()), expected));
                 }
-                let drafts =
-                    drafts.as_slice().map_err(|_| invalid("drafts", "a strided array", "a C-contiguous i64 array"))?;
+                let drafts = drafts.as_slice()?;
                 let outcome = locked(&self.plan).set_drafts(drafts, width);
                 Ok(outcome?)
             }
 
             /// Verifies only the first `keep[i]` drafts of row `draft_rows[i]`, i32. Read the arrays again afterwards.
-            fn narrow(&self, keep: PyReadonlyArray1<'_, i32>) -> PyResult<()> {
-                let keep = keep.as_slice().map_err(|_| invalid("keep", "a strided array", "a C-contiguous i32 array"))?;
+            fn narrow(&self, keep: &Bound<'_, PyAny>) -> PyResult<()> {
+                let keep = array::<i32, Ix1>("keep", keep, "[len(draft_rows)]")?;
+                let keep = keep.as_slice()?;
                 let outcome = locked(&self.plan).narrow(keep);
                 Ok(outcome?)
             }
@@ -441,11 +475,11 @@ macro_rules! plan_arrays {
             /// first, parents before children. Read the arrays again afterwards.
             fn set_trees(
                 &self,
-                tokens: PyReadonlyArray2<'_, i64>,
-                parents: PyReadonlyArray2<'_, i32>,
-                counts: PyReadonlyArray1<'_, i32>,
+                tokens: &Bound<'_, PyAny>,
+                parents: &Bound<'_, PyAny>,
+                counts: &Bound<'_, PyAny>,
             ) -> PyResult<()> {
-                let trees = trees(&tokens, &parents, &counts)?;
+                let trees = trees(tokens, parents, counts)?;
                 let outcome = locked(&self.plan).set_trees(&trees);
                 Ok(outcome?)
             }

@@ -4,7 +4,8 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
-use crate::error::Error;
+use crate::draft::NO_NODE;
+use crate::error::{Error, indices};
 
 struct Classes {
     base: Py<PyType>,
@@ -59,13 +60,26 @@ pub(super) fn invalid(name: &'static str, got: impl Into<String>, expected: impl
     .into()
 }
 
+/// Parents of a tree's nodes; that of the first one, the anchor, is not looked at.
+pub(super) fn parent_ids(parents: &[i32]) -> PyResult<Vec<u32>> {
+    let parent = |(node, &parent): (usize, &i32)| match u32::try_from(parent) {
+        Ok(parent) => Ok(parent),
+        Err(_) if node == 0 => Ok(NO_NODE),
+        Err(_) => {
+            let expected = format!("a node before it, {}", indices(node));
+            Err(invalid("parents", format!("{parent} at node {node}"), expected))
+        }
+    };
+    parents.iter().enumerate().map(parent).collect()
+}
+
 /// A small vector of token ids, checked to fit the core's type (the core checks the vocabulary).
 pub(super) fn token_ids(name: &'static str, ids: &[i64]) -> PyResult<Vec<crate::types::TokenId>> {
     ids.iter()
         .map(|&id| {
             u32::try_from(id)
                 .map(crate::types::TokenId)
-                .map_err(|_| invalid(name, format!("token {id}"), "token ids of at least 0 that fit 32 bits"))
+                .map_err(|_| invalid(name, format!("token {id}"), "tokens in 0..4294967295"))
         })
         .collect()
 }

@@ -12,7 +12,9 @@ use crate::device::{
     self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
 };
 use crate::error::Error;
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use crate::py::arrays::{array, maybe_number, maybe_size, number, size};
+use numpy::ndarray::{Ix1, Ix2};
+use numpy::{PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
@@ -157,16 +159,27 @@ impl AttentionBatch {
                         ancestors=None))]
     #[allow(clippy::too_many_arguments, reason = "the arrays of a step, by keyword")]
     fn new(
-        query_starts: PyReadonlyArray1<'_, i32>,
-        context_lens: PyReadonlyArray1<'_, i32>,
-        page_table: PyReadonlyArray2<'_, i32>,
-        row_ids: PyReadonlyArray1<'_, i32>,
-        page_size: usize,
-        num_slots: usize,
-        slots: Option<PyReadonlyArray1<'_, i64>>,
-        valid_from: Option<PyReadonlyArray1<'_, i32>>,
-        ancestors: Option<PyReadonlyArray2<'_, u64>>,
+        query_starts: &Bound<'_, PyAny>,
+        context_lens: &Bound<'_, PyAny>,
+        page_table: &Bound<'_, PyAny>,
+        row_ids: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = size)] page_size: usize,
+        #[pyo3(from_py_with = size)] num_slots: usize,
+        slots: Option<&Bound<'_, PyAny>>,
+        valid_from: Option<&Bound<'_, PyAny>>,
+        ancestors: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
+        let query_starts = array::<i32, Ix1>("query_starts", query_starts, "[R + 1]")?;
+        let context_lens = array::<i32, Ix1>("context_lens", context_lens, "[R]")?;
+        let page_table = array::<i32, Ix2>("page_table", page_table, "[rows, pages]")?;
+        let row_ids = array::<i32, Ix1>("row_ids", row_ids, "[R]")?;
+        let slots = slots.map(|s| array::<i64, Ix1>("slots", s, "[T]")).transpose()?;
+        let valid_from = valid_from
+            .map(|v| array::<i32, Ix1>("valid_from", v, "[R]"))
+            .transpose()?;
+        let ancestors = ancestors
+            .map(|a| array::<u64, Ix2>("ancestors", a, "[T, words]"))
+            .transpose()?;
         let masks = ancestors
             .as_ref()
             .map(|a| a.as_slice().map(|bits| (bits, a.shape()[1])))
@@ -196,7 +209,7 @@ impl AttentionBatch {
 /// One layer's attention, with this step's K and V written to the cache first.
 #[pyfunction]
 #[pyo3(signature = (batch, q, k, v, k_cache, v_cache, out, dtype, num_q_heads, num_kv_heads, head_dim, scale, mask="causal",
-                    window=None, threads=1))]
+                    window=None, threads=1, softcap=None, sinks=None))]
 #[allow(clippy::too_many_arguments, reason = "one crossing per layer")]
 pub(super) fn paged_attention(
     py: Python<'_>,
@@ -208,13 +221,15 @@ pub(super) fn paged_attention(
     v_cache: Pointer,
     out: Pointer,
     dtype: &str,
-    num_q_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    scale: f32,
+    #[pyo3(from_py_with = size)] num_q_heads: usize,
+    #[pyo3(from_py_with = size)] num_kv_heads: usize,
+    #[pyo3(from_py_with = size)] head_dim: usize,
+    #[pyo3(from_py_with = number)] scale: f32,
     mask: &str,
-    window: Option<usize>,
-    threads: usize,
+    #[pyo3(from_py_with = maybe_size)] window: Option<usize>,
+    #[pyo3(from_py_with = size)] threads: usize,
+    #[pyo3(from_py_with = maybe_number)] softcap: Option<f32>,
+    sinks: Option<PyReadonlyArray1<'_, f32>>,
 ) -> PyResult<()> {
     let mask = mask_named(mask)?;
     if threads == 0 {
@@ -224,7 +239,13 @@ pub(super) fn paged_attention(
         batch: &batch.get().0,
         arrays: [q, k, v, k_cache, v_cache, out],
         heads: (num_q_heads, num_kv_heads, head_dim),
-        params: AttentionParams { scale, mask, window },
+        params: AttentionParams {
+            scale,
+            mask,
+            window,
+            softcap,
+        },
+        sinks: sinks.as_ref().map(|s| contiguous("sinks", s)).transpose()?,
         kernels: HostKernels::new()?.with_threads(threads),
     };
     match dtype {
@@ -258,6 +279,7 @@ struct Call<'a> {
     arrays: [Pointer; 6],
     heads: (usize, usize, usize),
     params: AttentionParams,
+    sinks: Option<&'a [f32]>,
     kernels: HostKernels,
 }
 
@@ -282,6 +304,7 @@ impl Call<'_> {
             k_cache: k_cache.rows_mut(),
             v_cache: v_cache.rows_mut(),
             out: out.rows_mut(),
+            sinks: self.sinks,
         };
         let Self {
             batch, params, kernels, ..
@@ -302,10 +325,10 @@ impl Call<'_> {
 pub fn swiglu(
     py: Python<'_>,
     gate_up: Pointer,
-    rows: usize,
-    width: usize,
+    #[pyo3(from_py_with = size)] rows: usize,
+    #[pyo3(from_py_with = size)] width: usize,
     out: Pointer,
-    threads: usize,
+    #[pyo3(from_py_with = size)] threads: usize,
 ) -> PyResult<()> {
     let too_wide = || unknown("width", &width.to_string(), "rows within the address space");
     let gate_up = Checked::<f32>::new("gate_up", gate_up, rows, 1, width.checked_mul(2).ok_or_else(too_wide)?)?;
@@ -351,11 +374,9 @@ pub struct PackedWeight {
 impl PackedWeight {
     #[new]
     #[pyo3(signature = (weight, bias=None, precision="highest"))]
-    fn new(
-        weight: PyReadonlyArray2<'_, f32>,
-        bias: Option<PyReadonlyArray1<'_, f32>>,
-        precision: &str,
-    ) -> PyResult<Self> {
+    fn new(weight: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>, precision: &str) -> PyResult<Self> {
+        let weight = array::<f32, Ix2>("weight", weight, "[outputs, inputs]")?;
+        let bias = bias.map(|b| array::<f32, Ix1>("bias", b, "[outputs]")).transpose()?;
         let values = weight.as_slice().map_err(|_| not_contiguous("weight"))?;
         let bias = bias.as_ref().map(|b| contiguous("bias", b)).transpose()?;
         let precision = match precision {
@@ -382,10 +403,10 @@ impl PackedWeight {
         &self,
         py: Python<'_>,
         x: Pointer,
-        rows: usize,
+        #[pyo3(from_py_with = size)] rows: usize,
         out: Pointer,
         residual: Option<Pointer>,
-        threads: usize,
+        #[pyo3(from_py_with = size)] threads: usize,
     ) -> PyResult<()> {
         let weight = &self.weight;
         let x = Checked::<f32>::new("x", x, rows, 1, weight.inputs())?;

@@ -30,6 +30,13 @@ fn rows(name: &'static str, count: Count) -> PyResult<usize> {
     Ok(count.count::<u32>(name)? as usize)
 }
 
+fn chances(name: &'static str, values: &[f32]) -> PyResult<()> {
+    match values.iter().find(|chance| !(0.0..=1.0).contains(*chance)) {
+        None => Ok(()),
+        Some(chance) => Err(invalid(name, chance.to_string(), "numbers in [0, 1]")),
+    }
+}
+
 fn time(name: &'static str, time: Given<f64>) -> PyResult<f64> {
     const EXPECTED: &str = "a finite time of at least 0";
     let time = time.of(name, EXPECTED)?;
@@ -81,6 +88,7 @@ impl Planner {
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, width]")?;
         let (width, others) = (probabilities.shape()[1], rows("others", others)?);
+        chances("probabilities", probabilities.as_slice()?)?;
         Ok(PyArray1::from_vec(
             py,
             self.0.widths(probabilities.as_slice()?, width, others)?,
@@ -89,11 +97,29 @@ impl Planner {
 
     /// Drafts per request and block length for a step of trees; (0, 1) is a plain step. `tiers`: the numbers of drafts to choose among, rising;
     /// `shortest`: least block length.
-    #[pyo3(signature = (requests, others=Count::ZERO, *, tiers=Vec::new(), shortest=Count::new(2)),
+    #[pyo3(signature = (requests, others=Count::ZERO, *, tiers=Given::new(Vec::new()), shortest=Count::new(2)),
            text_signature = "($self, requests, others=0, *, tiers=[], shortest=2)")]
-    fn tree(&mut self, requests: Count, others: Count, tiers: Vec<usize>, shortest: Count) -> PyResult<(usize, usize)> {
+    fn tree(
+        &mut self,
+        requests: Count,
+        others: Count,
+        tiers: Given<Vec<usize>>,
+        shortest: Count,
+    ) -> PyResult<(usize, usize)> {
         let (requests, others) = (rows("requests", requests)?, rows("others", others)?);
-        Ok(self.0.tree(requests, others, &tiers, rows("shortest", shortest)?))
+        let most = self.0.tree_nodes();
+        let expected = || format!("integers in 1..{most} that rise");
+        let tiers = tiers.of("tiers", &expected())?;
+        if let Some(at) =
+            (0..tiers.len()).find(|&at| tiers[at] <= if at == 0 { 0 } else { tiers[at - 1] } || tiers[at] > most)
+        {
+            return Err(invalid("tiers", tiers[at].to_string(), expected()));
+        }
+        let shortest: u32 = shortest.count("shortest")?;
+        if shortest < 2 {
+            return Err(invalid("shortest", shortest.to_string(), "an integer of at least 2"));
+        }
+        Ok(self.0.tree(requests, others, &tiers, shortest as usize))
     }
 
     /// The trees to verify, for `StepPlan.set_trees`. anchors i64 `[n]`; tokens i64 and chances f32 `[n, depth, k]`: candidates per
@@ -125,6 +151,7 @@ impl Planner {
             anchors.shape(),
             "[n], as many requests as anchors",
         )?;
+        self::chances("chances", chances.as_slice()?)?;
         let offers = plan::Offers {
             anchors: anchors.as_slice()?,
             tokens: tokens.as_slice()?,
@@ -143,9 +170,10 @@ impl Planner {
     }
 
     /// Books a step of trees: what each request verified and which of it was accepted.
-    fn record_trees(&mut self, plan: &StepPlan, accepted: &Accepted) -> PyResult<()> {
+    fn record_trees(&mut self, plan: Given<Bound<'_, StepPlan>>, accepted: Given<Bound<'_, Accepted>>) -> PyResult<()> {
+        let (plan, accepted) = (plan.of("plan", "a StepPlan")?, accepted.of("accepted", "an Accepted")?);
         let mut outcome = Ok(());
-        accepted.each_pass(plan, |verified, depth, path| {
+        accepted.get().each_pass(plan.get(), |verified, depth, path| {
             let booked = self
                 .0
                 .record_tree(verified, depth, path.iter().map(|&node| node as usize));

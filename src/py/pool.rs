@@ -32,7 +32,7 @@ fn page_ids(pages: Given<Vec<i64>>) -> PyResult<Vec<PageId>> {
         .map(|&page| {
             u32::try_from(page)
                 .map(PageId)
-                .map_err(|_| invalid("pages", page.to_string(), "page numbers"))
+                .map_err(|_| invalid("pages", page.to_string(), "page numbers in 0..4294967295"))
         })
         .collect()
 }

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString};
 
 use crate::kv::room;
-use crate::py::arrays::{Given, describe};
+use crate::py::arrays::{Given, describe, shown};
 use crate::py::errors::invalid;
 
 fn writable<'py, T: numpy::Element>(
@@ -48,8 +48,8 @@ fn length(row: usize, kv: &Bound<'_, PyAny>, name: &Bound<'_, PyString>) -> PyRe
     value.extract().ok().filter(|n| *n >= 0).ok_or_else(|| {
         invalid(
             "requests",
-            format!("{value} for kv.{name} of request {row}"),
-            "0 to 2^31 - 1 slots",
+            format!("{} for kv.{name} of request {row}", shown(&value)),
+            "slots in 0..2147483647",
         )
     })
 }
@@ -70,7 +70,7 @@ pub fn plan_decode(
         .cast::<PyList>()
         .map_err(|_| invalid("requests", describe(requests), "a list"))?;
     let within = |name, value: Given<i64>, least: i64| {
-        let expected = format!("{least} to 2^31 - 1");
+        let expected = format!("an integer in {least}..2147483647");
         let value = value.of(name, &expected)?;
         i32::try_from(value)
             .ok()
@@ -96,13 +96,8 @@ pub fn plan_decode(
         let wanted = room(known as usize, owned as usize, ahead, page_size);
         committed[row] = i64::from(known);
         allocated[row] = owned;
-        next[row] = i32::try_from(wanted).map_err(|_| {
-            invalid(
-                "requests",
-                format!("{wanted} slots for request {row}"),
-                "at most 2^31 - 1",
-            )
-        })?;
+        next[row] = i32::try_from(wanted)
+            .map_err(|_| invalid("requests", format!("{wanted} for request {row}"), "at most 2147483647"))?;
         missing += wanted as u64 - owned as u64;
         committed_sum += known as u64;
         next_sum += wanted as u64;

@@ -5,8 +5,9 @@ use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMetho
 use pyo3::prelude::*;
 
 use crate::draft::{DraftTree as Core, NO_NODE, TopK, top_k};
+use crate::error::indices;
 use crate::py::arrays::{Count, Given, array, shaped};
-use crate::py::errors::{invalid, token_ids};
+use crate::py::errors::{invalid, parent_ids, token_ids};
 use crate::types::TokenId;
 use crate::verify::walk_tree;
 
@@ -18,8 +19,31 @@ pub struct DraftTree {
 }
 
 fn anchor_id(anchor: Given<i64>) -> PyResult<TokenId> {
-    let anchor = anchor.of("anchor", "a token id of at least 0 that fits 32 bits")?;
+    let anchor = anchor.of("anchor", "a token in 0..4294967295")?;
     Ok(token_ids("anchor", &[anchor])?[0])
+}
+
+// Their mask has a number for every pair of nodes.
+const MOST_NODES: usize = 4096;
+
+fn node_count(nodes: Count) -> PyResult<usize> {
+    let nodes: usize = nodes.count("nodes")?;
+    if nodes > MOST_NODES {
+        return Err(invalid(
+            "nodes",
+            nodes.to_string(),
+            format!("an integer in 0..{MOST_NODES}"),
+        ));
+    }
+    Ok(nodes)
+}
+
+/// Refuses trees of too many drafts.
+fn drafts_within(name: &'static str, drafts: usize) -> PyResult<()> {
+    if drafts > MOST_NODES {
+        return Err(invalid(name, format!("{drafts} drafts"), format!("0..{MOST_NODES}")));
+    }
+    Ok(())
 }
 
 // Absent nodes are -1 in NumPy.
@@ -44,11 +68,7 @@ impl DraftTree {
         if node < self.tree.len() {
             return Ok(node);
         }
-        Err(invalid(
-            "node",
-            node.to_string(),
-            format!("a node below {}", self.tree.len()),
-        ))
+        Err(invalid("node", node.to_string(), indices(self.tree.len())))
     }
 }
 
@@ -63,7 +83,7 @@ impl DraftTree {
         log_probs: &Bound<'_, PyAny>,
         nodes: Count,
     ) -> PyResult<Self> {
-        let nodes: usize = nodes.count("nodes")?;
+        let nodes = node_count(nodes)?;
         let tokens = array::<i64, Ix2>("tokens", tokens, "[L, K]")?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, K]")?;
         shaped("log_probs", log_probs.shape(), tokens.shape(), "[L, K], that of tokens")?;
@@ -83,7 +103,7 @@ impl DraftTree {
         log_probs: &Bound<'_, PyAny>,
         nodes: Count,
     ) -> PyResult<Self> {
-        let nodes: usize = nodes.count("nodes")?;
+        let nodes = node_count(nodes)?;
         let log_probs = array::<f32, Ix2>("log_probs", log_probs, "[L, V]")?;
         let [depth, vocab] = [log_probs.shape()[0], log_probs.shape()[1]];
         if vocab == 0 {
@@ -109,6 +129,7 @@ impl DraftTree {
     fn chain(anchor: Given<i64>, drafts: &Bound<'_, PyAny>, log_probs: &Bound<'_, PyAny>) -> PyResult<Self> {
         let drafts = array::<i64, Ix1>("drafts", drafts, "[g]")?;
         let log_probs = array::<f32, Ix1>("log_probs", log_probs, "[g]")?;
+        drafts_within("drafts", drafts.len())?;
         let tree = Core::chain(
             anchor_id(anchor)?,
             &token_ids("drafts", drafts.as_slice()?)?,
@@ -122,13 +143,13 @@ impl DraftTree {
     fn from_parents(tokens: &Bound<'_, PyAny>, parents: &Bound<'_, PyAny>) -> PyResult<Self> {
         let tokens = array::<i64, Ix1>("tokens", tokens, "[n]")?;
         let parents = array::<i32, Ix1>("parents", parents, "[n]")?;
-        let parents: Vec<u32> = parents
-            .as_slice()?
-            .iter()
-            .map(|&p| u32::try_from(p).unwrap_or(NO_NODE))
-            .collect();
+        drafts_within("tokens", tokens.len().saturating_sub(1))?;
+        let (tokens, parents) = (
+            token_ids("tokens", tokens.as_slice()?)?,
+            parent_ids(parents.as_slice()?)?,
+        );
         Ok(Self {
-            tree: Core::from_parents(&token_ids("tokens", tokens.as_slice()?)?, &parents)?,
+            tree: Core::from_parents(&tokens, &parents)?,
         })
     }
 

@@ -46,7 +46,7 @@ pub fn walk<'py>(
         None => vec![g as i64; rows],
     };
     if let Some(bad) = lengths.iter().find(|n| !(0..=g as i64).contains(n)) {
-        return Err(invalid("lengths", bad.to_string(), format!("0 to g = {g}")));
+        return Err(invalid("lengths", bad.to_string(), format!("0..{g} (g)")));
     }
     let (drafts, sampled) = (drafts.as_slice()?, sampled.as_slice()?);
     let (accepted, bonus) = py.detach(|| -> PyResult<(Vec<i32>, Vec<i64>)> {
@@ -159,8 +159,8 @@ fn ratio<'py, T: Element + Copy + Into<f64> + Sync>(
                         .and_then(|mut coins| verdict(level, p, q, vocab, x, &mut coins)),
                 };
                 // The core counts the rows of one request; here the request comes first.
-                verdict.map_err(|source| Error::AtRow {
-                    row,
+                verdict.map_err(|source| Error::AtRequest {
+                    request: row,
                     source: Box::new(source),
                 })
             })
@@ -343,12 +343,21 @@ pub fn gumbel<'py>(
     columns: Count,
     domain: Given<String>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    // Far beyond every vocabulary.
+    const MOST_COLUMNS: u32 = 1 << 24;
     const DOMAINS: &str = "draw, accept, residual or draft";
     let (seed, position, columns) = (
         seed.count("seed")?,
         position.count("position")?,
         columns.count::<u32>("columns")?,
     );
+    if columns > MOST_COLUMNS {
+        return Err(invalid(
+            "columns",
+            columns.to_string(),
+            format!("an integer in 0..{MOST_COLUMNS}"),
+        ));
+    }
     let domain = match domain.of("domain", DOMAINS)?.as_str() {
         "draw" => Domain::Draw,
         "accept" => Domain::Accept,
@@ -356,16 +365,10 @@ pub fn gumbel<'py>(
         "draft" => Domain::Draft,
         other => return Err(invalid("domain", other, DOMAINS)),
     };
-    let numbers = py.detach(|| {
-        let (mut words, mut numbers) = (Vec::new(), Vec::new());
-        words.try_reserve_exact(columns as usize).ok()?;
-        numbers.try_reserve_exact(columns as usize).ok()?;
-        words.resize(columns as usize, 0);
+    let numbers: Vec<f32> = py.detach(|| {
+        let mut words = vec![0; columns as usize];
         Stream::new(seed, position, domain).fill_words(0, &mut words);
-        numbers.extend(words.into_iter().map(gumbel_of_word));
-        Some(numbers)
+        words.into_iter().map(gumbel_of_word).collect()
     });
-    let numbers: Vec<f32> =
-        numbers.ok_or_else(|| invalid("columns", columns.to_string(), "as many as fit the memory"))?;
     Ok(numbers.into_pyarray(py))
 }

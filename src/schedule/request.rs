@@ -234,11 +234,6 @@ impl Request {
     pub fn text_end(&self) -> Option<usize> {
         self.watch.as_ref().map(|watch| watch.text_end)
     }
-
-    /// Tokens produced so far.
-    pub fn output(&self) -> &[TokenId] {
-        &self.tokens[self.prompt_len..]
-    }
 }
 
 #[cfg(test)]
@@ -277,6 +272,22 @@ mod tests {
         let mut request = request(&["bb"], 1);
         assert_eq!(request.push(TokenId(2), &[]), Finish::Length);
         assert_eq!(request.text_end(), Some(2));
+    }
+
+    #[test]
+    fn only_what_may_still_become_a_stop_string_is_held_back() {
+        let mut request = request(&["bb", "bac"], 9);
+        for (token, text_end) in [(1, 0), (0, 0), (0, 3), (1, 3), (0, 3), (4, 3), (1, 5)] {
+            assert_eq!(request.push(TokenId(token), &[]), Finish::Running);
+            assert_eq!(request.text_end(), Some(text_end), "after {:?}", request.tokens);
+        }
+    }
+
+    #[test]
+    fn a_vocabulary_has_as_many_tokens_as_it_was_given() {
+        let table = Vocabulary::new(["a", "", "b"]).unwrap();
+        assert_eq!((table.len(), table.is_empty()), (3, false));
+        assert!(Vocabulary::new([""; 0]).unwrap().is_empty());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::draft::{DraftTree, NO_NODE};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::types::TokenId;
 
 /// Where dropped values leave their buffers, and dropped plans their step number.
@@ -253,7 +253,7 @@ impl StepPlan {
                 return Err(Error::InvalidArgument {
                     name: "drafts",
                     got: format!("token {bad} for request {}", arrays.request_ids[row as usize]),
-                    expected: format!("tokens below vocab_size = {}", self.vocab_size),
+                    expected: format!("tokens in {}", indices(self.vocab_size)),
                 });
             }
         }
@@ -286,7 +286,7 @@ impl StepPlan {
                 return Err(Error::InvalidArgument {
                     name: "keep",
                     got: format!("{keep} for request {}", arrays.request_ids[row as usize]),
-                    expected: format!("0 to its {drafts} drafts"),
+                    expected: format!("0..{drafts}, its drafts"),
                 });
             }
         }
@@ -379,7 +379,7 @@ impl StepPlan {
             }
             if let Some(token) = tree.tokens().iter().find(|token| token.0 as usize >= self.vocab_size) {
                 let got = format!("token {} for request {request}", token.0);
-                return bad("trees", got, format!("tokens below vocab_size = {}", self.vocab_size));
+                return bad("trees", got, format!("tokens in {}", indices(self.vocab_size)));
             }
         }
         let keep: Vec<i32> = trees.iter().map(|tree| tree.len() as i32 - 1).collect();

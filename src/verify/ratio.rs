@@ -1,6 +1,6 @@
 //! What the two ratio verifiers share: coins, checked probability rows, the draw of the last token.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::rng::{Domain, Stream, gumbel_of_word, ln};
 use crate::types::TokenId;
 
@@ -158,7 +158,7 @@ impl<'a, T: Copy + Into<f64>> Rows<'a, T> {
             return Err(Error::InvalidArgument {
                 name: "drafts",
                 got: format!("token {}", x.0),
-                expected: format!("a token below {vocab}"),
+                expected: format!("tokens in {}", indices(vocab)),
             });
         }
         for (name, rows) in [("p", p), ("q", q)] {

@@ -15,7 +15,7 @@
 //! The draw needs no normalised probabilities, visits the columns in any order and skips blocks of columns that cannot
 //! win, because a Gumbel number is bounded. None of this changes a bit of the result.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::rng::{Domain, GUMBEL_MAX, Stream, gumbel_of_word, ln};
 use crate::types::TokenId;
 use crate::verify::filter::{self, Tempered};
@@ -167,7 +167,7 @@ fn not_a_column(name: &'static str, token: TokenId, columns: usize) -> Error {
     Error::InvalidArgument {
         name,
         got: format!("token {}", token.0),
-        expected: format!("a token below {columns}"),
+        expected: format!("tokens in {}", indices(columns)),
     }
 }
 

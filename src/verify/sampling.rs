@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 use crate::types::TokenId;
 
 /// The target transform of one request. It is the same for speculative and for plain decoding.
@@ -89,7 +89,7 @@ impl Sampling {
                 return refuse(
                     "logit_bias",
                     format!("token {}", token.0),
-                    format!("a token below {vocab}"),
+                    format!("tokens in {}", indices(vocab)),
                 );
             }
             if bias.is_nan() || bias == f32::INFINITY {

@@ -35,6 +35,9 @@ struct Case {
     ancestors: Vec<u64>,
     split_keys: usize,
     num_splits: usize,
+    softcap: f32,
+    /// None, or one per query head.
+    sinks: Vec<f32>,
 }
 
 impl Case {
@@ -99,6 +102,14 @@ impl Case {
             ancestors,
             split_keys,
             num_splits: longest.div_ceil(split_keys).max(1) + numbers.below(2),
+            softcap: numbers.pick(&[0.0, 0.0, 1.5, 30.0]),
+            sinks: if numbers.chance(0.4) {
+                (0..kv_heads * group)
+                    .map(|_| (numbers.unit() * 8.0 - 2.0) as f32)
+                    .collect()
+            } else {
+                vec![]
+            },
         }
     }
 
@@ -132,6 +143,8 @@ impl Case {
             mask_words: self.words as i32,
             window: self.window as i32,
             scale: (self.dim as f32).powf(-0.5),
+            softcap: self.softcap,
+            sinks: if self.sinks.is_empty() { 0 } else { address(&self.sinks) },
             ..BlockAttentionParams::default()
         }
     }
@@ -327,6 +340,7 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
                     scale: case.params().scale,
                     mask: case.mask,
                     window: (case.window > 0).then_some(case.window),
+                    softcap: (case.softcap > 0.0).then_some(case.softcap),
                 },
                 AttentionTensors {
                     q: Rows::from_slice("q", &q, layout(tokens, case.q_heads)).unwrap(),
@@ -335,6 +349,7 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
                     k_cache: RowsMut::from_slice("k_cache", &mut k_host, layout(slots, case.kv_heads)).unwrap(),
                     v_cache: RowsMut::from_slice("v_cache", &mut v_host, layout(slots, case.kv_heads)).unwrap(),
                     out: RowsMut::from_slice("out", &mut expected, layout(tokens, case.q_heads)).unwrap(),
+                    sinks: (!case.sinks.is_empty()).then_some(&case.sinks),
                 },
             )
             .unwrap();
@@ -385,6 +400,7 @@ fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
                     ancestors: vec![1],
                     words: 1,
                     num_splits: (context as usize + 1).div_ceil(case.split_keys),
+                    sinks: case.sinks.clone(),
                     ..case
                 };
                 let one = Tensors {

@@ -348,3 +348,42 @@ def test_a_dflash_2_stays_on_the_device(exact, llm, tmp_path, nodes):
             assert tokens(made.generate(PROMPTS, params(name))) == expected
         assert made.stats()["accepted"] > 0
         assert {key[0] for key in made._device_step.graphs._captured} == {"draft", "verify"}
+
+
+def gemma2():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM, Gemma2Config, {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}
+
+
+def granite_swa():
+    from transformers import GraniteSWAConfig, GraniteSWAForCausalLM
+
+    return GraniteSWAForCausalLM, GraniteSWAConfig, {}
+
+
+@pytest.mark.parametrize("family", [gemma2, granite_swa], ids=lambda f: f.__name__)
+def test_soft_caps_and_sinks_of_a_target_reach_the_kernel(gpu, family):
+    from models_helpers import Pages, randomise
+
+    from dflash_rs.models.target import TargetModel
+
+    made, config, options = family()
+    model = made(
+        config(
+            vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=64, max_position_embeddings=128, sliding_window=16, **options,
+        )
+    )  # fmt: skip
+    target = TargetModel(randomise(model, 1, std=0.15).to(torch.bfloat16))
+    kinds = {(kv.softcap, kv.sinks) for kv in target.kv_layers.values()}
+    assert target.kernel and (kinds == {(2.0, False)} if family is gemma2 else any(sinks for _, sinks in kinds))
+    pages, ids = Pages(2, 64, 4), np.random.default_rng(2).integers(0, 97, 60).tolist()
+    results = []
+    for kernel in (True, False):
+        target.kernel = kernel
+        target.alloc_kv(pages.num_slots)
+        target.forward(pages.batch([(1, 0, ids[:40]), (0, 0, ids[:3])]))
+        results.append(target.forward(pages.batch([(0, 3, [5]), (1, 40, ids[40:])]))[0].float())
+    error = (results[0] - results[1]).norm() / results[1].norm()
+    assert float(error) < 0.03

@@ -101,8 +101,10 @@ def attention(
     window: int | None = None,
     valid_from: np.ndarray | None = None,
     parents: list[np.ndarray] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q K^T) V, one query at a time, float64 [T, heads, dim]."""
+    """softmax(scale q K^T) V, one query at a time, float64 [T, heads, dim]; `sinks` [heads] are scores of keys without a value."""
     q, k, v, k_cache, v_cache = (x.double().cpu() for x in (q, k, v, k_cache, v_cache))
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -134,7 +136,11 @@ def attention(
             chosen = torch.from_numpy(seen)
             for h in range(heads):
                 scores = scale * (keys[chosen, h // group] @ q[start + i, h])
-                out[start + i, h] = scores.softmax(0) @ values[chosen, h // group]
+                if softcap is not None:
+                    scores = softcap * (scores / softcap).tanh()
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[h : h + 1].double().cpu()))
+                out[start + i, h] = scores.softmax(0)[: int(chosen.sum())] @ values[chosen, h // group]
     return out
 
 

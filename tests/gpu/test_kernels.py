@@ -112,6 +112,21 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_block_attention(gpu, rng, head_dim, mask, case, window):
+    check_attention(gpu, rng, head_dim, mask, case, window)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("softcap", [2.0, None])
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("mask", ["causal", "block", "ancestors"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_block_attention_with_a_soft_cap_and_sinks(gpu, rng, head_dim, mask, case, window, softcap, sinks):
+    if softcap is not None or sinks:
+        check_attention(gpu, rng, head_dim, mask, case, window, softcap, sinks)
+
+
+def check_attention(gpu, rng, head_dim, mask, case, window, softcap=None, sinks=False):
     lens, contexts = CASES[case]
     heads, kv_heads = (8, 2) if head_dim != 256 else (4, 4)
     batch = reference.make_batch(rng, lens, contexts)
@@ -126,14 +141,17 @@ def test_block_attention(gpu, rng, head_dim, mask, case, window):
     slots = batch.token_slots()
     starts, lens_, valid, slots_ = to(gpu, batch.query_starts, batch.context_lens, valid_from, slots)
     out = poisoned(batch.tokens, heads, head_dim, dtype=torch.bfloat16, device=gpu)
+    scores = torch.linspace(-3, 4, heads, device=gpu) if sinks else None
     cuda.block_attention(
         q, k, v, *caches, query_starts=starts, context_lens=lens_, table=table_of(batch, gpu), max_block_len=batch.max_block_len,
         max_keys=batch.max_keys, scale=head_dim**-0.5, mask=mask, window=window, valid_from=valid, slots=slots_,
         ancestors=None if ancestors is None else torch.from_numpy(ancestors.view(np.int64)).to(gpu), out=out,
+        softcap=softcap, sinks=scores,
     )  # fmt: skip
     want = reference.attention(
-        batch, q, k, v, *before, scale=head_dim**-0.5, mask=mask, window=window, valid_from=valid_from, parents=parents
-    )
+        batch, q, k, v, *before, scale=head_dim**-0.5, mask=mask, window=window, valid_from=valid_from, parents=parents,
+        softcap=softcap, sinks=scores,
+    )  # fmt: skip
     assert torch.allclose(out.double().cpu(), want, rtol=2e-2, atol=8e-3)
     for cache, old, new in zip(caches, before, (k, v)):
         old[slots_] = new

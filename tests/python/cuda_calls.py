@@ -76,8 +76,9 @@ def main() -> None:
 
     qkv = bf16(tokens, 16 + 4 + 4, 128)
     q, k, v = qkv[:, :16], qkv[:, 16:20], qkv[:, 20:]
+    sinks = f32(16)
     for mask, keys, extra in (
-        ("block", 500, {"window": 9}),
+        ("block", 500, {"window": 9, "softcap": 30.0, "sinks": sinks}),
         ("causal", 1200, {"slots": i64(tokens), "valid_from": i32(r)}),
         ("ancestors", 64, {"ancestors": i64(tokens, 1)}),
     ):
@@ -85,7 +86,7 @@ def main() -> None:
             q, k, v, cache.k[0], cache.v[0], query_starts=starts, context_lens=lens, table=table, max_block_len=8, max_keys=keys,
             scale=0.125, mask=mask, **extra,
         )  # fmt: skip
-    note(q=q, k=k, v=v, k_cache=cache.k[0])
+    note(q=q, k=k, v=v, k_cache=cache.k[0], sinks=sinks)
 
     ids, positions = i64(tokens), i64(tokens)
     sampling = cuda.SamplingRows(

@@ -162,6 +162,7 @@ def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_p
     (tmp_path / "file").write_text("")
     for option, path, message in (
         ("--json", tmp_path / "file" / "x.json", "expected a file that can be written"),
+        ("--json", tmp_path / "new" / "x.json", "in a folder that exists"),
         ("--json", tmp_path, "expected a file that can be written"),
         ("--plot", tmp_path, "expected a file that can be written"),
         ("--plot", tmp_path / "x.doc", "expected a file name that ends in one of"),
@@ -169,8 +170,9 @@ def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_p
         assert cli.main(["bench", option, str(path)]) == cli.BAD_INPUT
         error = capsys.readouterr().err
         assert error.startswith(f"dflash-rs: error: {option}") and message in error
-    assert cli.main(["bench", "--json", str(tmp_path / "new" / "x.json")]) == cli.FAILED
+    assert cli.main(["bench", "--json", str(tmp_path / "x.json")]) == cli.FAILED
     assert "something was measured" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_a_plot_without_a_dflash_row_is_refused(tmp_path):

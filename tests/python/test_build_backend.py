@@ -26,6 +26,7 @@ def backend(monkeypatch):
     module = script("build_backend")
     for name in ("DFLASH_CUDA", "DFLASH_NVCC", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MATURIN_NO_INSTALL_RUST", "1")
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(module, "packaged_nvcc", lambda: None)
     monkeypatch.setattr(module.maturin, "get_requires_for_build_wheel", lambda settings=None: ["maturins-own"])
@@ -65,6 +66,67 @@ def test_an_installed_compiler_serves_if_it_knows_the_newest_architectures(
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/bin")
     assert len(backend.get_requires_for_build_wheel()) == 1 + asked
+
+
+def program(folder: Path, name: str, says: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{says}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("rustc", "expected"),
+    [
+        ("echo 'rustc 1.90.0 (1159e78c4 2025-09-14)'", None),
+        ("echo 'rustc 2.0.0'", None),
+        (
+            "echo 'rustc 1.85.0 (4d91de4e4 2025-02-17)'",
+            "Rust: got rustc 1.85.0 (4d91de4e4 2025-02-17), expected 1.90 or newer",
+        ),
+        ("echo 'error: no default toolchain' >&2; exit 1", "Rust: `rustc --version` fails"),
+    ],
+)
+def test_what_a_build_lacks_is_said_with_the_way_to_get_it(backend, monkeypatch, tmp_path, rustc, expected):
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nonexistent")
+    program(tmp_path, "cargo", "exit 0")
+    program(tmp_path, "cc", "exit 0")
+    program(tmp_path, "rustc", rustc)
+    found = backend.lacking()
+    assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
+
+
+def test_a_build_without_rust_and_linker_ends_with_both(backend, monkeypatch, capsys):
+    def fails(*arguments):
+        raise SystemExit(1)
+
+    for build in ("build_wheel", "build_editable", "build_sdist", "prepare_metadata_for_build_wheel"):
+        monkeypatch.setattr(backend.maturin, build, fails)
+        with pytest.raises(SystemExit):
+            getattr(backend, build)("folder")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and all(line.startswith("dflash-rs cannot be built here: ") for line in lines)
+        assert "cargo is not on PATH; install Rust 1.90 or newer" in lines[0] and "cc is not on PATH" in lines[1]
+
+
+def test_no_toolchain_is_downloaded_unless_asked_for(backend, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("DFLASH_CUDA", "0")
+    # As a build starts: the variable is not set, or set to nothing by who wants the download.
+    monkeypatch.delenv("MATURIN_NO_INSTALL_RUST", raising=False)
+    fresh = script("build_backend")
+    assert fresh.get_requires_for_build_wheel() == fresh.get_requires_for_build_sdist() == []
+    assert any("cargo is not on PATH" in line for line in fresh.lacking())
+    monkeypatch.setenv("MATURIN_NO_INSTALL_RUST", "")
+    fresh = script("build_backend")
+    assert fresh.get_requires_for_build_wheel() == ["puccinialin"]
+    assert not any("cargo" in line for line in fresh.lacking())
+
+
+def test_the_oldest_rust_is_that_of_the_manifest(backend):
+    manifest = (ROOT / "Cargo.toml").read_text(encoding="utf-8")
+    assert 'rust-version = "{}.{}"'.format(*backend._OLDEST_RUST) in manifest
 
 
 LOG = """ptxas info    : 0 bytes gmem

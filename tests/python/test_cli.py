@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fake_llm import FakeEvent, FakeLLM
 
 from dflash_rs import cli
-from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
+from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def fake(monkeypatch):
     engines: list[FakeLLM] = []
 
     def make(args, **more):
-        names = ("model", "draft", "block_size", "threads")
+        names = ("model", "draft", "block_size", "threads", "max_context", "max_running", "adaptive")
         given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         if getattr(args, "no_draft", False):
             given["draft"] = None
@@ -203,13 +208,15 @@ def test_failures_have_their_exit_code_and_no_traceback(error, code, fake, monke
     assert fake[0].closed
 
 
-def test_debug_shows_the_traceback(fake, monkeypatch):
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError("it broke"), 1), (CheckpointError("it broke"), 2)])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(error, code, fake, monkeypatch, capsys):
     def fail(self, *args, **kwargs):
-        raise RuntimeError("something broke")
+        raise error
 
     monkeypatch.setattr(FakeLLM, "stream", fail)
-    with pytest.raises(RuntimeError):
-        cli.main(["generate", "x", "--debug"])
+    assert cli.main(["generate", "x", "--debug"]) == code
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "it broke" in err.splitlines()[-1]
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
@@ -221,16 +228,25 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
     assert "pip install 'dflash-rs[torch]'" in capsys.readouterr().err
 
 
-def test_a_failed_request_ends_with_code_1_and_its_reason(fake, monkeypatch, capsys):
-    def generate(self, prompts, params, draft=True):
-        outputs = FakeLLM._one(self, 0, prompts[0], params, True)[:1]
-        outputs[0].finish_reason = "error"
-        outputs[0].error = "NaN logits"
-        return list(outputs)
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_a_failed_request_among_many_is_named_with_its_reason_and_ends_with_code_1(
+    words, fake, monkeypatch, capsys, tmp_path
+):
+    whole = FakeLLM._one
 
-    monkeypatch.setattr(FakeLLM, "generate", generate)
-    assert cli.main(["generate", "--json", "x"]) == 1
-    assert "prompt 1: NaN logits" in capsys.readouterr().err
+    def one(self, index, prompt, params, draft):
+        output, groups = whole(self, index, prompt, params, draft)
+        if prompt == "bad":
+            output.finish_reason, output.error = "error", "NaN logits"
+        return output, groups
+
+    monkeypatch.setattr(FakeLLM, "_one", one)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("good\n\nbad\n")
+    assert cli.main(["generate", "--max-tokens", "4", "first", "--prompt-file", str(prompts), *words]) == 1
+    captured = capsys.readouterr()
+    assert f"dflash-rs: error: prompt 3 ({prompts}: line 3): NaN logits\n" in captured.err
+    assert "good" in captured.out and "first" in captured.out
 
 
 def test_a_prompt_may_come_from_standard_input(fake, monkeypatch, capsys):
@@ -291,17 +307,42 @@ def test_a_temperature_that_cannot_be_sampled_at_ends_bench_before_a_model_is_lo
     assert f"argument --temperature: got {value!r}, expected temperatures" in capsys.readouterr().err
 
 
-def test_every_option_is_explained():
-    parser = cli.build_parser(["train"])
-    kinds = [parser]
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of all commands, of their commands, too."""
+    kinds = [cli.build_parser()]
     for kind in kinds:
+        yield kind
         for action in kind._actions:
             if isinstance(action, argparse._SubParsersAction):
                 kinds += action.choices.values()
-    assert len(kinds) > 8
-    for kind in kinds:
+
+
+def test_every_option_is_explained():
+    assert len(list(parsers())) == 10
+    for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)
+
+
+def test_every_help_has_examples_that_the_command_line_takes():
+    for kind in parsers():
+        examples = re.findall(r"^  (.*dflash-rs .*)$", kind.epilog.partition("examples:\n")[2], re.MULTILINE)
+        assert examples, kind.prog
+        for example in examples:
+            command = example.partition(" | ")[2] or example
+            words = shlex.split(command.partition(" > ")[0], comments=True)
+            words = words[: words.index("(needs:")] if "(needs:" in words else words
+            assert words.pop(0) == "dflash-rs" and " ".join(words).startswith(
+                kind.prog.removeprefix("dflash-rs").strip()
+            )
+            cli.build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("columns", [1, 20, 40, 200])
+def test_every_help_fits_any_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for kind in parsers():
+        assert "usage:" in kind.format_help()
 
 
 @pytest.mark.parametrize("value", ["-5", "1.5", "a"])
@@ -341,3 +382,352 @@ def test_a_file_of_prompts_that_begins_with_a_bracket_is_text_unless_it_is_json(
     (tmp_path / "broken.json").write_text('["a", ')
     with pytest.raises(InvalidArgument, match="not a JSON list"):
         read_prompts(tmp_path / "broken.json")
+
+
+# --- many prompts --------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_json_lines_come_in_the_order_of_the_prompts_each_as_soon_as_it_can(fake, monkeypatch):
+    written: list[tuple[str, int]] = []
+    turns = [0]
+    whole = FakeLLM.stream
+
+    def stream(self, prompts, params, draft=True):
+        # The second prompt ends first, with its first event.
+        for number, event in enumerate(whole(self, prompts, params, draft)):
+            turns[0] += 1
+            if number == 1:
+                event.finish_reason, event.output = "length", self._one(1, prompts[1], params, draft)[0]
+            if number == 1 or event.index != 1:
+                yield event
+
+    monkeypatch.setattr(FakeLLM, "stream", stream)
+    monkeypatch.setattr(cli, "emit", lambda text: written.append((text, turns[0])))
+    llm = FakeLLM()
+    prompts = [SimpleNamespace(text=text, where="") for text in ("one", "two", "three")]
+    params = SimpleNamespace(seed=None, temperature=0, max_tokens=7)
+    cli.stream_outputs(llm, prompts, params, None, cli.Progress(3, None))
+    assert [json.loads(text)["prompt"] for text, _ in written] == ["one", "two", "three"]
+    # "one" ends in its third turn, two events before the last; "two", ready long before, comes at once behind it.
+    last = turns[0]
+    assert [turn for _, turn in written] == [last - 2, last - 2, last]
+
+
+def test_json_is_ascii_whatever_the_terminal_shows(fake, capsys):
+    assert cli.main(["generate", "--json", "\u2192", "--max-tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out)["prompt"] == "\u2192"
+
+
+def test_progress_is_for_a_terminal_that_does_not_show_the_text(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "30")
+
+    def shown(err, out, count=3, **given) -> str:
+        monkeypatch.setattr(sys, "stderr", err)
+        monkeypatch.setattr(sys, "stdout", out)
+        progress = cli.Progress.choose(SimpleNamespace(**({"json": True, "quiet": False} | given)), count)
+        progress.show(1, 12)
+        progress.clear()
+        return err.getvalue()
+
+    line = shown(Terminal(), io.StringIO())
+    # One line, no wider than the terminal, and gone afterwards.
+    assert line.startswith("\r\x1b[K1 of 3 prompts, 12 tokens") and line.endswith("\r\x1b[K") and "\n" not in line
+    assert len(line.split("\x1b[K")[1].strip("\r")) <= 29
+    assert shown(Terminal(), io.StringIO(), json=False) and shown(Terminal(), Terminal())
+    for nothing in (
+        shown(io.StringIO(), io.StringIO()),
+        shown(Terminal(), Terminal(), json=False),
+        shown(Terminal(), io.StringIO(), count=1),
+        shown(Terminal(), io.StringIO(), quiet=True),
+    ):
+        assert nothing == ""
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown(Terminal(), io.StringIO()) == ""
+
+
+def test_progress_leaves_nothing_behind_in_what_is_written(fake, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main(["generate", "--json", "one", "two", "--max-tokens", "4"]) == 0
+    rest = re.sub(r"\r\x1b\[K(\d of 2 prompts[^\r]*)?", "", terminal.getvalue())
+    assert [json.loads(line)["prompt"] for line in rest.splitlines()] == ["one", "two"]
+    assert terminal.getvalue().count("of 2 prompts") >= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InvalidArgument("prompts[1]: got 9 tokens"), "prompt 2 (FILE: line 2): got 9 tokens"),
+        (InvalidArgument("prompt: got 9 tokens"), "prompt 2 (FILE: line 2): got 9 tokens"),
+        (OutOfPages("9 pages needed"), "prompt 2 (FILE: line 2): 9 pages needed"),
+        (InvalidArgument("logit_bias: got 9"), "logit_bias: got 9"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_a_prompt_among_many_that_cannot_be_taken_is_named(command, error, said, fake, monkeypatch, tmp_path, capsys):
+    whole = FakeLLM.stream
+
+    def stream(self, prompts, params, draft=True):
+        if "bad" in prompts:
+            raise error
+        return whole(self, prompts, params, draft)
+
+    monkeypatch.setattr(FakeLLM, "stream", stream)
+    file = tmp_path / "prompts.txt"
+    file.write_text("good\nbad\nbad\n")
+    assert cli.main([command, "--prompt-file", str(file), "--max-tokens", "2"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"dflash-rs: error: {said.replace('FILE', str(file))}\n" and captured.out == ""
+    assert fake[0].closed
+
+
+def test_sizes_of_the_engine_are_options(fake, tmp_path):
+    words = ["--max-context", "99", "--no-adaptive", "--max-tokens", "2"]
+    assert cli.main(["generate", "x", "--max-running", "3", *words]) == 0
+    assert fake[0].options == {"max_context": 99, "max_running": 3, "adaptive": False}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n")
+    assert cli.main(["bench", "--prompt-file", str(prompts), "--repeat", "1", "--concurrency", "2", *words]) == 0
+    assert fake[1].options == {"max_context": 99, "max_running": 2, "adaptive": False, "prefix_cache": False}
+    with pytest.raises(SystemExit):  # that is --concurrency there
+        cli.main(["bench", "--max-running", "3"])
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x", "--logprobs", "2"], "--logprobs: got 2 without --json"),
+        (["-", "-"], "PROMPT: got - 2 times, expected it once"),
+        (["-"], "PROMPT: got an empty standard input"),
+        (["a", "\udcff"], "PROMPT: got bytes that are not UTF-8 (byte 0)"),
+        (["a", "--stop", "x\udcff"], "--stop: got bytes that are not UTF-8 (byte 1)"),
+    ],
+)
+def test_what_generate_cannot_do_is_refused_by_name_before_anything_loads(words, message, fake, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main(["generate", *words]) == 2
+    assert message in capsys.readouterr().err and fake == []
+
+
+def test_words_that_the_locale_could_not_read_are_taken_for_utf8(fake, capsys):
+    text = os.fsdecode("→".encode()) if sys.getfilesystemencoding() == "ascii" else "\udce2\udc86\udc92"
+    assert cli.main(["generate", "--json", text, "--max-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "→"
+
+
+@pytest.mark.parametrize("place", ["nowhere/x.png", ".", "", "x" * 300])
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_place_that_cannot_be_written_to_is_refused_and_nothing_made(
+    option, place, fake, tmp_path, monkeypatch, capsys
+):
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", option, place]) == 2
+    assert f"{option}: got {place}, expected a file that can be written" in capsys.readouterr().err
+    assert fake == [] and list(tmp_path.iterdir()) == []
+
+
+def test_plot_and_json_do_not_share_a_file(fake, tmp_path, capsys):
+    assert cli.main(["bench", "--json", str(tmp_path / "x.png"), "--plot", str(tmp_path / "." / "x.png")]) == 2
+    assert "expected another file than --json" in capsys.readouterr().err and fake == []
+
+
+def test_training_names_the_number_it_cannot_use(tmp_path, capsys):
+    for words, said in (
+        (["prompts", "--count", "0"], "--count: got 0, expected at least 1"),
+        (["target", "--save-every", "0"], "--save-every: got 0, expected at least 1"),
+        (["target", "--threads", "-1"], "--threads: got -1, expected at least 0"),
+    ):
+        assert cli.main(["train", *words, "--corpus", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err == f"dflash-rs: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfimport os\r\nimport sys\r\n", ["import os", "import sys"]),
+        (b'\xef\xbb\xbf["a", "b"]', ["a", "b"]),
+        ("def f():\x0c\n# \u2028 is no end of a line\n".encode(), ["def f():\x0c", "# \u2028 is no end of a line"]),
+        ('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n'.encode(), ["a\u2028b", "c"]),
+        (b"[" * 100_000, ["[" * 100_000]),
+        (b"[" + b"1" * 5000 + b"]", ["[" + "1" * 5000 + "]"]),
+    ],
+    ids=["lines with a mark", "JSON with a mark", "form feeds", "JSON lines", "brackets", "digits"],
+)
+def test_a_file_of_prompts_is_read_as_it_was_meant(content, prompts, tmp_path):
+    from dflash_rs.bench.workloads import read_prompts
+
+    (tmp_path / "prompts").write_bytes(content)
+    assert [prompt.text for prompt in read_prompts(tmp_path / "prompts")] == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("text", b"a\xff\n", "not UTF-8 text (byte 1)"),
+        ("empty", b"", "contains no prompt"),
+        ("blank", b"\n \n", "contains no prompt"),
+        ("a.json", b"[" * 100_000, "not a JSON list"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": 1}\n', "line 3: got dict"),
+        ("b.jsonl", b'{"prompt": "a"}\n{', "line 2 is not JSON"),
+        ("folder", None, "Is a directory"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_ends_with_code_2(name, content, said, fake, tmp_path, capsys):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert cli.main(["generate", "--prompt-file", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert str(path) in err and said in err and len(err.splitlines()) == 1 and fake == []
+
+
+# --- from outside: streams, encodings, signals, missing packages --------------------------------------------------------
+
+# The command with the engine of these tests, as a process of its own.
+FAKED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from fake_llm import FakeLLM
+from dflash_rs import cli
+cli.make_engine = lambda args, **more: FakeLLM()
+sys.exit(cli.main())
+"""
+
+
+def outside(words: str, *, shell: str = "{}", stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess:
+    """Runs ``dflash-rs WORDS`` with the fake engine in a shell that redirects it as `shell` says; output as bytes."""
+    command = shlex.join([sys.executable, "-c", FAKED, str(Path(__file__).parent)]) + f" {words}"
+    return subprocess.run(
+        ["bash", "-c", shell.format(command)],
+        input=stdin,
+        capture_output=True,
+        env=os.environ | environment,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "shell", "code", "out", "err"),
+    [
+        ("generate x --max-tokens 2 --quiet", "{} <&-", 0, b"xqr\n", b""),
+        ("generate -", "{} <&-", 2, b"", b"PROMPT: got an empty standard input"),
+        ("generate x", "{} >&-", 2, b"", b"standard output: got a closed one"),
+        ("generate x --max-tokens 2", "{} 2>&-", 0, b"xqr\n", b""),
+        ("generate ''", "{} 2>&-", 2, b"", b""),
+        ("generate x", "{} <&- >&- 2>&-", 2, b"", b""),
+        ("generate x", "{} >/dev/full", 1, b"", b"dflash-rs: error: standard output: No space left on device\n"),
+        ("--help", "{} >/dev/full", 1, b"", b"dflash-rs: error: standard output: No space left on device\n"),
+        ("generate x --max-tokens 300 --quiet", "{} | head -c 1; exit ${{PIPESTATUS[0]}}", 0, b"x", b""),
+        ("generate ''", "{} 2> >(exec <&-)", 2, b"", b""),
+        (
+            "bench --json - --prompts 1 --max-tokens 2 --repeat 1",
+            "{} >/dev/full",
+            1,
+            b"",
+            b"standard output: No space left",
+        ),
+        ("doctor --nothing", "{} >&-", 2, b"", b"unrecognized arguments: --nothing"),
+    ],
+)
+def test_streams_that_are_closed_full_or_left_cost_no_traceback(words, shell, code, out, err):
+    done = outside(words, shell=shell)
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    assert err in done.stderr if err else done.stderr == b""
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+def test_what_a_terminal_cannot_show_is_an_escape():
+    done = outside("generate '→ü' --max-tokens 2 --quiet", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0 and done.stdout.startswith(b"\\u2192\xfc"), done
+    # Where the locale knows ASCII only, words and input are taken for UTF-8.
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = outside("generate '→ü' --max-tokens 2 --quiet", **plain)
+    assert done.returncode == 0 and done.stdout.startswith(b"\\u2192\\xfc"), done
+    done = outside("generate - --json --max-tokens 2", stdin="→".encode(), **plain)
+    assert json.loads(done.stdout)["prompt"] == "→", done
+
+
+def test_input_that_is_no_text_is_refused_and_a_byte_order_mark_is_none_of_it():
+    done = outside("generate -", stdin=b"a\xffb")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"PROMPT: got standard input that is not UTF-8 (byte 1)" in done.stderr
+    done = outside("generate - --json --max-tokens 2", stdin=b"\xef\xbb\xbfa\r\nb\n")
+    assert json.loads(done.stdout)["prompt"] == "a\r\nb\n"
+
+
+WITHOUT = """
+import sys
+class Gone:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "transformers", "tokenizers", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Gone())
+from dflash_rs.cli import main
+for words in sys.argv[1:]:
+    try:
+        code = main(words.split())
+    except SystemExit as end:
+        code = end.code
+    print("CODE", code, flush=True)
+"""
+
+
+def test_without_torch_every_help_works_and_the_rest_says_what_to_install(tmp_path):
+    helps = [f"{kind.prog.removeprefix('dflash-rs').strip()} --help" for kind in parsers()]
+    train = f"train target --corpus {tmp_path / 'corpus'} --out {tmp_path / 'out'}"
+    command = [sys.executable, "-c", WITHOUT, *helps, "generate x", train]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert re.findall(r"^CODE (\d+)$", done.stdout, re.MULTILINE) == ["0"] * len(helps) + ["1", "1"], done.stderr
+    assert done.stderr == "dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'\n" * 2
+
+
+INTERRUPTED = """
+import os, signal, sys
+stage = sys.argv[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+if stage == "import":
+    class Slow:
+        def find_spec(self, name, *_):
+            if name == "torch":
+                interrupt()
+    sys.meta_path.insert(0, Slow())
+elif stage == "input":
+    sys.stdin.read = interrupt
+elif stage == "close":
+    from dflash_rs import llm
+    llm.LLM = type("LLM", (), {
+        "__init__": lambda self, **_: None, "stream": lambda self, *_: interrupt(), "close": interrupt,
+    })
+from dflash_rs.cli import main
+sys.exit(main(["generate", "-" if stage == "input" else "x"]))
+"""
+
+
+@pytest.mark.parametrize("stage", ["import", "input", "close"])
+def test_ctrl_c_at_any_stage_ends_with_code_130_and_no_traceback(stage):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, stage],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")

@@ -44,3 +44,7 @@ def test_without_sglang_its_part_says_how_to_get_it(capsys, monkeypatch):
     assert cli.main(["doctor", "--sglang"]) == 1
     out = capsys.readouterr().out
     assert "pip install sglang==" in out and "SGLang does not serve here yet." in out
+    # What is not there is missing, and nothing is broken for that.
+    assert out.startswith("missing") and "broken" not in out
+    assert cli.main(["doctor", "--sglang", "--json"]) == 1
+    assert [check["status"] for check in json.loads(capsys.readouterr().out)["checks"]] == [MISSING]

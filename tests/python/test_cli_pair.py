@@ -178,6 +178,28 @@ def test_a_prompt_that_can_never_fit_is_refused():
     assert "error" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_prompt_among_many_that_can_never_fit_is_named_and_none_is_run(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, PROMPT * 300)))
+    done = dflash("generate", PROMPT, "--prompt-file", str(prompts), "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: prompt 3 ({prompts}: line 2): got " in done.stderr and "expected 1 to 1023 tokens" in done.stderr
+    done = dflash("generate", PROMPT, PROMPT * 20, "--num-pages", "4", "--page-size", "16", "--max-tokens", "8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: prompt 2: " in done.stderr and "the pool has 4" in done.stderr
+
+
+def test_sizes_of_the_engine_change_how_long_a_text_may_be_and_nothing_else():
+    words = ("generate", "--json", PROMPT, "import os\n", PROMPT, "--max-tokens", "48")
+    whole, short = dflash(*words), dflash(*words, "--max-context", "32", "--max-running", "1", "--no-adaptive")
+    assert whole.returncode == short.returncode == 0, short.stderr
+    for one, other in zip(map(json.loads, whole.stdout.splitlines()), map(json.loads, short.stdout.splitlines())):
+        assert one["prompt"] == other["prompt"] and len(one["token_ids"]) == 48
+        assert other["metrics"]["prompt_tokens"] + len(other["token_ids"]) == 32
+        assert other["token_ids"] == one["token_ids"][: len(other["token_ids"])]
+    assert [json.loads(line)["prompt"] for line in whole.stdout.splitlines()] == [PROMPT, "import os\n", PROMPT]
+
+
 def test_models_may_be_named_as_on_the_hub(tmp_path):
     """From a cache as the hub's library leaves it, without a network."""
     from safetensors.torch import load_file, save_file

@@ -139,6 +139,7 @@ def test_attention_gets_masks_windows_and_splits(calls):
     assert (block.mask, block.window, block.num_splits, block.slots) == (1, 9, 1, 0)
     assert (causal.mask, causal.window, causal.num_splits) == (0, 0, 3) and causal.slots and causal.valid_from
     assert (tree.mask, tree.mask_words) == (2, 1) and tree.ancestors
+    assert (block.softcap, block.sinks) == (30.0, named["sinks"]) and (causal.softcap, causal.sinks) == (0.0, 0)
     assert bytes(combine) == bytes(causal) and combine.partial_out and combine.partial_stats
     # Tiles of 128 wide heads take more shared memory than a block has without asking.
     asked = [entry for entry in log if entry.get("set") == "block_attention_128"]
@@ -279,9 +280,12 @@ def attention(**changed):
         ({"mask": "tree"}, "mask: got tree, expected 'causal', 'block' or 'ancestors'"),
         ({"mask": "ancestors"}, "ancestors: got None, expected a tensor with mask='ancestors'"),
         ({"window": 0}, "window: got 0"),
+        ({"softcap": 0.0}, "softcap: got 0, expected a positive number, or None"),
+        ({"sinks": t(11, "float32", 3)}, "sinks: got shape [3], expected shape [4]"),
+        ({"sinks": t(11, "bfloat16", 4)}, "sinks: got bfloat16, expected float32"),
         ({"scale": float("nan")}, "scale: got NaN"),
         ({"max_block_len": 9}, "max_block_len: got 9, expected at most 8"),
-        ({"max_keys": 600}, "num_splits: got 1, expected 2 to 65535"),
+        ({"max_keys": 600}, "num_splits: got 1, expected 2..65535"),
         ({"max_keys": 600, "num_splits": 2}, "partial_out, partial_stats: got None, expected workspaces for 2 splits"),
         ({"split_keys": 100}, "split_keys: got 100, expected a multiple of 64"),
     ],

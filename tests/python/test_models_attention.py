@@ -17,12 +17,17 @@ needs_kernel = pytest.mark.skipif(
 )
 
 
-def dense(q, keys, values, scale, visible):
-    """Attention of one request from its definition. q [n, heads, d], keys and values [m, kv_heads, d]."""
+def dense(q, keys, values, scale, visible, softcap=None, sinks=None):
+    """Attention of one request from its definition. q [n, heads, d], keys and values [m, kv_heads, d], sinks [heads]."""
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = torch.einsum("nhd,mhd->hnm", q.double(), keys.double()) * scale
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(-1, q.shape[0], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[0]]
     return torch.einsum("hnm,mhd->nhd", weights, values.double())
 
 
@@ -30,7 +35,9 @@ def dense(q, keys, values, scale, visible):
 @pytest.mark.parametrize("write", [True, False])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 5), (False, 4)])
 @pytest.mark.parametrize("page_size", [1, 8])
-def test_attention_over_pages_follows_its_definition(page_size, causal, window, write, host):
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 3, 6)], ids=["no sinks", "sinks"])
+def test_attention_over_pages_follows_its_definition(page_size, causal, window, write, host, softcap, sinks):
     pages = Pages(3, 24, page_size)
     contexts, counts, first = [13, 0, 7], [4, 3, 1], [2, 0, 0]
     batch = pages.batch([(r, c, [0] * n) for r, (c, n) in enumerate(zip(contexts, counts, strict=True))])
@@ -49,10 +56,11 @@ def test_attention_over_pages_follows_its_definition(page_size, causal, window, 
             visible &= distance >= 0
         if window is not None:
             visible &= distance.abs() < window
-        expected.append(dense(q[rows], keys, values, 0.3, visible))
+        expected.append(dense(q[rows], keys, values, 0.3, visible, softcap, sinks))
     before = caches.clone()
     attention = step_attention(batch, num_slots=pages.num_slots, write=write, kernel=host, valid_from=valid_from)
-    got = attention.attend(q, k, v, caches[0], caches[1], scale=0.3, causal=causal, window=window)
+    options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
+    got = attention.attend(q, k, v, caches[0], caches[1], scale=0.3, **options)
     torch.testing.assert_close(got.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
     if write:
         before[0][batch.slots], before[1][batch.slots] = k, v
@@ -99,6 +107,23 @@ def test_a_token_of_a_tree_attends_as_if_its_path_were_a_chain(nodes, window, ho
     chain = step_attention(pages.batch([(1, 4, [0] * 3)]), num_slots=pages.num_slots, write=False, kernel=host)
     alone = chain.attend(q[nodes:], k[nodes:], v[nodes:], *caches, scale=0.4, causal=True, window=window)
     torch.testing.assert_close(got[nodes:], alone, rtol=0 if host else 1e-5, atol=0 if host else 1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"softcap": 0.0}, "softcap: got 0, expected a positive number"),
+        ({"softcap": float("nan")}, "softcap: got NaN"),
+        ({"sinks": torch.zeros(3)}, "sinks: got 3"),
+    ],
+)
+def test_a_soft_cap_or_sinks_that_do_not_fit_are_refused(options, expected):
+    pages = Pages(1, 8, 4)
+    q, k, v = (torch.zeros(2, heads, 8) for heads in (4, 2, 2))
+    attention = step_attention(pages.batch([(0, 0, [1, 2])]), num_slots=pages.num_slots, write=True, kernel=True)
+    with pytest.raises(InvalidArgument, match=expected):
+        attention.attend(q, k, v, *torch.zeros(2, pages.num_slots, 2, 8), scale=1.0, **options)
 
 
 @needs_kernel

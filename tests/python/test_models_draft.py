@@ -417,7 +417,7 @@ WRONG_TENSORS = [
         "layers.2.mlp.up_proj.weight: unexpected tensor",
     ),
     (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight: got shape \[3\], expected \[48\]"),
-    (lambda t: t.update({"norm.weight": torch.zeros(48, dtype=torch.int32)}), "norm.weight: got torch.int32"),
+    (lambda t: t.update({"norm.weight": torch.zeros(48, dtype=torch.int32)}), "norm.weight: got I32"),
     (lambda t: t["norm.weight"].fill_(torch.nan), "norm.weight: has values that are not finite"),
     (lambda t: t.update({"lm_head.weight": torch.zeros(9, 48)}), "lm_head.weight: a drafter with an embedding, head"),
     (lambda t: t.update({"candidate_selector.hidden_projection.weight": torch.zeros(1)}), "belongs to DFlash 2"),

@@ -105,7 +105,7 @@ def test_indices_out_of_range_are_refused_before_anything_is_written():
     good, far = torch.tensor([0]), torch.tensor([pages.num_slots])
     with pytest.raises(InvalidArgument, match=f"slots: got {pages.num_slots}"):
         draft.inject(features, good, far, good)
-    with pytest.raises(InvalidArgument, match="rows: got 4, expected 0 to 4 exclusive"):
+    with pytest.raises(InvalidArgument, match="rows: got 4, expected 0..3"):
         draft.inject(features, good, good, torch.tensor([4]))
     with pytest.raises(InvalidArgument, match="features: got shape"):
         draft.inject(features[:, :-1], good, good, good)

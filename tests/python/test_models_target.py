@@ -64,7 +64,53 @@ def qwen3_llama3_rope():
     return qwen3_target(8, rope_parameters=rope, tie_word_embeddings=True)
 
 
-FAMILIES = [qwen3_target, qwen3_llama3_rope, llama, mistral, qwen2_partly_sliding, gpt_neox, gpt2]
+def phimoe_whose_window_is_in_the_mask_only():
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    config = PhimoeConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, max_position_embeddings=256, sliding_window=7,
+    )  # fmt: skip
+    return randomise(PhimoeForCausalLM(config), 9, std=0.15)
+
+
+def gemma2_with_soft_caps():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=256, sliding_window=6, attn_logit_softcapping=3.0, query_pre_attn_scalar=4,
+    )  # fmt: skip
+    return randomise(Gemma2ForCausalLM(config), 10)
+
+
+def gpt_oss_with_sinks():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256, sliding_window=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    return randomise(GptOssForCausalLM(config), 11)
+
+
+def gemma4_with_experts():
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=256, sliding_window=6, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    return randomise(Gemma4ForCausalLM(config), 12)
+
+
+FAMILIES = [
+    qwen3_target, qwen3_llama3_rope, llama, mistral, qwen2_partly_sliding, gpt_neox, gpt2, phimoe_whose_window_is_in_the_mask_only,
+    gemma2_with_soft_caps, gpt_oss_with_sinks, gemma4_with_experts,
+]  # fmt: skip
 FUSED = {qwen3_target, qwen3_llama3_rope, llama, mistral, qwen2_partly_sliding}
 
 
@@ -176,15 +222,16 @@ def test_models_with_state_outside_pages_are_refused():
         TargetModel(mamba)
 
 
-def test_softcapped_attention_is_refused():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_layers_that_share_keys_are_refused():
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-    config = Gemma2Config(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8,
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModel, match="attn_logit_softcapping"):
-        TargetModel(Gemma2ForCausalLM(config))
+    with pytest.raises(UnsupportedModel, match="num_kv_shared_layers = 2"):
+        TargetModel(Gemma4ForCausalLM(config))
 
 
 def test_rope_that_depends_on_the_batch_is_refused():
@@ -202,3 +249,138 @@ def test_a_forward_that_disagrees_with_the_model_is_refused(monkeypatch, factor)
     monkeypatch.setattr(module._Step, "attend_layer", lambda self, *args: real(self, *args) * factor)
     with pytest.raises(UnsupportedModel, match="differs from the model's own"):
         TargetModel(gpt_neox())
+
+
+def test_a_window_that_the_mask_does_not_share_is_refused():
+    model = qwen2_partly_sliding()
+    model.model.layers[3].self_attn.sliding_window = 3
+    with pytest.raises(UnsupportedModel, match="sliding_window is 3, but its mask has 4"):
+        TargetModel(model)
+
+
+def test_a_mask_that_a_layer_made_itself_is_refused(monkeypatch):
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+    real = Qwen2Attention.forward
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
+        mask = None if attention_mask is None else attention_mask & True
+        return real(self, hidden_states, position_embeddings, mask, **kwargs)
+
+    monkeypatch.setattr(Qwen2Attention, "forward", forward)
+    with pytest.raises(
+        UnsupportedModel, match="Qwen2Attention: attention gets a mask that the layer or the model made"
+    ):
+        TargetModel(qwen2_partly_sliding())
+
+
+@pytest.mark.parametrize("limit", [100, 131072])
+def test_windows_of_masks_are_found_at_any_length(limit):
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    from dflash_rs.models.target import _Recorder
+
+    def window(function):
+        recorder = _Recorder(limit)
+        found = recorder.mask(mask_function=function, batch_size=1, q_length=4, kv_length=4, device="cpu")
+        assert torch.equal(found[0, 0], function(0, 0, torch.arange(4)[:, None], torch.arange(4)))
+        return recorder._masks[0][2]
+
+    assert window(causal_mask_function) is None
+    for width in (1, 2, 3, 50, 99):
+        assert window(sliding_window_causal_mask_function(width)) == width
+    assert window(sliding_window_causal_mask_function(limit)) is None, "it never binds"
+
+
+def test_masks_that_are_no_causal_windows_are_refused():
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    from dflash_rs.models.target import _Recorder
+
+    masks = {
+        "chunks": chunked_causal_mask_function(4096, torch.zeros(1, dtype=torch.int64)),
+        "both ways": lambda b, h, q, k: (k >= 0) & (q >= 0),
+        "every other": lambda b, h, q, k: (k <= q) & ((q - k) % 2 == 0),
+        "a prefix for all": lambda b, h, q, k: (k <= q) | (k < 2),
+    }
+    for function in masks.values():
+        with pytest.raises(UnsupportedModel, match="its attention mask lets position"):
+            _Recorder(8192).mask(mask_function=function, batch_size=1, q_length=4, kv_length=4, device="cpu")
+    tokens = torch.zeros(1, 4)
+    with pytest.raises(UnsupportedModel, match="depends on more than positions"):
+        _Recorder(8192).mask(
+            mask_function=lambda b, h, q, k: (k <= q) & (tokens[b, k] == 0),
+            batch_size=1,
+            q_length=4,
+            kv_length=4,
+            device="cpu",
+        )
+
+
+def test_a_rotation_that_changes_with_the_longest_request_is_seen_without_such_a_request(monkeypatch):
+    import dflash_rs.models.target as module
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 8,
+        "long_factor": [3.0] * 8,
+    }  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="rope_type 'longrope'"):
+        TargetModel(qwen3_target(rope_parameters=rope))
+    monkeypatch.setattr(module, "_STATIC_ROPE", ("default", "longrope"))
+    with pytest.raises(UnsupportedModel, match="differs from the model's own"):
+        TargetModel(qwen3_target(rope_parameters=rope))
+
+
+def test_a_scale_that_changes_with_what_a_cache_holds_is_seen_without_filling_one(monkeypatch):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    real = Qwen3Attention.forward
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        long = past_key_values is not None and past_key_values.get_seq_length() > 200
+        return real(self, hidden_states * (1.5 if long else 1.0), *args, past_key_values=past_key_values, **kwargs)
+
+    assert TargetModel(qwen3_target()).path == "fused"
+    monkeypatch.setattr(Qwen3Attention, "forward", forward)
+    with pytest.raises(UnsupportedModel, match="differs from the model's own"):
+        TargetModel(qwen3_target())
+
+
+def qwen3_moe(seed: int):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2, max_position_embeddings=256,
+    )  # fmt: skip
+    return randomise(Qwen3MoeForCausalLM(config), seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_that_rounding_chooses_are_no_error(dtype):
+    for seed in range(8):
+        assert TargetModel(qwen3_moe(seed).to(dtype)).path == "modules"
+
+
+@pytest.mark.parametrize("fault", ["scale", "window", "positions", "keys"])
+def test_faults_of_a_target_with_experts_in_bfloat16_are_seen(monkeypatch, fault):
+    import dflash_rs.models.target as module
+
+    real, run = module._Step.attend_layer, TargetModel.run
+
+    def attend(self, index, q, k, v, scale, *rest):
+        if fault == "scale":
+            scale *= 1.5
+        elif fault == "window":
+            self.windows = dict.fromkeys(self.windows, 2)
+        elif fault == "keys":
+            k = k.roll(1, dims=2)
+        return real(self, index, q, k, v, scale, *rest)
+
+    def shifted(self, token_ids, positions, *rest):
+        return run(self, token_ids, positions // 2 if fault == "positions" else positions, *rest)
+
+    monkeypatch.setattr(module._Step, "attend_layer", attend)
+    monkeypatch.setattr(TargetModel, "run", shifted)
+    with pytest.raises(UnsupportedModel, match="differs from the model's own"):
+        TargetModel(qwen3_moe(0).to(torch.bfloat16))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from dflash_rs import cli
 
@@ -47,12 +49,118 @@ def test_every_command_line_in_the_documentation_parses():
     assert len(lines) >= 8
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
-        cli.build_parser(words).parse_args(words)
+        cli.build_parser().parse_args(words)
 
 
-def test_links_between_the_pages_lead_somewhere():
-    for page in (*PAGES, "docs/benchmarks.md", "docs/training.md", "docs/architecture.md"):
-        path = ROOT / page
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (path.parent / target).exists(), f"{page} links to {target}"
+def test_what_a_stranger_types_first_is_what_the_demo_runs():
+    """So the commands of the README's first block are run, too, whenever the demo is."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    demo = re.findall(
+        r"^\t\$\(BIN\)/(dflash-rs .*)$", makefile.partition("\ndemo:")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it")[2].partition("## Use it")[0]
+    assert len(demo) == 2 and re.findall(r"^    (dflash-rs .*)$", readme, re.MULTILINE) == demo
+    assert readme.index("pip install 'dflash-rs[torch]'") < readme.index(demo[0]) < readme.index("make demo")
+
+
+def test_extras_and_targets_in_the_documentation_exist():
+    extras = set(metadata.distribution("dflash-rs").metadata.get_all("Provides-Extra"))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    text = "".join(
+        (ROOT / page).read_text(encoding="utf-8") for page in (*PAGES, "docs/releasing.md", "docs/sglang.md")
+    )
+    named = set(re.findall(r"(?:dflash-rs|\.)\[([a-z]+)\]'", text))
+    assert "torch" in named and named <= extras
+    made = set(re.findall(r"(?:`|^    |&& )make ([a-z-]+)", text, re.MULTILINE))
+    assert {"demo", "test", "dist", "wheel"} <= made <= targets
+
+
+FORGE = "https://github.com/dflash-rs/dflash-rs/"
+RAW = "https://raw.githubusercontent.com/dflash-rs/dflash-rs/"
+
+
+def targets(text: str) -> list[str]:
+    """Where the links and pictures of a page lead, as Markdown reads it: links by reference, too, nothing in code."""
+    found = []
+    for block in MarkdownIt("commonmark").enable("table").parse(text):
+        for token in block.children or ():
+            found += [str(token.attrs[name]) for name in ("href", "src") if name in token.attrs]
+    return found
+
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings, as the forge makes them."""
+    tokens = MarkdownIt("commonmark").parse(text)
+    titles = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_are_read_as_markdown_reads_them():
+    text = "[a](b.md#c) ![p](d.png) [e] [f][e] `[g](h)`\n\n| t |\n|---|\n| [i](j) |\n\n[e]: k\n"
+    assert targets(text) == ["b.md#c", "d.png", "k", "k", "j"]
+    assert anchors("# What it *is*, and `how`\n\ntext\n\nNext one\n---\n") == {"what-it-is-and-how", "next-one"}
+
+
+def leads_nowhere(target: str, page: Path) -> bool:
+    """Whether a link of a page names a file or heading of this repository that is not there; others are not looked at."""
+    if target.startswith((FORGE, RAW)):
+        kind = re.match(rf"{FORGE}(blob|tree)/main/|{RAW}main/", target)
+        if kind is None:
+            return target != f"{FORGE}issues"
+        path, _, anchor = target[kind.end() :].partition("#")
+        file = ROOT / path
+        right = file.is_dir() if kind[1] == "tree" else file.is_file()
+    elif re.match(r"[a-z]+:", target):
+        return False
+    else:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        right = file.exists()
+    return not right or bool(anchor) and anchor not in anchors(file.read_text(encoding="utf-8"))
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "cuda" / "README.md",
+]
+
+
+def test_a_link_that_leads_nowhere_is_noticed():
+    page = ROOT / "docs" / "guide.md"
+    right = (
+        "#install",
+        "sglang.md",
+        "../README.md#try-it",
+        f"{FORGE}blob/main/docs/guide.md#install",
+        f"{FORGE}issues",
+    )
+    wrong = (
+        "#instal",
+        "sglan.md",
+        "../README.md#try",
+        f"{FORGE}blob/main/docs/guide.md#instal",
+        f"{FORGE}wiki",
+        f"{RAW}x",
+    )
+    assert not any(
+        leads_nowhere(target, page) for target in (*right, "https://example.org/x#y", f"{RAW}main/README.md")
+    )
+    assert all(
+        leads_nowhere(target, page) for target in (*wrong, f"{FORGE}tree/main/README.md", f"{FORGE}blob/main/docs")
+    )
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    wrong = [target for target in targets(page.read_text(encoding="utf-8")) if leads_nowhere(target, page)]
+    assert not wrong
+
+
+def test_the_readmes_links_work_on_the_page_of_an_index_too():
+    """Relative ones would be looked for there, and headings have no names."""
+    found = targets((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert f"{RAW}main/docs/img/demo.png" in found
+    assert len(found) > 8 and all(target.startswith("https://") for target in found)

@@ -54,11 +54,14 @@ def read_only(rows: int) -> np.ndarray:
     ("changes", "message"),
     [
         ({"requests": (request_with(1, 1),)}, "requests: got a tuple, expected a list"),
-        ({"requests": [request_with(-1, 1)]}, r"requests: got -1 for kv\.kv_committed_len of request 0, expected 0 to"),
+        (
+            {"requests": [request_with(-1, 1)]},
+            r"requests: got -1 for kv\.kv_committed_len of request 0, expected slots in 0",
+        ),
         ({"requests": [request_with(1, 2**31)]}, r"requests: got 2147483648 for kv\.kv_allocated_len of request 0"),
-        ({"requests": [request_with(2**31 - 1, 0)]}, "requests: got 2147483664 slots for request 0, expected at most"),
-        ({"ahead": -1}, "ahead: got -1, expected 0 to"),
-        ({"page_size": 0}, "page_size: got 0, expected 1 to"),
+        ({"requests": [request_with(2**31 - 1, 0)]}, "requests: got 2147483664 for request 0, expected at most"),
+        ({"ahead": -1}, "ahead: got -1, expected an integer in 0"),
+        ({"page_size": 0}, "page_size: got 0, expected an integer in 1"),
         ({"committed": np.zeros(1, np.int32)}, "committed: got a int32 array .* expected a writable, contiguous int64"),
         (
             {"allocated": np.zeros(0, np.int32)},

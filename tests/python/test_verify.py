@@ -312,9 +312,9 @@ def good_ratio():
         (dict(p=np.full((1, 2, 4), 0.25)), r"p: got shape \[1, 2, 4\], expected shape \[1, 3, 4\]"),
         (dict(p=np.full((1, 3, 8), 0.25)[:, :, ::2]), "not C-contiguous"),
         (dict(q=np.full((1, 2, 4), 0.25, F32)), "q: got a float32 array"),
-        (dict(q=np.full((1, 2, 4), 0.5)), "row 0: row 0: q: got a sum of 2"),
+        (dict(q=np.full((1, 2, 4), 0.5)), "^request 0, row 0: q: got a sum of 2"),
         (dict(drafts=np.zeros((1, 2), np.int32)), "drafts: got a int32 array"),
-        (dict(drafts=np.full((1, 2), 4)), "token 4, expected a token below 4"),
+        (dict(drafts=np.full((1, 2), 4)), "token 4, expected tokens in 0..3"),
         (dict(drafts=np.full((1, 2), -1)), "token -1"),
         (dict(seeds=None), "coins: got round_starts"),
         (dict(seeds=None, round_starts=None), "coins: got none of them"),
@@ -341,7 +341,7 @@ def test_walks_rows_and_trees_name_what_does_not_fit():
     drafts, sampled = np.zeros((2, 3), np.int64), np.zeros((2, 4), np.int64)
     with pytest.raises(InvalidArgument, match=r"sampled: got shape \[2, 3\], expected shape \[2, 4\]"):
         verify.walk(drafts, drafts)
-    with pytest.raises(InvalidArgument, match="lengths: got 4, expected 0 to g = 3"):
+    with pytest.raises(InvalidArgument, match="lengths: got 4, expected 0..3"):
         verify.walk(drafts, sampled, np.array([0, 4]))
     with pytest.raises(InvalidArgument, match="drafts: got a float64 array"):
         verify.walk(drafts.astype(float), sampled)

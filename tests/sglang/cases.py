@@ -98,6 +98,13 @@ def constrained() -> dict[str, dict[str, Any]]:
         "regex, seed": base | {"regex": GRAMMAR["regex"], "temperature": 1.0, "sampling_seed": 3},
         "regex, penalties": base | {"regex": "[a-f ]+", "frequency_penalty": 1.0, "repetition_penalty": 1.3},
         "json_schema": base | {"json_schema": GRAMMAR["json_schema"]},
+        # What follows the end of a grammar that does not end its request; the last grammar ends with the first token.
+        "regex, ignore_eos": base | {"regex": "[a-z]{3}", "ignore_eos": True},
+        "regex, ignore_eos, seed": base
+        | {"regex": "[a-z]{2,5}", "ignore_eos": True, "temperature": 1.0, "sampling_seed": 7, "top_k": 50},
+        "regex, ignore_eos, penalties": base
+        | {"regex": "[a-c ]{1,6}", "ignore_eos": True, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        "regex, ignore_eos, at once": base | {"regex": "(ab)?", "ignore_eos": True, "logit_bias": {"0": 50.0}},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SGLANG_PLATFORM", "host")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# A server is up in a third of the time. Those of several ranks, of the oldest version and of benchmarks start as SGLang does.
+os.environ.setdefault("SGLANG_HOST_FORK", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulated"))
 import cases
+import emulated_driver
 import pytest
 from servers import Server, speculative, widths
 
@@ -21,6 +26,12 @@ from servers import Server, speculative, widths
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where servers write their logs."""
     return tmp_path_factory.mktemp("sglang")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The stand-in for CUDA's driver, with the kernels compiled for the host: once, because that takes a while."""
+    return str(emulated_driver.build(tmp_path_factory.mktemp("driver")))
 
 
 @pytest.fixture(scope="session")

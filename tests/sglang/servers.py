@@ -19,7 +19,7 @@ from typing import Any
 from dflash_rs.config import assets
 
 TARGET, DRAFT = str(assets() / "target"), str(assets() / "draft")
-START_SECONDS = 300
+START_SECONDS = 900
 
 
 def environment(**extra: str) -> dict[str, str]:

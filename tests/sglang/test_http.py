@@ -7,15 +7,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cases
 import pytest
 import torch
 from cases import tokens
-from servers import DRAFT, TARGET, Server, environment, speculative
+from servers import DRAFT, TARGET, Server, environment
 
 
 @pytest.mark.parametrize("name", ["greedy", "logit_bias", "stop", "all penalties"])
@@ -66,16 +64,6 @@ def test_the_counters_are_exported_and_the_alarm_rings(web: Server) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def guarded(logs: Path) -> Iterator[Server]:
-    """DFLASH_RS with seeded draws and custom processors."""
-    options = speculative(
-        enable_deterministic_inference=True, enable_custom_logit_processor=True, grammar_backend="none"
-    )
-    with Server(logs / "guarded.log", **options) as server:
-        yield server
-
-
 @pytest.mark.parametrize(
     ("option", "fields"),
     [
@@ -87,29 +75,29 @@ def guarded(logs: Path) -> Iterator[Server]:
         ("custom_logit_processor", {"text": "def f", "custom_logit_processor": '{"callable": "80044b052e"}'}),
     ],
 )
-def test_what_would_end_plain_sglang_is_refused_by_name(guarded: Server, option: str, fields: dict) -> None:
+def test_what_would_end_plain_sglang_is_refused_by_name(ours: Server, option: str, fields: dict) -> None:
     alone = cases.bodies(cases.greedy()["greedy"], 1)[0] | {"return_logprob": True}
-    expected = guarded.together([alone])
+    expected = ours.together([alone])
     # Beside a request that goes on, with which the refused one may share a pass.
     with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(guarded.together, [alone])
+        beside = pool.submit(ours.together, [alone])
         for _ in range(3):
-            status, answer = guarded.post("/generate", {"sampling_params": {"max_new_tokens": 4}, **fields})
+            status, answer = ours.post("/generate", {"sampling_params": {"max_new_tokens": 4}, **fields})
             assert status == 400 and f"{option}: got" in json.dumps(answer), (status, answer)
         assert tokens(beside.result()) == tokens(expected)
     body = {"sampling_params": {"max_new_tokens": 4}, **fields}
-    *_, last = guarded.stream("/generate", body)
+    *_, last = ours.stream("/generate", body)
     reason = last["meta_info"]["finish_reason"]
     assert (reason["type"], reason["status_code"]) == ("abort", 400) and f"{option}: got" in reason["message"]
-    assert tokens(guarded.together([alone])) == tokens(expected) and guarded.process.poll() is None
+    assert tokens(ours.together([alone])) == tokens(expected) and ours.process.poll() is None
 
 
 @pytest.mark.parametrize("greedy", [{"temperature": 0}, {"temperature": 0.8, "top_k": 1}])
-def test_min_p_of_a_greedy_request_is_served_where_draws_are_seeded(guarded: Server, greedy: dict) -> None:
+def test_min_p_of_a_greedy_request_is_served_where_draws_are_seeded(ours: Server, greedy: dict) -> None:
     params = cases.greedy()["greedy"] | greedy
     drawn = cases.bodies(cases.seeded()["seed, top_k"], 1)  # both filter, so neither draw depends on the other
-    expected = guarded.together(cases.bodies(params, 1) + drawn)
-    assert tokens(guarded.together(cases.bodies(params | {"min_p": 0.3}, 1) + drawn)) == tokens(expected)
+    expected = ours.together(cases.bodies(params, 1) + drawn)
+    assert tokens(ours.together(cases.bodies(params | {"min_p": 0.3}, 1) + drawn)) == tokens(expected)
 
 
 SHAPE = {"temperature": 1.3, "top_k": 4, "top_p": 0.95, "min_p": 0.05}
@@ -185,7 +173,7 @@ def test_two_ranks_and_the_engine_in_python(reference: dict, tmp_path) -> None:
         "log_level": "warning",
     }
     given = json.dumps([options, list(cases.prompts()), cases.greedy()["all penalties"]])
-    env = environment(SGLANG_CPU_OMP_THREADS_BIND="0|1")
+    env = environment(SGLANG_CPU_OMP_THREADS_BIND="0|1", SGLANG_HOST_FORK="0")
     done = subprocess.run(
         [sys.executable, str(script), given], env=env, capture_output=True, text=True, timeout=400, check=False
     )

@@ -4,8 +4,6 @@ launcher's, the kernels' logic compiled for the host."""
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import cases
 import pytest
@@ -13,9 +11,6 @@ from cases import matrix, tokens
 from servers import Server, speculative, widths
 
 from dflash_rs import _core
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulated"))
-import emulated_driver  # noqa: E402
 
 ROWS = ["greedy", "all penalties", "seed, top_p", "regex"]
 HALF = {"dtype": "bfloat16", "grammar_backend": "xgrammar", "enable_deterministic_inference": True}
@@ -29,18 +24,26 @@ def accepted(answers: list[dict]) -> float:
 
 @pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
 @pytest.mark.parametrize(("page_size", "adaptive"), [(1, "cycle"), (16, False)])
-def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, tmp_path, page_size, adaptive):
-    driver = {"SGLANG_HOST_CUDA": str(emulated_driver.build(tmp_path))}
+def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, driver, page_size, adaptive):
+    driver = {"SGLANG_HOST_CUDA": driver}
     options = speculative(page_size=page_size, chunked_prefill_size=64, **HALF)
     bodies = [body for name in ROWS for body in cases.bodies(matrix()[name])]
-    with Server(logs / f"kernels-{page_size}.log", env=driver | widths(adaptive), **options) as server:
-        answers = server.together(bodies, at_once=1)
-        assert "kernels for draft KV: in use" in server.log.read_text(errors="replace")
-        assert server.flush_is_clean()
     without = {"DFLASH_RS_CONFIG": json.dumps({"kernels": False, "adaptive": adaptive})}
-    with Server(logs / f"no-kernels-{page_size}.log", env=driver | without, **options) as server:
-        expected = server.together(bodies, at_once=1)
-        assert "kernels for draft KV" not in server.log.read_text(errors="replace")
+    # Started side by side, asked one after the other.
+    pair = [
+        Server(logs / f"kernels-{page_size}.log", env=driver | widths(adaptive), **options),
+        Server(logs / f"no-kernels-{page_size}.log", env=driver | without, **options),
+    ]
+    try:
+        used, unused = (server.wait() for server in pair)
+        answers = used.together(bodies, at_once=1)
+        assert "kernels for draft KV: in use" in used.log.read_text(errors="replace")
+        assert used.flush_is_clean()
+        expected = unused.together(bodies, at_once=1)
+        assert "kernels for draft KV" not in unused.log.read_text(errors="replace")
+    finally:
+        for server in pair:
+            server.close()
     assert tokens(answers) == tokens(expected)
     # Drafts from keys that were rounded once instead of twice may differ, in rare places; and where steps vary in width, so do those
     # that follow.

@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_registry import _REGISTRY, get_spec
 
 import dflash_rs.sglang
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
-from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, requests
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, grammar, requests
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import History, Penalties, TargetSampler
 from dflash_rs.sglang.shapes import SHAPED, Shapes, Undrafted
@@ -81,6 +81,60 @@ def test_a_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "DFlashWorkerV2._accept_block: no parameter fate",
         "DFlashWorkerV2._gone: not there",
     ]
+
+
+# --- grammars ---------------------------------------------------------------------------------------------------------
+
+
+class Pattern:
+    """A grammar that is over once it has seen the end token, 0."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def accept_token(self, token: int) -> None:
+        if not self.is_terminated():
+            self.seen.append(token)
+
+    def is_terminated(self) -> bool:
+        return 0 in self.seen
+
+
+def ended(steps: list[list[int]], ignore_eos: bool, hooked: bool = True) -> tuple[list[int], bool, bool]:
+    """What a request has written after these steps, whether its grammar ended it, and whether it has its grammar still. `hooked`: steps
+    of several tokens, as with speculation; else one token at a time, in the order SGLang has without."""
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+
+    tell = inspect.unwrap(SchedulerBatchResultProcessor._accept_grammar_tokens)
+    ask = inspect.unwrap(Req.update_finish_state)
+    req = Req.__new__(Req)
+    req.rid, req.grammar, req.output_ids, req.to_finish, req.finished_reason = "r", Pattern(), [], None, None
+    req.finished_len, req.vocab_size, req.tokenizer, req.eos_token_ids = None, 100, None, {0}
+    req.sampling_params = SimpleNamespace(
+        ignore_eos=ignore_eos, stop_token_ids=None, stop_strs=[], stop_regex_strs=[], max_new_tokens=100
+    )
+    for tokens in steps if hooked else [[token] for step in steps for token in step]:
+        kept = grammar.accept(tell, None, req, tokens) if hooked else tokens
+        req.output_ids.extend(kept)
+        if hooked:
+            grammar.finish(ask, req, len(kept))
+        else:
+            ask(req, 1)
+            tell(None, req, tokens)
+        if req.finished():
+            break
+    return list(req.output_ids), req.finished(), req.grammar is not None
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[[5], [6, 0, 7, 8]], [[5], [6, 0], [7, 8]], [[5], [6, 0, 7]], [[0], [7]], [[5], [6, 8]], [[0, 7, 8]]],
+    ids=["inside", "at the end", "before the last", "at once", "not yet", "in the first"],
+)
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_grammar_ends_a_request_where_it_ends_without_speculation(steps: list[list[int]], ignore_eos: bool) -> None:
+    assert ended(steps, ignore_eos) == ended(steps, ignore_eos, hooked=False)
 
 
 # --- server arguments -------------------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ from servers import environment
 from dflash_rs import _core
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "emulated"))
-import emulated_driver  # noqa: E402
 
 OLDEST = Path(sys.prefix) / "sglang-0.5.17"
 KNOWN = {
@@ -32,11 +30,6 @@ NEWER = {"row_argmax.row_argmax", "lilicorr.lilicorr_topk_lse"}
 def on_cpu(code: list[str | Path], **extra: str) -> subprocess.CompletedProcess[str]:
     env = environment(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", **extra)
     return subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True, timeout=600, check=False)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(emulated_driver.build(tmp_path_factory.mktemp("driver")))
 
 
 @pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")

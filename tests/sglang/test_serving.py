@@ -19,7 +19,7 @@ from servers import TARGET, Server, speculative, widths
 from test_text import CHECKED
 
 SEEDED = {"enable_deterministic_inference": True, "grammar_backend": "xgrammar"}
-TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_HOST_FORK": "0"}
 
 
 def passes_counted(server: Server) -> dict[int, float]:
@@ -145,7 +145,7 @@ def limited(logs) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize("name", ["greedy", "all penalties", "seed, top_k", "regex"])
+@pytest.mark.parametrize("name", ["greedy", "all penalties", "seed, top_k", "regex", "regex, ignore_eos"])
 def test_a_drafter_that_sees_a_window_only(limited: Server, reference: dict, name: str) -> None:
     answers = limited.together(cases.bodies(matrix()[name]), at_once=2)
     assert tokens(answers) == tokens(reference[name])

@@ -18,6 +18,7 @@ from servers import TARGET, Server, environment, speculative, widths
 VERSION = "0.5.17"
 ENV = {
     "PYTHONPATH": str(Path(sys.prefix) / f"sglang-{VERSION}"),
+    "SGLANG_HOST_FORK": "0",
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # or a server that fails takes a minute to end
 }
 

@@ -53,11 +53,13 @@ class ReferenceLoop:
             from dflash.model import DFlashDraftModel, dflash_generate
         except ImportError as error:
             raise DflashError(f"the package dflash is installed but does not import ({error}): {INSTALL}") from None
-        from transformers import AutoModelForCausalLM
+        from dflash_rs.models.checkpoint import load_causal_lm, readable
 
         self._loop = dflash_generate
-        self.target = AutoModelForCausalLM.from_pretrained(str(target_dir), dtype=dtype).to(device).eval()
-        self.draft = DFlashDraftModel.from_pretrained(str(draft_dir), dtype=dtype).to(device).eval()
+        self.target = load_causal_lm(target_dir, dtype)[0].to(device).eval()
+        with readable(draft_dir, "draft"):
+            draft = DFlashDraftModel.from_pretrained(str(draft_dir), dtype=dtype, trust_remote_code=False)
+        self.draft = draft.to(device).eval()
         self.passes = 0
         # Its own statistics need a GPU's clock. Target forwards are counted instead; the first one is the prefill.
         self.target.register_forward_pre_hook(self._count)

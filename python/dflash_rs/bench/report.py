@@ -186,14 +186,15 @@ def read_json(path: str) -> tuple[dict[str, Any], list[Row]]:
 
 
 def need_place(option: str, path: str) -> None:
-    """Raises before a long run rather than after it when no file can be written there."""
-    place, made = Path(path), True
+    """Raises before a long run rather than after it when no file can be written there. Makes nothing, no folder either."""
+    place = Path(path)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        made = False
-    if not made or place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
-        raise InvalidArgument(f"{option}: got {path}, expected a file that can be written")
+        there = place.exists()
+        free = not place.is_dir() and place.parent.is_dir() and os.access(place if there else place.parent, os.W_OK)
+    except OSError:  # a name too long, a link to itself
+        free = False
+    if not free:
+        raise InvalidArgument(f"{option}: got {path}, expected a file that can be written, in a folder that exists")
 
 
 def need_matplotlib(path: str) -> None:

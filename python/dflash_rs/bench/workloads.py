@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from dflash_rs.errors import DflashError, InvalidArgument
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the file it was cut from (empty when it came from nowhere in particular)."""
+    """A prompt, the file it was cut from (empty when it came from nowhere in particular), and where it stands, for messages."""
 
     text: str
     source: str = ""
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def held_out_prompts(limit: int | None = None) -> list[Prompt]:
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """Prompts from a file: a JSON list, JSON lines, or plain text with one prompt per line.
 
-    JSON entries are strings or objects with "prompt" (and optionally "source").
+    JSON entries are strings or objects with "prompt" (and optionally "source"). The file is UTF-8, with or without a byte
+    order mark.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InvalidArgument(f"prompt file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -69,25 +71,31 @@ def parse_prompts(text: str, name: str) -> list[Prompt]:
     if stripped.startswith("[") and (declared or _is_json(text)):
         try:
             entries = json.loads(text)
-        except json.JSONDecodeError as error:
+        except _NOT_JSON as error:
             raise InvalidArgument(f"{name}: not a JSON list ({error})") from None
         return [_prompt(entry, f"{name}: entry {i}") for i, entry in enumerate(entries)]
-    lines = [line for line in text.splitlines() if line.strip()]
-    if stripped.startswith("{") and (declared or _is_json(lines[0])):
+    # Not splitlines(), which takes form feeds and the like for ends of lines.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if stripped.startswith("{") and (declared or _is_json(lines[0][1])):
         prompts = []
-        for number, line in enumerate(lines, 1):
+        for number, line in lines:
             try:
-                prompts.append(_prompt(json.loads(line), f"{name}: line {number}"))
-            except json.JSONDecodeError as error:
+                entry = json.loads(line)
+            except _NOT_JSON as error:
                 raise InvalidArgument(f"{name}: line {number} is not JSON ({error})") from None
+            prompts.append(_prompt(entry, f"{name}: line {number}"))
         return prompts
-    return [Prompt(line) for line in lines]
+    return [Prompt(line, where=f"{name}: line {number}") for number, line in lines]
+
+
+# Not well-formed, numbers of too many digits, nested too deeply.
+_NOT_JSON = (ValueError, RecursionError)
 
 
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         return False
     return True
 
@@ -101,7 +109,7 @@ def _prompt(entry: object, where: str) -> Prompt:
         raise InvalidArgument(f'{where}: got {type(entry).__name__}, expected a string or an object with "prompt"')
     if not text:
         raise InvalidArgument(f"{where}: the prompt is empty")
-    return Prompt(text, source)
+    return Prompt(text, source, where)
 
 
 def _take(prompts: Sequence[Prompt], limit: int | None, name: str) -> list[Prompt]:

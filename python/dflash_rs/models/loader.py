@@ -9,7 +9,6 @@ that belongs to another target, a missing tensor, a half-copied file) is an erro
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..weights import check_weights
+from . import checkpoint
+from .checkpoint import MOST_HEADS, MOST_POSITIONS, MOST_VOCAB, MOST_WIDTH, Stored, readable
 from .draft import FULL, SLIDING, DFlashDraft, DraftConfig
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Published drafters have 16; a file that says a thousand is damaged.
 _MOST_BLOCK = 256
+_MOST_DRAFT_LAYERS, _MOST_TARGET_LAYERS = 1024, checkpoint.MOST_LAYERS
 _DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
@@ -45,23 +47,24 @@ class _Fields:
         self.file, self.values = file, {**top, **nested}
 
     def fail(self, name: str, expected: str) -> CheckpointError:
-        got = repr(self.values[name]) if name in self.values else "nothing"
+        got = checkpoint.short(self.values[name]) if name in self.values else "nothing"
         return CheckpointError(f"{self.file}: {name}: got {got}, expected {expected}")
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.values.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, low: int, default: int | None = None) -> int:
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise self.fail(name, f"an integer of at least {low}")
+        if value > high:
+            raise self.fail(name, f"at most {high}")
         return value
 
     def number(self, name: str, default: float | None = None, *, positive: bool = True) -> float:
         value = self.get(name, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or (positive and value <= 0):
+        if not checkpoint.finite(value) or (positive and value <= 0):
             raise self.fail(name, "a positive number" if positive else "a finite number")
         return float(value)
 
@@ -72,44 +75,30 @@ class _Fields:
         return value
 
 
-def _block_size(fields: _Fields) -> int:
-    size = fields.integer("block_size", 2, 16)
-    if size > _MOST_BLOCK:
-        raise fields.fail("block_size", f"at most {_MOST_BLOCK}")
-    return size
-
-
 def read_draft_config(path: str | Path) -> DraftConfig:
     """The validated configuration of the checkpoint folder `path`. Raises CheckpointError."""
     file = Path(path) / "config.json"
-    try:
-        top = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: not found, expected the configuration of a DFlash checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(top, dict):
-        raise CheckpointError(f"{file}: got a {type(top).__name__}, expected an object")
-    fields = _Fields(file, top)
+    fields = _Fields(file, checkpoint.read_object(file, "the configuration of a DFlash checkpoint"))
 
     second = _check_kind(fields)
-    hidden, layers = fields.integer("hidden_size", 1), fields.integer("num_hidden_layers", 1)
-    heads = fields.integer("num_attention_heads", 1)
-    kv_heads = fields.integer("num_key_value_heads", 1, heads)
+    hidden = fields.integer("hidden_size", 1, MOST_WIDTH)
+    layers = fields.integer("num_hidden_layers", 1, _MOST_DRAFT_LAYERS)
+    heads = fields.integer("num_attention_heads", 1, MOST_HEADS)
+    kv_heads = fields.integer("num_key_value_heads", 1, MOST_HEADS, heads)
     if heads % kv_heads:
         raise fields.fail("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     if fields.get("head_dim") is None and hidden % heads:
         raise fields.fail("head_dim", f"a value, since hidden_size {hidden} is not a multiple of {heads} heads")
-    head_dim = fields.integer("head_dim", 2, hidden // heads)
+    head_dim = fields.integer("head_dim", 2, MOST_HEADS, hidden // heads)
     if head_dim % 2:
         raise fields.fail("head_dim", "an even number, for rotary embeddings")
     if fields.get("hidden_act", "silu") != "silu":
         raise fields.fail("hidden_act", "'silu'")
-    vocab = fields.integer("vocab_size", 2)
-    mask = fields.integer("mask_token_id", 0)
+    vocab = fields.integer("vocab_size", 2, MOST_VOCAB)
+    mask = fields.integer("mask_token_id", 0, MOST_VOCAB)
     if mask >= vocab:
         raise fields.fail("mask_token_id", f"0..{vocab - 1} (vocab_size)")
-    target_layers = fields.integer("num_target_layers", 1)
+    target_layers = fields.integer("num_target_layers", 1, _MOST_TARGET_LAYERS)
     causal, window = _layer_kinds(fields, layers)
     softcap = fields.get("final_logit_softcapping")
 
@@ -119,16 +108,16 @@ def read_draft_config(path: str | Path) -> DraftConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=fields.integer("intermediate_size", 1),
+        intermediate_size=fields.integer("intermediate_size", 1, MOST_WIDTH),
         vocab_size=vocab,
         target_layer_ids=_layer_ids(fields, target_layers, layers),
         mask_token_id=mask,
         num_target_layers=target_layers,
-        block_size=_block_size(fields),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        block_size=fields.integer("block_size", 2, _MOST_BLOCK, 16),
+        rms_norm_eps=_epsilon(fields),
         attention_bias=fields.boolean("attention_bias", False),
         rope_parameters=_rope(fields),
-        max_position_embeddings=fields.integer("max_position_embeddings", 1, 32768),
+        max_position_embeddings=fields.integer("max_position_embeddings", 1, MOST_POSITIONS, 32768),
         layer_causal=causal,
         layer_window=window,
         input_embedding_scale=fields.number("input_embedding_scale", 1.0, positive=False),
@@ -138,9 +127,16 @@ def read_draft_config(path: str | Path) -> DraftConfig:
     )
 
 
+def _epsilon(fields: _Fields) -> float:
+    value = fields.number("rms_norm_eps", 1e-6)
+    if value > 1:
+        raise fields.fail("rms_norm_eps", "a positive number of at most 1")
+    return value
+
+
 def _second(fields: _Fields, hidden: int, vocab: int) -> dict[str, int]:
     """What only a DFlash 2 has."""
-    values = {key: fields.integer(key, 1) for key in _DFLASH2_KEYS}
+    values = {key: fields.integer(key, 1, MOST_HEADS) for key in _DFLASH2_KEYS}
     if hidden % values["conv_group_size"]:
         raise fields.fail("conv_group_size", f"a divisor of hidden_size {hidden}")
     if values["selector_top_k"] >= vocab:
@@ -150,6 +146,8 @@ def _second(fields: _Fields, hidden: int, vocab: int) -> dict[str, int]:
 
 def _check_kind(fields: _Fields) -> bool:
     """Whether it is a DFlash 2."""
+    if fields.get("quantization_config") is not None:
+        raise fields.fail("quantization_config", "nothing: a drafter's weights are read as they are stored")
     names = fields.get("architectures", ["DFlashDraftModel"])
     if not isinstance(names, list) or not names:
         raise fields.fail("architectures", "a list of one class name")
@@ -173,6 +171,8 @@ def _layer_ids(fields: _Fields, target_layers: int, draft_layers: int) -> tuple[
         ids = default_layer_ids(target_layers, draft_layers)
     if not isinstance(ids, list | tuple) or not ids or any(isinstance(k, bool) or not isinstance(k, int) for k in ids):
         raise fields.fail("target_layer_ids", "a list of layer numbers")
+    if given and len(set(ids)) < len(ids):
+        raise fields.fail("target_layer_ids", "every layer once")
     origin = (
         "" if given else f" (the default for {target_layers} target and {draft_layers} drafter layers is {list(ids)})"
     )
@@ -197,7 +197,7 @@ def _layer_kinds(fields: _Fields, layers: int) -> tuple[tuple[bool, ...], tuple[
         use_window = fields.boolean("use_sliding_window", False)
     if kinds is None:
         # Configurations older than layer_types: layers from max_window_layers on slide.
-        first = fields.integer("max_window_layers", 0, 28) if use_window else layers
+        first = fields.integer("max_window_layers", 0, _MOST_TARGET_LAYERS, 28) if use_window else layers
         kinds = [SLIDING if i >= first else FULL for i in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise fields.fail("layer_types", f"{layers} entries, each {FULL!r} or {SLIDING!r}")
@@ -208,7 +208,7 @@ def _layer_kinds(fields: _Fields, layers: int) -> tuple[tuple[bool, ...], tuple[
     if SLIDING in kinds:
         if use_window is False:
             raise fields.fail("use_sliding_window", f"true, since layer_types has {SLIDING!r}")
-        window = fields.integer("sliding_window", 1)
+        window = fields.integer("sliding_window", 1, 2**31 - 1)
     return (
         tuple(kind == SLIDING if causal is None else causal for kind in kinds),
         tuple(window if kind == SLIDING else None for kind in kinds),
@@ -230,8 +230,11 @@ def _rope(fields: _Fields) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
         raise fields.fail(name, "partial_rotary_factor 1: the drafter rotates whole heads")
     theta = rope.get("rope_theta", fields.get("rope_theta"))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise fields.fail("rope_theta", "a positive number, here or in rope_parameters")
+    if not checkpoint.finite(theta) or theta <= 0:
+        raise CheckpointError(
+            f"{fields.file}: rope_theta: got {'nothing' if theta is None else checkpoint.short(theta)}, expected a positive number, here "
+            "or in rope_parameters"
+        )
     rope["rope_theta"] = float(theta)
     needed = {
         "linear": ("factor",),
@@ -239,8 +242,14 @@ def _rope(fields: _Fields) -> dict[str, Any]:
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     for key in needed.get(rope["rope_type"], ()):
-        if not isinstance(rope.get(key), int | float):
+        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), int | float):
             raise fields.fail(name, f"a number {key!r} for rope_type {rope['rope_type']!r}")
+    wrong = checkpoint.check_rope(rope)
+    if wrong is not None:
+        raise fields.fail(name, f"{wrong[0]} to be {wrong[1]}")
+    for key, value in rope.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and not checkpoint.finite(value):
+            raise fields.fail(name, f"{key} to be a finite number")
     return rope
 
 
@@ -262,50 +271,56 @@ def check_against_target(path: str | Path, config: DraftConfig, target) -> None:
         )
 
 
-def _tensor_files(path: Path) -> dict[Path, list[str] | None]:
-    """Safetensors files of a checkpoint and the tensors the index promises in each (None without an index)."""
+def _tensor_files(path: Path) -> dict[Path, list[str]]:
+    """Safetensors files of a checkpoint and the tensors that an index promises in each."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files: dict[Path, list[str] | None] = {}
-            for tensor, name in weight_map.items():
-                if Path(name).name != name:
-                    raise ValueError(f"shard {name!r} is not a plain file name")
-                files.setdefault(path / name, []).append(tensor)  # type: ignore[union-attr]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error})") from None
-        return files
-    return {path / "model.safetensors": None}
+    return checkpoint.tensor_files(path, index.name if index.exists() else "model.safetensors")
+
+
+def _short_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Types and shapes of all tensors of a checkpoint folder, without the `model.` prefix. Raises CheckpointError."""
+    found: dict[str, Stored] = {}
+    for name, tensor in checkpoint.stored_tensors(_tensor_files(path), "a DFlash checkpoint", once=True).items():
+        if _short_name(name) in found:
+            raise CheckpointError(f"{path}: {name}: stored twice")
+        found[_short_name(name)] = tensor
+    # A derived table that some exports carry along.
+    found.pop("rotary_emb.inv_freq", None)
+    return found
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder, without the `model.` prefix. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
+    wanted = stored_tensors(path)
     tensors: dict[str, Tensor] = {}
-    for file, promised in _tensor_files(Path(path)).items():
-        if not file.is_file():
-            raise CheckpointError(f"{file}: not found, expected the weights of a DFlash checkpoint")
+    for file in _tensor_files(path):
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                missing = sorted(set(promised or ()) - set(names))
-                if missing:
-                    raise CheckpointError(f"{file}: {missing[0]}: not there, but the index places it in this shard")
-                for name in names:
-                    short = name.removeprefix("model.")
-                    if short in tensors:
-                        raise CheckpointError(f"{file}: {name}: stored twice")
-                    tensors[short] = opened.get_tensor(name)
+                tensors |= {_short_name(n): opened.get_tensor(n) for n in opened.keys() if _short_name(n) in wanted}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: damaged or truncated safetensors file ({error})") from None
-    # A derived table that some exports carry along.
-    tensors.pop("rotary_emb.inv_freq", None)
     return tensors
 
 
-def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+def _check_layers(path: Path, config: DraftConfig, tensors: dict[str, Stored]) -> None:
+    """Before modules are made: a number of layers that nothing is stored for is a mistake in the number."""
+    numbers = [name.split(".")[1] for name in tensors if name.startswith("layers.")]
+    layers = max((int(n) for n in numbers if n.isdecimal() and len(n) < 10), default=-1) + 1
+    if config.num_hidden_layers > max(layers, 1):
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_hidden_layers: got {config.num_hidden_layers}, expected {layers}: there are tensors for no more "
+            "layers"
+        )
+
+
+def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:
     heads = [name for name in tensors if name in ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")]
     if heads:
         raise CheckpointError(
@@ -324,13 +339,14 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, T
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{path}: {min(names)}: {what} tensor{more}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != tuple(expected[name].shape):
             raise CheckpointError(
                 f"{path}: {name}: got shape {list(tensor.shape)}, expected {list(expected[name].shape)} from config.json"
             )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name}: got {tensor.dtype}, expected a floating-point type")
-    check_weights(path, tensors.items())
+        if not tensor.plain:
+            raise CheckpointError(
+                f"{path}: {name}: got {tensor.kind}, expected a floating-point type of at least 16 bits"
+            )
 
 
 def draft_folder(path: str | Path) -> Path:
@@ -363,21 +379,25 @@ def load_draft(
 
     `dtype` and `device` default to the target's (float32 on the CPU without one). `matmul_precision`: see `TargetModel`.
     """
-    path = draft_folder(path)
-    config = read_draft_config(path)
-    if target is not None:
-        check_against_target(path, config, target)
-        dtype, device = dtype or target.dtype, device or target.device
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        draft = DFlashDraft(config)
-    tensors = read_tensors(path)
-    _check_tensors(path, draft.state_dict(), tensors)
-    draft.load_state_dict(tensors, assign=True)
-    draft.to(device=device or "cpu", dtype=dtype or torch.float32)
-    draft.matmul_precision = matmul_precision
-    if target is not None:
-        draft.bind_target(target.embedding, target.lm_head)
-    return draft.eval()
+    with readable(path, "draft"):
+        path = draft_folder(path)
+        config = read_draft_config(path)
+        if target is not None:
+            check_against_target(path, config, target)
+            dtype, device = dtype or target.dtype, device or target.device
+        stored = stored_tensors(path)
+        _check_layers(path, config, stored)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+            draft = DFlashDraft(config)
+        _check_tensors(path, draft.state_dict(), stored)
+        tensors = read_tensors(path)
+        check_weights(path, tensors.items())
+        draft.load_state_dict(tensors, assign=True)
+        draft.to(device=device or "cpu", dtype=dtype or torch.float32)
+        draft.matmul_precision = matmul_precision
+        if target is not None:
+            draft.bind_target(target.embedding, target.lm_head)
+        return draft.eval()
 
 
 def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | None = None) -> None:

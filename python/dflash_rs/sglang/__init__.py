@@ -7,7 +7,7 @@ SGLang finds ``plugin.register`` through the entry point group ``sglang.srt.plug
                                     \\-> metrics     what was drafted and accepted
 
 ``compat`` holds what depends on SGLang's version, ``config`` the options of ``DFLASH_RS_CONFIG``, ``requests`` what a request may
-ask for. Importing this package imports neither SGLang nor torch.
+ask for, ``grammar`` where one ends it. Importing this package imports neither SGLang nor torch.
 """
 
 ALGORITHM = "DFLASH_RS"

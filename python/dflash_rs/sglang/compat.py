@@ -53,6 +53,9 @@ SEAMS = {
 REQUEST_CHECK = "sglang.srt.managers.scheduler.validate_dflash_request"
 # How many columns a request's row of KV slots has beyond the context.
 ROW_WIDTH = "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len"
+# Where a step's tokens are told to a request's grammar, and where it asks whether a request has ended; see `grammar`.
+GRAMMAR = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._accept_grammar_tokens"
+FINISH = "sglang.srt.managers.schedule_batch.Req.update_finish_state"
 # Where it asks which models new weights are for, and where a turn of a streaming session ends. Not hooked in 0.5.17, whose worker
 # is asked itself about the weights, and where streaming sessions are refused.
 WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners"
@@ -247,7 +250,7 @@ def not_hooked() -> list[str]:
     """Which of the hooks SGLang could not apply; it logs that and goes on."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    wanted = [REQUEST_CHECK, ROW_WIDTH] if is_oldest() else [REQUEST_CHECK, ROW_WIDTH, WEIGHTS_FOR, TURN_ENDS]
+    wanted = [REQUEST_CHECK, ROW_WIDTH, GRAMMAR, FINISH] + ([] if is_oldest() else [WEIGHTS_FOR, TURN_ENDS])
     return [name for name in wanted if name not in HookRegistry._patched]
 
 
@@ -323,6 +326,8 @@ def hook(ours: Any, refusal: Any) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from dflash_rs.sglang import grammar
+
     oldest = is_oldest()
 
     def check(original, req, enable_overlap):
@@ -357,8 +362,13 @@ def hook(ours: Any, refusal: Any) -> None:
         # rows narrower than what is reserved, and the last slots of one request would be the first of the next.
         return max(extra, 2 * block + page)
 
+    def grammar_accepts(original, self, req, tokens):
+        return grammar.accept(original, self, req, tokens) if ours() else original(self, req, tokens)
+
     HookRegistry.register(REQUEST_CHECK, check, HookType.AROUND)
     HookRegistry.register(ROW_WIDTH, row_width, HookType.AROUND)
+    HookRegistry.register(GRAMMAR, grammar_accepts, HookType.AROUND)
+    HookRegistry.register(FINISH, grammar.finish, HookType.AROUND)
     if not oldest:
         HookRegistry.register(WEIGHTS_FOR, weights_for, HookType.AROUND)
         HookRegistry.register(TURN_ENDS, turn_ends, HookType.AROUND)

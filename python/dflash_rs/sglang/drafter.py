@@ -6,13 +6,13 @@ loader leaves out what it does not find. So what can be compared is compared, an
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dflash_rs.errors import CheckpointError
+from dflash_rs.models import checkpoint
 from dflash_rs.weights import check_weights
 
 
@@ -24,10 +24,23 @@ def check(path: str, draft_config: Any, target_config: Any, model: torch.nn.Modu
     draft, target = (getattr(c, "text_config", None) or c for c in (draft_config, target_config))
     nested = getattr(draft_config, "dflash_config", None) or {}
     file = f"{path}/config.json"
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{file}: dflash_config: got {type(nested).__name__}, expected an object")
 
     def field(name: str) -> Any:
         return nested.get(name, getattr(draft, name, None))
 
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    ids = field("target_layer_ids")
+    wrong = [name for name in ("hidden_size", "num_hidden_layers") if not whole(field(name))]
+    wrong += [n for n in ("num_target_layers", "mask_token_id") if field(n) is not None and not whole(field(n))]
+    if ids is not None and not (isinstance(ids, list | tuple) and all(whole(layer) for layer in ids)):
+        wrong += ["target_layer_ids"]
+    for name in wrong:
+        expected = "a list of layer numbers" if name == "target_layer_ids" else "an integer"
+        raise CheckpointError(f"{file}: {name}: got {checkpoint.short(field(name))}, expected {expected}")
     # A looped target runs its layers several times, and they are counted through.
     layers = int(target.num_hidden_layers) * int(getattr(target, "num_loops", 1) or 1)
     if int(draft.hidden_size) != int(target.hidden_size):
@@ -62,14 +75,9 @@ def _not_stored(path: Path, layers: int) -> str | None:
     """
     files, index = sorted(path.glob("*.safetensors")), path / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = set(checkpoint.weight_map_of(index))
     elif files:
-        from safetensors import safe_open
-
-        names = set()
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                names |= set(opened.keys())
+        names = set(checkpoint.stored_tensors({file: [] for file in files}, "a DFlash checkpoint"))
     else:
         return None
     names = {name.removeprefix("model.") for name in names}

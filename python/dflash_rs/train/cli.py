@@ -1,4 +1,4 @@
-"""``dflash-rs train``: the arguments of the two trainings."""
+"""``dflash-rs train``: the arguments of the two trainings. Needs no torch until one of them runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 
 from ..errors import DflashError, InvalidArgument
+from .settings import DrafterTraining, ResponseSettings, TargetTraining
 
 _HELP = {
     "anchors": "random blocks per sequence",
@@ -67,8 +68,8 @@ def _settings(args: argparse.Namespace, cls):
 
 def _add_run(parser: argparse.ArgumentParser, save_every: int) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints and the finished model")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 keeps torch's choice")
     parser.add_argument(
         "--save-every", type=int, default=save_every, metavar="STEPS", help="between checkpoints; default: %(default)s"
     )
@@ -84,13 +85,25 @@ def _corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=Path, required=True, metavar="DIR", help="the prepared corpus")
 
 
-def add_parsers(subparsers) -> None:
-    """Adds target, responses, drafter, prompts to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
-    from .drafter import DrafterTraining
-    from .responses import ResponseSettings
-    from .target import TargetTraining
+def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n  ".join(("examples:", *examples)) + "\n\nWhat it does and what to look at: docs/training.md.",
+    )
 
-    target = subparsers.add_parser("target", help="train a small target model on Python source")
+
+def add_parsers(subparsers) -> None:
+    """Adds target, responses, drafter, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
+    target = _add(
+        subparsers,
+        "target",
+        "train a small target model on Python source",
+        "dflash-rs train target --corpus runs/corpus --out runs/target",
+        "dflash-rs train target --data ~/src/project --corpus runs/corpus --out runs/target --tokens 4000000 --bf16",
+    )
     _corpus(target)
     target.add_argument(
         "--data",
@@ -100,21 +113,40 @@ def add_parsers(subparsers) -> None:
         metavar="DIR",
         help="source tree to prepare the corpus from, may be repeated; default: the standard library of this Python",
     )
-    target.add_argument("--held-out-percent", type=float, default=2.0, help="share of files kept for evaluation")
+    target.add_argument(
+        "--held-out-percent",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="share of files kept for evaluation; default: %(default)s",
+    )
     _add_run(target, save_every=200)
     _add_settings(target, TargetTraining)
     target.set_defaults(run=_clear(_train_target))
 
-    own = subparsers.add_parser("responses", help="let the target write the sequences its drafter is trained on")
+    own = _add(
+        subparsers,
+        "responses",
+        "let the target write the sequences its drafter is trained on",
+        "dflash-rs train responses --target runs/target --corpus runs/corpus --out runs/responses",
+        "dflash-rs train responses --target runs/target --corpus runs/corpus --out runs/responses --part 0/2 --threads 1",
+    )
     own.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model that writes")
     _corpus(own)
     own.add_argument("--out", type=Path, required=True, metavar="DIR", help="shards of sequences; resumable")
-    own.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
-    own.add_argument("--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work")
+    own.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 keeps torch's choice")
+    own.add_argument(
+        "--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work, from 0; default: 0/1"
+    )
     _add_settings(own, ResponseSettings)
     own.set_defaults(run=_clear(_responses))
 
-    drafter = subparsers.add_parser("drafter", help="train a DFlash drafter for a target")
+    drafter = _add(
+        subparsers,
+        "drafter",
+        "train a DFlash drafter for a target",
+        "dflash-rs train drafter --target runs/target --responses runs/responses --corpus runs/corpus --out runs/draft",
+    )
     drafter.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model to draft for")
     drafter.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
     _corpus(drafter)
@@ -122,20 +154,38 @@ def add_parsers(subparsers) -> None:
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
 
-    prompts = subparsers.add_parser("prompts", help="cut held-out prompts for demonstrations and benchmarks")
+    prompts = _add(
+        subparsers,
+        "prompts",
+        "cut held-out prompts for demonstrations and benchmarks",
+        "dflash-rs train prompts --corpus runs/corpus --out runs/prompts.json --count 48",
+    )
     _corpus(prompts)
     prompts.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     prompts.add_argument("--count", type=int, default=48, metavar="N", help="prompts; default: %(default)s")
     prompts.set_defaults(run=_clear(_prompts))
 
-    report = subparsers.add_parser(
-        "report", help="held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up"
+    report = _add(
+        subparsers,
+        "report",
+        "held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up",
+        "dflash-rs train report --target runs/target --draft runs/draft --prompts runs/prompts.json",
     )
     report.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target")
     report.add_argument("--draft", type=Path, required=True, metavar="DIR", help="its drafter")
     report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="written by `train prompts`")
     report.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt; default: %(default)s")
     report.set_defaults(run=_clear(_report))
+
+
+_USERS_MISTAKES = (
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 def _clear(run):
@@ -149,9 +199,12 @@ def _clear(run):
             for path in paths if name not in made else ():
                 if isinstance(path, Path) and not path.exists():
                     raise InvalidArgument(f"--{name}: got {path}, which does not exist")
+        for name, least in (("threads", 0), ("save_every", 1), ("count", 1), ("max_tokens", 1)):
+            if (value := getattr(args, name, least)) < least:
+                raise InvalidArgument(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
         try:
             return run(args)
-        except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        except _USERS_MISTAKES as error:
             if isinstance(error, DflashError):
                 raise
             raise InvalidArgument(str(error)) from error

@@ -150,8 +150,13 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict | None:
-    """The checkpoint at `path`, or None when there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    """The checkpoint at `path`, or None when there is none. Raises CheckpointError where it is damaged, or holds more than tensors."""
+    from ..models.checkpoint import readable
+
+    if not path.exists():
+        return None
+    with readable(path, "checkpoint"):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def pick_device(name: str) -> torch.device:

@@ -127,8 +127,9 @@ def train_tokenizer(files: list[SourceFile], vocab_size: int):
 
 def encode(tokenizer, files: list[SourceFile]) -> np.ndarray:
     """Tokenises files into one flat ``uint16`` array, an end-of-text token before each file."""
-    if tokenizer.get_vocab_size() > 2**16:
-        raise ValueError(f"tokenizer: got {tokenizer.get_vocab_size()} entries, expected at most {2**16}")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= 2**16:
+        raise ValueError(f"tokenizer: got id {largest}, expected ids below {2**16}")
     parts = []
     for encoding in tokenizer.encode_batch([f.text for f in files], add_special_tokens=False):
         parts.append(np.asarray([END_OF_TEXT_ID, *encoding.ids], dtype=np.uint16))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,49 +23,7 @@ from torch.nn import functional as F
 
 from . import responses
 from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
-
-
-@dataclass(frozen=True)
-class DrafterTraining:
-    """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens."""
-
-    taps: str = "1,3,5,7,8"
-    num_layers: int = 2
-    block_size: int = 8
-    train_block_sizes: str = "8"
-    mask_token_id: int = 1
-    steps: int = 4000
-    batch_size: int = 8
-    anchors: int = 64
-    own_text: float = 0.75
-    soft_labels: float = 1.0
-    lr: float = 2e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.04
-    gamma: float = 4.0
-    seed: int = 2
-    init_from: str = ""
-
-    @property
-    def tap_ids(self) -> tuple[int, ...]:
-        return tuple(int(t) for t in self.taps.split(","))
-
-    @property
-    def block_sizes(self) -> list[int]:
-        return [int(b) for b in self.train_block_sizes.split(",")]
-
-    def check(self, num_target_layers: int, vocab_size: int) -> None:
-        """Raises ValueError naming the first setting that cannot work with this target."""
-        # The last layer's output is handed out normalised by some model code and raw by other: it is no safe tap.
-        bad = [t for t in self.tap_ids if not 0 <= t < num_target_layers - 1]
-        if bad:
-            raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 2}, below the target's last")
-        if min(self.block_sizes + [self.block_size]) < 2:
-            raise ValueError(f"block_size: got {self.block_size}, {self.train_block_sizes}, expected at least 2")
-        if not 0 <= self.mask_token_id < vocab_size:
-            raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
-        if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
-            raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
+from .settings import DrafterTraining
 
 
 def draft_config(target_config, settings: DrafterTraining):
@@ -210,14 +168,14 @@ def train(
     autocast: bool | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report."""
-    from transformers import AutoModelForCausalLM
-
+    from ..models.checkpoint import load_causal_lm, readable
     from ..models.draft import DFlashDraft
+    from ..models.loader import load_draft
 
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast
-    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.float32).to(where)
+    target = load_causal_lm(target_path, torch.float32)[0].to(where)
     settings.check(target.config.num_hidden_layers, target.config.vocab_size)
     own = responses.load(own_path)
     corpus_tokens = np.load(data / "train.npy")
@@ -227,9 +185,8 @@ def train(
     warm_start(draft, target.cpu(), settings)
     target.to(where)
     if settings.init_from:
-        from safetensors.torch import load_file
-
-        draft.load_state_dict(load_file(Path(settings.init_from) / "model.safetensors"))
+        with readable(settings.init_from, "init_from"):
+            draft.load_state_dict(load_draft(settings.init_from).state_dict())
     draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
     teacher = Teacher(target, settings.tap_ids, settings.mask_token_id)
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())

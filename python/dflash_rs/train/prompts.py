@@ -28,9 +28,9 @@ def _candidates(text: str, head_lines: int, context_lines: int) -> list[str]:
 
 def held_out_prompts(corpus: Path, count: int, min_tokens: int = 24, max_tokens: int = 72) -> list[dict[str, str]]:
     """`count` prompts of `min_tokens`..`max_tokens` tokens from the held-out files, each with its source file's name."""
-    from transformers import AutoTokenizer
+    from ..models.checkpoint import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    tokenizer = load_tokenizer(corpus / "tokenizer")
     pools: list[tuple[str, list[str]]] = []
     for file in json.loads((corpus / "held_out.json").read_text(encoding="utf-8")):
         prompts = [

@@ -8,38 +8,13 @@ a small model repeats itself. Work is cut into shards that are written whole, so
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from .common import Progress
-
-
-@dataclass(frozen=True)
-class ResponseSettings:
-    """How many sequences, how long (tokens, prompt included), and how they are sampled."""
-
-    sequences: int = 20_000
-    seq_len: int = 256
-    min_prompt: int = 16
-    max_prompt: int = 64
-    temperatures: str = "0.4,0.6,0.8,1.0"
-    batch_size: int = 128
-    seed: int = 1
-
-    def check(self) -> None:
-        if not 1 <= self.min_prompt <= self.max_prompt < self.seq_len:
-            raise ValueError(
-                f"min_prompt, max_prompt: got {self.min_prompt}, {self.max_prompt}, "
-                f"expected 1 <= min_prompt <= max_prompt < seq_len={self.seq_len}"
-            )
-        if not all(t > 0 for t in self.temperature_list):
-            raise ValueError(f"temperatures: got {self.temperatures!r}, expected values above 0")
-
-    @property
-    def temperature_list(self) -> list[float]:
-        return [float(t) for t in self.temperatures.split(",")]
+from .settings import ResponseSettings
 
 
 def generate(target: Path, data: Path, out: Path, settings: ResponseSettings, part: tuple[int, int] = (0, 1)) -> None:

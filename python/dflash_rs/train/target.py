@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,56 +28,9 @@ from .common import (
     smooth,
     trapezoid,
 )
+from .settings import TargetTraining
 
 _EVAL_WINDOWS = 64
-
-
-@dataclass(frozen=True)
-class TargetTraining:
-    """Everything that determines a run; written beside the weights. Lengths in tokens, `tokens` is the whole budget."""
-
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_layers: int = 10
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    start_layers: int = 0
-    grow_at: float = 0.5
-    tokens: int = 20_000_000
-    seq_len: int = 256
-    batch_size: int = 16
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    decay: float = 0.35
-    seed: int = 0
-    max_position_embeddings: int = 1024
-    init_from: str = ""
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // (self.seq_len * self.batch_size)
-
-    def layers_at(self, step: int) -> int:
-        growing = self.start_layers and step < int(self.steps * self.grow_at)
-        return self.start_layers if growing else self.num_layers
-
-    def check(self) -> None:
-        """Raises ValueError naming the first setting that cannot work."""
-        if self.steps < 1:
-            raise ValueError(
-                f"tokens: got {self.tokens}, expected at least one batch ({self.seq_len * self.batch_size})"
-            )
-        if self.start_layers and self.num_layers % self.start_layers:
-            raise ValueError(
-                f"start_layers: got {self.start_layers}, expected a divisor of num_layers={self.num_layers}"
-            )
-        if not 0 < self.grow_at < 1:
-            raise ValueError(f"grow_at: got {self.grow_at}, expected a share in (0, 1)")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of num_heads={self.num_heads}")
 
 
 def build(settings: TargetTraining, num_layers: int):
@@ -185,9 +138,10 @@ def train(
         step, history = 0, []
         model = build(settings, settings.layers_at(0))
         if settings.init_from:
-            from transformers import AutoModelForCausalLM
+            from ..models.checkpoint import load_causal_lm, readable
 
-            model.load_state_dict(AutoModelForCausalLM.from_pretrained(settings.init_from).state_dict())
+            with readable(settings.init_from, "init_from"):
+                model.load_state_dict(load_causal_lm(settings.init_from)[0].state_dict())
         model.to(where)
         optimizers = _optimizers(model, settings)
 
@@ -245,10 +199,12 @@ def train(
 
 def export(model, tokenizer_folder: Path, out: Path, notes: dict) -> None:
     """Writes the model as bf16 safetensors with its tokenizer and the notes of its training."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
+
+    from ..models.checkpoint import load_tokenizer
 
     model = model.to("cpu", torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=corpus.END_OF_TEXT_ID, pad_token_id=corpus.END_OF_TEXT_ID)
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(out)
+    load_tokenizer(tokenizer_folder).save_pretrained(out)
     (out / "training.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")

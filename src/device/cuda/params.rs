@@ -88,6 +88,7 @@ mirrored! {
         ancestors: Address,
         partial_out: Address,
         partial_stats: Address,
+        sinks: Address,
         table: PageTable,
         q_stride: [i64; 2],
         k_stride: [i64; 2],
@@ -106,7 +107,7 @@ mirrored! {
         mask_words: i32,
         window: i32,
         scale: f32,
-        reserved: i32,
+        softcap: f32,
     }
     SamplingRow {
         seed: u64,

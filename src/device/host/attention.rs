@@ -47,6 +47,7 @@ pub(super) fn run<E: Element>(
         mut k_cache,
         mut v_cache,
         out,
+        sinks,
     } = tensors;
     if let Some(slots) = &batch.slots {
         store(&k, slots, &mut k_cache);
@@ -61,6 +62,7 @@ pub(super) fn run<E: Element>(
         k_cache: k_cache.as_rows(),
         v_cache: v_cache.as_rows(),
         out,
+        sinks,
     };
     let tiles = layer.tiles();
     let work = batch.pairs() * layer.q.layout().heads * layer.q.layout().dim * 2;
@@ -105,7 +107,7 @@ fn check<E: Element>(
     let q = tensors.q.layout();
     let (kv_heads, dim) = (tensors.k.layout().heads, q.dim);
     if dim == 0 || dim > MAX_HEAD_DIM {
-        return invalid("head_dim", dim.to_string(), format!("1 to {MAX_HEAD_DIM}"));
+        return invalid("head_dim", dim.to_string(), format!("1..{MAX_HEAD_DIM}"));
     }
     if kv_heads == 0 || !q.heads.is_multiple_of(kv_heads) {
         return invalid(
@@ -134,6 +136,20 @@ fn check<E: Element>(
     if !params.scale.is_finite() {
         return invalid("scale", params.scale.to_string(), "a finite number".into());
     }
+    if let Some(softcap) = params.softcap
+        && !(softcap.is_finite() && softcap > 0.0)
+    {
+        return invalid("softcap", softcap.to_string(), "a positive number, or none".into());
+    }
+    if let Some(sinks) = tensors.sinks
+        && sinks.len() != q.heads
+    {
+        return Err(Error::Length {
+            name: "sinks",
+            got: sinks.len(),
+            expected: q.heads,
+        });
+    }
     if params.mask == Mask::Ancestors && batch.ancestors.is_none() {
         return invalid("mask", "Ancestors".into(), "a batch made with ancestors".into());
     }
@@ -157,6 +173,7 @@ struct Layer<'a, E> {
     k_cache: Rows<'a, E>,
     v_cache: Rows<'a, E>,
     out: RowsMut<'a, E>,
+    sinks: Option<&'a [f32]>,
 }
 
 struct Tile {
@@ -411,7 +428,8 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
         &mut chunk[..LANES * width],
     );
 
-    // Exponentials are powers of two: log2(e) goes into the scale.
+    // Exponentials are powers of two: log2(e) goes into the scale, and into what scores are compared with.
+    let cap = layer.params.softcap.map(Cap::<L>::new);
     let scale = L::splat(layer.params.scale * std::f32::consts::LOG2_E);
     for (row, q) in q.chunks_exact_mut(width).enumerate() {
         let token = request.start + tile.queries.start + row / group;
@@ -429,7 +447,11 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
                 continue;
             }
             let out = sixteen_mut(scores, row * stride + first - start);
-            L::dots(&q[row * width..(row + 1) * width], &keys).store(out);
+            let mut dots = L::dots(&q[row * width..(row + 1) * width], &keys);
+            if let Some(cap) = &cap {
+                dots = cap.of(dots);
+            }
+            dots.store(out);
             if seen.len() < LANES {
                 out[..seen.start].fill(f32::NEG_INFINITY);
                 out[seen.end..].fill(f32::NEG_INFINITY);
@@ -446,8 +468,12 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
         for first in (0..request.len).step_by(LANES) {
             let keys = keys.block_chunk(first, chunk, vectors);
             for row in 0..rows {
+                let mut scored = L::dots(&q[row * width..(row + 1) * width], &keys);
+                if let Some(cap) = &cap {
+                    scored = cap.of(scored);
+                }
                 let mut dots = [0.0; LANES];
-                L::dots(&q[row * width..(row + 1) * width], &keys).store(&mut dots);
+                scored.store(&mut dots);
                 for (key, position) in path(ancestors, request, tile.queries.start + row / group, first) {
                     if position >= visible[row / group].start {
                         scores[row * stride + position - start] = dots[key];
@@ -459,7 +485,10 @@ fn attend<L: Lanes, E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut
 
     for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
         let chunks = visible[row / group].chunks();
-        let sum = softmax::<L>(&mut scores[chunks.start - start..chunks.end - start]);
+        let sink = layer
+            .sinks
+            .map(|s| s[tile.kv_head * group + row % group] * std::f32::consts::LOG2_E);
+        let sum = softmax::<L>(&mut scores[chunks.start - start..chunks.end - start], sink);
         // The reciprocal waits in the row's first query element, which nobody needs any more.
         q[row * width] = 1.0 / sum;
     }
@@ -537,10 +566,41 @@ fn path<'a>(
         .map(move |(depth, token)| (token - first, request.context + depth))
 }
 
-/// Weights in place of scores, and their sum. Masked scores are minus infinity and become exactly 0.
+/// A soft cap on scores that are in units of log2.
+struct Cap<L> {
+    /// From a score to the exponent of t, see [`Cap::of`].
+    down: L,
+    /// From the hyperbolic tangent back to a score.
+    up: L,
+}
+
+impl<L: Lanes> Cap<L> {
+    #[inline(always)]
+    fn new(softcap: f32) -> Self {
+        Self {
+            down: L::splat(-2.0 / softcap),
+            up: L::splat(softcap * std::f32::consts::LOG2_E),
+        }
+    }
+
+    /// `c * tanh(score / c)`. With t = e^(-2x) it is (1 - t) / (1 + t); beyond |x| = 10 that is 1 in f32.
+    #[inline(always)]
+    fn of(&self, score: L) -> L {
+        let zero = L::splat(0.0);
+        let limit = L::splat(-10.0 * 2.0 * std::f32::consts::LOG2_E);
+        let power = score.mul(self.down);
+        // The smaller of two is minus the larger of both with the other sign.
+        let power = zero.sub(zero.sub(power.max(limit)).max(limit));
+        let (one, t) = (L::splat(1.0), power.exp2());
+        // What is not a number stays so: the bounds above may have dropped it.
+        one.sub(t).div(one.add(t)).mul_add(self.up, score.sub(score))
+    }
+}
+
+/// Weights in place of scores, and their sum with that of the `sink`. Masked scores are minus infinity and become exactly 0.
 #[inline(always)]
-fn softmax<L: Lanes>(scores: &mut [f32]) -> f32 {
-    let mut max = L::splat(f32::NEG_INFINITY);
+fn softmax<L: Lanes>(scores: &mut [f32], sink: Option<f32>) -> f32 {
+    let mut max = L::splat(sink.unwrap_or(f32::NEG_INFINITY));
     for at in (0..scores.len()).step_by(LANES) {
         max = max.max(L::load(sixteen(scores, at)));
     }
@@ -551,7 +611,10 @@ fn softmax<L: Lanes>(scores: &mut [f32]) -> f32 {
         weights.store(sixteen_mut(scores, at));
         sum = sum.add(weights);
     }
-    sum.sum()
+    let Some(sink) = sink else { return sum.sum() };
+    let mut weight = [0.0; LANES];
+    L::splat(sink).sub(max).exp2().store(&mut weight);
+    sum.sum() + weight[0]
 }
 
 /// `acc[row] += weights[row][key] * values[key]` for the keys in `seen`, `R` rows at once.

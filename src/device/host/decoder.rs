@@ -20,7 +20,7 @@ use super::simd::{Lanes, Routine, dispatch};
 use super::view::{Layout, Rows, RowsMut};
 use super::{HostKernels, attention};
 use crate::device::{AttentionBatch, AttentionParams, AttentionTensors};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, indices};
 
 /// Weights of one layer. `H` is the hidden size, `Hq` and `Hkv` the numbers of query and key heads of `D` elements.
 #[derive(Clone, Debug)]
@@ -228,11 +228,11 @@ impl Decoder {
         }
         let bad = inputs.tokens.iter().find(|&&t| t < 0 || t as usize >= embedding.rows);
         if let Some(token) = bad {
-            return invalid("token_ids", token, format!("0 to {} exclusive", embedding.rows));
+            return invalid("token_ids", token, indices(embedding.rows));
         }
         let bad = inputs.positions.iter().find(|&&p| p < 0 || p as usize >= rotary.rows);
         if let Some(position) = bad {
-            return invalid("positions", position, format!("0 to {} exclusive", rotary.rows));
+            return invalid("positions", position, indices(rotary.rows));
         }
         if let Some((_, shape)) = self.layers.iter().find(|(_, s)| s.head_dim != rotary.dim) {
             return invalid("rotary", format!("rows of {}", rotary.dim), shape.head_dim.to_string());
@@ -301,6 +301,7 @@ impl Decoder {
                     k_cache,
                     v_cache,
                     out: RowsMut::from_slice("attended", attended, out)?,
+                    sinks: None,
                 },
             )?;
             // The residual stream moves to `normed` and back: a product may not write what it reads.
@@ -373,7 +374,7 @@ impl Head {
         let picked = resized(inner, rows.len() * hidden);
         for (to, &row) in picked.chunks_exact_mut(hidden).zip(rows) {
             let Some(from) = usize::try_from(row).ok().filter(|&row| row < tokens) else {
-                return invalid("logit_rows", row, format!("0 to {tokens} exclusive"));
+                return invalid("logit_rows", row, indices(tokens));
             };
             to.copy_from_slice(&x[from * hidden..(from + 1) * hidden]);
         }
@@ -464,14 +465,14 @@ impl Injector {
             return invalid("features", format!("rows of {}", layout.dim), wide.to_string());
         }
         if let Some(row) = rows.iter().find(|&&row| row < 0 || row as usize >= layout.rows) {
-            return invalid("rows", row, format!("0 to {} exclusive", layout.rows));
+            return invalid("rows", row, indices(layout.rows));
         }
         if rotary.layout().dim != dim {
             return invalid("rotary", format!("rows of {}", rotary.layout().dim), dim.to_string());
         }
         let limit = rotary.layout().rows;
         if let Some(position) = positions.iter().find(|&&p| p < 0 || p as usize >= limit) {
-            return invalid("positions", position, format!("0 to {limit} exclusive"));
+            return invalid("positions", position, indices(limit));
         }
         for (k_cache, v_cache) in &caches {
             for layout in [k_cache.layout(), v_cache.layout()] {
@@ -480,7 +481,7 @@ impl Injector {
                     return invalid("caches", got, format!("[num_slots, {}, {dim}]", self.kv_heads));
                 }
                 if let Some(slot) = slots.iter().find(|&&slot| slot >= layout.rows) {
-                    return invalid("slots", slot, format!("0 to {} exclusive", layout.rows));
+                    return invalid("slots", slot, indices(layout.rows));
                 }
             }
         }

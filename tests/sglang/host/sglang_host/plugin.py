@@ -1,5 +1,8 @@
 """Registers the attention backend and the torch kernels; runs in every SGLang process."""
 
+import multiprocessing
+import os
+
 from sglang_host.platform import ATTENTION
 
 ALLOCATION = "sglang.srt.mem_cache.allocation"
@@ -14,6 +17,8 @@ def register() -> None:
     from sglang_host import cuda, kernels, older
 
     cuda.emulate()
+    if os.environ.get("SGLANG_HOST_FORK") == "1":
+        _fork()
 
     if older.is_it():
         from sglang.srt import server_args as choices
@@ -57,3 +62,14 @@ def register() -> None:
         "sglang.srt.models.dflash.DFlashAttention.forward", kernels.drafter_attention, HookType.AROUND
     )
     HookRegistry.register("sglang.srt.models.dflash.DFlashDraftModel.forward", kernels.drafter_forward, HookType.AROUND)
+
+
+def _fork() -> None:
+    """Has a server's processes begin as copies of the one that starts them: what SGLang imports takes each longer than all the rest.
+
+    SGLang asks for processes that begin anew, just before it starts them.
+    """
+    choose = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: choose(
+        "fork" if method == "spawn" else method, force
+    )

@@ -1,0 +1,72 @@
+"""The events of one call, as an iterator that may be left, closed and shared in any way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from .errors import DflashError
+from .outputs import Active, StreamEvent
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+
+class Stream(Iterator[StreamEvent]):
+    """The events of one `LLM.stream`. Closing it, leaving its ``with`` block or dropping it ends what is unfinished.
+
+    ``for event in llm.stream(...)`` drops it when the loop is left; a stream that is held by a name goes on to own its requests, which
+    other calls' steps carry on, until it is closed::
+
+        with llm.stream(prompts) as events:
+            for event in events:
+                ...
+
+    Threads may share one: each event goes to one of them. `close` may be called from anywhere, a signal handler included; whoever
+    waits for an event then sees the end of the stream.
+    """
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+        self._waiting: dict[int, Active] = {}
+        self._events: deque[StreamEvent] = deque()
+        self._turn = threading.RLock()
+        self._closed = False
+
+    def __next__(self) -> StreamEvent:
+        self._llm._turns.check()
+        if self._turn._is_owned():
+            raise DflashError(
+                "stream: got next() in the middle of another one of the same thread, expected one at a time"
+            )
+        with self._turn:
+            while not self._closed:
+                if self._events:
+                    return self._events.popleft()
+                if not self._waiting:
+                    break
+                try:
+                    self._events.extend(self._llm._ready(self._waiting))
+                except BaseException:
+                    self.close()
+                    raise
+            raise StopIteration
+
+    def close(self) -> None:
+        """Ends what is unfinished; its pages return at the end of the running step at the latest. Waits for nothing."""
+        self._closed = True
+        self._llm._drop(list(self._waiting))
+
+    def __enter__(self) -> Stream:  # noqa: PYI034 (typing.Self needs Python 3.11)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Bound early: at the end of a process modules lose their names before their objects are dropped.
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            self.close()

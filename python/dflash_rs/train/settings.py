@@ -1,0 +1,122 @@
+"""Everything that determines a training, in plain numbers: known without torch, so that ``--help`` can tell the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TargetTraining:
+    """Everything that determines a run; written beside the weights. Lengths in tokens, `tokens` is the whole budget."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 10
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    start_layers: int = 0
+    grow_at: float = 0.5
+    tokens: int = 20_000_000
+    seq_len: int = 256
+    batch_size: int = 16
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    decay: float = 0.35
+    seed: int = 0
+    max_position_embeddings: int = 1024
+    init_from: str = ""
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.seq_len * self.batch_size)
+
+    def layers_at(self, step: int) -> int:
+        growing = self.start_layers and step < int(self.steps * self.grow_at)
+        return self.start_layers if growing else self.num_layers
+
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that cannot work."""
+        if self.steps < 1:
+            raise ValueError(
+                f"tokens: got {self.tokens}, expected at least one batch ({self.seq_len * self.batch_size})"
+            )
+        if self.start_layers and self.num_layers % self.start_layers:
+            raise ValueError(
+                f"start_layers: got {self.start_layers}, expected a divisor of num_layers={self.num_layers}"
+            )
+        if not 0 < self.grow_at < 1:
+            raise ValueError(f"grow_at: got {self.grow_at}, expected a share in (0, 1)")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of num_heads={self.num_heads}")
+
+
+@dataclass(frozen=True)
+class ResponseSettings:
+    """How many sequences, how long (tokens, prompt included), and how they are sampled."""
+
+    sequences: int = 20_000
+    seq_len: int = 256
+    min_prompt: int = 16
+    max_prompt: int = 64
+    temperatures: str = "0.4,0.6,0.8,1.0"
+    batch_size: int = 128
+    seed: int = 1
+
+    def check(self) -> None:
+        if not 1 <= self.min_prompt <= self.max_prompt < self.seq_len:
+            raise ValueError(
+                f"min_prompt, max_prompt: got {self.min_prompt}, {self.max_prompt}, "
+                f"expected 1 <= min_prompt <= max_prompt < seq_len={self.seq_len}"
+            )
+        if not all(t > 0 for t in self.temperature_list):
+            raise ValueError(f"temperatures: got {self.temperatures!r}, expected values above 0")
+
+    @property
+    def temperature_list(self) -> list[float]:
+        return [float(t) for t in self.temperatures.split(",")]
+
+
+@dataclass(frozen=True)
+class DrafterTraining:
+    """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens."""
+
+    taps: str = "1,3,5,7,8"
+    num_layers: int = 2
+    block_size: int = 8
+    train_block_sizes: str = "8"
+    mask_token_id: int = 1
+    steps: int = 4000
+    batch_size: int = 8
+    anchors: int = 64
+    own_text: float = 0.75
+    soft_labels: float = 1.0
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.04
+    gamma: float = 4.0
+    seed: int = 2
+    init_from: str = ""
+
+    @property
+    def tap_ids(self) -> tuple[int, ...]:
+        return tuple(int(t) for t in self.taps.split(","))
+
+    @property
+    def block_sizes(self) -> list[int]:
+        return [int(b) for b in self.train_block_sizes.split(",")]
+
+    def check(self, num_target_layers: int, vocab_size: int) -> None:
+        """Raises ValueError naming the first setting that cannot work with this target."""
+        # The last layer's output is handed out normalised by some model code and raw by other: it is no safe tap.
+        bad = [t for t in self.tap_ids if not 0 <= t < num_target_layers - 1]
+        if bad:
+            raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 2}, below the target's last")
+        if min(self.block_sizes + [self.block_size]) < 2:
+            raise ValueError(f"block_size: got {self.block_size}, {self.train_block_sizes}, expected at least 2")
+        if not 0 <= self.mask_token_id < vocab_size:
+            raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
+        if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
+            raise ValueError("own_text, soft_labels: expected shares in [0, 1]")

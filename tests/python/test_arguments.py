@@ -1,0 +1,301 @@
+"""Whatever is passed to what this package offers: it is taken, or refused by name in one line; nothing worse happens."""
+
+from __future__ import annotations
+
+import re
+import sys
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import dflash_rs
+from dflash_rs import (
+    DflashError,
+    DraftTree,
+    InvalidArgument,
+    PagePool,
+    Planner,
+    SamplingParams,
+    StepCosts,
+    WidthPlanner,
+    _core,
+    serving,
+    verify,
+)
+from dflash_rs.arguments import shown
+from dflash_rs.config import EngineConfig
+
+F32, I32, I64, U64 = np.float32, np.int32, np.int64, np.uint64
+
+
+class Rude:
+    """Does not even say what it is."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+class Endless(list):
+    def __repr__(self) -> str:
+        return "x" * 10**5
+
+
+HOSTILE = [
+    range(2**60), range(2**70), None, True, -1, 0, 1, 5, 2**31, 2**32, 2**63, 2**64, -(2**70), 10**5000,
+    0.5, -0.5, float("nan"), float("inf"), 1e300, 1e-320, 1j, Decimal(1), Fraction(1, 10**400),
+    "", "a", "x" * 10**5, "\ud800", "\0", b"", b"x" * 10**5,
+    [], [[]], [None], [True], [-1], [0, 0], [0.5], [float("nan")], [2**70], ["a"], [[0], [0, 1]], [[[]]], Endless([1]), list(range(10**5)),
+    (), (1, 2), range(3), range(2**60), {}, {1: float("nan")}, {"a": 1}, {-1: 1.0}, {10**5000: 1.0}, {0: 10**5000}, {1, 2}, object(), Rude(), int, len,
+    np.int64(-1), np.float32("nan"), np.bool_(True), np.array(5), np.zeros(0), np.zeros(0, I64), np.zeros((0, 0), F32), np.zeros((2, 0), F32),
+    np.full(3, np.nan, F32), np.full((2, 3), np.nan, F32), np.full((1, 3), 2.0, F32), np.zeros((1, 2, 3)), np.zeros((2, 0, 3), F32),
+    np.full(2, -5, I32), np.full(2, 2**62, I64), np.full((1, 2), -5, I64), np.zeros(6, I32)[::2], np.zeros((4, 4), F32)[::2],
+    np.zeros(2, object), np.array(["a"]), np.zeros(2, bool), np.zeros((1,) * 20, F32),
+]  # fmt: skip
+
+
+def tried(function, good: dict, names: tuple[str, ...], also: tuple[str, ...] = (), kinds=InvalidArgument) -> int:
+    """Calls `function` with every hostile value for each argument; returns how many were refused.
+
+    A refusal names the argument, another of the same call that it does not fit, or one of `also`.
+    """
+    refused, problems = 0, []
+    for name in names:
+        for value in HOSTILE:
+            try:
+                function(**(good | {name: value}))
+            except kinds as error:
+                refused += 1
+                # PyO3 names arguments in a note, where Python has notes.
+                notes = "; ".join(getattr(error, "__notes__", ["" if sys.version_info >= (3, 11) else f"{name}"]))
+                wrong = misspoken(f"{error} {notes}", {name, *good, *also})
+            except BaseException as error:
+                wrong = f"{type(error).__name__}: {error}"[:300]
+            else:
+                continue
+            if wrong:
+                problems.append(f"{function}({name}={shown(value)}): {wrong}")
+    assert not problems, "\n".join(problems[:40])
+    return refused
+
+
+def misspoken(message: str, names: set[str]) -> str | None:
+    """What a refusal should not have said, or left out."""
+    if len(message) >= 300 or "\n" in message:
+        return f"too long: {message[:300]}"
+    if not re.search(rf"\b({'|'.join(names)})\b", message):
+        return f"no name: {message}"
+    got = re.search(r": got (.*), expected (.*)", message)
+    if (got and got[1] == got[2]) or re.search(r"\d to \d|\.\.=|exclusive|row \d+: row|4294967295 at", message):
+        return f"not as written elsewhere: {message}"
+    return None
+
+
+def verifiers():
+    p, q = np.full((1, 3, 4), 0.25), np.full((1, 2, 4), 0.25)
+    drafts, sampled = np.zeros((2, 3), I64), np.zeros((2, 4), I64)
+    yield verify.walk, dict(drafts=drafts, sampled=sampled, lengths=None), ("drafts", "sampled", "lengths"), ()
+    keyed = dict(p=p, q=q, drafts=np.zeros((1, 2), I64), seeds=[1], round_starts=[2])
+    coins = dict(p=p, q=q, drafts=np.zeros((1, 2), I64), accept_coins=np.zeros((1, 2)), last_coins=[0.5])
+    for function in (verify.token, verify.block):
+        yield function, keyed, tuple(keyed), ("p", "coins", "drafts")
+        yield function, coins, tuple(coins), ("p", "coins", "drafts")
+        # One request alone.
+        yield function, {k: v[0] for k, v in keyed.items()}, tuple(keyed), ("p", "coins", "drafts")
+    good = dict(logits=np.zeros((2, 5), F32), positions=[0, 1], seeds=0)
+    options = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    # Penalties that are finite can make logits that are not.
+    more = ("logits", "positions", "paths")
+    yield verify.sample_rows, good, (*good, *options, "logit_bias", "prompt", "output", "paths"), more
+    yield verify.top_logprobs, dict(logits=np.zeros(5, F32), n=2), ("logits", "n"), ()
+    names = ("seed", "position", "columns", "domain")
+    yield verify.gumbel, dict(seed=0, position=0, columns=3, domain="draw"), names, ()
+
+
+def trees():
+    tokens, log_probs = np.zeros((2, 3), I64), np.full((2, 3), -1, F32)
+    good = dict(anchor=1, tokens=tokens, log_probs=log_probs, nodes=3)
+    yield DraftTree.build, good, tuple(good), ()
+    good = dict(anchor=1, log_probs=log_probs, nodes=3)
+    yield DraftTree.from_log_probs, good, tuple(good), ()
+    good = dict(anchor=1, drafts=tokens[0], log_probs=log_probs[0])
+    yield DraftTree.chain, good, tuple(good), ("log_probs",)
+    good = dict(tokens=tokens[0, :2], parents=np.array([-1, 0], I32))
+    yield DraftTree.from_parents, good, tuple(good), ("parents",)
+    tree = DraftTree.from_parents(**good)
+    yield tree.path_tokens, dict(node=0), ("node",), ()
+    yield tree.walk, dict(sampled=np.zeros(2, I64)), ("sampled",), ()
+
+
+def bookkeeping():
+    pool, costs = PagePool(4), [(0, 1.0), (1, 2.0)]
+    yield pool.alloc, dict(count=0), ("count",), ("pages",)
+    yield pool.retain, dict(pages=[]), ("pages",), ("page",)
+    yield pool.release, dict(pages=[]), ("pages",), ("page",)
+    yield pool.owners, dict(page=0), ("page",), ()
+    yield PagePool, {}, ("num_pages",), ()
+    good = dict(block_size=4, target=costs, draft=costs, tree_nodes=2)
+    yield Planner, good, tuple(good), ()
+    planner = Planner(4, tree_nodes=3)
+    yield planner.block, dict(requests=1, others=0), ("requests", "others"), ()
+    yield planner.widths, dict(probabilities=np.ones((2, 3), F32), others=0), ("probabilities", "others"), ()
+    good = dict(requests=1, others=0, tiers=[1, 3], shortest=2)
+    yield planner.tree, good, tuple(good), ()
+    good = dict(
+        anchors=np.zeros(1, I64), tokens=np.zeros((1, 2, 3), I64), chances=np.full((1, 2, 3), 0.5, F32), limits=np.ones(1, I32), others=0
+    )  # fmt: skip
+    yield planner.trees, good, tuple(good), ("tokens", "chances", "limits")
+    yield planner.record, dict(drafted=2, accepted=1), ("drafted", "accepted"), ("accepted",)
+    yield planner.record_trees, dict(plan=None, accepted=None), ("plan", "accepted"), ("plan",)
+    good = dict(target_rows=1, target_time=1.0, draft_rows=1, draft_time=0.5)
+    yield planner.observe, good, tuple(good), ()
+    widths = WidthPlanner([1, 4])
+    yield WidthPlanner, {}, ("widths",), ()
+    yield widths.choose, {}, ("requests",), ()
+    yield widths.observe, dict(requests=1, width=4, seconds=0.1), ("requests", "width", "seconds"), ()
+    yield widths.record, dict(width=4, accepted=[0]), ("width", "accepted"), ("accepted",)
+    yield widths.times, {}, ("requests",), ()
+    rooms = dict(committed=np.zeros(0, I64), allocated=np.zeros(0, I32), next=np.zeros(0, I32))
+    good = dict(requests=[], ahead=1, page_size=1, **rooms)
+    yield serving.plan_decode, good, tuple(good), ("committed", "allocated", "next")
+    yield StepCosts, {}, ("target", "draft"), ()
+    yield (
+        StepCosts.lines,
+        dict(fixed=1.0, row=0.1, draft_fixed=0.1, draft_row=0.1),
+        ("fixed", "row", "draft_fixed", "draft_row"),
+        ("costs",),
+    )
+    yield StepCosts().planner, {}, ("block_size",), ()
+    yield StepCosts().planner, dict(block_size=4), ("tree_nodes",), ()
+    yield EngineConfig, {}, tuple(EngineConfig.__dataclass_fields__), ()
+    yield SamplingParams, {}, tuple(SamplingParams.__dataclass_fields__), ()
+
+
+def launched() -> tuple[_core.Engine, _core.StepPlan]:
+    core = _core.Engine(num_pages=40, vocab_size=31, page_size=4, block_size=4, max_context=200)
+    core.add([1, 2], max_tokens=9, temperature=0.0)
+    plan = core.plan()
+    core.commit(plan, core.accept_sampled(plan, np.array([7])))
+    return core, core.plan()
+
+
+def stages():
+    sizes = dict(
+        num_pages=4,
+        vocab_size=31,
+        page_size=4,
+        block_size=4,
+        max_context=20,
+        max_running=2,
+        max_batch_tokens=8,
+        depth=0,
+    )
+    names = (*sizes, "eos_ids", "prefix_cache", "vocabulary")
+    yield _core.Engine, sizes, names, ("max_batch_tokens", "num_pages")
+    core, plan = launched()
+    options = (*SamplingParams.__dataclass_fields__, "draft")
+    yield core.add, dict(prompt=[1]), ("prompt", *options), ("prompt",)
+    yield core.abort, {}, ("request_id",), ()
+    # As many steps are unresolved as may be.
+    yield core.plan, {}, ("max_block",), ("step",)
+    yield core.histories, {}, ("plan",), ()
+    yield core.cancel, {}, ("plan",), ()
+    yield core.evict, {}, ("count",), ()
+    yield core.accept, dict(plan=plan, logits=None), ("plan", "logits"), ("logits",)
+    good = dict(plan=plan, sampled=np.zeros(4, I64), logprobs=None, status=None, top_tokens=None, top_logprobs=None)
+    yield core.accept_sampled, good, tuple(good), ("sampled", "top_tokens", "top_logprobs", "step")
+    accepted = core.accept_sampled(plan, np.zeros(4, I64))
+    yield core.commit, dict(plan=None, accepted=accepted, injected=True), ("plan", "accepted", "injected"), ("plan",)
+    yield plan.set_drafts, {}, ("drafts",), ()
+    yield plan.narrow, {}, ("keep",), ()
+    good = dict(tokens=np.full((1, 1), 7), parents=np.full((1, 1), -1, I32), counts=np.full(1, 9, I32))
+    yield plan.set_trees, good, tuple(good), ("parents", "counts")
+
+
+@pytest.mark.parametrize("calls", [verifiers, trees, bookkeeping, stages], ids=lambda calls: calls.__name__)
+def test_what_is_passed_is_taken_or_refused_by_name(calls):
+    for function, good, names, also in calls():
+        assert tried(function, good, names, also, DflashError) > 8 * len(names), function
+
+
+def test_what_takes_addresses_says_which_argument_it_could_not_read():
+    """These are called with what was checked before: PyO3 names what is no such thing."""
+    zeros = dict(
+        query_starts=np.zeros(2, I32),
+        context_lens=np.zeros(1, I32),
+        page_table=np.zeros((1, 1), I32),
+        row_ids=np.zeros(1, I32),
+    )
+    optional = dict(slots=np.zeros(0, I64), valid_from=np.zeros(1, I32), ancestors=np.zeros((0, 1), U64))
+    good = zeros | dict(page_size=4, num_slots=8) | optional
+    either = (TypeError, ValueError)
+    tried(_core.AttentionBatch, good, tuple(good), ("context_lens", "row_ids", "query_starts", "valid_from"), either)
+    weight = dict(weight=np.ones((4, 4), F32), bias=np.zeros(4, F32), precision="highest")
+    tried(_core.PackedWeight, weight, ("weight", "bias"), ("bias",), either)
+    batch, nothing = _core.AttentionBatch(**good), (0, 0, 0)
+    arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "out"), nothing)
+    sizes = dict(num_q_heads=0, num_kv_heads=0, head_dim=8, window=None)
+    good = dict(batch=batch, dtype="float32", scale=1.0, **arrays, **sizes)
+    tried(_core.paged_attention, good, (*arrays, *sizes, "scale", "batch"), (*arrays, *sizes), either)
+    tried(_core.cuda_sample_scratch, dict(rows=1, vocab=1), ("rows", "vocab"))
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: type(value).__name__)
+def test_what_was_passed_is_shown_in_a_short_line(value):
+    text = shown(value)
+    assert 0 < len(text) <= 80 and "\n" not in text
+
+
+def test_values_are_shown_as_python_writes_them_where_that_is_short():
+    assert [shown(v) for v in (5, -1, "ab", [1, 2], None, 0.5, {"a": 1}, b"x")] == [
+        "5", "-1", "'ab'", "[1, 2]", "None", "0.5", "{'a': 1}", "b'x'",
+    ]  # fmt: skip
+    assert shown(np.zeros((2, 3), F32)) == "a float32 array of shape (2, 3)"
+    assert shown(10**5000) == "an integer of 16610 bits"
+    assert shown(list(range(100))) == "[0, 1, 2, 3, ...]"
+    assert shown("x" * 1000).count("x") < 40
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Planner(4).widths(np.full((1, 3), np.nan, F32)), "probabilities: got NaN, expected numbers in [0, 1]"),
+        (lambda: Planner(4).widths(np.ones((2, 0), F32)), "probabilities: got rows of no drafts, expected at least one draft per request"),
+        (lambda: Planner(4, tree_nodes=3).tree(1, tiers=[-1]), "tiers: got [-1], expected integers in 1..3 that rise"),
+        (lambda: Planner(4, tree_nodes=3).tree(1, tiers=[3, 1]), "tiers: got 1, expected integers in 1..3 that rise"),
+        (lambda: SamplingParams(seed=10**5000), "seed: got an integer of 16610 bits, expected an integer in 0..18446744073709551615"),
+        (lambda: SamplingParams(top_p=0), "top_p: got 0, expected a number in (0, 1]"),
+        (lambda: SamplingParams(logit_bias={3: "x"}), "logit_bias[3]: got 'x', expected a number in [-3.40282e+38, 3.40282e+38]"),
+        (lambda: PagePool(0), "num_pages: got 0, expected 1..67108864"),
+        (
+            lambda: DraftTree.from_parents(np.array([7, 8]), np.array([-1, -5], I32)),
+            "parents: got -5 at node 1, expected a node before it, 0..0",
+        ),
+        (lambda: DraftTree.from_parents(np.zeros(0, I64), np.zeros(0, I32)), "tokens: got 0 elements, expected 1"),
+        (
+            lambda: verify.token(np.full((1, 2, 4), 0.25), np.full((1, 1, 4), 0.5), np.zeros((1, 1), I64), seeds=[1], round_starts=[0]),
+            "request 0, row 0: q: got a sum of 2, expected probabilities that sum to 1 (within 1e-3)",
+        ),
+        (lambda: verify.walk(np.zeros((1, 3), I64), np.zeros((1, 4), I64), np.array([4])), "lengths: got 4, expected 0..3 (g)"),
+        (lambda: verify.gumbel(0, 0, 3, "x" * 1000), "domain: got " + "x" * 100 + "..., expected draw, accept, residual or draft"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_was_got_and_what_was_expected(call, message):
+    with pytest.raises(InvalidArgument) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_every_public_name_is_in_the_tables_or_needs_none():
+    """A new name has to be tried as well, or to be put down here as one that takes nothing."""
+    takes_nothing = {name for name in dflash_rs.__all__ if name.startswith("__")} | {"Output", "StreamEvent", "Stream"}
+    errors = {
+        n
+        for n in dflash_rs.__all__
+        if isinstance(getattr(dflash_rs, n), type) and issubclass(getattr(dflash_rs, n), DflashError)
+    }
+    tables = {"DraftTree", "PagePool", "Planner", "WidthPlanner", "StepCosts", "SamplingParams", "serving", "verify"}
+    # tests/python/test_requests.py
+    elsewhere = {"LLM"}
+    assert set(dflash_rs.__all__) == takes_nothing | errors | tables | elsewhere

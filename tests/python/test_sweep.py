@@ -1,0 +1,64 @@
+"""A few of the architectures that `make sweep` goes through (tests/sweep), and that the sweep can see what it looks for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+from sweep.checks import examine  # noqa: E402
+
+PAGE = (TESTS.parent / "docs" / "models.md").read_text(encoding="utf-8")
+# One of each kind: windows in masks only, soft caps, sinks, experts, latent attention, learned positions, heads of different sizes.
+EXACT = ("phimoe", "gemma2", "gpt_oss", "gemma4_text", "qwen3_moe", "deepseek_v3", "gpt2")
+REFUSED = {
+    "bloom": "BloomForCausalLM does not take its attention from the transformers registry",
+    "qwen3_5_text": "layer_types has 'linear_attention'",
+    "llama4_text": "layer_types has 'chunked_attention'",
+    "nemotron": "NemotronAttention does not pass extra arguments on to its attention",
+    "doge": "DogeAttention: attention gets a mask that the layer or the model made itself",
+    "diffllama": "layer 0 attends twice per forward",
+    "camembert": "CamembertForCausalLM: its own forward",
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_tiny_model_gives_the_tokens_and_log_probabilities_of_transformers(kind):
+    result = examine(kind)
+    assert (result.status, result.detail) == ("exact", "")
+    assert result.tau > 1.3 and result.distinct > 10
+    assert re.search(rf"^\| {kind} \| {result.name} \|", PAGE, re.MULTILINE), (
+        "docs/models.md says otherwise: make sweep"
+    )
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_tiny_model_that_cannot_be_exact_is_refused_by_name(kind):
+    result = examine(kind)
+    assert result.status == "refused" and re.search(REFUSED[kind], result.detail), (result.status, result.detail)
+    refused = PAGE[PAGE.index("## Refused") :]
+    assert re.search(rf"[|,] {kind}[ ,]", refused), "docs/models.md says otherwise: make sweep"
+
+
+@pytest.mark.parametrize("fault", ["window", "softcap"])
+def test_the_sweep_sees_a_difference_that_loading_lets_through(monkeypatch, fault):
+    import dflash_rs.models.target as target
+
+    monkeypatch.setattr(target._Check, "agrees", lambda self, made: True)
+    if fault == "window":
+        monkeypatch.setattr(target._Recorder, "_window_of", lambda self, mask, window, name: window)
+    else:
+        real = target._Step.attend_layer
+        monkeypatch.setattr(
+            target._Step, "attend_layer",
+            lambda self, i, q, k, v, scale, window, softcap, *rest: real(self, i, q, k, v, scale, window, None, *rest),
+        )  # fmt: skip
+    result = examine("phimoe" if fault == "window" else "gemma2")
+    assert result.status == "different" and result.detail.startswith("together: request"), (
+        result.status,
+        result.detail,
+    )
