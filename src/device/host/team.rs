@@ -8,7 +8,9 @@
 //!   helper   awake: sees it --> works, part by part --> done
 //!            asleep: is woken, and finds the job taken back if the caller was faster
 //! ```
-//! The caller never waits for a helper that has not begun, so a helper that gets no processor costs nothing but its help.
+//! The caller never waits for a helper that has not begun, so a helper that gets no processor costs nothing but its help. One that
+//! loses its processor in the middle of a part holds the caller up: where that happens the machine has more to do than processors,
+//! and the next calls do without helpers for a while ([`Patience`]).
 //! There is one team in a process; whoever finds it in use works alone.
 //!
 //! # Safety
@@ -25,6 +27,10 @@ use std::time::{Duration, Instant};
 
 /// How long a helper stays awake without work.
 const AWAKE: Duration = Duration::from_millis(1);
+/// How much longer than the caller a helper may take for its share before it counts as held up: a part is some ten microseconds.
+const HELD_UP: Duration = Duration::from_micros(200);
+/// For how long the caller works alone after that: at first, and at most, when it happens again and again.
+const ALONE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(128));
 /// More helpers than this help nobody.
 const MAX_HELPERS: usize = 63;
 
@@ -88,15 +94,43 @@ impl Helper {
     }
 }
 
+/// Whether helpers are worth asking. After a call that was held up they are not asked for a while, longer every time it happens
+/// again soon; a rare accident on a quiet machine costs a millisecond of help.
+struct Patience {
+    /// How long the last time alone was, and when it ended or will.
+    last: Option<(Duration, Instant)>,
+}
+
+impl Patience {
+    fn alone(&self, now: Instant) -> bool {
+        self.last.is_some_and(|(_, until)| now < until)
+    }
+
+    /// A helper was done `waited` after the caller, which had worked for `worked`. Parts are of one size, so a helper that keeps its
+    /// processor needs no longer for its last one than the caller for all of its own.
+    fn waited(&mut self, now: Instant, worked: Duration, waited: Duration) {
+        if waited <= worked + HELD_UP {
+            return;
+        }
+        let pause = match self.last {
+            Some((last, until)) if now.saturating_duration_since(until) < 4 * last => (2 * last).min(ALONE.1),
+            _ => ALONE.0,
+        };
+        self.last = Some((pause, now + pause));
+    }
+}
+
 /// The helpers of one process. A forked child has the memory of its parent's and not the threads.
 struct Team {
     process: u32,
     helpers: Vec<(Arc<Helper>, Thread)>,
+    patience: Patience,
 }
 
 static TEAM: Mutex<Team> = Mutex::new(Team {
     process: 0,
     helpers: Vec::new(),
+    patience: Patience { last: None },
 });
 
 /// Calls `part(0)` .. `part(parts - 1)`, each once, on up to `threads` threads, the caller's included.
@@ -114,6 +148,11 @@ pub(super) fn run(threads: usize, parts: usize, part: impl Fn(usize) + Sync) {
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
         Err(TryLockError::WouldBlock) => return alone(),
     };
+    let begun = Instant::now();
+    if team.patience.alone(begun) {
+        drop(team);
+        return alone();
+    }
     let helpers = team.of(wanted);
     let next = AtomicUsize::new(0);
     let job = || {
@@ -137,6 +176,7 @@ pub(super) fn run(threads: usize, parts: usize, part: impl Fn(usize) + Sync) {
         }
     }
     let own = catch_unwind(AssertUnwindSafe(&job));
+    let own_end = Instant::now();
     let mut failed = false;
     for (helper, _) in helpers {
         let mut turns = 0u32;
@@ -154,6 +194,8 @@ pub(super) fn run(threads: usize, parts: usize, part: impl Fn(usize) + Sync) {
         }
         failed |= helper.failed.swap(false, Ordering::Relaxed);
     }
+    let end = Instant::now();
+    team.patience.waited(end, own_end - begun, end - own_end);
     drop(team);
     if let Err(panic) = own {
         resume_unwind(panic);
@@ -204,6 +246,27 @@ mod tests {
                 assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 50));
             }
         }
+    }
+
+    #[test]
+    fn who_was_held_up_works_alone_for_a_while_and_longer_each_time_it_happens_again() {
+        let (mut patience, mut now) = (Patience { last: None }, Instant::now());
+        let (work, long) = (Duration::from_micros(20), HELD_UP * 2);
+        patience.waited(now, work, HELD_UP);
+        assert!(!patience.alone(now), "no longer than a helper may take");
+        patience.waited(now, long, long);
+        assert!(!patience.alone(now), "parts that take as long");
+        for pause in [1, 2, 4, 8, 16, 32, 64, 128, 128].map(Duration::from_millis) {
+            patience.waited(now, work, long);
+            assert!(
+                patience.alone(now + pause - work) && !patience.alone(now + pause),
+                "{pause:?}"
+            );
+            now += pause + work;
+        }
+        now += ALONE.1 * 5;
+        patience.waited(now, work, long);
+        assert!(!patience.alone(now + ALONE.0), "what was long ago is forgotten");
     }
 
     #[test]
