@@ -5,7 +5,6 @@
 # make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
 # make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
 # make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
-# make weaker-test   what depends on the processor, as on processors with fewer instructions; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
@@ -24,8 +23,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test \
-  sglang-demo sglang-install weaker-test bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants \
-  mutants-tools
+  sglang-demo sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -39,10 +37,6 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 # The reference implementation, an oracle of the tests and a row of the benchmarks. Only its loop is wanted; the data-set packages
 # of its command line stay out.
 REFERENCE := dflash==0.1.0
-
-# The tests that look at products, attention, bfloat16 models and the text made from them.
-WEAKER := bfloat16 or test_models_host or test_models_attention or test_requests_that_ask_for_different_things_share_a_batch or \
-  test_the_host_engine_says_the_same_up_to_rounding or test_the_text_is_the_same_with_and_without_drafting and page16-medium-seeded
 
 # The source tree must not shadow the installed package, and PyO3 must build against our interpreter.
 unexport PYTHONPATH
@@ -58,7 +52,7 @@ demo: install
 
 # Two lanes side by side: SGLang's tests wait for servers half of their time.
 test: kernels dist install sglang-install
-	$(BIN)/python scripts/lanes.py "$(MAKE) lint rust-test stubs python-test weaker-test" "$(MAKE) sglang-test"
+	$(BIN)/python scripts/lanes.py "$(MAKE) lint rust-test stubs python-test" "$(MAKE) sglang-test"
 
 check: lint stubs
 
@@ -97,11 +91,6 @@ python-test: install venv
 
 sweep: install venv
 	$(BIN)/python -m tests.sweep --json build/sweep.json --table docs/models.md
-
-# What depends on the processor, as on ones with fewer instructions. Rust's tests go through all of them by themselves.
-weaker-test: install venv
-	$(BIN)/python scripts/weaker_processors.py tests/python/test_models_host.py tests/python/test_models_attention.py \
-	  tests/emulated/test_engine.py tests/python/test_llm.py -k "$(WEAKER)"
 
 # SGLang asks for the versions it likes, .venv has ours; so it gets an environment of its own, which sees .venv for torch and
 # for the package under test.

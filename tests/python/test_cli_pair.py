@@ -80,10 +80,7 @@ def test_doctor_finds_that_the_pair_generates():
 
 def test_bench_says_same_text_and_writes_every_key(tmp_path):
     path = tmp_path / "rows.json"
-    # Whole blocks: what pays, and with it tau, depends on how busy the machine is.
-    words = (
-        "bench --suite demo --prompts 3 --max-tokens 24 --repeat 1 --concurrency 1,3 --profile --no-adaptive".split()
-    )
+    words = "bench --suite demo --prompts 3 --max-tokens 24 --repeat 1 --concurrency 1,3 --profile".split()
     done = dflash(*words, "--json", str(path), "--plot", str(tmp_path / "plot.png"))
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(path.read_text())

@@ -127,7 +127,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader should not have to find out alone: differences, loops, a drafter that was hardly asked, or that a look-up beats."""
+    """What a reader should not have to find out alone: differences, loops, a drafter that a look-up beats."""
     lines = []
     for row in rows:
         where = f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}"
@@ -142,14 +142,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
             )
-        hardly = row.drafted_steps is not None and 2 * row.drafted_steps < row.steps
-        if row.mode == DFLASH and hardly:
-            lines.append(
-                f"{where}: {row.drafted_steps} of {row.steps} passes verified drafts; in the others a plain step was expected to pay more, "
-                "by what passes cost and how many drafts were accepted so far; --no-adaptive drafts in every step"
-            )
-        elif row.mode == DFLASH and row.ngram_tau >= row.tau:
-            # Of a drafter that was hardly asked its tau says nothing.
+        if row.mode == DFLASH and row.ngram_tau >= row.tau:
             lines.append(f"{where}: a look-up drafter would reach tau {row.ngram_tau:.2f}, the drafter {row.tau:.2f}")
         if row.vs_reference is not None:
             lines.append(f"{where}: {row.vs_reference:.2f}x the tokens/s of the {REFERENCE} loop in the same run")

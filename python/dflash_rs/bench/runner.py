@@ -60,7 +60,6 @@ class Row:
     tokens_per_s_runs: list[float] = field(default_factory=list)
     output_tokens: int = 0
     steps: int = 0
-    drafted_steps: int | None = None
     ttft_s: float = 0.0
     accept_histogram: list[int] = field(default_factory=list)
     accepted_per_position: list[float] = field(default_factory=list)
@@ -182,12 +181,10 @@ def totals(outputs: Sequence[Any]) -> dict[str, Any]:
         for k, count in enumerate(counts):
             histogram[k] += count
     drafted = sum(histogram)
-    drafted_steps = [output.metrics.get("drafted_steps") for output in outputs]
     # Position k was accepted by every pass that accepted at least k drafts.
     per_position = [sum(histogram[k:]) / drafted for k in range(1, len(histogram))] if drafted else []
     return {
         "steps": steps,
-        "drafted_steps": None if None in drafted_steps else sum(drafted_steps),
         "tau": decoded / steps if steps else 0.0,
         "output_tokens": sum(len(output.token_ids) for output in outputs),
         "ttft_s": statistics.median(output.metrics.get("ttft_s") or 0.0 for output in outputs),
