@@ -5,6 +5,7 @@
 # make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
 # make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
 # make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
+# make test-processors  what depends on the processor, as a lesser one would run it; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
@@ -22,7 +23,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test sglang-test \
+.PHONY: demo test check kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
   sglang-demo sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
@@ -52,7 +53,7 @@ demo: install
 
 # Two lanes side by side: SGLang's tests wait for servers half of their time.
 test: kernels dist install sglang-install
-	$(BIN)/python scripts/lanes.py "$(MAKE) lint rust-test stubs python-test" "$(MAKE) sglang-test"
+	$(BIN)/python scripts/lanes.py "$(MAKE) lint rust-test stubs python-test test-processors" "$(MAKE) sglang-test"
 
 check: lint stubs
 
@@ -88,6 +89,9 @@ python-test: install venv
 	cd / && $(abspath $(BIN))/python -c "import dflash_rs, sys; assert dflash_rs.__file__.startswith(sys.prefix), dflash_rs.__file__"
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/emulated
+
+test-processors: install venv
+	$(BIN)/python scripts/processors.py
 
 sweep: install venv
 	$(BIN)/python -m tests.sweep --json build/sweep.json --table docs/models.md

@@ -89,7 +89,7 @@ def _run(arguments: Sequence[str], debug: bool, closed: set[str]) -> int:
     args.words = list(arguments)
     if "stdout" in closed:
         raise InvalidArgument("standard output: got a closed one, expected a place to write to (> /dev/null discards)")
-    quiet_libraries()
+    prepare_libraries()
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = _warn
@@ -483,10 +483,15 @@ def _bias(text: str) -> tuple[int, float]:
 # --- what the commands share ---------------------------------------------------------------------------------------
 
 
-def quiet_libraries() -> None:
-    """Keeps the loaders' progress bars and notes out of our streams. Only works before their first import."""
+def prepare_libraries() -> None:
+    """Keeps the loaders' progress bars and notes out of our streams, and torch's threads from waiting awake for long. Only works
+    before their first import."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Turns of a loop: about half a millisecond. Left alone it is sixteen of them at every operation whose threads are not all
+        # there, which on a busy machine is nearly every one.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def make_engine(args: argparse.Namespace, **more: Any) -> Any:

@@ -112,6 +112,7 @@ class LLM:
         from .models.costs import measure
         from .models.loader import load_draft
         from .models.target import TargetModel
+        from .models.threads import while_loading
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         page_size, max_running = self.config.page_size, self.config.max_running
@@ -130,8 +131,9 @@ class LLM:
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
         products = {"matmul_precision": self.matmul_precision}
 
-        self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype, **products)
-        self._draft = None if draft is None else load_draft(draft, self._target, **products)
+        with while_loading():
+            self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype, **products)
+            self._draft = None if draft is None else load_draft(draft, self._target, **products)
         if self._draft is not None:
             self._target.set_taps(self._draft.config.target_layer_ids)
         self.block_size = self._pick_block(block_size)

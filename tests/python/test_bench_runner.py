@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from fake_llm import FakeLLM
@@ -140,6 +141,33 @@ def test_a_drafter_that_a_look_up_beats_is_called_out():
     rows[1].repeated_4gram_share = 0.8
     text = "\n".join(report.remarks(rows))
     assert "a look-up drafter would reach" in text and "80% of the 4-grams repeat" in text
+
+
+class Counting(FakeLLM):
+    """Says what it drafted: 10 passes a call, `per_pass` places in each where it drafts; a step of a whole block costs 2.5 plain ones."""
+
+    def __init__(self, per_pass: float, planner=True):
+        super().__init__()
+        self.per_pass = per_pass
+        self._planner = SimpleNamespace(costs=([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)])) if planner else None
+
+    def stats(self):
+        drafted = 10 * self.per_pass * sum(self.calls)
+        return super().stats() | {"passes": 10 * len(self.calls), "drafted": drafted}
+
+
+def test_what_was_not_drafted_is_said_with_the_reason_and_not_held_against_the_drafter():
+    plan = Plan((GREEDY,), repeat=2, max_tokens=10)
+    rows = run_demo(lambda concurrency: Counting(0.5), PROMPTS, plan)
+    plain, fast = rows
+    assert (plain.drafts_per_pass, plain.block_cost) == (None, None)
+    assert (fast.drafts_per_pass, fast.most_drafts, fast.block_cost) == (0.5, 3, 2.5)
+    fast.ngram_tau = fast.tau + 1
+    (line,) = report.remarks(rows)
+    assert "0.5 of 3 drafts were made per pass" in line and "costs 2.50 plain ones" in line and "look-up" not in line
+    rows = run_demo(lambda concurrency: Counting(3, planner=False), PROMPTS, plan)
+    assert (rows[1].drafts_per_pass, rows[1].block_cost) == (3, None)
+    assert not any("were made per pass" in line for line in report.remarks(rows))
 
 
 def test_the_plot_is_a_png_of_some_size(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import io
 import json
 import os
@@ -17,12 +19,19 @@ from pathlib import Path
 
 import pytest
 
-from dflash_rs import cli
-from dflash_rs.config import assets
+from dflash_rs import cli, llm
+from dflash_rs.config import StepCosts, assets
 
 pytestmark = pytest.mark.pair
 
 PROMPT = "def parse_header(line):\n"
+
+
+@pytest.fixture(autouse=True)
+def drafting_pays(monkeypatch):
+    """What pays hangs on how busy the machine is; for commands run in this process whole blocks always do."""
+    costs = StepCosts.lines(1.0, 0.0, 0.1, 0.0)
+    monkeypatch.setattr(llm, "LLM", functools.partial(llm.LLM, costs=costs))
 
 
 @dataclass
@@ -106,6 +115,8 @@ def test_ctrl_c_in_mid_generation_ends_with_code_130_and_no_traceback():
         text=True,
         preexec_fn=_takes_ctrl_c,
     )
+    # Too small for the whole text: the command cannot end before it is interrupted, however late that is.
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
     # The prompt is echoed before the model starts; more than it means that tokens are coming.
     begun = process.stdout.read(len(PROMPT) + 8)
     process.send_signal(signal.SIGINT)

@@ -20,6 +20,8 @@ from dflash_rs.bench.runner import DFLASH, PLAIN, REFERENCE, Row
 from dflash_rs.errors import DflashError, InvalidArgument
 
 REPEATS_ITSELF = 0.30
+# With a smaller share of a block drafted tau tells of the planner, not of the drafter.
+HARDLY_DRAFTED = 0.25
 
 
 def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader should not have to find out alone: differences, loops, a drafter that a look-up beats."""
+    """What a reader should not have to find out alone: differences, loops, drafts that were not made, a drafter that a look-up beats."""
     lines = []
     for row in rows:
         where = f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}"
@@ -142,7 +144,16 @@ def remarks(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
             )
-        if row.mode == DFLASH and row.ngram_tau >= row.tau:
+        drafted = row.drafts_per_pass
+        if drafted is not None and drafted < HARDLY_DRAFTED * row.most_drafts:
+            why = "it was not expected to pay"
+            if row.block_cost is not None:
+                why += f": by what steps took, one with a whole block costs {row.block_cost:.2f} plain ones here"
+            lines.append(
+                f"{where}: {drafted:.1f} of {row.most_drafts} drafts were made per pass, since {why}; this tau says little of the "
+                "drafter (--no-adaptive drafts whatever it costs)"
+            )
+        elif row.mode == DFLASH and row.ngram_tau >= row.tau:
             lines.append(f"{where}: a look-up drafter would reach tau {row.ngram_tau:.2f}, the drafter {row.tau:.2f}")
         if row.vs_reference is not None:
             lines.append(f"{where}: {row.vs_reference:.2f}x the tokens/s of the {REFERENCE} loop in the same run")

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dflash_rs.bench.ngram import lookup_tau, repeated_ngram_share
 from dflash_rs.bench.workloads import Prompt, Setting
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -66,6 +68,11 @@ class Row:
     stage_seconds: dict[str, float] | None = None
     engine_steps: float | None = None
     vs_reference: float | None = None
+    # Places drafted per pass and the most a pass can draft, over all repeats; a step with a whole block in plain steps, as the planner
+    # reckons it at the end. None where the engine does not tell.
+    drafts_per_pass: float | None = None
+    most_drafts: int | None = None
+    block_cost: float | None = None
     divergences: list[Divergence] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -240,11 +247,16 @@ def _measure(
     params = sampling_params(setting, len(prompts), plan.max_tokens)
     passes: dict[str, list[Pass]] = {PLAIN: [], DFLASH: []}
     stages: dict[str, dict[str, float]] = {PLAIN: {}, DFLASH: {}}
+    counts = {name: 0 for name in ("passes", "drafted")}
     for turn in range(plan.repeat):
         order = (PLAIN, DFLASH) if turn % 2 == 0 else (DFLASH, PLAIN)
         for mode in order:
             before = _stage_seconds(llm) if plan.profile else {}
+            start = llm.stats()
             passes[mode].append(timed(llm, prompt_ids, params, draft=mode == DFLASH))
+            if mode == DFLASH:
+                end = llm.stats()
+                counts = {name: counts[name] + end.get(name, 0) - start.get(name, 0) for name in counts}
             if plan.profile:
                 for stage, seconds in _stage_seconds(llm).items():
                     spent = seconds - before.get(stage, 0.0)
@@ -285,8 +297,22 @@ def _measure(
             engine_steps=engine_steps,
             **totals(passes[mode][0].outputs),
         )
+        if mode == DFLASH and counts["passes"]:
+            row.drafts_per_pass, row.most_drafts = counts["drafted"] / counts["passes"], block_size - 1
+            row.block_cost = _block_cost(llm, block_size, min(concurrency, len(prompts)))
         result.append((row, ids))
     return result
+
+
+def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
+    """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without a planner."""
+    planner = getattr(llm, "_planner", None)
+    if planner is None:
+        return None
+    target, draft = (tuple(zip(*points, strict=True)) for points in planner.costs)
+    plain = float(np.interp(requests, *target))
+    rows = requests * block_size
+    return (float(np.interp(rows, *target)) + float(np.interp(rows, *draft))) / plain if plain > 0 else None
 
 
 def _stage_seconds(llm: Any) -> dict[str, float]:
