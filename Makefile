@@ -39,6 +39,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 # of its command line stay out.
 REFERENCE := dflash==0.1.0
 
+# By another name, because what names $(MAKE) runs in a dry run, too.
+LANE := $(MAKE)
+
 # The source tree must not shadow the installed package, and PyO3 must build against our interpreter.
 unexport PYTHONPATH
 export PYO3_PYTHON := $(abspath $(BIN)/python)
@@ -53,7 +56,7 @@ demo: install
 
 # Two lanes side by side: SGLang's tests wait for servers half of their time.
 test: kernels dist install sglang-install
-	$(BIN)/python scripts/lanes.py "$(MAKE) lint rust-test stubs python-test test-processors" "$(MAKE) sglang-test"
+	$(BIN)/python scripts/lanes.py "$(LANE) lint rust-test stubs python-test test-processors" "$(LANE) sglang-test"
 
 check: lint stubs
 

@@ -9,10 +9,12 @@ tokens into text. Each stage is one call with whole-batch arrays.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import secrets
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,6 +208,7 @@ class LLM:
         self._active: dict[int, Active] = {}
         self._closed = False
         self._turns = Turns()
+        _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
         self._leaving: deque[int] = deque()
         self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
@@ -743,6 +746,17 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+_MADE: weakref.WeakSet[LLM] = weakref.WeakSet()
+# A step takes far less, unless something hangs; then so does the process for that long, and no longer.
+_PATIENCE_AT_EXIT_S = 30.0
+
+
+@atexit.register
+def _end() -> None:
+    for llm in list(_MADE):
+        llm._turns.end(_PATIENCE_AT_EXIT_S)
 
 
 def _chances(numbers: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._process = os.getpid()
+        self._ended = False
 
     def mine(self) -> bool:
         """Whether this thread is in the middle of a turn."""
@@ -40,6 +41,8 @@ class Turns:
                 "new LLM in the child, started by the method 'spawn' of multiprocessing"
             )
 
+        if self._ended:
+            raise DflashError("LLM: got a call while its process ends, expected none")
         if self.mine():
             raise DflashError(
                 "LLM: got a call in the middle of a step of the same thread, expected none but abort, close and stats: a signal handler "
@@ -55,6 +58,14 @@ class Turns:
                 return work()
             finally:
                 tidy()
+
+    def end(self, patience_s: float) -> None:
+        """Waits for the turn that somebody has, `patience_s` seconds at most, and lets nobody have another one: the process ends.
+
+        A daemon thread in the middle of a step would be torn out of code that cannot be left that way.
+        """
+        if not self.forked() and not self.mine():
+            self._ended = self._lock.acquire(timeout=patience_s)
 
     def soon(self, tidy: Callable[[], None]) -> None:
         """Tidies up unless somebody has the turn, who then does so at its end. Waits for nothing, as finalizers must not."""

@@ -694,7 +694,10 @@ def test_without_torch_every_help_works_and_the_rest_says_what_to_install(tmp_pa
     command = [sys.executable, "-c", WITHOUT, *helps, "generate x", train]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert re.findall(r"^CODE (\d+)$", done.stdout, re.MULTILINE) == ["0"] * len(helps) + ["1", "1"], done.stderr
-    assert done.stderr == "dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'\n" * 2
+    assert done.stderr == (
+        "dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): pip install 'dflash-rs[torch]'\n"
+        "dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'\n"
+    )
 
 
 INTERRUPTED = """

@@ -194,7 +194,7 @@ def test_a_prompt_among_many_that_can_never_fit_is_named_and_none_is_run(tmp_pat
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, PROMPT * 300)))
     done = dflash("generate", PROMPT, "--prompt-file", str(prompts), "--json")
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"error: prompt 3 ({prompts}: line 2): got " in done.stderr and "expected 1 to 1023 tokens" in done.stderr
+    assert f"error: prompt 3 ({prompts}: line 2): got " in done.stderr and "tokens, expected 1..1023" in done.stderr
     done = dflash("generate", PROMPT, PROMPT * 20, "--num-pages", "4", "--page-size", "16", "--max-tokens", "8")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: prompt 2: " in done.stderr and "the pool has 4" in done.stderr

@@ -226,7 +226,9 @@ def test_an_end_token_without_a_role_is_not_part_of_the_answer(ended):
 def test_stop_strings_do_not_see_special_tokens(ended):
     engine, eot = ended
     if engine._bytes is None:  # without bytes there are no stop strings
-        with pytest.raises(InvalidArgument, match="^stop: this tokenizer's tokens have no bytes"):
+        with pytest.raises(
+            InvalidArgument, match="^stop: got strings, expected stop_token_ids: this tokenizer's tokens have no bytes"
+        ):
             engine.generate("hello", SamplingParams(stop=EOT))
         return
     params = SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={eot: 1e4}, stop=[EOT, "eot"])

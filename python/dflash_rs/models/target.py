@@ -341,6 +341,8 @@ class TargetModel:
         _register()
         self.matmul_precision = matmul_precision
         self.model = model.eval().requires_grad_(False)
+        # What a checkpoint says of the form of its answers is about nobody's forward but its own code's, which reads them by name.
+        model.config.return_dict = model.config.get_text_config().return_dict = True
         self.config = model.config.get_text_config()
         self.embedding: nn.Module = model.get_input_embeddings()
         self.lm_head: nn.Module = model.get_output_embeddings()
