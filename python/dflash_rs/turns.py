@@ -22,7 +22,7 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._process = os.getpid()
-        self._ended = False
+        self._ending = False
 
     def mine(self) -> bool:
         """Whether this thread is in the middle of a turn."""
@@ -41,7 +41,9 @@ class Turns:
                 "new LLM in the child, started by the method 'spawn' of multiprocessing"
             )
 
-        if self._ended:
+        if self._ending:
+            if threading.current_thread() is not threading.main_thread():
+                threading.Event().wait()  # a daemon thread, which ends with the process
             raise DflashError("LLM: got a call while its process ends, expected none")
         if self.mine():
             raise DflashError(
@@ -65,7 +67,8 @@ class Turns:
         A daemon thread in the middle of a step would be torn out of code that cannot be left that way.
         """
         if not self.forked() and not self.mine():
-            self._ended = self._lock.acquire(timeout=patience_s)
+            self._ending = True
+            self._lock.acquire(timeout=patience_s)
 
     def soon(self, tidy: Callable[[], None]) -> None:
         """Tidies up unless somebody has the turn, who then does so at its end. Waits for nothing, as finalizers must not."""

@@ -197,7 +197,7 @@ def test_a_prompt_among_many_that_can_never_fit_is_named_and_none_is_run(tmp_pat
     assert f"error: prompt 3 ({prompts}: line 2): got " in done.stderr and "tokens, expected 1..1023" in done.stderr
     done = dflash("generate", PROMPT, PROMPT * 20, "--num-pages", "4", "--page-size", "16", "--max-tokens", "8")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "error: prompt 2: " in done.stderr and "the pool has 4" in done.stderr
+    assert "error: prompt 2: got " in done.stderr and "expected at most the pool's 4: " in done.stderr
 
 
 def test_sizes_of_the_engine_change_how_long_a_text_may_be_and_nothing_else():
