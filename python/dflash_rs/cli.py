@@ -544,6 +544,10 @@ def sampling_from(args: argparse.Namespace) -> Any:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.logit_bias is not None:
         options["logit_bias"] = dict(args.logit_bias)
+        if len(options["logit_bias"]) < len(args.logit_bias):
+            given = [token for token, _ in args.logit_bias]
+            twice = next(token for token in given if given.count(token) > 1)
+            raise InvalidArgument(f"--logit-bias: got token id {twice} {given.count(twice)} times, expected it once")
     if args.stop is not None:
         stops = [as_text("--stop", text) for text in args.stop]
         options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stops]

@@ -41,6 +41,8 @@ class EngineConfig:
         for names, low in ((("page_size", "max_running", "max_batch_tokens"), 1), (("num_pages", "max_context"), 0)):
             for name in names:
                 object.__setattr__(self, name, integer(name, getattr(self, name), low, 2**63 - 1))
+        if self.max_context == 1:
+            raise bad("max_context", 1, "0 or at least 2: a token of prompt and one of output")
         flag("prefix_cache", self.prefix_cache)
 
     def pages(self, bytes_per_token: int, max_context: int, block_size: int) -> int:

@@ -17,13 +17,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from . import _core
 from .arguments import bad, integer, shown
-from .errors import InvalidArgument
+from .errors import InvalidArgument, MissingPackage
 from .named import named
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise MissingPackage(f"dflash_rs.cuda needs torch ({error}): pip install 'dflash-rs[torch]'") from error
 
 HEAD_DIMS = (64, 128, 256)
 # Keys are cut at multiples of this and partial results joined in order. It decides the bits of a long row, so it is one number.

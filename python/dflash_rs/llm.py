@@ -75,7 +75,7 @@ class LLM:
     - `tree_nodes`: drafts of a tree at most: where the drafter is unsure, several tokens are drafted for one place, and the target
       picks the path. 0 drafts chains of one token per place. Trees may be longer than a block; they pay where a row more costs little.
     - `cuda_graphs`: on a GPU, capture decoding steps in CUDA graphs. False launches every kernel anew, for looking for faults.
-    - the rest: see `EngineConfig`.
+    - the rest: see `dflash_rs.config.EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
     from several threads; the steps are taken one at a time. A signal handler may call `abort` and `close`, which then take effect at

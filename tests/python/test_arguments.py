@@ -287,6 +287,11 @@ def test_a_refusal_says_what_was_got_and_what_was_expected(call, message):
     assert str(caught.value) == message
 
 
+def test_a_context_without_room_for_an_answer_is_refused():
+    with pytest.raises(InvalidArgument, match=r"^max_context: got 1, expected 0 or at least 2"):
+        EngineConfig(max_context=1)
+
+
 def test_every_public_name_is_in_the_tables_or_needs_none():
     """A new name has to be tried as well, or to be put down here as one that takes nothing."""
     takes_nothing = {name for name in dflash_rs.__all__ if name.startswith("__")} | {"Output", "StreamEvent", "Stream"}

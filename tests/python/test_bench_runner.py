@@ -128,6 +128,13 @@ def test_json_rows_carry_the_promised_keys_and_come_back_equal(tmp_path):
     assert [row.tokens_per_s for row in back_rows] == [row.tokens_per_s for row in rows]
 
 
+def test_lines_of_a_jsonl_file_are_json_whatever_they_begin_with():
+    assert [p.text for p in parse_prompts('"abc"\n\n"d\\ne"\n', "x.jsonl")] == ["abc", "d\ne"]
+    with pytest.raises(InvalidArgument, match=r"^x.jsonl: line 2 is not JSON"):
+        parse_prompts('"abc"\nplain\n', "x.jsonl")
+    assert [p.text for p in parse_prompts('"abc"\n', "x.txt")] == ['"abc"']
+
+
 def test_the_table_has_one_line_per_row_and_says_whether_the_text_is_the_same():
     rows, _ = demo(Plan((GREEDY,), repeat=1, max_tokens=10))
     lines = report.table(rows).splitlines()

@@ -179,6 +179,7 @@ def test_a_word_that_cannot_be_understood_ends_with_code_2(words, named, capsys)
         (["generate", "--prompt-file", "/nowhere/at/all"], "No such file"),
         (["bench", "--max-tokens", "1", "--prompt-file", "/nowhere/at/all"], "--max-tokens: got 1"),
         (["generate", "x", "--max-tokens", "0"], "max_tokens: got 0"),
+        (["generate", "x", "--logit-bias", "5=1", "--logit-bias", "5=2"], "--logit-bias: got token id 5 2 times"),
         (["generate", "x", "--temperature", "-1"], "temperature: got -1.0"),
     ],
 )

@@ -76,7 +76,7 @@ def parse_prompts(text: str, name: str) -> list[Prompt]:
         return [_prompt(entry, f"{name}: entry {i}") for i, entry in enumerate(entries)]
     # Not splitlines(), which takes form feeds and the like for ends of lines.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if stripped.startswith("{") and (declared or _is_json(lines[0][1])):
+    if name.endswith(".jsonl") or (stripped.startswith("{") and (declared or _is_json(lines[0][1]))):
         prompts = []
         for number, line in lines:
             try:
