@@ -93,11 +93,18 @@ fn prepare(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*con
 
 #[test]
 fn a_batch_accepts_what_the_walks_accept() {
-    accept(&mut Numbers(5), 100_000, dflash_host_accept);
-    accept(&mut Numbers(105), 1_000, dflash_emulated_accept);
+    accept(&mut Numbers(5), 100_000, 0.0, dflash_host_accept);
+    accept(&mut Numbers(105), 1_000, 0.0, dflash_emulated_accept);
 }
 
-fn accept(numbers: &mut Numbers, most_walks: usize, kernel: unsafe extern "C" fn(*const AcceptParams)) {
+#[test]
+fn a_draft_whose_parent_is_not_before_it_is_never_accepted() {
+    accept(&mut Numbers(6), 20_000, 0.3, dflash_host_accept);
+    accept(&mut Numbers(106), 500, 0.3, dflash_emulated_accept);
+}
+
+/// A share `astray` of the drafts names a parent that is not before it.
+fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe extern "C" fn(*const AcceptParams)) {
     let mut walks = 0;
     while walks < most_walks {
         let requests = numbers.within(1, 6);
@@ -133,7 +140,20 @@ fn accept(numbers: &mut Numbers, most_walks: usize, kernel: unsafe extern "C" fn
             })
             .collect();
         let parents: Vec<Vec<u32>> = lens.iter().map(|&n| parents(numbers, n, chain)).collect();
-        let flat: Vec<i32> = parents.iter().flatten().map(|&p| p as i32).collect();
+        let mut flat: Vec<i32> = parents.iter().flatten().map(|&p| p as i32).collect();
+        let mut strays = vec![false; total];
+        if astray > 0.0 {
+            for r in 0..requests {
+                for i in 1..drawn[r] {
+                    let t = query_starts[r] as usize + lens[r] - drawn[r] + i;
+                    strays[t] = numbers.chance(astray);
+                    if strays[t] {
+                        let later = numbers.within(i, drawn[r] - 1) as i32;
+                        flat[t] = numbers.pick(&[-1, later]);
+                    }
+                }
+            }
+        }
         let live: Vec<i32> = drawn.iter().map(|&n| numbers.within(1, n.max(1)) as i32).collect();
         let cut = numbers.chance(0.3);
 
@@ -179,9 +199,15 @@ fn accept(numbers: &mut Numbers, most_walks: usize, kernel: unsafe extern "C" fn
             // A failed row draws a token that no draft carries.
             let draw = |node: usize| -> Result<TokenId, Infallible> { Ok(TokenId(sampled[row + node] as u32)) };
             let nodes = if cut { live[r] as usize } else { n };
-            let tokens: Vec<TokenId> = token_ids[first..first + nodes.min(n)]
-                .iter()
-                .map(|&t| TokenId(t as u32))
+            // Of the reference, a draft that went astray carries a token that is never drawn.
+            let tokens: Vec<TokenId> = (first..first + nodes.min(n))
+                .map(|t| {
+                    TokenId(if strays[t] && !chain {
+                        u32::MAX - 1
+                    } else {
+                        token_ids[t] as u32
+                    })
+                })
                 .collect();
             let (nodes, bonus) = if n == 0 {
                 (vec![], None)
