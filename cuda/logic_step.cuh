@@ -45,17 +45,18 @@ struct AcceptBlock {
     int32_t row;     // logit row of node 0
     int32_t context; // keys before the step
     int32_t accepted;
-    int32_t* next; // [nodes]
-    int32_t* path; // [nodes]
+    int32_t* next; // [max_nodes]
+    int32_t* path; // [max_nodes]
 };
 
 DFLASH_HD void accept_open(const AcceptParams& p, AcceptBlock& b, int32_t request, int32_t* shared) {
     int32_t start = p.query_starts[request], len = p.query_starts[request + 1] - start;
     b.nodes = p.logit_starts ? p.logit_starts[request + 1] - p.logit_starts[request] : len;
-    b.nodes = min_of(min_of(b.nodes, len), p.max_nodes);
+    b.nodes = min_of(b.nodes, len);
     b.before = len - b.nodes;
     b.first = start + b.before;
-    b.live = p.node_counts ? min_of(p.node_counts[request], b.nodes) : b.nodes;
+    // Nodes beyond the room for them take no part, and what takes no part is not kept.
+    b.live = min_of(p.node_counts ? min_of(p.node_counts[request], b.nodes) : b.nodes, p.max_nodes);
     b.row = p.logit_starts ? p.logit_starts[request] : b.first;
     b.context = p.context_lens[request];
     b.accepted = 0;
@@ -64,7 +65,8 @@ DFLASH_HD void accept_open(const AcceptParams& p, AcceptBlock& b, int32_t reques
 }
 
 DFLASH_HD void accept_clear(const AcceptBlock& b, int32_t thread, int32_t threads) {
-    for (int32_t i = thread; i < b.nodes; i += threads) b.next[i] = INT32_MAX;
+    // The walk looks at the anchor's even if not even that takes part.
+    for (int32_t i = thread; i == 0 || i < b.live; i += threads) b.next[i] = INT32_MAX;
 }
 
 DFLASH_HD void accept_match(const AcceptParams& p, const AcceptBlock& b, int32_t thread, int32_t threads) {

@@ -493,8 +493,8 @@ def accept(
     """Walks every request's chain, or tree if `parents` [T] is given, as far as the drawn tokens follow the drafts.
 
     `sampled` int64: drawn tokens by logit row; logit_starts [R+1] says which rows are whose (one per packed token when None),
-    and they belong to a request's last tokens. node_counts [R]: nodes that take part (all when None). `max_nodes` bounds the
-    tokens of a request.
+    and they belong to a request's last tokens. node_counts [R]: nodes that take part (all when None). `max_nodes` bounds
+    them: of a request with more only the first so many take part.
     """
     if out is None:
         out = empty_accepted(context_lens.shape[0], token_ids.shape[0], max_nodes, token_ids.device)

@@ -156,6 +156,12 @@ fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe 
         }
         let live: Vec<i32> = drawn.iter().map(|&n| numbers.within(1, n.max(1)) as i32).collect();
         let cut = numbers.chance(0.3);
+        // With less room than a request has nodes only the first of them take part.
+        let room = if numbers.chance(0.2) {
+            numbers.within(1, most)
+        } else {
+            most
+        };
 
         let stride = most + numbers.below(2);
         let mut accepted = vec![-9i32; requests];
@@ -186,7 +192,7 @@ fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe 
             out_stride: stride as i64,
             path_stride: stride as i64,
             num_requests: requests as i32,
-            max_nodes: most as i32,
+            max_nodes: room as i32,
         };
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
         unsafe { kernel(&raw const params) };
@@ -198,7 +204,7 @@ fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe 
             let row = if by_row { logit_starts[r] as usize } else { first };
             // A failed row draws a token that no draft carries.
             let draw = |node: usize| -> Result<TokenId, Infallible> { Ok(TokenId(sampled[row + node] as u32)) };
-            let nodes = if cut { live[r] as usize } else { n };
+            let nodes = room.min(if cut { live[r] as usize } else { n });
             // Of the reference, a draft that went astray carries a token that is never drawn.
             let tokens: Vec<TokenId> = (first..first + nodes.min(n))
                 .map(|t| {
