@@ -35,7 +35,7 @@ def expected(llm):
 def idle(engine: LLM) -> bool:
     stats = engine.stats()
     free = stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
-    return free and stats["running"] == stats["waiting"] == 0 and not engine._active
+    return free and stats["running"] == stats["waiting"] == 0 and not engine._requests.active
 
 
 def during_a_step(monkeypatch, engine: LLM, at: int, what) -> None:
