@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from .. import _core, cuda
 from ..arguments import integer
 from ..config import EngineConfig, StepCosts
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
 from ..models.loader import load_draft
 from ..models.target import TargetModel
@@ -180,12 +179,10 @@ def _kernels_here(models: Models) -> bool:
         return False
     heads = {kv.key_dim for kv in target.kv_layers.values()}
     heads |= set() if draft is None else {draft.config.head_dim}
-    warnings.warn(
+    warn(
         f"steps go through torch: got {target.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {target.device}, "
         f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "
-        "(dflash-rs doctor tells)",
-        # Whoever calls LLM.
-        stacklevel=4,
+        "(dflash-rs doctor tells)"
     )
     # Loading may allocate, which a captured graph must not.
     found = cuda.available(target.device) and target.dtype in (torch.bfloat16, torch.float32)
