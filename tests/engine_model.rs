@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use dflash_rs::draft::DraftTree;
 use dflash_rs::kv::pages_for;
-use dflash_rs::schedule::{Config, Finish, Params, Vocabulary};
+use dflash_rs::schedule::{Config, Finish, Params, Running, Vocabulary};
 use dflash_rs::step::{Accepted, Engine, Events, StepPlan};
 use dflash_rs::types::{RequestId, TokenId};
 use dflash_rs::verify::Sampling;
@@ -69,6 +69,8 @@ struct Launch {
     sampled: Option<Vec<i64>>,
     /// What the host knew of each row's text when it launched.
     known: Vec<Vec<u32>>,
+    /// Where the device found each row, and the slots it wrote.
+    begun: Vec<(usize, Vec<i64>)>,
 }
 
 #[derive(Default)]
@@ -156,13 +158,25 @@ impl Life {
             return;
         }
         let cap = 1 + self.roll(self.config.block_size as u32 + 2) as usize;
-        let Some(mut plan) = self.engine.plan(cap).unwrap() else {
+        if !self.flights.is_empty() && self.roll(2) == 0 {
+            // What waits, or has a prompt to compute, comes first; otherwise everything decodes.
+            if let Some(plan) = self.engine.plan_ahead(cap).unwrap() {
+                assert!(plan.arrays().is_prefill.iter().all(|&prefill| !prefill));
+                return self.launched(plan, cap);
+            }
+            return;
+        }
+        let Some(plan) = self.engine.plan(cap).unwrap() else {
             assert!(
                 !self.engine.has_work() || !self.flights.is_empty(),
                 "there is work and nothing to wait for"
             );
             return;
         };
+        self.launched(plan, cap);
+    }
+
+    fn launched(&mut self, mut plan: StepPlan, cap: usize) {
         let arrays = plan.arrays();
         assert!(arrays.token_ids.len() <= self.config.max_batch_tokens);
         assert!(arrays.row_ids.len() <= self.config.max_running);
@@ -203,6 +217,7 @@ impl Life {
             plan,
             sampled: None,
             known,
+            begun: Vec::new(),
         });
     }
 
@@ -210,9 +225,51 @@ impl Life {
     fn run_device(&mut self) {
         for at in 0..self.flights.len() {
             if self.flights[at].sampled.is_none() {
+                if at == 0 && self.roll(2) == 0 {
+                    // A device without a queue of its own: the host knows everything by now.
+                    self.settle();
+                }
                 let mut flight = std::mem::replace(&mut self.flights[at], placeholder(&mut self.engine));
                 self.execute(&mut flight);
                 self.flights[at] = flight;
+            }
+        }
+    }
+
+    /// Tells the oldest step what the host knows now. Where the device has taken it already, that is what it found.
+    fn settle(&mut self) {
+        let flight = &mut self.flights[0];
+        self.engine.settle(&mut flight.plan).unwrap();
+        let arrays = flight.plan.arrays();
+        for (row, &id) in arrays.request_ids.iter().enumerate() {
+            let (start, end) = (arrays.query_starts[row] as usize, arrays.query_starts[row + 1] as usize);
+            let first = arrays.context_lens[row] as usize;
+            assert!(arrays.start_known[row] && arrays.token_ids[start] >= 0);
+            let chains = arrays.parents.is_empty();
+            let mut places = (first as i64..).zip(&arrays.positions[start..end]);
+            assert!(!chains || places.all(|(place, &position)| place == position));
+            let mut tenants = self.engine.scheduler().running();
+            // Whoever was retracted meanwhile may have entered again, in another row.
+            let here =
+                |running: &&Running| running.request.id.0 == id && running.key.slot.0 as i32 == arrays.row_ids[row];
+            match tenants.find(here) {
+                Some(running) => {
+                    if let Some((committed, slots)) = flight.begun.get(row) {
+                        assert_eq!(
+                            (first, &arrays.slots[start..end]),
+                            (*committed, &slots[..]),
+                            "request {id}"
+                        );
+                    }
+                    flight.known[row] = running.request.tokens.iter().map(|token| token.0).collect();
+                }
+                None => {
+                    // It has ended: a token of no meaning behind what it had.
+                    let text = self.device.get(&id).map_or(&[][..], |state| &state.text);
+                    let text = if text.len() < first { &flight.known[row] } else { text };
+                    flight.known[row] = text[..first].to_vec();
+                    flight.known[row].push(arrays.token_ids[start] as u32);
+                }
             }
         }
     }
@@ -246,7 +303,13 @@ impl Life {
     }
 
     fn execute(&mut self, flight: &mut Launch) {
-        if self.config.depth == 0 && !flight.plan.arrays().draft_rows.is_empty() && self.roll(2) == 0 {
+        let arrays = flight.plan.arrays();
+        let known = arrays.start_known.iter().all(|&known| known);
+        let known = known
+            && arrays.query_starts[..arrays.row_ids.len()]
+                .iter()
+                .all(|&at| arrays.token_ids[at as usize] >= 0);
+        if known && !arrays.draft_rows.is_empty() && self.roll(2) == 0 {
             self.plant(flight);
         }
         let arrays = flight.plan.arrays().clone();
@@ -272,6 +335,7 @@ impl Life {
             } else {
                 assert!(state.committed >= arrays.context_lens[row] as usize);
             }
+            flight.begun.push((state.committed, Vec::new()));
             let mut path = state.text[..state.committed].to_vec();
             let slot = |position: usize, engine: &Engine| {
                 let entry = arrays.row_ids[row] as usize * width + position / size;
@@ -336,6 +400,7 @@ impl Life {
                     let seen: u32 = mask.iter().map(|bits| bits.count_ones()).sum();
                     assert_eq!(seen as usize, text.len() - state.committed, "a token sees its path");
                 }
+                flight.begun[row].1.push(slot as i64);
                 assert!(written.insert(slot), "two rows write slot {slot}");
                 self.kv[slot] = hash_of(&text);
                 if arrays.logit_rows.get(logit) == Some(&((start + at) as i32)) {
@@ -353,6 +418,7 @@ impl Life {
             } else {
                 let mut text = state.text[..=state.committed].to_vec();
                 let mut from = 0;
+                let mut path = Vec::new();
                 while let Some(node) = (from + 1..block.len()).find(|&node| {
                     let parent = if planted {
                         arrays.parents[start + node] as usize
@@ -362,7 +428,21 @@ impl Life {
                     parent == from && block[node] == next(&text)
                 }) {
                     text.push(block[node]);
+                    path.push(node);
                     from = node;
+                }
+                if self.config.depth > 0 {
+                    // The next step may run before the host has heard of this one.
+                    let slots: Vec<usize> = (0..=path.len())
+                        .map(|at| slot(state.committed + at, &self.engine))
+                        .collect();
+                    let kept: Vec<u64> = path
+                        .iter()
+                        .map(|&node| self.kv[slot(state.committed + node, &self.engine)])
+                        .collect();
+                    for (&slot, kv) in slots[1..].iter().zip(kept) {
+                        self.kv[slot] = kv;
+                    }
                 }
                 state.committed = text.len();
                 text.push(next(&text));
@@ -379,9 +459,12 @@ impl Life {
     /// Resolves the oldest step; `fail` makes the device return nonsense for one of its requests.
     fn resolve(&mut self, fail: bool) {
         self.run_device();
-        let Some(mut flight) = self.flights.pop_front() else {
+        let Some(flight) = self.flights.pop_front() else {
             return;
         };
+        self.flights.push_front(flight);
+        self.settle();
+        let mut flight = self.flights.pop_front().unwrap();
         let mut sampled = flight.sampled.take().unwrap();
         let mut victim = None;
         if fail && !sampled.is_empty() {
@@ -396,8 +479,10 @@ impl Life {
         let kept = accepted.arrays();
         assert_eq!(kept.commit_rows.len(), kept.commit_slots.len());
         let moved: Vec<u64> = kept.move_from.iter().map(|&slot| self.kv[slot as usize]).collect();
-        for (&slot, kv) in kept.move_to.iter().zip(moved) {
-            self.kv[slot as usize] = kv;
+        if self.config.depth == 0 {
+            for (&slot, kv) in kept.move_to.iter().zip(moved) {
+                self.kv[slot as usize] = kv;
+            }
         }
         let events = self.engine.commit(&mut flight.plan, &accepted, true).unwrap();
         self.hear(&events, &accepted, victim);
@@ -559,6 +644,7 @@ fn placeholder(_: &mut Engine) -> Launch {
         plan: other.plan(1).unwrap().unwrap(),
         sampled: None,
         known: Vec::new(),
+        begun: Vec::new(),
     }
 }
 

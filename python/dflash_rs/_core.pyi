@@ -266,6 +266,20 @@ class Engine:
         Raises ``DflashError`` when as many steps are unresolved as ``depth`` allows.
         """
 
+    def plan_ahead(self, max_block: int | None = None) -> StepPlan | None:
+        """Launches the next step while the last one is unresolved (``depth`` 1): decoding rows, of whose first tokens and places only the
+        device knows the truth (-1 in ``token_ids``, ``start_known``, a lower bound in ``context_lens``).
+
+        ``None`` when the results have to come first: nothing is in flight, prompts have work to do, or draws depend on earlier tokens.
+        """
+
+    def settle(self, plan: StepPlan) -> None:
+        """Tells a step that was launched ahead what is known now that the one before it is resolved: first tokens, context lengths,
+        positions and slots, in place. Rows of requests that have ended start where those ended, with token 0.
+
+        Raises ``DflashError`` when an earlier step is unresolved or this one is closed.
+        """
+
     def accept(self, plan: StepPlan, logits: NDArray[np.float32]) -> Accepted:
         """Draws the target's tokens and walks the drafts; the GIL is released.
 

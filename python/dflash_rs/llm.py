@@ -54,6 +54,8 @@ class LLM:
     - `tree_nodes`: drafts of a tree at most: where the drafter is unsure, several tokens are drafted for one place, and the target
       picks the path. 0 drafts chains of one token per place. Trees may be longer than a block; they pay where a row more costs little.
     - `cuda_graphs`: on a GPU, capture decoding steps in CUDA graphs. False launches every kernel anew, for looking for faults.
+    - `overlap`: launch the next step before the results of the last one are read, so that the device does not wait for the host. None is
+      True where steps stay on a GPU. On a CPU, where nothing runs beside the host, it is for tests.
     - the rest: see `dflash_rs.config.EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
@@ -85,6 +87,7 @@ class LLM:
         costs: StepCosts | None = None,
         tree_nodes: int = 0,
         cuda_graphs: bool = True,
+        overlap: bool | None = None,
     ):
         torch = import_torch()
 
@@ -94,6 +97,8 @@ class LLM:
         model, draft = pick_models(model, draft)
         flag("adaptive", adaptive)
         flag("cuda_graphs", cuda_graphs)
+        if overlap is not None:
+            flag("overlap", overlap)
         costs = pick_costs(costs)
         if threads is not None:
             torch.set_num_threads(thread_count("threads", threads))
@@ -108,7 +113,9 @@ class LLM:
         self._target, self._draft = models.target, models.draft
         self.tokenizer, self._bytes = models.tokenizer, models.bytes
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
-        self._loop = build(models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=cuda_graphs)
+        self._loop = build(
+            models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=cuda_graphs, overlap=overlap
+        )
         self._requests = self._loop.requests
         self.costs = self._loop.policy.costs
         self._closed = False
@@ -208,6 +215,7 @@ class LLM:
         if self._closed:
             for request in list(self._requests.active):
                 self._requests.abort(request)
+            self._loop.drop()
             self._target.caches = {}
             if self._draft is not None:
                 self._draft._engine = None
@@ -273,7 +281,7 @@ class LLM:
         return self._turns.take(run, self._settle)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: steps, seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
+        """Counters since the start: steps, steps_ahead (of those launched before the last one's results were read), seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
 
         On a GPU "verify" holds drafting and injection as well: they are one stretch of device time.
         """
@@ -282,6 +290,7 @@ class LLM:
             loop = self._loop
             return {
                 "steps": loop.steps,
+                "steps_ahead": loop.steps_ahead,
                 "stage_seconds": dict(loop.times.total),
                 "cuda_graphs": loop.backend.num_graphs,
                 **loop.core.counts(),

@@ -290,6 +290,21 @@ impl Engine {
         Ok(Events { events })
     }
 
+    /// Launches the next step before the last one is resolved; `None` when its results have to come first.
+    #[pyo3(signature = (max_block = None))]
+    fn plan_ahead(&self, py: Python<'_>, max_block: Option<Count>) -> PyResult<Option<StepPlan>> {
+        let max_block = max_block.map(|most| most.count("max_block")).transpose()?;
+        let plan = self.with(py, |engine| engine.plan_ahead(max_block.unwrap_or(usize::MAX)))?;
+        Ok(plan.map(|plan| StepPlan { plan: Mutex::new(plan) }))
+    }
+
+    /// Tells a step that was launched ahead what is known now that the one before it is resolved.
+    fn settle<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<()> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        Ok(self.with(py, |engine| engine.settle(&mut locked(&plan.plan)))?)
+    }
+
     /// Calls a step off: its requests go on from their last resolved token. `False`: it was closed already.
     fn cancel<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<bool> {
         let plan = plan_given(plan)?;

@@ -269,6 +269,16 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Whether the next step can be launched before the results of the last one are there: nothing of a prompt is left to compute and
+    /// nobody waits to be let in, so that a plan of decoding rows leaves nothing out; and no request's draws depend on what those results say.
+    pub fn only_decodes(&self) -> bool {
+        let someone_enters = !self.waiting.is_empty() && self.order.len() < self.config.max_running;
+        !someone_enters
+            && self
+                .running()
+                .all(|running| running.lo >= running.prefill_end && !running.request.params.sampling.penalises())
+    }
+
     /// Chooses rows for a step of blocks of at most `max_block` tokens, and launches them into `step`.
     ///
     /// # Errors

@@ -233,6 +233,54 @@ impl Engine {
         )))
     }
 
+    /// Launches the next step before the last one is resolved (`depth` 1): decoding rows, of whose places and first tokens only the device
+    /// knows the truth; see [`Self::settle`]. `None` when the results have to come first: nothing is in flight, prompts have work to do, or
+    /// draws depend on counts of earlier tokens.
+    ///
+    /// # Errors
+    /// As [`Self::plan`].
+    pub fn plan_ahead(&mut self, max_block: usize) -> Result<Option<StepPlan>> {
+        self.call_off_dropped()?;
+        if self.in_flight.is_empty() || !self.scheduler.only_decodes() {
+            return Ok(None);
+        }
+        self.plan(max_block)
+    }
+
+    /// Tells a step that was launched ahead what the host did not know then: where its rows start, their first tokens, positions and
+    /// slots. To be called once the step before it is resolved; a step that knows it all stays as it is. Rows of requests that have
+    /// ended meanwhile start where those ended, with token 0: nobody hears of what they do.
+    ///
+    /// # Errors
+    /// `OutOfTurn` when an earlier step is unresolved or this one is closed.
+    pub fn settle(&mut self, plan: &mut StepPlan) -> Result<()> {
+        self.call_off_dropped()?;
+        self.next_to_resolve(plan)?;
+        let table = self.scheduler.kv().table();
+        let arrays = plan.arrays_mut();
+        for (row, scheduled) in self.in_flight[0].rows.iter().enumerate() {
+            let (start, end) = (arrays.query_starts[row] as usize, arrays.query_starts[row + 1] as usize);
+            if arrays.start_known[row] && arrays.token_ids[start] >= 0 {
+                continue;
+            }
+            let tenant = self.scheduler.tenant(scheduled);
+            let first = table.committed_in_flight(&scheduled.launched);
+            let anchor = tenant.map_or(0, |running| running.request.tokens[first as usize].0);
+            arrays.token_ids[start] = i64::from(anchor);
+            arrays.context_lens[row] = first as i32;
+            arrays.start_known[row] = true;
+            if let Some(running) = tenant {
+                arrays.draft_valid_from[row] = running.draft_valid_from as i32;
+            }
+            let last = first + (end - start) as u32;
+            for (position, known) in (first..last).zip(&mut arrays.positions[start..end]) {
+                *known = i64::from(position);
+            }
+            table.slots_in_flight(&scheduled.launched, first, last, &mut arrays.slots[start..end]);
+        }
+        Ok(())
+    }
+
     fn lay_out(&self, row: &Scheduled, arrays: &mut PlanArrays) -> Result<()> {
         let key = row.launched.key();
         let Some(running) = self.scheduler.tenant(row) else {

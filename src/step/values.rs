@@ -220,6 +220,10 @@ impl StepPlan {
         &self.arrays
     }
 
+    pub(super) fn arrays_mut(&mut self) -> &mut PlanArrays {
+        &mut self.arrays
+    }
+
     /// Fills in the drafts. `drafts` is `[n, width]`, row-major, one row per entry of `draft_rows`; a row's first
     /// `block_len - 1` columns are verified.
     ///

@@ -87,14 +87,26 @@ def _block(draft: Any | None, asked: int | None) -> int:
 
 
 def build(
-    models: Models, config: EngineConfig, sizes: Sizes, *, adaptive: bool, costs: StepCosts | None, graphs: bool
+    models: Models,
+    config: EngineConfig,
+    sizes: Sizes,
+    *,
+    adaptive: bool,
+    costs: StepCosts | None,
+    graphs: bool,
+    overlap: bool | None,
 ) -> Loop:
     """An engine of `models`: takes the memory, and measures what steps cost unless `costs` says it or nobody asks (`adaptive`)."""
     target, draft = models.target, models.draft
     if draft is not None:
         target.set_taps(draft.config.target_layer_ids)
+    pages = _take_memory(models, config, sizes)
+    on_device = serves(target, draft)
+    if overlap is None:
+        # A CPU computes one thing at a time: nothing would run beside the host's part.
+        overlap = on_device
     core = _core.Engine(
-        num_pages=_take_memory(models, config, sizes),
+        num_pages=pages,
         page_size=config.page_size,
         max_running=config.max_running,
         max_context=sizes.max_context,
@@ -103,11 +115,12 @@ def build(
         vocab_size=target.vocab_size,
         eos_ids=list(target.eos_token_ids),
         prefix_cache=config.prefix_cache,
+        depth=int(overlap),
         vocabulary=models.bytes,
     )
     requests = Requests(core, lambda: Detokenizer(models.tokenizer, models.bytes))
     device = None
-    if serves(target, draft):
+    if on_device:
         device = DeviceBackend(
             core,
             target,
@@ -136,10 +149,10 @@ def build(
         tiers=[] if device is None else device.tiers,
     )
     if device is not None:
-        return Loop(core, device, policy, requests)
+        return Loop(core, device, policy, requests, overlap=overlap)
     draws_there = _kernels_here(models)
     host = HostBackend(core, target, draft, policy, requests, page_size=config.page_size, draws_there=draws_there)
-    return Loop(core, host, policy, requests)
+    return Loop(core, host, policy, requests, overlap=overlap)
 
 
 def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:

@@ -143,6 +143,10 @@ class Requests:
         drafting = sum(active.drafts for active in oldest)
         return drafting, len(oldest) - drafting
 
+    def any_active(self, request_ids: np.ndarray) -> bool:
+        """Whether any of them is unfinished."""
+        return any(request in self.active for request in request_ids.tolist())
+
     def any_drafts(self, request_ids: np.ndarray) -> bool:
         """Whether any of them drafts."""
         return any(self.active[request].drafts for request in request_ids.tolist() if request in self.active)

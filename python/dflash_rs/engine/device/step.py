@@ -4,7 +4,8 @@
     host                  drafting graph                   verifying graph                              the only wait
 
 Between upload and download the host is asked for nothing: anchors, drafts, drawn tokens, what was accepted and where its draft KV
-goes are read and written on the device. A decoding step is padded to a bucket (requests to a power of two, every request to the
+goes are read and written on the device. A step that is launched before the results of the last one are home finds where its rows
+start where that one left it (`_catch_up`); host arrays have two copies for it. A decoding step is padded to a bucket (requests to a power of two, every request to the
 longest block) and captured in a CUDA graph per bucket; a step with chunks of prompts differs every time and runs the same functions
 without a graph.
 
@@ -75,12 +76,15 @@ def _splits(max_keys: int) -> int:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A step on its way: tokens of its blocks or nodes of its trees, what it was asked for, and tensors with the likeliest tokens."""
+    """A step on its way: tokens of its blocks or nodes of its trees, what it was asked for, and where its results arrive when `event` has
+    come (None: they are there): the output arena's arrays, and the likeliest tokens with their scores."""
 
     step: Step
     block: int
     wanted: _Wanted
-    tops: tuple[Tensor, Tensor] | None
+    out: dict[str, np.ndarray]
+    tops: list[Tensor] | None
+    event: Any
 
 
 class DeviceBackend:
@@ -126,6 +130,10 @@ class DeviceBackend:
             self.device,
             {
                 "query_starts": ((r + 1,), np.int32),
+                # 0 where only the device knows, which then fills in what the host says.
+                "start_known": ((r + 1,), np.int32),
+                "anchor_known": ((r + 1,), np.int32),
+                "table_rows": ((r + 1,), np.int64),
                 "context_lens": ((r + 1,), np.int32),
                 "valid_from": ((r + 1,), np.int32),
                 "draft_rows": ((r,), np.int32),
@@ -147,6 +155,12 @@ class DeviceBackend:
             },
         )
         self._row_ids = torch.arange(r, dtype=torch.int32, device=self.device)
+        # Where each row of the page table stands after the last step that it was in; the last entry is nobody's.
+        rows = core.page_table.shape[0] + 1
+        self._lens = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._anchors = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        # Tokens that the last step's rows gained at most, beyond what the host counts on.
+        self._uncertain = 0
         self._edits = self._edit_room(1024)
         if tree_nodes:
             self._make_room_for_trees(n)
@@ -182,7 +196,11 @@ class DeviceBackend:
         longest = int(lens.max())
         bucket = batch if prompts else _bucket(batch, self.rows)
         self._fill(plan, self.core.page_table, draws, histories, bucket)
-        max_keys = int((plan.context_lens + lens).max())
+        unknown = ~plan.start_known
+        max_keys = int((plan.context_lens + lens + np.where(unknown, self._uncertain, 0)).max())
+        self._uncertain = longest - 1
+        if unknown.any() or (plan.token_ids[plan.query_starts[:-1]] < 0).any():
+            self._run(("catch up",), self._catch_up)
         block = int(lens[plan.draft_rows].max()) if drafting else 1
         tree_block = step.block if step.trees else None
         if tree_block is not None:
@@ -203,8 +221,15 @@ class DeviceBackend:
             tops = self._verify(bucket, longest, max_keys, wanted)
         else:
             self._verify_graph(bucket, longest, max_keys, wanted)
-        self._out.download()
-        return _Flight(step, block, wanted, tops)
+        self._out.turn()
+        out = self._out.download()
+        event = None
+        if self.device.type == "cuda":
+            if tops is not None:
+                tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        return _Flight(step, block, wanted, out, None if tops is None else list(tops), event)
 
     def resolve(self, launched: _Flight) -> Any:
         drawn = self._wait(launched)
@@ -215,13 +240,11 @@ class DeviceBackend:
     @stage("verify")
     def _wait(self, launched: _Flight) -> Drawn:
         """The only wait of a step."""
-        plan, block, wanted, tops = launched.step.plan, launched.block, launched.wanted, launched.tops
+        plan, block, wanted, host = launched.step.plan, launched.block, launched.wanted, launched.out
         batch, rows = plan.context_lens.size, plan.logit_rows.size
-        if tops is not None:
-            tops = [t[:rows].cpu().numpy() for t in tops]
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        host = self._out.host
+        if launched.event is not None:
+            launched.event.synchronize()
+        tops = None if launched.tops is None else [t[:rows].numpy() for t in launched.tops]
         proposed = parents = None
         if plan.draft_rows.size:
             full = host["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
@@ -291,6 +314,7 @@ class DeviceBackend:
         return self._out.device["drafts"][: (self.rows + 1) * (block - 1)].view(self.rows + 1, block - 1)
 
     def _fill(self, plan: Any, page_table: np.ndarray, draws: list[Draws], histories: Any, bucket: int) -> None:
+        self._in.turn()
         host, batch, drafting = self._in.host, plan.context_lens.size, plan.draft_rows.size
         host["query_starts"][: batch + 1] = plan.query_starts
         host["query_starts"][batch + 1 : bucket + 1] = plan.query_starts[-1]
@@ -301,12 +325,18 @@ class DeviceBackend:
             host[name][:drafting] = plan.draft_rows
             host[name][drafting:] = self.rows
         host["anchors"][:batch] = plan.token_ids[plan.query_starts[:-1]]
+        host["start_known"][:batch] = plan.start_known
+        host["anchor_known"][:batch] = host["anchors"][:batch] >= 0
+        host["table_rows"][:batch] = plan.row_ids
+        for name, value in (("start_known", 1), ("anchor_known", 1), ("table_rows", self._lens.numel() - 1)):
+            host[name][batch:] = value
         np.take(page_table, plan.row_ids, axis=0, out=host["pages"][:batch])
         self._fill_sampling(draws, histories)
         self._in.upload("pages", batch)
 
     def _fill_nodes(self, plan: Any, bucket: int, row: int) -> None:
         """Tells the packed tokens of a step of trees which nodes they are."""
+        self._nodes.turn()
         nodes, lens = self._nodes.host["nodes"], plan.block_len
         tokens = plan.token_ids.size
         within = np.arange(tokens) - np.repeat(plan.query_starts[:-1], lens)
@@ -330,14 +360,17 @@ class DeviceBackend:
             used = tokens.size
         room = self._edits.host["bias_tokens"].size
         if max(used, bias) > room:
-            # Graphs know the old room's address.
+            # Graphs know the old room's address; one may be running.
             if self.graphs is not None:
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
                 self.graphs.forget()
             while room < max(used, bias):
                 room *= 2
             self._edits = self._edit_room(room)
         if not used and not bias:
             return
+        self._edits.turn()
         edits = self._edits.host
         if histories is not None:
             edits["history_tokens"][:used], edits["history_counts"][:used] = histories[1], histories[2]
@@ -347,6 +380,13 @@ class DeviceBackend:
         self._edits.upload("bias_values")
 
     # ---- what the graphs hold: no host values, the same tensors every time ----------------------------------------
+
+    def _catch_up(self) -> None:
+        """Fills in what only the device knows: where rows start, and their first tokens."""
+        inputs, rows = self._in.device, self._in.device["table_rows"]
+        lens, anchors = inputs["context_lens"], inputs["anchors"]
+        lens.copy_(torch.where(inputs["start_known"] > 0, lens, self._lens.index_select(0, rows)))
+        anchors.copy_(torch.where(inputs["anchor_known"] > 0, anchors, self._anchors.index_select(0, rows)))
 
     def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor]:
         """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H] and logits
@@ -481,6 +521,9 @@ class DeviceBackend:
             # Nobody's tokens, the padding, are nobody's to write.
             out=room._replace(accepted=outputs["accepted"][:requests], commit_slots=room.commit_slots.fill_(-1)),
         )  # fmt: skip
+        rows64 = inputs["table_rows"][:requests]
+        self._lens.index_copy_(0, rows64, accepted.context_lens)
+        self._anchors.index_copy_(0, rows64, accepted.next_anchors)
         if tree is not None:
             cuda.compact_kv(accepted.path, lens, self._target_kv, table)
         if wanted.inject:
