@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+from no_values import NoValues
 from second import second
 
 from dflash_rs import LLM, DflashError, SamplingParams, StepCosts, _core
@@ -115,6 +116,45 @@ def test_graphs_are_captured_once_and_replayed(llm, monkeypatch):
     assert llm.stats()["cuda_graphs"] == len(captured)
 
 
+def test_the_host_waits_for_results_only_and_launches_the_next_step_before(llm, monkeypatch):
+    backend, log = llm._loop.backend, []
+    launch, wait = backend.launch, backend._wait
+
+    def launched(step):
+        log.append("launch")
+        if step.plan.is_prefill.any():
+            return launch(step)
+        with NoValues():  # asks for no value of the device
+            return launch(step)
+
+    def waited(flight):
+        log.append("wait")
+        return wait(flight)
+
+    monkeypatch.setattr(backend, "launch", launched)
+    monkeypatch.setattr(backend, "_wait", waited)
+    outputs = llm.generate(PROMPTS[:3], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    assert tokens(outputs)
+    steps = log.count("wait")
+    assert steps <= log.count("launch") <= steps + 1, "one wait a step; the last one launched may be called off"
+    ahead = sum(now == then == "launch" for then, now in zip(log, log[1:]))
+    assert ahead == 1 and log[-1] == "wait" and "launch wait launch wait" in " ".join(log), "always one step ahead"
+    # After the first two launches every wait is followed by a launch: two steps are in flight whenever the host waits.
+    depths, depth = [], 0
+    for entry in log:
+        depths += [depth] if entry == "wait" else []
+        depth += 1 if entry == "launch" else -1
+    assert depths.count(2) >= len(depths) - 2
+
+
+@pytest.mark.parametrize("name", ["greedy", "filters", "penalties"])
+def test_text_is_the_same_without_overlap(llm, exact, name):
+    expected = tokens(llm.generate(PROMPTS, params(name, 12)))
+    with engine(overlap=False) as made:
+        assert tokens(made.generate(PROMPTS, params(name, 12))) == expected
+        assert made.stats()["steps_ahead"] == 0
+
+
 def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
     from dflash_rs.models import target
 
@@ -130,7 +170,7 @@ def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
         assert made._target.path == "modules" and not made._loop.backend._target_in_graph
         plain = tokens(made.generate(PROMPTS[:2], params("filters", 8), draft=False))
         assert tokens(made.generate(PROMPTS[:2], params("filters", 8))) == plain
-        assert {key[0] for key in made._loop.backend.graphs._captured} == {"draft"}
+        assert {key[0] for key in made._loop.backend.graphs._captured} == {"catch up", "draft"}
 
 
 def test_without_graphs_the_text_is_the_same(llm, exact):
@@ -350,7 +390,7 @@ def test_a_dflash_2_stays_on_the_device(exact, llm, tmp_path, nodes):
             expected = tokens(llm.generate(PROMPTS, params(name), draft=False))
             assert tokens(made.generate(PROMPTS, params(name))) == expected
         assert made.stats()["accepted"] > 0
-        assert {key[0] for key in made._loop.backend.graphs._captured} == {"draft", "verify"}
+        assert {key[0] for key in made._loop.backend.graphs._captured} == {"catch up", "draft", "verify"}
 
 
 def gemma2():

@@ -523,7 +523,8 @@ class DeviceBackend:
         )  # fmt: skip
         rows64 = inputs["table_rows"][:requests]
         self._lens.index_copy_(0, rows64, accepted.context_lens)
-        self._anchors.index_copy_(0, rows64, accepted.next_anchors)
+        # A row that could not be drawn has no token; what is launched ahead for it goes on with any, and nobody hears of it.
+        self._anchors.index_copy_(0, rows64, accepted.next_anchors.clamp_min(0))
         if tree is not None:
             cuda.compact_kv(accepted.path, lens, self._target_kv, table)
         if wanted.inject:
