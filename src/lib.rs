@@ -1,7 +1,7 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
 //!
 #![doc = include_str!("../docs/architecture.md")]
-#![deny(missing_docs)]
+#![deny(missing_docs, unsafe_code)]
 
 pub mod device;
 pub mod draft;

@@ -9,11 +9,12 @@ use pyo3::prelude::*;
 
 use super::arrays::{maybe_size, number, size, sizes};
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
+use crate::device::AttentionParams;
+use crate::device::host::batch::checked_slots;
 use crate::device::host::decoder::{
     Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, candidates,
 };
-use crate::device::host::{HostKernels, Isa};
-use crate::device::{AttentionParams, RowsMut};
+use crate::device::host::{self, HostKernels, Isa, RowsMut};
 use crate::error::Error;
 
 thread_local! {
@@ -233,7 +234,7 @@ impl HostDecoder {
 impl HostDecoder {
     fn inputs<'a>(
         &self,
-        batch: &crate::device::AttentionBatch,
+        batch: &host::AttentionBatch,
         token_ids: &'a PyReadonlyArray1<'_, i64>,
         positions: &'a PyReadonlyArray1<'_, i64>,
         embedding: (Pointer, usize),
@@ -256,7 +257,7 @@ impl HostDecoder {
     fn guesses(
         &self,
         kernels: HostKernels,
-        batch: &crate::device::AttentionBatch,
+        batch: &host::AttentionBatch,
         inputs: DecoderInputs<'_>,
         (block, never, k): (usize, Option<usize>, usize),
         scratch: &mut Scratch,
@@ -334,7 +335,7 @@ impl HostInjector {
         let caches = caches_mut(&caches, num_slots, &shapes)?;
         let (rows, positions) = (contiguous("rows", &rows)?, contiguous("positions", &positions)?);
         let slots = contiguous("slots", &slots)?;
-        let slots = crate::device::batch::checked_slots(slots, slots.len(), num_slots)?;
+        let slots = checked_slots(slots, slots.len(), num_slots)?;
         py.detach(|| {
             with_scratch(|scratch| injector.run(kernels, features, rows, positions, &slots, rotary, caches, scratch))
         })?;

@@ -10,14 +10,15 @@
 //! ```
 //!
 //! Scores of a whole row are kept (4 bytes per key and row) instead of a running softmax: no rescaling, and the order of every
-//! sum is a function of the key's position alone. That order is the promise of `Kernels::block_attention`: a dot product runs along
+//! sum is a function of the key's position alone. That order is the promise of `HostKernels::block_attention`: a dot product runs along
 //! the head, the sum of weights runs over key positions in sixteen lanes (`position mod 16`), values are added in key order. A tree
 //! token's ancestors take the positions they would have in a chain.
 
-use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
-use super::view::{Element, KeyChunk, Rows, RowsMut};
-use crate::device::batch::{Ancestors, AttentionBatch, Request};
-use crate::device::{AttentionParams, AttentionTensors, Mask};
+use super::AttentionTensors;
+use super::batch::{Ancestors, AttentionBatch, Request};
+use super::simd::{Isa, Lanes, Routine, dispatch};
+use super::view::{Element, KeyChunk, LANES, Rows, RowsMut};
+use crate::device::{AttentionParams, Mask};
 use crate::error::{Error, Result};
 use std::cell::RefCell;
 use std::ops::Range;

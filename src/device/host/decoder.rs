@@ -18,8 +18,8 @@ pub use super::rowwise::{Guess, candidates, guess};
 use super::rowwise::{RotateHead, SwiGlu, rms_norm, rotate_head};
 use super::simd::{Lanes, Routine, dispatch};
 use super::view::{Layout, Rows, RowsMut};
-use super::{HostKernels, attention};
-use crate::device::{AttentionBatch, AttentionParams, AttentionTensors};
+use super::{AttentionBatch, AttentionTensors, HostKernels, attention};
+use crate::device::AttentionParams;
 use crate::error::{Error, Result, indices};
 
 /// Weights of one layer. `H` is the hidden size, `Hq` and `Hkv` the numbers of query and key heads of `D` elements.

@@ -14,9 +14,9 @@
 //!                  acc[8][2] += x[r][k] * panel[k][0..32]     16 sums and 2 weight vectors live in registers
 //! ```
 
-use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
+use super::simd::{Isa, Lanes, Routine, dispatch};
 use super::team;
-use super::view::{Bf16, Element, Rows, RowsMut};
+use super::view::{Bf16, Element, LANES, Rows, RowsMut};
 use crate::error::{Error, Result};
 use std::ops::Range;
 

@@ -3,7 +3,8 @@
 //! Promise: the same bits for every instruction set. Sums run in sixteen lanes and end in a tree; everything else is the same IEEE
 //! operations element by element.
 
-use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
+use super::simd::{Isa, Lanes, Routine, dispatch};
+use super::view::LANES;
 
 /// What a drafter says about one position: its likeliest token (the lowest id among equals) and that token's probability.
 #[derive(Clone, Copy, Debug, PartialEq)]

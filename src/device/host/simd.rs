@@ -10,16 +10,13 @@
 //! is not, even if it is inlined later: closures do no vector arithmetic here, or every instruction would become a call.
 //! Memory is touched through references of the exact size only, or through [`KeyChunk`], whose constructors own the argument.
 
-use super::view::{Bf16, KeyChunk};
+use super::view::{Bf16, KeyChunk, LANES};
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::sync::OnceLock;
 
 /// Environment variable that names the instruction set of the host kernels, by [`Isa::name`]; read once per process.
 const VARIABLE: &str = "DFLASH_CPU_ISA";
-
-/// Lanes of a vector, and keys of a chunk.
-pub(super) const LANES: usize = 16;
 
 /// The instruction set a kernel runs with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

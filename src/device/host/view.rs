@@ -12,9 +12,11 @@
 //! - *Values.* `f32` and `u16` have no invalid bit patterns; memory that nobody wrote is read only where the caller's context
 //!   length says that it was written.
 
-use super::simd::LANES;
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
+
+/// Keys of a chunk, and lanes of a vector.
+pub(super) const LANES: usize = 16;
 
 /// How a value is stored. Arithmetic is f32 in every case.
 pub trait Element: Copy + Default + Send + Sync + 'static {
@@ -308,6 +310,20 @@ impl<'a, E: Element> RowsMut<'a, E> {
             let first = self.data.add(row * row_stride + head * head_stride + range.start);
             std::slice::from_raw_parts_mut(first, range.len())
         }
+    }
+
+    /// The view cut into views of `rows` rows each, the last one shorter.
+    pub(super) fn split_rows(self, rows: usize) -> Vec<Self> {
+        let Self { data, layout, lifetime } = self;
+        let part = |first: usize| Self {
+            data: data.wrapping_add(first * layout.row_stride),
+            layout: Layout {
+                rows: rows.min(layout.rows - first),
+                ..layout
+            },
+            lifetime,
+        };
+        (0..layout.rows).step_by(rows.max(1)).map(part).collect()
     }
 
     /// The elements of one head of one row, where the caller has the whole view to itself.
