@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use super::arrays::{maybe_size, number, size, sizes};
+use super::arrays::{maybe_size, number, size};
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
 use crate::device::AttentionParams;
 use crate::device::host::batch::checked_slots;
@@ -138,60 +138,6 @@ impl HostDecoder {
         Ok(self.decoder.push(weights, shape)?)
     }
 
-    /// One pass: features of the tapped layers into `features`, logits of `logit_rows` into `logits`.
-    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, logit_rows, logits, taps=Vec::new(), features=None,
-                        threads=1))]
-    #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
-    fn forward(
-        &self,
-        py: Python<'_>,
-        batch: &Bound<'_, AttentionBatch>,
-        token_ids: PyReadonlyArray1<'_, i64>,
-        positions: PyReadonlyArray1<'_, i64>,
-        embedding: (Pointer, usize),
-        rotary: (Pointer, usize),
-        caches: Caches,
-        logit_rows: PyReadonlyArray1<'_, i64>,
-        logits: Pointer,
-        #[pyo3(from_py_with = sizes)] taps: Vec<usize>,
-        features: Option<Pointer>,
-        #[pyo3(from_py_with = size)] threads: usize,
-    ) -> PyResult<()> {
-        let batch = &batch.get().0;
-        let hidden = self.decoder.hidden();
-        let rows = contiguous("logit_rows", &logit_rows)?;
-        let kernels = kernels(threads)?;
-        let features = match features {
-            Some(pointer) if !taps.is_empty() => Some(Checked::<f32>::new(
-                "features",
-                pointer,
-                batch.tokens(),
-                taps.len(),
-                hidden,
-            )?),
-            _ => None,
-        };
-        let mut tapped = features.map(|features| features.rows_mut());
-        let out = Checked::<f32>::new("logits", logits, rows.len(), 1, self.head.weight.outputs())?.rows_mut();
-        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
-        let run = || {
-            with_scratch(|scratch| {
-                self.decoder.run(kernels, batch, inputs, scratch, |layer, x| {
-                    for (k, _) in taps.iter().enumerate().filter(|&(_, &tap)| tap == layer) {
-                        if let Some(features) = &mut tapped {
-                            for (token, row) in x.chunks_exact(hidden).enumerate() {
-                                features.write(token, k, row);
-                            }
-                        }
-                    }
-                })?;
-                self.head.logits(kernels, rows, batch.tokens(), scratch, out)
-            })
-        };
-        py.detach(run)?;
-        Ok(())
-    }
-
     /// The `k` likeliest tokens `[n, block - 1, k]` and their probabilities: rows 1.. of every block of `block` tokens. Where a row has
     /// fewer, the rest has probability 0.
     #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1))]
@@ -263,9 +209,9 @@ impl HostDecoder {
         scratch: &mut Scratch,
     ) -> Result<Vec<Guess>, Error> {
         let tokens = batch.tokens();
-        self.decoder.run(kernels, batch, inputs, scratch, |_, _| ())?;
+        self.decoder.run(kernels, batch, inputs, scratch)?;
         let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
-        let mut logits = self.head.all_logits(kernels, &rows, tokens, scratch)?;
+        let mut logits = self.head.logits(kernels, &rows, tokens, scratch)?;
         let isa = Isa::chosen()?;
         let mut guesses = Vec::with_capacity(rows.len() * k);
         for (row, logits) in logits.chunks_exact_mut(self.head.weight.outputs()).enumerate() {

@@ -16,10 +16,6 @@
 mod attention;
 pub(crate) mod batch;
 pub mod decoder;
-#[allow(
-    unsafe_code,
-    reason = "shares of one product write parts of the same rows from several threads"
-)]
 mod linear;
 mod rowwise;
 #[allow(unsafe_code, reason = "intrinsics, once the processor said that it has them")]
