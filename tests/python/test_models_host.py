@@ -7,8 +7,8 @@ from models_helpers import HIDDEN, VOCAB, Pages, qwen3_target, random_draft
 from test_models_draft import VARIANTS
 
 from dflash_rs import _core
+from dflash_rs.engine.costs import measure
 from dflash_rs.errors import InvalidArgument
-from dflash_rs.models.costs import measure
 from dflash_rs.models.target import TargetModel
 
 LENGTHS = [1, 23, 9]
