@@ -4,6 +4,7 @@ use dflash_rs::device::cuda::launch::{
     Accept, BlockAttention, CompactKv, KvInject, Pages, PrepareBlock, Probe, SampleRows, TreeBuild, TreeTopK,
     scratch_bytes,
 };
+use dflash_rs::device::cuda::params::SamplingRow;
 use dflash_rs::device::cuda::tensor::{Dtype, Tensor};
 use dflash_rs::device::{AttentionParams, Mask};
 use dflash_rs::error::Result;
@@ -181,7 +182,7 @@ pub fn attention(r: usize) -> BlockAttention {
 pub fn sample(n: usize) -> SampleRows {
     SampleRows {
         logits: tensor(0, F32, &[n, 10_000]),
-        sampling: tensor(1, U8, &[3, 56]),
+        sampling: tensor(1, U8, &[3, size_of::<SamplingRow>()]),
         query_starts: tensor(2, I32, &[4]),
         row_tokens: Some(tensor(3, I32, &[n])),
         token_ids: tensor(4, I64, &[n]),
