@@ -388,6 +388,29 @@ fn gaps_between_rows_are_for_strided_tensors_only() {
 }
 
 #[test]
+fn rows_that_are_read_sixteen_bytes_at_a_time_start_at_multiples_of_them() {
+    fn off_by_half_a_vector(tensor: &Tensor) -> Vec<(String, Tensor)> {
+        let mut strides = tensor.strides.clone();
+        strides[0] += 4;
+        let spoilt = Tensor {
+            strides,
+            ..tensor.clone()
+        };
+        vec![("with gaps of 8 bytes".into(), spoilt)]
+    }
+    every!(call => {
+        let found = accepted(&call, off_by_half_a_vector);
+        // A single row has no next one; logits are read one by one.
+        assert!(found.iter().all(|way| ["out", "logits", "values"].contains(&way.split(' ').next().unwrap())), "{found:?}");
+    });
+    assert!(accepted(&calls::attention(3), off_by_half_a_vector).is_empty());
+    assert_eq!(
+        accepted(&calls::sample(6), off_by_half_a_vector),
+        ["logits with gaps of 8 bytes"]
+    );
+}
+
+#[test]
 fn memory_that_is_written_is_shared_with_nothing() {
     fn check<C: Call>(call: &C) {
         let names: Vec<_> = call.clone().tensors().into_iter().map(|(name, _)| name).collect();

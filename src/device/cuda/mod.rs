@@ -11,11 +11,11 @@
 
 #[allow(unsafe_code, reason = "functions of the driver are called through pointers")]
 mod driver;
+mod fatbin;
 pub mod launch;
 pub mod params;
 pub mod tensor;
 
-pub use driver::{
-    ARCHITECTURES, Cuda, Device, Driver, Kernel, NVCC, Usage, devices, driver_version, fatbin_bytes, runs_on,
-};
+pub use driver::{Cuda, Device, Driver, Kernel, Usage, devices, driver_version};
+pub use fatbin::{ARCHITECTURES, NVCC, fatbin_bytes, runs_on};
 pub use params::Launch;
