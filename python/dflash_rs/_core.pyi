@@ -671,22 +671,6 @@ class HostDecoder:
     ) -> None:
         """Appends a layer. ``qkv`` stacks queries, keys, values; ``gate_up`` gate and up. ``mask``: ``causal`` or ``block``."""
 
-    def forward(
-        self,
-        batch: AttentionBatch,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        embedding: tuple[tuple[int, int, int], int],
-        rotary: tuple[tuple[int, int, int], int],
-        caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
-        logit_rows: NDArray[np.int64],
-        logits: tuple[int, int, int],
-        taps: Sequence[int] = ...,
-        features: tuple[int, int, int] | None = None,
-        threads: int = 1,
-    ) -> None:
-        """One pass: logits f32 ``[N, V]`` of ``logit_rows``, outputs of the layers ``taps`` f32 ``[T, len(taps), hidden]``."""
-
     def draft(
         self,
         batch: AttentionBatch,

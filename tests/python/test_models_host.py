@@ -7,10 +7,8 @@ from models_helpers import HIDDEN, VOCAB, Pages, qwen3_target, random_draft
 from test_models_draft import VARIANTS
 
 from dflash_rs import _core
-from dflash_rs.attention import HostAttention
 from dflash_rs.engine.costs import measure
 from dflash_rs.errors import InvalidArgument
-from dflash_rs.models.fused import HostRun
 from dflash_rs.models.target import TargetModel
 
 LENGTHS = [1, 23, 9]
@@ -63,39 +61,6 @@ def test_a_request_is_drafted_the_same_bits_alone_and_with_any_number_of_threads
     finally:
         torch.set_num_threads(1)
     assert np.array_equal(again[0][0], drafts[1]) and np.array_equal(again[1][0], sure[1])
-
-
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_a_target_pass_in_one_call_equals_the_one_in_torch(page_size):
-    target = TargetModel(qwen3_target())
-    target.set_taps((1, 4))
-    pages = Pages(2, 40, page_size)
-    fused = target._fused
-    run = HostRun.build(fused.layers, fused.norm, fused.head, fused.embedding, fused.rotary, host_kernel=True)
-    generator = np.random.default_rng(3)
-    texts = [generator.integers(2, VOCAB, n).tolist() for n in (17, 30)]
-    steps = [[(0, 0, texts[0][:9]), (1, 0, texts[1][:30])], [(0, 9, texts[0][9:])]]
-    caches = {}
-    for host in (False, True):
-        target.alloc_kv(pages.num_slots)
-        caches[host] = [target.caches[i] for i in range(6)]
-    for spans in steps:
-        batch = pages.batch(spans, logit_rows=[0, sum(len(t) for _, _, t in spans) - 1])
-        target.caches = dict(enumerate(caches[False]))
-        logits, features = target.forward(batch)
-        attention = HostAttention(
-            slots=batch.slots_host, num_slots=pages.num_slots, threads=1, query_starts=batch.query_starts,
-            context_lens=batch.context_lens, page_table=batch.page_table, row_ids=batch.row_ids, page_size=page_size,
-        )  # fmt: skip
-        ours = run.forward(
-            batch.positions.numpy(), batch.token_ids.numpy(), batch.max_length, attention, caches[True],
-            batch.logit_rows.numpy(), (1, 4),
-        )  # fmt: skip
-        torch.testing.assert_close(ours[0], logits, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(ours[1], features, rtol=1e-3, atol=1e-3)
-    for (k, v), (k_torch, v_torch) in zip(caches[True], caches[False], strict=True):
-        torch.testing.assert_close(k, k_torch, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(v, v_torch, rtol=1e-3, atol=1e-4)
 
 
 def test_indices_out_of_range_are_refused_before_anything_is_written():
