@@ -193,7 +193,7 @@ def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_p
     def measured(*_, **__):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr(cli, "make_engine", measured)
+    monkeypatch.setattr(cli.engine, "make_engine", measured)
     (tmp_path / "file").write_text("")
     for option, path, message in (
         ("--json", tmp_path / "file" / "x.json", "expected a file that can be written"),
