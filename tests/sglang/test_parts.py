@@ -197,11 +197,6 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
             {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},
             "--speculative-num-draft-tokens: got 4, but --speculative-dflash-block-size is 8",
         ),
-        ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
-        (
-            {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
-            "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
-        ),
         (
             {"speculative_draft_window_size": 4},
             "--speculative-draft-window-size: got 4, expected at least the block, 8",
@@ -211,6 +206,25 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
 def test_contradictory_flags_are_named(changes: dict, named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         algorithm.fill_in(server_args(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
+        (
+            {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
+            "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
+        ),
+        ({"attn_dp_size": 2, "enable_dp_lm_head": True}, None),
+        ({}, None),
+    ],
+)
+def test_data_parallel_attention_needs_the_head_whole(changes: dict, answer: str | None) -> None:
+    # Flags that 0.5.17 does not have.
+    from dflash_rs.sglang.compat import v0_5_23
+
+    assert v0_5_23.Version().refused(server_args(**changes)) == answer
 
 
 ATTENTION = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}

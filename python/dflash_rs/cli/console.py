@@ -21,7 +21,7 @@ class Unwritable(DflashError):
     """Standard output takes no more: the disk is full, for example."""
 
 
-def warn(message: Warning | str, *_: Any) -> None:
+def warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """Shows a warning: stands in for `warnings.showwarning`."""
     say(f"dflash-rs: warning: {message}")
 
@@ -102,7 +102,7 @@ def as_text(name: str, text: str) -> str:
         return text
     try:
         return os.fsencode(text).decode()
-    except UnicodeError as error:
+    except UnicodeDecodeError as error:
         raise InvalidArgument(f"{name}: got bytes that are not UTF-8 (byte {error.start}), expected text") from None
 
 

@@ -14,7 +14,7 @@ from dflash_rs import serving
 from dflash_rs.sglang import compat
 
 
-class DraftInput(compat.installed().draft_input_class()):
+class DraftInput(compat.installed().draft_input_class()):  # type: ignore[misc]  # SGLang's, known when it runs
     """What a step hands to the next one, and the room it makes for it."""
 
     def prepare_for_decode(self, batch: Any) -> None:

@@ -34,7 +34,7 @@ from dflash_rs.sglang.widths import Widths, over
 logger = logging.getLogger(__name__)
 
 
-class DflashRsWorker(compat.installed().worker_class()):
+class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  # SGLang's, known when it runs
     """``DFLASH_RS``: the tokens of SGLang without speculation, several per pass of the target."""
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, **kwargs: Any):

@@ -71,7 +71,7 @@ class Seams(ABC):
         """What this version's file leans on beside METHODS and SGLang does not have, in words."""
 
     @abstractmethod
-    def worker_class(self) -> type:
+    def worker_class(self) -> Any:
         """SGLang's own DFLASH worker, with the METHODS."""
 
     @abstractmethod
@@ -157,12 +157,13 @@ class Seams(ABC):
                 return grammar.accept(original, processor, req, tokens)
             return original(processor, req, tokens)
 
-        return {
+        everywhere: dict[str, Around] = {
             REQUEST_CHECK: check,
             ROW_WIDTH: row_width,
             GRAMMAR: grammar_accepts,
             FINISH: grammar.finish,
-        } | self.more_hooks(ours)
+        }
+        return everywhere | self.more_hooks(ours)
 
     # --- the server ----------------------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class Seams(ABC):
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 
-    def draft_input_class(self) -> type:
+    def draft_input_class(self) -> Any:
         """What SGLang's DFLASH worker hands from one step to the next."""
         from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 

@@ -24,7 +24,7 @@ class Version(Seams):
             found.append("DFlashWorkerV2._accept_block: there, where 0.5.17 has none")
         return found
 
-    def worker_class(self) -> type:
+    def worker_class(self) -> Any:
         """See ``Seams``."""
         from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from dflash_rs.sglang.compat.seams import Around, Ours, Seams
@@ -20,11 +21,11 @@ class Version(Seams):
 
     def lacking(self) -> list[str]:
         """See ``Seams``."""
-        if "nxt_kv_lens_cpu" in self.draft_input_class().__dataclass_fields__:
+        if "nxt_kv_lens_cpu" in [field.name for field in fields(self.draft_input_class())]:
             return []
         return ["DFlashDraftInputV2.nxt_kv_lens_cpu: not there"]
 
-    def worker_class(self) -> type:
+    def worker_class(self) -> Any:
         """See ``Seams``."""
         from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
