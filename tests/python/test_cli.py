@@ -355,6 +355,27 @@ def test_a_seed_that_is_none_ends_bench_before_a_model_is_loaded(value, fake, ca
     assert f"argument --seed: got {value!r}" in capsys.readouterr().err
 
 
+def test_training_threads_are_those_that_the_machine_has(tmp_path, capsys):
+    most = os.cpu_count() or 1
+    words = ["train", "target", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--threads", str(most + 1)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dflash-rs: error: --threads: got {most + 1}, expected an integer in 1..{most}")
+
+
+@pytest.mark.parametrize("command", ["generate x", "bench", "train target --corpus a --out b", "doctor"])
+def test_an_unknown_option_is_answered_with_the_usage_of_its_command(command, fake, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--nothing"])
+    error = capsys.readouterr().err
+    name = " ".join(word for word in command.partition(" --")[0].split() if word != "x")
+    assert end.value.code == 2 and error.startswith(f"usage: dflash-rs {name} [-h]")
+    assert error.endswith(f"dflash-rs {name}: error: unrecognized arguments: --nothing\n")
+    with pytest.raises(SystemExit):
+        cli.main(["--nothing", *command.split()])
+    assert capsys.readouterr().err.startswith("usage: dflash-rs [-h]")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -645,6 +666,9 @@ def outside(words: str, *, shell: str = "{}", stdin: bytes = b"", **environment:
             b"standard output: No space left",
         ),
         ("doctor --nothing", "{} >&-", 2, b"", b"unrecognized arguments: --nothing"),
+        ("--help", "{} >&-", 2, b"", b"standard output: got a closed one"),
+        ("train target --help", "{} >&-", 2, b"", b"standard output: got a closed one"),
+        ("--version", "{} >&-", 2, b"", b"standard output: got a closed one"),
     ],
 )
 def test_streams_that_are_closed_full_or_left_cost_no_traceback(words, shell, code, out, err):

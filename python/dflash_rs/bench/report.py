@@ -134,7 +134,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         where = f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}"
         for one in row.divergences:
-            place = f"prompt {one.prompt}" + (f" ({one.source})" if one.source else "")
+            place = f"prompt {one.prompt + 1}" + (f" ({one.source})" if one.source else "")
             gap = "unknown" if one.logit_gap is None else f"{one.logit_gap:+.2e}"
             lines.append(
                 f"{where}: {place} differs at token {one.position}: {one.plain_token} became {one.other_token}, "

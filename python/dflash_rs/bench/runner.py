@@ -128,7 +128,7 @@ def timed(llm: Any, prompt_ids: list[list[int]], params: list[Any], draft: bool)
     seconds = time.perf_counter() - start
     for i, output in enumerate(outputs):
         if output.finish_reason not in ("stop", "length"):
-            raise DflashError(f"prompt {i} ended with {output.finish_reason!r}: nothing to compare")
+            raise DflashError(f"prompt {i + 1} ended with {output.finish_reason!r}: nothing to compare")
     return Pass(seconds, outputs)
 
 

@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         closed = prepare_streams()
         try:
             code = _run(arguments, debug, closed)
-        except SystemExit:  # argparse's, after --help for example
+        except SystemExit as end:  # argparse's, after --help for example
             emit("")
+            if not end.code and "stdout" in closed:
+                raise _closed() from None
             raise
         emit("")
         return code
@@ -80,15 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str], debug: bool, closed: set[str]) -> int:
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # The command's own usage, unless the word stands before the command.
+        (parser if arguments[0].startswith("-") else args.parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     args.words = list(arguments)
     if "stdout" in closed:
-        raise InvalidArgument("standard output: got a closed one, expected a place to write to (> /dev/null discards)")
+        raise _closed()
     prepare_libraries()
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = warn
         return args.run(args)
+
+
+def _closed() -> InvalidArgument:
+    return InvalidArgument("standard output: got a closed one, expected a place to write to (> /dev/null discards)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,4 +121,6 @@ Every command says more, and how to use it, with --help.
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (generate, bench, train, doctor):
         command.add(commands)
+    for kind in commands.choices.values():
+        kind.set_defaults(parser=kind)
     return parser

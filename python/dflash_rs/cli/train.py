@@ -30,3 +30,4 @@ Every step says with --help what it reads and writes. For training at large scal
     add_parsers(kinds)
     for kind in kinds.choices.values():
         add_debug(kind)
+        kind.set_defaults(parser=kind)
