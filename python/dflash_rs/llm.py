@@ -137,7 +137,7 @@ class LLM:
             self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype, **products)
             self._draft = None if draft is None else load_draft(draft, self._target, **products)
         if self._draft is not None:
-            self._target.set_taps(self._draft.config.target_layer_ids)
+            self._target.set_taps(self._draft.taps)
         self.block_size = self._pick_block(block_size)
         most = 0 if draft is None else _MOST_NODES
         expected = "0 without a drafter" if draft is None else None
@@ -239,7 +239,7 @@ class LLM:
         from . import cuda
 
         heads = {kv.key_dim for kv in self._target.kv_layers.values()}
-        heads |= set() if self._draft is None else {self._draft.config.head_dim}
+        heads |= set() if self._draft is None else set(self._draft.key_dims)
         warnings.warn(
             f"steps go through torch: got {self.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {self.device}, "
             f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "
@@ -257,7 +257,7 @@ class LLM:
             if block_size is not None:
                 integer("block_size", block_size, 1, 1, expected="None or 1 without a drafter")
             return 1
-        own = self._draft.config.block_size
+        own = self._draft.block_size
         if block_size is None:
             return own
         return integer("block_size", block_size, 2, own, expected=f"2..{own} (the drafter was trained with {own})")
@@ -361,7 +361,7 @@ class LLM:
                 self._abort(request)
             self._target.caches = {}
             if self._draft is not None:
-                self._draft._engine = None
+                self._draft.free()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -585,7 +585,7 @@ class LLM:
         return (min(self.tree_nodes, max(2 * nodes, self.block_size - 1)) + 1, block) if nodes else (1, 1)
 
     def _candidates(self, plan: Any, page_table: np.ndarray, block: int, k: int | None) -> tuple[np.ndarray, ...]:
-        """What the drafter has to say, for those who draft: see `DFlashDraft.candidates`."""
+        """What the drafter has to say, for those who draft: see `Drafter.candidates`."""
         rows = plan.draft_rows
         return self._draft.candidates(
             plan.token_ids[plan.query_starts[rows]],
