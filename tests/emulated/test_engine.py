@@ -113,7 +113,7 @@ def test_graphs_are_captured_once_and_replayed(llm, monkeypatch):
 
 
 def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
-    from dflash_rs.models import target
+    from dflash_rs.models.target.fused import FusedModel
 
     def linear(x, weight, bias=None):
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -122,7 +122,7 @@ def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setattr(target._FusedModel, "build", lambda made: (None, "turned off"))
+    monkeypatch.setattr(FusedModel, "build", lambda made: (None, "turned off"))
     with engine() as made:
         assert made._target.path == "modules" and not made._device_step._target_in_graph
         plain = tokens(made.generate(PROMPTS[:2], params("filters", 8), draft=False))
