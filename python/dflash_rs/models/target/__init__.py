@@ -1,5 +1,6 @@
-"""Targets: `adapter.TargetModel` is a causal LM behind pages, however it is made inside."""
+"""Targets: `protocol.Target` is what the engine needs, `adapter.TargetModel` a causal LM of transformers behind it."""
 
 from .adapter import TargetModel
+from .protocol import Target
 
-__all__ = ["TargetModel"]
+__all__ = ["Target", "TargetModel"]

@@ -13,6 +13,8 @@ that the model asks for are evaluated at positions far apart, and one of the com
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,9 @@ class TargetModel:
     `kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
     `matmul_precision`: "highest", or "medium", which multiplies in bfloat16 (sums stay float32); the latter needs the fused forward.
     """
+
+    # Attention remembers in pages alone.
+    state = None
 
     def __init__(
         self, model: nn.Module, *, fused: bool = True, self_check: bool = True, matmul_precision: str = "highest"
@@ -221,6 +226,20 @@ class TargetModel:
             )
             for index, kv in self.kv_layers.items()
         }
+
+    def free(self) -> None:
+        """Gives the KV back."""
+        self.caches, self.num_slots = {}, 0
+
+    @contextlib.contextmanager
+    def scratch(self, num_slots: int) -> Iterator[None]:
+        """Within it, passes see KV of their own for `num_slots` tokens."""
+        kept = self.caches, self.num_slots
+        try:
+            self.alloc_kv(num_slots)
+            yield
+        finally:
+            self.caches, self.num_slots = kept
 
     def move_kv(self, sources: np.ndarray, places: np.ndarray) -> None:
         """Moves the KV of M tokens from slots `sources` to slots `places`, both int64 [M], in all layers. They may overlap: everything is

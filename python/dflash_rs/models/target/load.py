@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, warn
 from .. import checkpoint
 from .probe import check_architecture
 
@@ -70,10 +69,9 @@ def read_model(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module
     with quiet:
         model, spare = checkpoint.load_causal_lm(path, dtype, check_architecture)
     if spare:
-        warnings.warn(
+        warn(
             f"target {path}: a {type(model).__name__} has no place for {len(spare)} of its tensors ({checkpoint.some(spare)}); they "
-            "are ignored",
-            stacklevel=4,
+            "are ignored"
         )
     return model
 
