@@ -41,7 +41,7 @@ pub struct Config {
     /// Reuse the KV of equal prefixes.
     pub prefix_cache: bool,
     /// `None` for a target all of whose memory of a text is in pages. `Some(n)`: it keeps state per request, of which `n` copies may be
-    /// kept at the ends of cached pages; prefix hits end at these, so with 0 nothing is reused.
+    /// kept at the ends of cached pages; prefix hits end at these, so with 0 nothing is reused. Needs `depth` 0.
     pub state_checkpoints: Option<usize>,
     /// Steps that may be launched and unresolved while the next is planned: 0, or 1 for the overlapped pipeline.
     pub depth: usize,
@@ -106,6 +106,14 @@ impl Config {
                 name: "depth",
                 got,
                 expected: "0 or 1".into(),
+            });
+        }
+        if self.depth > 0 && self.state_checkpoints.is_some() {
+            // A step that is called off would have moved the states of the one launched after it.
+            return Err(Error::InvalidArgument {
+                name: "depth",
+                got: self.depth.to_string(),
+                expected: "0 with state_checkpoints".into(),
             });
         }
         check_tokens("eos_ids", &self.eos_ids, self.vocab_size)

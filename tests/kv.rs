@@ -247,7 +247,11 @@ fn of_a_target_with_state_a_hit_ends_where_a_copy_of_the_state_is() {
     let longer = kv.admit(&text(0..17), 0, false).unwrap().unwrap();
     assert_eq!((longer.cached_tokens, longer.restore.map(|id| id.0)), (8, copy));
     let shorter = kv.admit(&text(0..6), 0, false).unwrap().unwrap();
-    assert_eq!((shorter.cached_tokens, shorter.restore), (0, None), "the copy lies beyond");
+    assert_eq!(
+        (shorter.cached_tokens, shorter.restore),
+        (0, None),
+        "the copy lies beyond"
+    );
     assert_eq!(shorter.known_tokens, 4, "but its text is known that far");
     for row in [first, longer, shorter] {
         kv.release(row.key).unwrap();
@@ -302,7 +306,10 @@ fn a_checkpoint_for_a_place_that_is_no_end_of_a_committed_page_is_refused_and_fr
     let row = prefilled(&mut kv, &text(0..9), true);
     for end in [0, 3, 12] {
         let copy = kv.take_checkpoint().unwrap();
-        assert_eq!(kv.attach(row.key, end, copy), Err(Error::SlotsNotOwned { end, owned: 9 }));
+        assert_eq!(
+            kv.attach(row.key, end, copy),
+            Err(Error::SlotsNotOwned { end, owned: 9 })
+        );
     }
     kv.release(row.key).unwrap();
     let copy = kv.take_checkpoint().unwrap();

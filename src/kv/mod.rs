@@ -233,7 +233,11 @@ impl Kv {
         }
         let known = hits.len();
         if self.stateful {
-            hits.truncate(hits.iter().rposition(|hit| hit.checkpoint.is_some()).map_or(0, |at| at + 1));
+            hits.truncate(
+                hits.iter()
+                    .rposition(|hit| hit.checkpoint.is_some())
+                    .map_or(0, |at| at + 1),
+            );
         }
         let idle_hits = hits.iter().filter(|hit| self.pool.owners(hit.page) == 1).count();
         let fits = self.available() - idle_hits >= total - hits.len() + spare;
@@ -322,7 +326,8 @@ impl Kv {
             let injected = draft_valid_from as usize <= first;
             match self
                 .cache
-                .insert(row.tip, text, page, injected, self.stateful, &mut self.pool)? {
+                .insert(row.tip, text, page, injected, self.stateful, &mut self.pool)?
+            {
                 Inserted::Now(node) => {
                     row.tip = Some(node);
                     row.cached += 1;

@@ -116,7 +116,9 @@ impl Engine {
             vocab_size,
             eos_ids: token_ids("eos_ids", &eos_ids.of("eos_ids", TOKENS)?)?,
             prefix_cache: prefix_cache.of("prefix_cache")?,
-            state_checkpoints: state_checkpoints.map(|copies| copies.count("state_checkpoints")).transpose()?,
+            state_checkpoints: state_checkpoints
+                .map(|copies| copies.count("state_checkpoints"))
+                .transpose()?,
             depth: depth.count("depth")?,
         };
         let vocabulary = vocabulary
