@@ -2,7 +2,8 @@
 //!
 //! The fake target's next token is a hash of the whole prefix, and the KV it writes for a token is the hash of the text
 //! up to it, so a slot that was overwritten, shared wrongly or never written shows. The device runs steps in launch
-//! order, at a random moment between launch and resolve, and reads the page table only then.
+//! order, at a random moment between launch and resolve, and reads the page table only then. A target with recurrent state keeps the same
+//! hash in a slot per row, which moves on only when a step is resolved, and in the checkpoints that plans name.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
@@ -83,6 +84,9 @@ struct Life {
     engine: Engine,
     config: Config,
     kv: Vec<u64>,
+    /// The state of each row, of a target that has one, and its copies.
+    states: HashMap<i32, u64>,
+    copies: Vec<u64>,
     device: HashMap<u64, DeviceRow>,
     flights: VecDeque<Launch>,
     asks: HashMap<u64, Ask>,
@@ -99,6 +103,8 @@ impl Life {
         Self {
             engine: Engine::new(config.clone(), Some(table)).unwrap(),
             kv: vec![0; config.num_pages * config.page_size],
+            states: HashMap::new(),
+            copies: vec![0; config.state_checkpoints.unwrap_or(0)],
             config,
             device: HashMap::new(),
             flights: VecDeque::new(),
@@ -351,6 +357,16 @@ impl Life {
                     "request {id} reads stale KV at {position}"
                 );
             }
+            if self.config.state_checkpoints.is_some() {
+                let restore = arrays.state_restore[row];
+                if restore >= 0 {
+                    self.states.insert(arrays.row_ids[row], self.copies[restore as usize]);
+                } else if arrays.context_lens[row] == 0 {
+                    self.states.insert(arrays.row_ids[row], 1);
+                }
+                let state = self.states.get(&arrays.row_ids[row]);
+                assert_eq!(state, Some(&hash), "request {id} starts from the state of another text");
+            }
             let mut block = Vec::new();
             if planted && !prefill {
                 assert_eq!(arrays.token_ids[start] as u32, state.text[state.committed]);
@@ -412,6 +428,9 @@ impl Life {
             // The device moves on by itself; it knows nothing of stops.
             if prefill {
                 state.committed += block.len();
+                if let Some(&save) = arrays.state_save.get(row).filter(|&&save| save >= 0) {
+                    self.copies[save as usize] = hash_of(&state.text[..state.committed]);
+                }
                 if arrays.logit_starts[row] < arrays.logit_starts[row + 1] {
                     state.text.push(next(&state.text));
                 }
@@ -486,6 +505,13 @@ impl Life {
         }
         let events = self.engine.commit(&mut flight.plan, &accepted, true).unwrap();
         self.hear(&events, &accepted, victim);
+        let layout = flight.plan.arrays();
+        for (&row, id) in layout.row_ids.iter().zip(&layout.request_ids) {
+            // What was kept is folded in once it is booked; a step that is called off leaves states as they were.
+            if let Some(there) = self.device.get(id).filter(|_| victim != Some(*id)) {
+                self.states.insert(row, hash_of(&there.text[..there.committed]));
+            }
+        }
         assert!(
             self.engine.commit(&mut flight.plan, &accepted, true).is_err(),
             "a step resolves once"
@@ -717,9 +743,10 @@ fn configs() -> impl Strategy<Value = Config> {
         any::<bool>(),
         30..80usize,
         2..90usize,
+        prop::option::of(0..6usize),
     )
         .prop_map(
-            |(page_size, max_running, block_size, batch, depth, prefix_cache, max_context, slots)| Config {
+            |(page_size, max_running, block_size, batch, depth, prefix_cache, max_context, slots, copies)| Config {
                 // From hopelessly small to comfortable.
                 num_pages: pages_for(slots * 2, page_size).max(1),
                 page_size,
@@ -730,6 +757,8 @@ fn configs() -> impl Strategy<Value = Config> {
                 vocab_size: VOCAB as usize,
                 eos_ids: vec![TokenId(EOS)],
                 prefix_cache,
+                // With results one step late a state moves on before it is known whether it may.
+                state_checkpoints: copies.filter(|_| depth == 0),
                 depth,
             },
         )

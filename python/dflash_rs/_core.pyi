@@ -204,6 +204,8 @@ class Engine:
 
     Steps are resolved in the order they were launched. Dropping a plan that was not committed calls its step off: its
     requests go on from their last resolved token. All sizes are in tokens (KV slots) unless said otherwise.
+    ``state_checkpoints`` is for a target that keeps state which pages do not hold: how many copies of it the prefix cache may keep; a hit
+    ends where one is, so with 0 nothing is reused. A row's state is in the slot of its number in ``StepPlan.row_ids``.
     ``vocabulary`` (the bytes of each token, in order of ids) is needed for stop strings only. ``depth`` is how many steps
     may be unresolved while the next one is planned: 0, or 1 for an overlapped pipeline.
 
@@ -223,6 +225,7 @@ class Engine:
         max_batch_tokens: int = 2048,
         eos_ids: Sequence[int] = ...,
         prefix_cache: bool = True,
+        state_checkpoints: int | None = None,
         depth: int = 0,
         vocabulary: Sequence[bytes] | None = None,
     ) -> Engine: ...
@@ -355,7 +358,7 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """``waiting``, ``running``, ``in_flight``, ``free_pages``, ``cached_pages``, ``reclaimable_pages`` (cached, held by no
-        request), ``total_pages``, ``retractions``."""
+        request), ``total_pages``, ``retractions``; with ``state_checkpoints`` how many of them are in use."""
 
     def stats(self) -> dict[str, object]:
         """Acceptance over all requests: ``passes``, ``committed``, ``drafted`` (positions), ``verified`` (drafts, more of them in
@@ -463,6 +466,16 @@ class StepPlan:
     @property
     def start_known(self) -> NDArray[np.bool_]:
         """``[R]``: whether the host knows where the row starts; always true at ``depth`` 0."""
+
+    @property
+    def state_restore(self) -> NDArray[np.int32]:
+        """``[R]``: the checkpoint to be copied into the row's state before the pass, -1 for none; empty for a target without state. A row at
+        position 0 starts from nothing."""
+
+    @property
+    def state_save(self) -> NDArray[np.int32]:
+        """``[R]``: the checkpoint that gets the state after the row's last token, before the commit, -1 for none; empty for a target without
+        state."""
 
 @final
 class Accepted:

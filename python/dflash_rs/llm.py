@@ -91,7 +91,7 @@ class LLM:
     ):
         torch = import_torch()
 
-        from .engine.build import Models, Sizes, build
+        from .engine.build import Models
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         model, draft = pick_models(model, draft)
@@ -108,14 +108,78 @@ class LLM:
 
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
         models = Models.load(model, draft, device=self.device, dtype=self.dtype, precision=self.matmul_precision)
+        self._begin(
+            models,
+            block_size=block_size,
+            adaptive=adaptive,
+            costs=costs,
+            tree_nodes=tree_nodes,
+            graphs=cuda_graphs,
+            overlap=overlap,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        target: Any,
+        draft: Any = None,
+        *,
+        tokenizer: Any,
+        token_bytes: list[bytes] | None,
+        block_size: int | None = None,
+        adaptive: bool = True,
+        costs: StepCosts | None = None,
+        tree_nodes: int = 0,
+        cuda_graphs: bool = True,
+        overlap: bool | None = None,
+        **sizes: Any,
+    ) -> LLM:
+        """An engine of models that are made already: a `models.target.Target`, a `models.drafter.Drafter` or None, the tokenizer and the bytes
+        of every token (None where they have none of their own). `sizes` are those of `EngineConfig`, the rest is as for `LLM`."""
+        from .engine.build import Models
+
+        import_torch()
+        flag("adaptive", adaptive)
+        flag("cuda_graphs", cuda_graphs)
+        if overlap is not None:
+            flag("overlap", overlap)
+        llm = cls.__new__(cls)
+        llm.config = EngineConfig(**sizes)
+        llm.device, llm.dtype = target.device, getattr(target, "dtype", None)
+        llm.model_dir, llm.draft_dir = type(target).__name__, None if draft is None else type(draft).__name__
+        llm.matmul_precision = getattr(target, "matmul_precision", "highest")
+        models = Models(target, draft, tokenizer, token_bytes)
+        costs = pick_costs(costs)
+        llm._begin(
+            models,
+            block_size=block_size,
+            adaptive=adaptive,
+            costs=costs,
+            tree_nodes=tree_nodes,
+            graphs=cuda_graphs,
+            overlap=overlap,
+        )
+        return llm
+
+    def _begin(
+        self,
+        models: Any,
+        *,
+        block_size: int | None,
+        adaptive: bool,
+        costs: StepCosts | None,
+        tree_nodes: int,
+        graphs: bool,
+        overlap: bool | None,
+    ) -> None:
+        from .engine.build import Sizes, build
+
         sizes = Sizes.choose(models, self.config, block_size, tree_nodes)
         self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
         self._target, self._draft = models.target, models.draft
         self.tokenizer, self._bytes = models.tokenizer, models.bytes
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
-        self._loop = build(
-            models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=cuda_graphs, overlap=overlap
-        )
+        self._loop = build(models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=graphs, overlap=overlap)
         self._requests = self._loop.requests
         self.costs = self._loop.policy.costs
         self._closed = False
@@ -216,9 +280,11 @@ class LLM:
             for request in list(self._requests.active):
                 self._requests.abort(request)
             self._loop.drop()
-            self._target.caches = {}
+            self._target.free()
+            if self._target.state is not None:
+                self._target.state.free()
             if self._draft is not None:
-                self._draft._engine = None
+                self._draft.free()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -271,12 +337,8 @@ class LLM:
 
         def run() -> np.ndarray:
             self._check_open()
-            kept = self._target.caches, self._target.num_slots
-            try:
-                self._target.alloc_kv(n)
+            with self._target.scratch(n):
                 return self._target.forward(batch)[0][0].float().cpu().numpy()
-            finally:
-                self._target.caches, self._target.num_slots = kept
 
         return self._turns.take(run, self._settle)
 

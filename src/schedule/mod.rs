@@ -5,6 +5,8 @@
 //! - A request is let in when the allocator could serve it, by the same arithmetic; it then owns the pages of its whole
 //!   prompt. Growth is paid per step: a block if pages allow, else a plain step, else the youngest request gives way.
 //! - A request that could not finish alone in an empty pool is refused on arrival, so the oldest one always gets on.
+//! - A target with state that pages do not hold (`Config::state_checkpoints`) is told which rows start from a copy of it and which leave
+//!   one behind; a row at position 0 starts from nothing, any other goes on from where its last resolved step left it.
 //! - A retracted request resumes with its resolved tokens and says the same as if it had never been retracted.
 
 mod request;
@@ -14,7 +16,7 @@ use std::collections::VecDeque;
 pub use request::{Finish, Params, Request, Vocabulary};
 
 use crate::error::{Error, Result, indices};
-use crate::kv::{Kv, Launched, RowKey, pages_for};
+use crate::kv::{Checkpoint, CheckpointId, Kv, Launched, RowKey, pages_for};
 use crate::types::{RequestId, SlotId, TokenId};
 
 /// Sizes of an engine. All are at least 1 unless said otherwise.
@@ -38,6 +40,9 @@ pub struct Config {
     pub eos_ids: Vec<TokenId>,
     /// Reuse the KV of equal prefixes.
     pub prefix_cache: bool,
+    /// `None` for a target all of whose memory of a text is in pages. `Some(n)`: it keeps state per request, of which `n` copies may be
+    /// kept at the ends of cached pages; prefix hits end at these, so with 0 nothing is reused. Needs `depth` 0.
+    pub state_checkpoints: Option<usize>,
     /// Steps that may be launched and unresolved while the next is planned: 0, or 1 for the overlapped pipeline.
     pub depth: usize,
 }
@@ -54,6 +59,7 @@ impl Default for Config {
             vocab_size: 32_000,
             eos_ids: Vec::new(),
             prefix_cache: true,
+            state_checkpoints: None,
             depth: 0,
         }
     }
@@ -87,12 +93,27 @@ impl Config {
                 expected: format!("at least max_running = {}", self.max_running),
             });
         }
+        if let Some(copies) = self.state_checkpoints.filter(|&copies| copies > most) {
+            return Err(Error::InvalidArgument {
+                name: "state_checkpoints",
+                got: copies.to_string(),
+                expected: format!("0..{most}"),
+            });
+        }
         if self.depth > 1 {
             let got = self.depth.to_string();
             return Err(Error::InvalidArgument {
                 name: "depth",
                 got,
                 expected: "0 or 1".into(),
+            });
+        }
+        if self.depth > 0 && self.state_checkpoints.is_some() {
+            // A step that is called off would have moved the states of the one launched after it.
+            return Err(Error::InvalidArgument {
+                name: "depth",
+                got: self.depth.to_string(),
+                expected: "0 with state_checkpoints".into(),
             });
         }
         check_tokens("eos_ids", &self.eos_ids, self.vocab_size)
@@ -133,6 +154,10 @@ pub struct Running {
     prefill_end: u32,
     /// Launched steps whose results still count.
     unresolved: u32,
+    /// The copy of the target's state that its first pass starts from.
+    restore: Option<CheckpointId>,
+    /// Where its text leaves all that are cached, if the copy lies before that: worth a copy for those who come after.
+    branch: u32,
     /// Changes when launched steps are called off; results of an older epoch do not count.
     epoch: u32,
 }
@@ -164,6 +189,10 @@ pub struct Scheduled {
     pub start_known: bool,
     /// Whether the host knows the token it starts with.
     pub anchor_known: bool,
+    /// The copy of the target's state that the row starts from, instead of where it left off.
+    pub restore: Option<CheckpointId>,
+    /// Where the target's state after this row's last token is to be copied.
+    pub save: Option<Checkpoint>,
     epoch: u32,
 }
 
@@ -205,6 +234,10 @@ impl Scheduler {
             config.row_slots(),
             config.prefix_cache,
         )?;
+        let kv = match config.state_checkpoints {
+            Some(copies) => kv.with_checkpoints(copies),
+            None => kv,
+        };
         Ok(Self {
             kv,
             waiting: VecDeque::new(),
@@ -357,6 +390,8 @@ impl Scheduler {
             len,
             start_known: running.lo == running.hi,
             anchor_known: running.unresolved == 0,
+            restore: None,
+            save: None,
             epoch: running.epoch,
         });
         running.lo += 1;
@@ -373,11 +408,18 @@ impl Scheduler {
         if len == 0 {
             return Ok(0);
         }
+        let len = if self.kv.keeps_checkpoints() {
+            running.up_to_a_copy(len, self.config.page_size as u32)
+        } else {
+            len
+        };
         // Owned since admission, so this cannot run short.
         let Some(reservation) = self.kv.reserve(running.key, running.lo + len, len)? else {
             return Ok(0);
         };
         let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
+        let ends_a_page = (running.lo + len).is_multiple_of(self.config.page_size as u32);
+        let save = if ends_a_page { self.kv.take_checkpoint() } else { None };
         step.push(Scheduled {
             launched,
             work: Work::Prefill {
@@ -387,6 +429,8 @@ impl Scheduler {
             len,
             start_known: true,
             anchor_known: true,
+            restore: running.restore.filter(|_| running.lo == running.request.cached_tokens),
+            save,
             epoch: running.epoch,
         });
         running.lo += len;
@@ -416,6 +460,8 @@ impl Scheduler {
             lo: admitted.cached_tokens,
             hi: admitted.cached_tokens,
             unresolved: 0,
+            restore: admitted.restore,
+            branch: admitted.known_tokens,
             epoch: 0,
         });
         self.order.push(slot);
@@ -473,11 +519,18 @@ impl Scheduler {
     /// `AcceptedExceedsDrafted` when `keep` is more than the row had.
     pub fn resolve(&mut self, row: Scheduled, keep: u32, injected: bool) -> Result<Option<&mut Running>> {
         if self.tenant(&row).is_none() {
-            row.launched.cancel(self.kv.table_mut());
+            self.let_go(row);
             return Ok(None);
         }
-        let (least, most) = (row.least(), row.len);
+        let (least, most, work) = (row.least(), row.len, row.work);
         let key = row.launched.key();
+        if keep > most
+            && let Some(save) = row.save
+        {
+            // The commit below refuses it.
+            self.kv.give_back(save);
+            return row.launched.commit(self.kv.table_mut(), keep).map(|_| None);
+        }
         row.launched.commit(self.kv.table_mut(), keep)?;
         let committed = self.kv.table().committed(key)?;
         let Some(running) = self.rows[key.slot.0 as usize].as_mut() else {
@@ -489,11 +542,21 @@ impl Scheduler {
         if !injected {
             running.draft_valid_from = committed;
         }
-        if let Work::Prefill { .. } = row.work {
+        if let Work::Prefill { .. } = work {
             self.kv
                 .share(key, &running.request.tokens, committed, running.draft_valid_from)?;
+            if let Some(save) = row.save {
+                self.kv.attach(key, committed, save)?;
+            }
         }
         Ok(Some(running))
+    }
+
+    fn let_go(&mut self, row: Scheduled) {
+        row.launched.cancel(self.kv.table_mut());
+        if let Some(save) = row.save {
+            self.kv.give_back(save);
+        }
     }
 
     /// Calls a launched row off: its request goes on from its last resolved token.
@@ -503,7 +566,7 @@ impl Scheduler {
     pub fn call_off(&mut self, row: Scheduled) -> Result<()> {
         let counts = self.tenant(&row).is_some();
         let key = row.launched.key();
-        row.launched.cancel(self.kv.table_mut());
+        self.let_go(row);
         if counts && let Some(running) = self.rows[key.slot.0 as usize].as_mut() {
             let committed = self.kv.table().committed(key)?;
             running.lo = committed;
@@ -524,6 +587,19 @@ enum Decoded {
 impl Running {
     fn can_decode(&self) -> bool {
         self.lo >= self.prefill_end && self.lo + 1 < self.request.max_total
+    }
+
+    /// How many of the next `len` tokens of prompt to compute, so that they end where a copy of the target's state is worth its place: where
+    /// the text leaves those that are cached, at the last whole page of the prompt, and else, when the step has no more room, at any page.
+    fn up_to_a_copy(&self, len: u32, page_size: u32) -> u32 {
+        let last = (self.prefill_end - 1) / page_size * page_size;
+        let cuts = [self.branch, last].into_iter().filter(|&cut| cut > self.lo);
+        let wanted = cuts.min().map_or(len, |cut| cut - self.lo);
+        if wanted <= len {
+            return wanted;
+        }
+        let end = (self.lo + len) / page_size * page_size;
+        if end > self.lo { end - self.lo } else { len }
     }
 
     /// The device's committed tokens after all launched steps, as far as the host knows: at least, at most.

@@ -22,6 +22,7 @@ use std::sync::Arc;
 pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, Histories, PlanArrays, StepPlan};
 
 use crate::error::{Error, Result, indices};
+use crate::kv::{Checkpoint, CheckpointId};
 use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
@@ -68,6 +69,8 @@ pub struct Counts {
     pub reclaimable_pages: usize,
     /// Pages in all.
     pub total_pages: usize,
+    /// Copies of the target's state that cached pages keep, or a step under way is about to.
+    pub state_checkpoints: usize,
     /// Times a running request had to give way.
     pub retractions: u64,
 }
@@ -131,6 +134,10 @@ impl Engine {
             cached_pages: kv.cache().len(),
             reclaimable_pages: kv.cache().reclaimable(),
             total_pages: kv.pool().num_pages(),
+            state_checkpoints: {
+                let (total, free) = kv.cache().checkpoints();
+                total - free
+            },
             retractions: self.scheduler.retractions(),
         })
     }
@@ -318,6 +325,11 @@ impl Engine {
                     arrays.draft_rows.push(index);
                 }
             }
+        }
+        if self.scheduler.config().state_checkpoints.is_some() {
+            let number = |id: Option<CheckpointId>| id.map_or(-1, |id| id.0 as i32);
+            arrays.state_restore.push(number(row.restore));
+            arrays.state_save.push(number(row.save.as_ref().map(Checkpoint::id)));
         }
         if row.start_known {
             let (first, last) = (i64::from(row.first), i64::from(row.first + row.len));

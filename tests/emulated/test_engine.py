@@ -156,7 +156,7 @@ def test_text_is_the_same_without_overlap(llm, exact, name):
 
 
 def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
-    from dflash_rs.models import target
+    from dflash_rs.models.target.fused import FusedModel
 
     def linear(x, weight, bias=None):
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -165,7 +165,7 @@ def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setattr(target._FusedModel, "build", lambda made: (None, "turned off"))
+    monkeypatch.setattr(FusedModel, "build", lambda made: (None, "turned off"))
     with engine() as made:
         assert made._target.path == "modules" and not made._loop.backend._target_in_graph
         plain = tokens(made.generate(PROMPTS[:2], params("filters", 8), draft=False))

@@ -37,5 +37,9 @@ class Backend(Protocol):
     def launch(self, step: Step) -> Any:
         """Starts a step without waiting for anything; gives what `resolve` wants to have."""
 
+    def keep(self, step: Step, accepted: Any) -> None:
+        """After the commit of a resolved step: the target's states move over what was kept. Before it, they stand where they stood, so that
+        a step can still be called off."""
+
     def resolve(self, launched: Any) -> Any:
         """Waits for a step and gives the core's `Accepted`; KV is where it belongs, what is kept has draft KV if the step injects."""

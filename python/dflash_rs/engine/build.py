@@ -26,6 +26,8 @@ from .requests import Requests
 # Page tables beyond this are a mistake, not a plan.
 _MOST_TABLE_BYTES = 1 << 30
 _MOST_NODES = 1023
+# Copies of a target's state that the prefix cache may hold, for every request that may run.
+_COPIES_PER_REQUEST = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Sizes:
         expected = "0 without a drafter" if plain else None
         block = _block(models.draft, block_size)
         nodes = integer("tree_nodes", tree_nodes, 0, 0 if plain else _MOST_NODES, expected=expected)
+        if nodes and models.target.state is not None:
+            raise InvalidArgument(
+                f"tree_nodes: got {nodes}, expected 0 with a target that keeps state: a state runs over one path, not over a tree"
+            )
         asked, limit = config.max_context, models.target.max_context
         if asked > limit:
             raise InvalidArgument(f"max_context: got {asked}, expected at most {limit}, the target's own limit")
@@ -80,7 +86,7 @@ def _block(draft: Any | None, asked: int | None) -> int:
         if asked is not None:
             integer("block_size", asked, 1, 1, expected="None or 1 without a drafter")
         return 1
-    own = draft.config.block_size
+    own = draft.block_size
     if asked is None:
         return own
     return integer("block_size", asked, 2, own, expected=f"2..{own} (the drafter was trained with {own})")
@@ -99,12 +105,12 @@ def build(
     """An engine of `models`: takes the memory, and measures what steps cost unless `costs` says it or nobody asks (`adaptive`)."""
     target, draft = models.target, models.draft
     if draft is not None:
-        target.set_taps(draft.config.target_layer_ids)
+        target.set_taps(draft.taps)
     pages = _take_memory(models, config, sizes)
     on_device = serves(target, draft)
-    if overlap is None:
-        # A CPU computes one thing at a time: nothing would run beside the host's part.
-        overlap = on_device
+    overlap = _overlap(overlap, target, on_device)
+    # Where cached text may be gone on from, of a target that keeps state.
+    copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
     core = _core.Engine(
         num_pages=pages,
         page_size=config.page_size,
@@ -116,8 +122,11 @@ def build(
         eos_ids=list(target.eos_token_ids),
         prefix_cache=config.prefix_cache,
         depth=int(overlap),
+        state_checkpoints=copies,
         vocabulary=models.bytes,
     )
+    if copies is not None:
+        target.state.alloc(core.page_table.shape[0], copies)
     requests = Requests(core, lambda: Detokenizer(models.tokenizer, models.bytes))
     device = None
     if on_device:
@@ -153,6 +162,18 @@ def build(
     draws_there = _kernels_here(models)
     host = HostBackend(core, target, draft, policy, requests, page_size=config.page_size, draws_there=draws_there)
     return Loop(core, host, policy, requests, overlap=overlap)
+
+
+def _overlap(asked: bool | None, target: Any, on_device: bool) -> bool:
+    """Whether steps are launched ahead."""
+    if target.state is not None:
+        if asked:
+            raise InvalidArgument(
+                "overlap: got True, expected None or False: this target keeps state that moves on with what is accepted"
+            )
+        return False
+    # A CPU computes one thing at a time: nothing would run beside the host's part.
+    return on_device if asked is None else asked
 
 
 def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:
@@ -191,7 +212,7 @@ def _kernels_here(models: Models) -> bool:
     if target.device.type != "cuda":
         return False
     heads = {kv.key_dim for kv in target.kv_layers.values()}
-    heads |= set() if draft is None else {draft.config.head_dim}
+    heads |= set() if draft is None else set(draft.key_dims)
     warn(
         f"steps go through torch: got {target.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {target.device}, "
         f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "

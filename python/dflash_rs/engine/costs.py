@@ -9,7 +9,7 @@ import torch
 
 from ..config import StepCosts
 from ..models.batch import StepBatch
-from ..models.draft import DFlashDraft
+from ..models.drafter import Drafter
 from ..models.target import TargetModel
 
 # Enough rounds for each minimum to be near the truth even on a busy machine, and no more once a big model has taken this long.
@@ -21,7 +21,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _REQUESTS = (1, 4, 8)
 
 
-def measure(target: TargetModel, draft: DFlashDraft, block_size: int) -> StepCosts:
+def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
     """Times passes of both models over numbers of rows, on empty context.
 
     Uses the first slots of the caches, which hold nothing yet.
@@ -29,7 +29,7 @@ def measure(target: TargetModel, draft: DFlashDraft, block_size: int) -> StepCos
     slots = target.num_slots
     rows = [n for n in _ROWS if n <= slots]
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
-    features = torch.zeros(1, draft.config.feature_size, dtype=target.dtype, device=target.device)
+    features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
     first = np.zeros(1, dtype=np.int64)
     passes = [lambda n=n: _verify(target, n) for n in rows]
     passes += [lambda n=n, size=size: _propose(draft, n, size) for n, size in blocks]
@@ -68,9 +68,9 @@ def _verify(target: TargetModel, rows: int) -> None:
     target.forward(batch)
 
 
-def _propose(draft: DFlashDraft, requests: int, block: int) -> None:
+def _propose(draft: Drafter, requests: int, block: int) -> None:
     anchors, table = np.zeros(requests, dtype=np.int64), np.zeros((requests, 1), dtype=np.int32)
-    draft.draft(anchors, np.zeros(requests), table, page_size=1, block_size=block)
+    draft.candidates(anchors, np.zeros(requests), table, page_size=1, block_size=block, k=1)
 
 
 def _fastest(passes) -> list[float]:

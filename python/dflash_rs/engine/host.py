@@ -86,6 +86,9 @@ class HostBackend:
             ancestors=plan.ancestors.reshape(plan.token_ids.size, -1) if step.trees else None,
             device=self.target.device,
         )
+        if (state := self.target.state) is not None:
+            starting = plan.state_restore >= 0
+            state.restore(plan.row_ids[starting], plan.state_restore[starting])
         logits, features = self.target.forward(batch)
         sampled = self._draw_there(plan, batch, logits)
         return logits.float().cpu().numpy() if sampled is None else sampled, features
@@ -95,7 +98,16 @@ class HostBackend:
         accepted = self.core.accept(plan, rows) if rows.ndim == 2 else self.core.accept_sampled(plan, rows)
         if accepted.move_from.size:
             self.target.move_kv(accepted.move_from, accepted.move_to)
+        if (state := self.target.state) is not None:
+            saved = plan.state_save >= 0
+            state.save(plan.row_ids[saved], plan.block_len[saved], plan.state_save[saved])
         return accepted
+
+    def keep(self, step: Step, accepted: Any) -> None:
+        """Moves states over what was kept: chunks of prompts whole, of blocks the anchor and what was accepted."""
+        if (state := self.target.state) is not None:
+            plan = step.plan
+            state.keep(plan.row_ids, np.where(plan.is_prefill, plan.block_len, accepted.accepted + 1).astype(np.int32))
 
     @stage("inject")
     def _inject(self, plan: Any, features: Any, accepted: Any) -> None:

@@ -97,6 +97,7 @@ class Loop:
     @stage("commit")
     def _commit(self, step: Step, accepted: Any) -> Any:
         events = self.core.commit(step.plan, accepted, injected=step.inject)
+        self.backend.keep(step, accepted)
         self.policy.learn(step, accepted, events)
         return events
 

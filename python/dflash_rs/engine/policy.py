@@ -92,7 +92,7 @@ class Policy:
     # ---- between drafting and verifying --------------------------------------------------------------------------
 
     def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, requests: Requests) -> None:
-        """Fills in the drafts that pay, out of the drafter's candidates: see `DFlashDraft.candidates`."""
+        """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`."""
         (self._admit_trees if step.trees else self._admit_chains)(step.plan, tokens, probabilities, requests)
 
     def _admit_chains(self, plan: Any, tokens: np.ndarray, probabilities: np.ndarray, requests: Requests) -> None:

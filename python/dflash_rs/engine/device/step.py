@@ -29,7 +29,7 @@ from torch import Tensor
 from ... import cuda
 from ...attention import CudaAttention
 from ...config import EngineConfig, StepCosts
-from ...models.draft import DFlashDraft
+from ...models.drafter import Drafter
 from ...models.target import TargetModel
 from ..backend import Step
 from ..costs import rising
@@ -42,9 +42,11 @@ from .graphs import Graphs
 _ROUNDS, _PATIENCE_S = 12, 2.0
 
 
-def serves(target: TargetModel, draft: DFlashDraft | None) -> bool:
+def serves(target: TargetModel, draft: Drafter | None) -> bool:
     """Whether steps of these models can stay on the device: kernels for it, heads and a type that they take."""
-    return cuda.available(target.device) and target.kernel and (draft is None or draft._engine.kernel)
+    if target.state is not None or not cuda.available(target.device):
+        return False
+    return target.kernel and (draft is None or draft.on_device() is not None)
 
 
 class _Wanted(NamedTuple):
@@ -100,7 +102,7 @@ class DeviceBackend:
         self,
         core: Any,
         target: TargetModel,
-        draft: DFlashDraft | None,
+        draft: Drafter | None,
         requests: Requests,
         config: EngineConfig,
         *,
@@ -110,7 +112,7 @@ class DeviceBackend:
         graphs: bool = True,
     ):
         self.core, self.requests, self.times = core, requests, StageTimes()
-        self.target, self.draft = target, None if draft is None else draft._engine
+        self.target, self.draft = target, None if draft is None else draft.on_device()
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
         self.rows = config.max_running
         self.tree_nodes, self.tiers = tree_nodes, _tiers(tree_nodes)
@@ -123,7 +125,7 @@ class DeviceBackend:
         self._target_in_graph = target.path == "fused"
         target.prepare(self.limit)
         if self.draft is not None:
-            self.draft.rotary.rows(self.limit, self.device)
+            self.draft.prepare(self.limit)
         r, n = self.rows, self.rows * row
         # Row `r` is an empty request, for the padding of drafting batches.
         self._in = Arena(
@@ -230,6 +232,9 @@ class DeviceBackend:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
         return _Flight(step, block, wanted, out, None if tops is None else list(tops), event)
+
+    def keep(self, step: Step, accepted: Any) -> None:
+        """Nothing: targets with state are not served here."""
 
     def resolve(self, launched: _Flight) -> Any:
         drawn = self._wait(launched)
@@ -388,18 +393,18 @@ class DeviceBackend:
         lens.copy_(torch.where(inputs["start_known"] > 0, lens, self._lens.index_select(0, rows)))
         anchors.copy_(torch.where(inputs["anchor_known"] > 0, anchors, self._anchors.index_select(0, rows)))
 
-    def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor]:
-        """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H] and logits
-        [requests, block - 1, V]."""
+    def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H], logits
+        [requests, block - 1, V], and the anchors int64 [requests]."""
         inputs, draft = self._in.device, self.draft
         rows = inputs["draft_rows"][:requests]
         starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
-        lens = inputs["context_lens"].index_select(0, rows)
+        lens, anchors = (inputs[name].index_select(0, rows) for name in ("context_lens", "anchors"))
         table = cuda.PageTable(inputs["pages"], rows, self.page_size)
         token_ids, positions = (torch.empty(requests * block, dtype=torch.int64, device=self.device) for _ in range(2))
         cuda.prepare_block(
-            query_starts=starts, context_lens=lens, anchors=inputs["anchors"].index_select(0, rows), table=table,
-            token_ids=token_ids, positions=positions, mask_token=draft.config.mask_token_id,
+            query_starts=starts, context_lens=lens, anchors=anchors, table=table,
+            token_ids=token_ids, positions=positions, mask_token=draft.mask_token_id,
         )  # fmt: skip
         attention = CudaAttention(
             query_starts=starts,
@@ -409,34 +414,17 @@ class DeviceBackend:
             max_keys=max_keys,
             valid_from=inputs["valid_from"].index_select(0, rows),
         )
-        return draft.block(token_ids, positions, self.limit, attention, block)
+        return *draft.block(token_ids, positions, self.limit, attention, block), anchors
 
-    def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor) -> None:
+    def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
         """The likeliest chains, into `_drafts(block)`."""
-        rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
-        if self.draft.selector is None:
-            drafts = logits.argmax(dim=-1)
-        else:
-            anchors = self._in.device["anchors"].index_select(0, rows)
-            drafts = self.draft.select(hidden, logits, anchors, 1)[0][:, :, 0]
-        self._drafts(block).index_copy_(0, rows64, drafts)
+        rows64 = self._in.device["draft_rows64"][:requests]
+        self._drafts(block).index_copy_(0, rows64, self.draft.choose(hidden, logits, anchors))
 
-    def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor) -> None:
+    def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
         """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
-        rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
-        anchors = self._in.device["anchors"].index_select(0, rows)
-        depth, vocab = logits.shape[1:]
-        k = self.draft.branches
-        if self.draft.selector is None:
-            tokens, log_probs = cuda.tree_top_k(logits.reshape(-1, vocab), k)
-        else:
-            tokens, log_probs = self.draft.select(hidden, logits, anchors, k)
-        trees = cuda.tree_build(
-            anchors,
-            tokens.view(requests, depth, k),
-            log_probs.view(requests, depth, k),
-            row - 1,
-        )
+        rows64 = self._in.device["draft_rows64"][:requests]
+        trees = cuda.tree_build(anchors, *self.draft.branch(hidden, logits, anchors), row - 1)
         self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
         for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
             room.index_copy_(0, rows64, values)
