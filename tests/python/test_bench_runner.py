@@ -75,7 +75,7 @@ def test_an_unfinished_request_fails_the_benchmark():
             outputs[-1].finish_reason = "error"
             return outputs
 
-    with pytest.raises(DflashError, match="prompt 1 ended with 'error'"):
+    with pytest.raises(DflashError, match="prompt 2 ended with 'error'"):
         run_demo(lambda concurrency: Failing(), PROMPTS, Plan((GREEDY,), repeat=1, max_tokens=4))
 
 
