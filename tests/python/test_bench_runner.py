@@ -75,7 +75,7 @@ def test_an_unfinished_request_fails_the_benchmark():
             outputs[-1].finish_reason = "error"
             return outputs
 
-    with pytest.raises(DflashError, match="prompt 1 ended with 'error'"):
+    with pytest.raises(DflashError, match="prompt 2 ended with 'error'"):
         run_demo(lambda concurrency: Failing(), PROMPTS, Plan((GREEDY,), repeat=1, max_tokens=4))
 
 
@@ -156,7 +156,8 @@ class Counting(FakeLLM):
     def __init__(self, per_pass: float, planner=True):
         super().__init__()
         self.per_pass = per_pass
-        self._planner = SimpleNamespace(costs=([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)])) if planner else None
+        costs = ([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)])
+        self._loop = SimpleNamespace(policy=SimpleNamespace(planner=SimpleNamespace(costs=costs) if planner else None))
 
     def stats(self):
         drafted = 10 * self.per_pass * sum(self.calls)

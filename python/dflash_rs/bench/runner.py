@@ -306,7 +306,8 @@ def _measure(
 
 def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
     """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without a planner."""
-    planner = getattr(llm, "_planner", None)
+    loop = getattr(llm, "_loop", None)
+    planner = None if loop is None else loop.policy.planner
     if planner is None:
         return None
     target, draft = (np.asarray(points, float).T for points in planner.costs)
