@@ -16,4 +16,3 @@ pub mod stats;
 pub mod step;
 pub mod types;
 pub mod verify;
-pub mod width;

@@ -48,9 +48,6 @@ from .turns import Turns
 if TYPE_CHECKING:
     from .device_step import DeviceStep
 
-# Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.43 at temperature 0, 0.51 at
-# 0.4, 0.66 at 0.7, 0.92 at 1. A square passes through these.
-_GREEDY_SHARPNESS, _MORE_SHARPNESS = np.float32(0.43), np.float32(0.49)
 # Page tables beyond this are a mistake, not a plan.
 _MOST_TABLE_BYTES = 1 << 30
 _MOST_NODES = 1023
@@ -191,9 +188,8 @@ class LLM:
                 graphs=cuda_graphs,
             )
         self.costs: StepCosts | None = None
-        self._planner: _core.Planner | None = None
-        # Without costs a planner of trees lets them have all their drafts.
-        self._forester = _core.Planner(self.block_size, tree_nodes=self.tree_nodes) if self.tree_nodes else None
+        # Without costs it drafts whole blocks, whole trees.
+        self._planner = _core.Planner(self.block_size, tree_nodes=self.tree_nodes)
         self._observes = False
         if self._draft is not None and adaptive:
             self.costs = costs or (
@@ -204,7 +200,6 @@ class LLM:
             # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
             self._observes = costs is None and self.device.type == "cpu"
             self._planner = self.costs.planner(self.block_size, self.tree_nodes)
-            self._forester = self._planner if self.tree_nodes else None
         self._active: dict[int, Active] = {}
         self._closed = False
         self._turns = Turns()
@@ -425,7 +420,7 @@ class LLM:
 
         seconds, clock = self._stage_seconds, time.perf_counter
         t0 = clock()
-        row, block = self._decide()
+        row, block, trees = self._decide()
         plan = None
         try:
             plan = self._core.plan(row)
@@ -437,9 +432,10 @@ class LLM:
                 # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
                 inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
                 # Prompts take their share of a step: what drafts beside them drafts chains.
-                trees = self._forester is not None and plan.draft_rows.size > 0 and not plan.is_prefill.any()
-                if self._forester is not None and not trees:
+                if trees and plan.is_prefill.any():
                     plan.narrow(np.minimum(plan.block_len[plan.draft_rows], block) - 1)
+                    trees = False
+                trees = trees and plan.draft_rows.size > 0
                 block = min(block, int(plan.block_len[plan.draft_rows].max(initial=0))) if not trees else block
                 drafted_rows = plan.draft_rows.size * block
                 if self._device_step is not None:
@@ -452,7 +448,7 @@ class LLM:
                     page_table = self._core.page_table
                     t1 = clock()
                     if plan.draft_rows.size:
-                        (self._plant if trees else self._propose)(plan, page_table, block)
+                        (self._draft_trees if trees else self._draft_chains)(plan, page_table, block)
                     t2 = clock()
                     batch = StepBatch.from_arrays(
                         token_ids=plan.token_ids,
@@ -481,11 +477,11 @@ class LLM:
                         rows = accepted.commit_rows
                         self._draft.inject(features, plan.positions[rows], accepted.commit_slots, rows)
                     t5 = clock()
-                if trees and self._planner is not None:
-                    self._planner.record_trees(plan, accepted)
+                if plan.draft_rows.size:
+                    self._planner.record_step(plan, accepted, self._temperatures(plan.request_ids))
                 events = self._core.commit(plan, accepted, injected=inject)
                 t6 = clock()
-            self._route(events, chains=not trees)
+            self._route(events)
             t7 = clock()
         except BaseException:
             if plan is None:
@@ -563,26 +559,14 @@ class LLM:
         tokens = sampled.tokens.cpu().numpy()
         return None if (tokens < 0).any() else tokens
 
-    def _decide(self) -> tuple[int, int]:
-        """Tokens of this step's decoding rows, and of the blocks that the drafter computes."""
-        if self._planner is None:
-            return (self.tree_nodes + 1 if self.tree_nodes else self.block_size), self.block_size
+    def _decide(self) -> tuple[int, int, bool]:
+        """The largest width of this step's requests, the tokens of the drafter's blocks, and whether to draft trees."""
         active = list(self._active.values())[: self.config.max_running]
-        drafting = sum(a.drafts for a in active)
-        if self._forester is None:
-            block = self._planner.block(drafting, len(active) - drafting)
-            return block, block
-        if self._device_step is not None:
-            # What is drafted is verified: there is nobody to ask in between.
-            room = self.config.max_batch_tokens - len(active)
-            tiers = [nodes for nodes in self._device_step.tiers if drafting * nodes <= room]
-            if not tiers:
-                return 1, 1
-            nodes, block = self._planner.tree(drafting, len(active) - drafting, tiers=tiers, shortest=self.block_size)
-            return nodes + 1, block
-        nodes, block = self._planner.tree(drafting, len(active) - drafting)
-        # How many of them pay is seen when the drafter has said how sure it is: some will want more, some fewer.
-        return (min(self.tree_nodes, max(2 * nodes, self.block_size - 1)) + 1, block) if nodes else (1, 1)
+        temperatures = np.array([a.params.temperature for a in active if a.drafts], np.float32)
+        # On a device what is drafted is verified: there is nobody to ask in between.
+        widths = [] if self._device_step is None else [drafts + 1 for drafts in self._device_step.tiers]
+        others = len(active) - temperatures.size
+        return self._planner.decide(temperatures, others, widths=widths, room=self.config.max_batch_tokens)
 
     def _candidates(self, plan: Any, page_table: np.ndarray, block: int, k: int | None) -> tuple[np.ndarray, ...]:
         """What the drafter has to say, for those who draft: see `DFlashDraft.candidates`."""
@@ -598,42 +582,30 @@ class LLM:
             k=k,
         )
 
-    def _propose(self, plan: Any, page_table: np.ndarray, block: int) -> None:
+    def _draft_chains(self, plan: Any, page_table: np.ndarray, block: int) -> None:
         """Fills in the drafts, and leaves out those that do not pay."""
-        rows = plan.draft_rows
-        drafts, probabilities = (each[:, :, 0] for each in self._candidates(plan, page_table, block, 1))
-        plan.set_drafts(np.ascontiguousarray(drafts))
-        if self._planner is not None:
-            lengths = plan.block_len[rows]
-            others = plan.token_ids.size - int(lengths.sum())
-            chances = _chances(probabilities ** self._sharpness(plan.request_ids[rows])[:, None])
-            keep = np.minimum(self._planner.widths(chances, others), lengths - 1)
-            plan.narrow(keep.astype(np.int32))
+        drafts, probabilities = (np.ascontiguousarray(e[:, :, 0]) for e in self._candidates(plan, page_table, block, 1))
+        plan.set_drafts(drafts)
+        offer = probabilities, self._temperatures(plan.request_ids[plan.draft_rows]), *self._room(plan)
+        plan.narrow(self._planner.admit(*offer, plan=plan) - 1)
 
-    def _plant(self, plan: Any, page_table: np.ndarray, block: int) -> None:
+    def _draft_trees(self, plan: Any, page_table: np.ndarray, block: int) -> None:
         """Drafts a tree for everyone, of the drafts that pay."""
-        rows = plan.draft_rows
-        anchors = plan.token_ids[plan.query_starts[rows]]
-        tokens, probabilities = self._candidates(plan, page_table, block, None)
-        first = probabilities[:, :, :1]
-        chances = first ** self._sharpness(plan.request_ids[rows])[:, None, None]
-        # What the likeliest token leaves, its rivals share as the drafter would have them share it.
-        rest = (1 - chances) * probabilities[:, :, 1:] / np.maximum(1 - first, np.float32(1e-6))
-        # In every rounding: no rival is likelier than what comes before it.
-        chances = np.minimum.accumulate(_chances(np.concatenate((chances, rest), axis=2)), axis=2)
-        lens = plan.block_len[rows]
-        others = plan.token_ids.size - int(lens.sum())
-        plan.set_trees(*self._forester.trees(anchors, tokens, chances, lens - 1, others))
+        anchors = plan.token_ids[plan.query_starts[plan.draft_rows]]
+        candidates = self._candidates(plan, page_table, block, None)
+        offer = *candidates, self._temperatures(plan.request_ids[plan.draft_rows]), *self._room(plan)
+        plan.set_trees(*self._planner.admit_trees(anchors, *offer, plan=plan))
 
-    def _sharpness(self, request_ids: np.ndarray) -> np.ndarray:
-        """Exponents float32 [n] that turn the drafter's probabilities into chances of acceptance.
+    def _room(self, plan: Any) -> tuple[np.ndarray, int]:
+        """Most tokens of each request that drafts, and the tokens that run beside them."""
+        most = plan.block_len[plan.draft_rows]
+        return most, plan.token_ids.size - int(most.sum())
 
-        A drafter is trained on the target's law at temperature 1. A request at a lower one draws the likeliest token more often.
-        """
-        temperatures = [self._active[r].params.temperature if r in self._active else 1.0 for r in request_ids.tolist()]
-        return _GREEDY_SHARPNESS + _MORE_SHARPNESS * np.minimum(np.asarray(temperatures, np.float32), 1) ** 2
+    def _temperatures(self, request_ids: np.ndarray) -> np.ndarray:
+        active = (self._active.get(request) for request in request_ids.tolist())
+        return np.array([1.0 if a is None else a.params.temperature for a in active], np.float32)
 
-    def _route(self, events: Any, chains: bool) -> None:
+    def _route(self, events: Any) -> None:
         errors = dict(events.errors)
         ids, tokens, starts = events.request_ids.tolist(), events.tokens.tolist(), events.token_starts.tolist()
         finish, drafted, accepted = events.finish.tolist(), events.drafted.tolist(), events.accepted.tolist()
@@ -648,8 +620,6 @@ class LLM:
                 active.logprobs.extend(token_logprobs(events, starts[e], starts[e + 1]))
             if active.token_ids and new:
                 active.count(drafted[e], accepted[e], len(new))
-                if chains and self._planner is not None and drafted[e]:
-                    self._planner.record(drafted[e], accepted[e])
             elif new:
                 active.first = time.perf_counter()
             active.token_ids += new
@@ -757,8 +727,3 @@ _PATIENCE_AT_EXIT_S = 30.0
 def _end() -> None:
     for llm in list(_MADE):
         llm._turns.end(_PATIENCE_AT_EXIT_S)
-
-
-def _chances(numbers: np.ndarray) -> np.ndarray:
-    """Chances of acceptance in [0, 1]; one that a drafter could not make a number of is no reason to draft."""
-    return np.clip(np.nan_to_num(numbers, copy=False, nan=0.0), 0, 1)

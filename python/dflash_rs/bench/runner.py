@@ -305,11 +305,11 @@ def _measure(
 
 
 def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
-    """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without a planner."""
-    planner = getattr(llm, "_planner", None)
-    if planner is None:
+    """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without costs."""
+    costs = getattr(getattr(llm, "_planner", None), "costs", None)
+    if costs is None:
         return None
-    target, draft = (tuple(zip(*points, strict=True)) for points in planner.costs)
+    target, draft = (tuple(zip(*points, strict=True)) for points in costs)
     plain = float(np.interp(requests, *target))
     rows = requests * block_size
     return (float(np.interp(rows, *target)) + float(np.interp(rows, *draft))) / plain if plain > 0 else None
