@@ -80,7 +80,8 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="session")
 def gpu(driver):
     """Passes the CPU off as cuda:0."""
-    from dflash_rs import _core, cuda, graphs
+    from dflash_rs import _core, cuda
+    from dflash_rs.engine.device import graphs
 
     if not _core.cuda_info()["fatbin_bytes"]:
         pytest.skip("this build contains no CUDA kernels")

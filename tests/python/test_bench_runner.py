@@ -156,7 +156,8 @@ class Counting(FakeLLM):
     def __init__(self, per_pass: float, planner=True):
         super().__init__()
         self.per_pass = per_pass
-        self._planner = SimpleNamespace(costs=([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)])) if planner else None
+        costs = ([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)]) if planner else None
+        self._loop = SimpleNamespace(policy=SimpleNamespace(planner=SimpleNamespace(costs=costs)))
 
     def stats(self):
         drafted = 10 * self.per_pass * sum(self.calls)

@@ -8,8 +8,8 @@ from test_models_draft import VARIANTS
 
 from dflash_rs import _core
 from dflash_rs.attention import HostAttention
+from dflash_rs.engine.costs import measure
 from dflash_rs.errors import InvalidArgument
-from dflash_rs.models.costs import measure
 from dflash_rs.models.fused import HostRun
 from dflash_rs.models.target import TargetModel
 

@@ -306,7 +306,8 @@ def _measure(
 
 def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
     """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without costs."""
-    costs = getattr(getattr(llm, "_planner", None), "costs", None)
+    loop = getattr(llm, "_loop", None)
+    costs = None if loop is None else loop.policy.planner.costs
     if costs is None:
         return None
     target, draft = (tuple(zip(*points, strict=True)) for points in costs)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention import kernel_serves, step_attention
-from ..errors import CheckpointError, InvalidArgument, UnsupportedModel
+from ..errors import CheckpointError, InvalidArgument, UnsupportedModel, warn
 from . import checkpoint
 from .batch import StepBatch
 from .fused import FusedLayer, PackedLinear, RotaryTable
@@ -390,10 +389,9 @@ class TargetModel:
         with _quiet:
             model, spare = checkpoint.load_causal_lm(path, dtype, check_architecture)
         if spare:
-            warnings.warn(
+            warn(
                 f"target {path}: a {type(model).__name__} has no place for {len(spare)} of its tensors ({checkpoint.some(spare)}); they "
-                "are ignored",
-                stacklevel=3,
+                "are ignored"
             )
         with checkpoint.readable(path):
             for name, tensor in model.named_parameters():

@@ -11,13 +11,13 @@ without a graph.
 Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
 to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
 
-Every input of a graph is a view of one block of memory that stays where it is, every output a view of another (`_Block`).
+Every input of a graph is a view of one block of memory that stays where it is, every output a view of another (`Arena`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,14 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cuda
-from .attention import CudaAttention
-from .config import EngineConfig, StepCosts
-from .errors import DflashError
+from ... import cuda
+from ...attention import CudaAttention
+from ...config import EngineConfig, StepCosts
+from ...models.draft import DFlashDraft
+from ...models.target import TargetModel
+from ..backend import Step
+from ..costs import rising
+from ..requests import Requests
+from ..timing import StageTimes, stage
+from .arena import Arena
+from .draws import Drawn, Draws
 from .graphs import Graphs
-from .models.costs import rising
-from .models.draft import DFlashDraft
-from .models.target import TargetModel
 
 _ROUNDS, _PATIENCE_S = 12, 2.0
 
@@ -40,62 +44,6 @@ _ROUNDS, _PATIENCE_S = 12, 2.0
 def serves(target: TargetModel, draft: DFlashDraft | None) -> bool:
     """Whether steps of these models can stay on the device: kernels for it, heads and a type that they take."""
     return cuda.available(target.device) and target.kernel and (draft is None or draft._engine.kernel)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How one request's tokens are drawn: a `cuda.SAMPLING_ROW`, its bias (ascending), and the alternatives it wants scored."""
-
-    row: np.void
-    bias_tokens: np.ndarray
-    bias_values: np.ndarray
-    penalises: bool
-    logprobs: int | None
-
-    @classmethod
-    def of(cls, params: Any, seed: int) -> Draws:
-        """From `SamplingParams`."""
-        row = np.zeros((), dtype=cuda.SAMPLING_ROW)
-        row["seed"] = seed
-        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        for name in ("temperature", "top_p", "min_p", "top_k", *penalties):
-            row[name] = getattr(params, name)
-        bias = sorted(params.logit_bias.items())
-        return cls(
-            row[()],
-            np.array([token for token, _ in bias], dtype=np.int32),
-            np.array([value for _, value in bias], dtype=np.float32),
-            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0,
-            params.logprobs,
-        )
-
-    @property
-    def filters(self) -> bool:
-        """Whether part of the vocabulary is left out."""
-        return bool(self.row["top_k"] > 0 or self.row["top_p"] < 1 or self.row["min_p"] > 0)
-
-
-@dataclass
-class Drawn:
-    """What a step brought home: `drafts` int64 [n, g] (None without; with `parents` int32 [n, g] they are trees, the anchor first), and per logit row `tokens` int64, `status` int32, `logprobs`
-    float32 (None unless asked for) and the likeliest tokens with their scores [N, k] (None unless asked for). `accepted` int32 [R]
-    is the device's own count."""
-
-    drafts: np.ndarray | None
-    parents: np.ndarray | None
-    tokens: np.ndarray
-    status: np.ndarray
-    logprobs: np.ndarray | None
-    top_tokens: np.ndarray | None
-    top_logprobs: np.ndarray | None
-    accepted: np.ndarray
-
-    def check(self, accepted: Any, prefills: np.ndarray) -> None:
-        """Raises DflashError when the core's walk kept something else, which only a defect can do: draft KV went elsewhere."""
-        failed = {row for row, _ in accepted.failed}
-        for row, (there, here) in enumerate(zip(self.accepted.tolist(), accepted.accepted.tolist())):
-            if there != here and row not in failed and not prefills[row]:
-                raise DflashError(f"accepted[{row}]: the device kept {there} drafts, the core {here}; this is a defect")
 
 
 class _Wanted(NamedTuple):
@@ -107,47 +55,6 @@ class _Wanted(NamedTuple):
     best: int
     inject: bool
     trees: bool = False
-
-
-class _Block:
-    """Named arrays in one piece of memory, on the host (pinned where that matters) and on the device, at the same offsets."""
-
-    def __init__(self, device: torch.device, parts: dict[str, tuple[tuple[int, ...], np.dtype | type]]):
-        self._ends: dict[str, int] = {}
-        at, places = 0, {}
-        for name, (shape, dtype) in parts.items():
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            places[name] = (at, size)
-            self._ends[name] = at + size
-            at += -(-size // 16) * 16
-        self.memory = torch.zeros(max(at, 16), dtype=torch.uint8, device=device)
-        self.staging = torch.zeros(max(at, 16), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        bytes_ = self.staging.numpy()
-        self.host: dict[str, np.ndarray] = {}
-        self.device: dict[str, Tensor] = {}
-        for name, (shape, dtype) in parts.items():
-            begin, size = places[name]
-            self.host[name] = bytes_[begin : begin + size].view(dtype).reshape(shape)
-            raw = self.memory[begin : begin + size]
-            torch_type = _TORCH.get(np.dtype(dtype))
-            self.device[name] = raw.view(*shape, -1) if torch_type is None else raw.view(torch_type).view(shape)
-
-    def upload(self, last: str, rows: int | None = None) -> None:
-        """Everything up to `last`, of which only the first `rows`."""
-        array = self.host[last]
-        end = self._ends[last] - array.nbytes + array[:rows].nbytes
-        self.memory[:end].copy_(self.staging[:end], non_blocking=True)
-
-    def download(self) -> None:
-        """Everything; the caller waits for it."""
-        self.staging.copy_(self.memory, non_blocking=True)
-
-
-_TORCH = {
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.int64): torch.int64,
-    np.dtype(np.float32): torch.float32,
-}
 
 
 def _bucket(count: int, most: int) -> int:
@@ -166,24 +73,39 @@ def _splits(max_keys: int) -> int:
     return 1 << (-(-max_keys // cuda.SPLIT_KEYS) - 1).bit_length()
 
 
-class DeviceStep:
+@dataclass(frozen=True)
+class _Flight:
+    """A step on its way: tokens of its blocks or nodes of its trees, what it was asked for, and tensors with the likeliest tokens."""
+
+    step: Step
+    block: int
+    wanted: _Wanted
+    tops: tuple[Tensor, Tensor] | None
+
+
+class DeviceBackend:
     """Runs the steps of an engine on the device of its target. Both models have their KV allocated.
 
     `graphs` captures decoding steps in CUDA graphs (only if the target's forward is the fused one: other code may do anything).
     """
 
+    # What is drafted is verified: to ask the host would be to wait for the drafter.
+    asks_host = False
+
     def __init__(
         self,
+        core: Any,
         target: TargetModel,
         draft: DFlashDraft | None,
+        requests: Requests,
         config: EngineConfig,
         *,
         block_size: int,
         max_context: int,
-        table_width: int,
         tree_nodes: int = 0,
         graphs: bool = True,
     ):
+        self.core, self.requests, self.times = core, requests, StageTimes()
         self.target, self.draft = target, None if draft is None else draft._engine
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
         self.rows = config.max_running
@@ -200,7 +122,7 @@ class DeviceStep:
             self.draft.rotary.rows(self.limit, self.device)
         r, n = self.rows, self.rows * row
         # Row `r` is an empty request, for the padding of drafting batches.
-        self._in = _Block(
+        self._in = Arena(
             self.device,
             {
                 "query_starts": ((r + 1,), np.int32),
@@ -210,10 +132,10 @@ class DeviceStep:
                 "draft_rows64": ((r,), np.int64),
                 "anchors": ((r + 1,), np.int64),
                 "sampling": ((r,), cuda.SAMPLING_ROW),
-                "pages": ((r + 1, table_width), np.int32),
+                "pages": ((r + 1, core.page_table.shape[1]), np.int32),
             },
         )
-        self._out = _Block(
+        self._out = Arena(
             self.device,
             {
                 "tokens": ((n,), np.int64),
@@ -227,47 +149,42 @@ class DeviceStep:
         self._row_ids = torch.arange(r, dtype=torch.int32, device=self.device)
         self._edits = self._edit_room(1024)
         if tree_nodes:
-            self._plant_trees(n)
+            self._make_room_for_trees(n)
 
-    def _plant_trees(self, tokens: int) -> None:
+    def _make_room_for_trees(self, tokens: int) -> None:
         """Room for trees of up to `tree_nodes` drafts, and where the target's KV lies."""
         caches = list(self.target.caches.values())
         self._target_kv = cuda.KvCaches([k for k, _ in caches], [v for _, v in caches])
         # Which node of which tree a packed token is.
-        self._nodes = _Block(self.device, {"nodes": ((tokens,), np.int64)})
+        self._nodes = Arena(self.device, {"nodes": ((tokens,), np.int64)})
         room = (self.rows + 1) * (self.tree_nodes + 1)
         self._depths = torch.zeros(room, dtype=torch.int32, device=self.device)
         self._masks = torch.zeros(room * -(-(self.tree_nodes + 1) // 64), dtype=torch.int64, device=self.device)
 
-    def _edit_room(self, entries: int) -> _Block:
+    def _edit_room(self, entries: int) -> Arena:
         parts = {name: ((entries,), np.int32) for name in ("history_tokens", "history_counts", "bias_tokens")}
-        return _Block(self.device, {**parts, "bias_values": ((entries,), np.float32)})
+        return Arena(self.device, {**parts, "bias_values": ((entries,), np.float32)})
+
+    @property
+    def num_graphs(self) -> int:
+        return 0 if self.graphs is None else len(self.graphs)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
-    draws = staticmethod(Draws.of)
-
-    def run(
-        self,
-        plan: Any,
-        page_table: np.ndarray,
-        draws: Sequence[Draws],
-        histories: Any,
-        inject: bool,
-        *,
-        tree_block: int | None = None,
-    ) -> Drawn:
-        """Takes one step. `draws`: per row of the plan; `histories`: `Engine.histories(plan)`, or None when nobody penalises;
-        `inject`: whether what is accepted gets draft KV; `tree_block`: drafts trees out of blocks of so many tokens, which a step with
-        chunks of prompts cannot. Waits for the result."""
-        batch, drafting, rows = plan.context_lens.size, plan.draft_rows.size, plan.logit_rows.size
+    @stage("verify")
+    def launch(self, step: Step) -> _Flight:
+        plan = step.plan
+        draws = [self.requests.draws(request) for request in plan.request_ids.tolist()]
+        histories = self.core.histories(plan) if any(d.penalises for d in draws) else None
+        batch, drafting = plan.context_lens.size, plan.draft_rows.size
         prompts = bool(plan.is_prefill.any())
         lens = plan.block_len
         longest = int(lens.max())
         bucket = batch if prompts else _bucket(batch, self.rows)
-        self._fill(plan, page_table, draws, histories, bucket)
+        self._fill(plan, self.core.page_table, draws, histories, bucket)
         max_keys = int((plan.context_lens + lens).max())
         block = int(lens[plan.draft_rows].max()) if drafting else 1
+        tree_block = step.block if step.trees else None
         if tree_block is not None:
             self._fill_nodes(plan, bucket, longest)
         if drafting:
@@ -276,8 +193,8 @@ class DeviceStep:
             any(d.filters for d in draws),
             any(d.logprobs is not None for d in draws),
             min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size),
-            inject,
-            tree_block is not None,
+            step.inject,
+            step.trees,
         )
         tops = None
         if prompts:
@@ -287,13 +204,26 @@ class DeviceStep:
         else:
             self._verify_graph(bucket, longest, max_keys, wanted)
         self._out.download()
+        return _Flight(step, block, wanted, tops)
+
+    def resolve(self, launched: _Flight) -> Any:
+        drawn = self._wait(launched)
+        accepted = self._walk(launched.step.plan, drawn)
+        drawn.check(accepted, launched.step.plan.is_prefill)
+        return accepted
+
+    @stage("verify")
+    def _wait(self, launched: _Flight) -> Drawn:
+        """The only wait of a step."""
+        plan, block, wanted, tops = launched.step.plan, launched.block, launched.wanted, launched.tops
+        batch, rows = plan.context_lens.size, plan.logit_rows.size
         if tops is not None:
             tops = [t[:rows].cpu().numpy() for t in tops]
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         host = self._out.host
         proposed = parents = None
-        if drafting:
+        if plan.draft_rows.size:
             full = host["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
             proposed = full[plan.draft_rows]
         if wanted.trees:
@@ -311,6 +241,21 @@ class DeviceStep:
             host["accepted"][:batch].copy(),
         )
 
+    @stage("accept")
+    def _walk(self, plan: Any, drawn: Drawn) -> Any:
+        if drawn.parents is not None:
+            plan.set_trees(drawn.drafts, drawn.parents, plan.block_len[plan.draft_rows])
+        elif drawn.drafts is not None:
+            plan.set_drafts(drawn.drafts)
+        return self.core.accept_sampled(
+            plan,
+            drawn.tokens,
+            drawn.logprobs,
+            status=drawn.status,
+            top_tokens=drawn.top_tokens,
+            top_logprobs=drawn.top_logprobs,
+        )
+
     def _draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
         """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`."""
         splits, block = _splits(max_keys), tree_block or row
@@ -318,9 +263,9 @@ class DeviceStep:
         def work() -> None:
             rows = self._draft_rows(requests, block, splits * cuda.SPLIT_KEYS)
             if tree_block is None:
-                self._propose(requests, block, *rows)
+                self._pick_chains(requests, block, *rows)
             else:
-                self._plant(requests, row, *rows)
+                self._grow_trees(requests, row, *rows)
 
         self._run(("draft", requests, row, tree_block, splits), work)
 
@@ -345,7 +290,7 @@ class DeviceStep:
         """int64 [rows + 1, block - 1], packed: the kernel takes no gaps."""
         return self._out.device["drafts"][: (self.rows + 1) * (block - 1)].view(self.rows + 1, block - 1)
 
-    def _fill(self, plan: Any, page_table: np.ndarray, draws: Sequence[Draws], histories: Any, bucket: int) -> None:
+    def _fill(self, plan: Any, page_table: np.ndarray, draws: list[Draws], histories: Any, bucket: int) -> None:
         host, batch, drafting = self._in.host, plan.context_lens.size, plan.draft_rows.size
         host["query_starts"][: batch + 1] = plan.query_starts
         host["query_starts"][batch + 1 : bucket + 1] = plan.query_starts[-1]
@@ -370,7 +315,7 @@ class DeviceStep:
         nodes[:tokens][within == 0] = nodes[tokens : bucket * row] = int(plan.draft_rows[0]) * row
         self._nodes.upload("nodes", bucket * row)
 
-    def _fill_sampling(self, draws: Sequence[Draws], histories: Any) -> None:
+    def _fill_sampling(self, draws: list[Draws], histories: Any) -> None:
         rows = self._in.host["sampling"]
         rows[len(draws) :] = np.zeros((), dtype=cuda.SAMPLING_ROW)
         used = bias = 0
@@ -426,7 +371,7 @@ class DeviceStep:
         )
         return draft.block(token_ids, positions, self.limit, attention, block)
 
-    def _propose(self, requests: int, block: int, hidden: Tensor, logits: Tensor) -> None:
+    def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor) -> None:
         """The likeliest chains, into `_drafts(block)`."""
         rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
         if self.draft.selector is None:
@@ -436,7 +381,7 @@ class DeviceStep:
             drafts = self.draft.select(hidden, logits, anchors, 1)[0][:, :, 0]
         self._drafts(block).index_copy_(0, rows64, drafts)
 
-    def _plant(self, requests: int, row: int, hidden: Tensor, logits: Tensor) -> None:
+    def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor) -> None:
         """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
         rows, rows64 = (self._in.device[name][:requests] for name in ("draft_rows", "draft_rows64"))
         anchors = self._in.device["anchors"].index_select(0, rows)

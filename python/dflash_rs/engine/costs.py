@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from ..config import StepCosts
-from .batch import StepBatch
-from .draft import DFlashDraft
-from .target import TargetModel
+from ..models.batch import StepBatch
+from ..models.draft import DFlashDraft
+from ..models.target import TargetModel
 
 # Enough rounds for each minimum to be near the truth even on a busy machine, and no more once a big model has taken this long.
 _ROUNDS = 12

@@ -1,0 +1,99 @@
+"""How much is drafted, and how much of it is verified: what the core's planner is asked, and what it is told."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _core
+from ..config import StepCosts
+from .backend import Step
+from .requests import Requests
+from .timing import StageTimes
+
+
+class Decision(NamedTuple):
+    """Most tokens of the next step's decoding rows, tokens of the blocks that the drafter computes (both count the anchor), and whether to
+    draft trees."""
+
+    row: int
+    block: int
+    trees: bool
+
+
+class Policy:
+    """Decides for blocks of `block_size` tokens and trees of up to `tree_nodes` drafts, 0 for chains.
+
+    By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `tiers`: whether the drafter's probabilities are seen
+    before verifying; where they are not, trees come in these numbers of drafts. `observes`: the costs come down to what steps take.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        tree_nodes: int,
+        costs: StepCosts | None,
+        observes: bool,
+        max_running: int,
+        max_batch_tokens: int,
+        asks_host: bool,
+        tiers: list[int],
+    ):
+        self.costs, self._observes = costs, observes
+        self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
+        self._widths = [] if asks_host else [drafts + 1 for drafts in tiers]
+        self.planner = (
+            _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
+        )
+
+    # ---- before a step -------------------------------------------------------------------------------------------
+
+    def decide(self, requests: Requests) -> Decision:
+        """For the next step of whoever runs."""
+        temperatures, others = requests.drafting(self._max_running)
+        return Decision(*self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens))
+
+    def shape(self, plan: Any, decision: Decision, requests: Requests) -> Step:
+        """What the planned step is to do."""
+        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
+        inject = requests.any_drafts(plan.request_ids)
+        # Prompts take their share of a step: what drafts beside them drafts chains.
+        trees = bool(decision.trees and plan.draft_rows.size > 0 and not plan.is_prefill.any())
+        if decision.trees and not trees:
+            plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block) - 1)
+        longest = int(plan.block_len[plan.draft_rows].max(initial=0))
+        block = decision.block if trees else min(decision.block, longest)
+        return Step(plan, block, trees, inject, int(plan.draft_rows.size) * block)
+
+    # ---- between drafting and verifying --------------------------------------------------------------------------
+
+    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, requests: Requests) -> None:
+        """Fills in the drafts that pay, out of the drafter's candidates: see `DFlashDraft.candidates`."""
+        plan, rows = step.plan, step.plan.draft_rows
+        temperatures, most = requests.temperatures(plan.request_ids[rows]), plan.block_len[rows]
+        others = plan.token_ids.size - int(most.sum())
+        if step.trees:
+            anchors = plan.token_ids[plan.query_starts[rows]]
+            trees = self.planner.admit_trees(anchors, tokens, probabilities, temperatures, most, others, plan=plan)
+            plan.set_trees(*trees)
+            return
+        first, its = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
+        plan.set_drafts(first)
+        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan) - 1)
+
+    # ---- after a step --------------------------------------------------------------------------------------------
+
+    def learn(self, step: Step, accepted: Any, requests: Requests) -> None:
+        """Remembers what was accepted."""
+        if step.plan.draft_rows.size:
+            self.planner.record_step(step.plan, accepted, requests.temperatures(step.plan.request_ids))
+
+    def observe(self, step: Step, times: StageTimes) -> None:
+        """Sees what a step took."""
+        plan, took = step.plan, times.step
+        # A prefill computes fewer logits than rows.
+        if self._observes and plan.logit_rows.size == plan.token_ids.size:
+            drafted = step.drafted_rows if step.inject else 0
+            self.planner.observe(plan.token_ids.size, took["verify"], drafted, took["draft"] + took["inject"])
