@@ -43,7 +43,7 @@ class Policy:
     ):
         self.costs, self._observes = costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
-        self._widths = [] if asks_host else [drafts + 1 for drafts in tiers]
+        self._widths = [] if asks_host or not tree_nodes else [drafts + 1 for drafts in tiers]
         self.planner = (
             _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
         )
