@@ -179,7 +179,7 @@ soak:
 
 # Which faults, and where: docs/testing.md. MUTANTS is passed on, such as MUTANTS="--shard 1/8" or MUTANTS="--re PagePool".
 MUTANTS ?=
-MUTATED := src/kv src/schedule src/step src/verify src/draft src/plan.rs src/plan src/width.rs src/stats.rs
+MUTATED := src/kv src/schedule src/step src/verify src/draft src/plan src/stats.rs
 mutants: mutants-tools
 	failed=0; \
 	$(BIN)/python scripts/mutants.py rust $(MUTATED) $(MUTANTS) || failed=1; \

@@ -17,7 +17,6 @@ pub mod stats;
 pub mod step;
 pub mod types;
 pub mod verify;
-pub mod width;
 
 pub use device::host::HostKernels;
 pub use draft::DraftTree;

@@ -736,11 +736,14 @@ class HostInjector:
 
 @final
 class Planner:
-    """Chooses how much to draft and how much of it to verify: most expected tokens per time.
+    """Decides how much to draft and how much of it to verify: most expected tokens per time.
 
     Costs are curves, pairs of packed tokens and time in any one unit: of a target pass, and of a drafter pass with what follows
-    from it. Straight between the points, flat before the first, beyond the last as between the last two. The defaults count
-    target passes only: whole blocks.
+    from it. Straight between the points, flat before the first, beyond the last as between the last two. With one of them alone
+    target passes take 1, drafter passes nothing. With none there is nothing to weigh: whole blocks, whole trees.
+
+    A width is the number of a request's tokens that a step verifies, the anchor counted. How often drafts are accepted, and what the
+    drafter's probabilities are worth, is learnt from what is recorded, for a few bands of temperatures.
     """
 
     def __new__(
@@ -751,35 +754,50 @@ class Planner:
         draft: list[tuple[float, float]] | None = None,
         tree_nodes: int = 0,
     ) -> Planner: ...
-    def block(self, requests: int, others: int = 0) -> int:
-        """Block length for a step in which ``requests`` could draft and ``others`` tokens run beside them; 1 is a plain step."""
+    def decide(
+        self, temperatures: NDArray[np.float32], others: int = 0, *, widths: list[int] = [], room: int = 0
+    ) -> tuple[int, int, bool]:
+        """How much to draft in the next step: the largest width, the tokens of the drafter's block, and whether to draft trees.
 
-    def widths(self, probabilities: NDArray[np.float32], others: int = 0) -> NDArray[np.int32]:
-        """How many of its drafts each request verifies, ``[n]``, from the drafter's own probabilities ``[n, width]``."""
-
-    def tree(self, requests: int, others: int = 0, *, tiers: list[int] = [], shortest: int = 2) -> tuple[int, int]:
-        """Drafts per request and block length for a step of trees: of up to ``tree_nodes`` drafts, one of ``tiers`` (rising) if there are any, out
-        of blocks of at least ``shortest`` tokens. (0, 1) is a plain step.
-
-        Trees grow best first, so a pass over many drafts also says what fewer would have gained: no draft of a smaller tree is missing.
+        ``temperatures`` ``[n]``: those of the requests that could draft; ``others`` tokens run beside them. (1, 1, False) is a plain step.
+        ``widths``, rising, are for trees on a device that is not asked between drafting and verifying: one of them is taken, with which the
+        step has at most ``room`` tokens, and whole blocks. Elsewhere what is drafted can still be cut by ``admit`` and ``admit_trees``.
         """
 
-    def trees(
+    def admit(
+        self,
+        probabilities: NDArray[np.float32],
+        temperatures: NDArray[np.float32],
+        most: NDArray[np.int32],
+        others: int = 0,
+        *,
+        plan: StepPlan | None = None,
+    ) -> NDArray[np.int32]:
+        """The width of each request, ``[n]``, at most ``most`` ``[n]``: chains are cut where more would not pay.
+
+        ``probabilities`` ``[n, depth]``: the drafter's own of what it drafted, where what is no number counts as 0; ``temperatures`` ``[n]``.
+        With the ``plan`` of the step, whose ``draft_rows`` they are, ``record_step`` learns what the probabilities are worth.
+        """
+
+    def admit_trees(
         self,
         anchors: NDArray[np.int64],
         tokens: NDArray[np.int64],
-        chances: NDArray[np.float32],
-        limits: NDArray[np.int32],
+        probabilities: NDArray[np.float32],
+        temperatures: NDArray[np.float32],
+        most: NDArray[np.int32],
         others: int = 0,
+        *,
+        plan: StepPlan | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
         """The trees to verify, for ``StepPlan.set_trees``: drafts are admitted best first over all requests, while that pays.
 
-        ``anchors`` ``[n]``; ``tokens`` and ``chances`` ``[n, depth, k]``: candidates per position and the chance that each is accepted when its
-        parent was, falling; ``limits`` ``[n]``: most drafts of each request.
+        ``anchors`` ``[n]``; ``tokens`` and ``probabilities`` ``[n, depth, k]``: candidates per place, the likeliest first; the rest as for ``admit``.
+        Returns tokens and parents ``[n, w]`` and the width of each request ``[n]``.
         """
 
-    def record_trees(self, plan: StepPlan, accepted: Accepted) -> None:
-        """Books a step: what each request verified and which of it was accepted."""
+    def record_step(self, plan: StepPlan, accepted: Accepted, temperatures: NDArray[np.float32]) -> None:
+        """Books a step, before it is committed: what each request verified and which of it was accepted. ``temperatures`` ``[R]``."""
 
     def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
         """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
@@ -788,17 +806,25 @@ class Planner:
         """
 
     @property
-    def costs(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-        """Costs in use: the curves of target and drafter."""
+    def costs(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]] | None:
+        """Costs in use: the curves of target and drafter. None where there are none."""
 
-    def record(self, drafted: int, accepted: int) -> None:
-        """Books one request's pass: ``drafted`` drafts verified, ``accepted`` of them kept."""
+    def record(
+        self,
+        drafted: int,
+        accepted: int,
+        temperature: float = 1.0,
+        probabilities: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Books one request's chain: ``drafted`` drafts verified, ``accepted`` of them kept, and the drafter's ``probabilities`` of them,
+        ``[>= drafted]``, if they are to be learnt from."""
 
-    @property
-    def acceptance(self) -> list[float]:
-        """Chance that the draft at each position is accepted when all before it were."""
+    def acceptance(self, temperature: float = 1.0) -> list[float]:
+        """Chance that the draft at each position is accepted when all before it were, for requests at this temperature."""
 
-@final
+    def exponent(self, temperature: float = 1.0) -> float:
+        """What makes a chance of acceptance of the drafter's probability, ``probability ** exponent``, for requests at this temperature."""
+
 class WidthPlanner:
     """Chooses one block length for a whole batch: most expected tokens per second, judged by what steps were seen to take.
 

@@ -1,12 +1,9 @@
 //! Best-first building: the N likeliest prefixes (DDTree, arXiv 2604.12989, section on tree construction).
 //!
 //! The expected accepted length of a tree is the sum over its nodes of the path's probability, so the best tree of N nodes
-//! is that of the N likeliest prefixes. A heap yields them in order: popping a node offers its next sibling and its first
-//! child, so the heap never holds more than N + 1 entries. O(N log N) after the drafter's top-k.
+//! is that of the N likeliest prefixes. A heap yields them in order (`best_first.rs`). O(N log N) after the drafter's top-k.
 
-use std::cmp::Ordering;
-use std::collections::BinaryHeap;
-
+use crate::draft::best_first::{BestFirst, Place, Waiting};
 use crate::draft::tree::{DraftTree, check_log_prob};
 use crate::error::{Error, Result};
 use crate::types::TokenId;
@@ -98,41 +95,12 @@ pub fn top_k(log_probs: &[f32], vocab: usize, k: usize) -> Result<(Vec<TokenId>,
     Ok((tokens, best))
 }
 
+// What the line keeps of a draft beside its score.
 #[derive(Debug)]
-struct Candidate {
-    score: f32,
-    log_prob: f32,
+struct Draft {
     token: TokenId,
-    depth: u32,
-    parent: u32,
-    rank: u32,
+    log_prob: f32,
 }
-
-// Greatest first: score, then the shallower, the earlier parent, the better rank. A total order, so the tree does not
-// depend on the heap's internals and a device that merges level by level gives the same one.
-impl Ord for Candidate {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.score
-            .total_cmp(&other.score)
-            .then(other.depth.cmp(&self.depth))
-            .then(other.parent.cmp(&self.parent))
-            .then(other.rank.cmp(&self.rank))
-    }
-}
-
-impl PartialOrd for Candidate {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Candidate {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Candidate {}
 
 impl DraftTree {
     /// The tree of the `nodes` likeliest prefixes no deeper than `max_depth`; fewer if the source has fewer of positive
@@ -142,17 +110,18 @@ impl DraftTree {
     /// Errors: a log-probability above 0, NaN, or larger than that of the sibling before it.
     pub fn build(anchor: TokenId, nodes: usize, max_depth: usize, source: &mut impl ChildSource) -> Result<Self> {
         let mut tree = Self::root(anchor);
-        let mut heap = BinaryHeap::new();
+        let mut line = BestFirst::with_capacity(0);
         if max_depth > 0 {
-            offer(&mut heap, &tree, 0, 0, 0.0, source)?;
+            offer(&mut line, &tree, Place::first(0), 0.0, source)?;
         }
         while tree.len() <= nodes {
-            let Some(best) = heap.pop() else { break };
-            let parent = best.parent as usize;
-            let node = tree.push(parent, best.token, best.score);
-            offer(&mut heap, &tree, parent, best.rank as usize + 1, best.log_prob, source)?;
-            if (best.depth as usize) < max_depth {
-                offer(&mut heap, &tree, node, 0, 0.0, source)?;
+            let Some(Waiting { score, place, draft }) = line.take() else {
+                break;
+            };
+            let node = tree.push(place.parent as usize, draft.token, score);
+            offer(&mut line, &tree, place.sibling(), draft.log_prob, source)?;
+            if (place.depth as usize) < max_depth {
+                offer(&mut line, &tree, place.child(node), 0.0, source)?;
             }
         }
         Ok(tree)
@@ -160,13 +129,13 @@ impl DraftTree {
 }
 
 fn offer(
-    heap: &mut BinaryHeap<Candidate>,
+    line: &mut BestFirst<Draft>,
     tree: &DraftTree,
-    parent: usize,
-    rank: usize,
+    place: Place,
     ceiling: f32,
     source: &mut impl ChildSource,
 ) -> Result<()> {
+    let (parent, rank) = (place.parent as usize, place.rank as usize);
     let Some((token, log_prob)) = source.child(tree, parent, rank) else {
         return Ok(());
     };
@@ -179,15 +148,7 @@ fn offer(
         });
     }
     if log_prob > f32::NEG_INFINITY {
-        heap.push(Candidate {
-            // -0.0 and 0.0 are one score; `+ 0.0` makes `total_cmp` agree.
-            score: tree.scores()[parent] + log_prob + 0.0,
-            log_prob,
-            token,
-            depth: tree.depths()[parent] + 1,
-            parent: parent as u32,
-            rank: rank as u32,
-        });
+        line.offer(place, tree.scores()[parent] + log_prob, Draft { token, log_prob });
     }
     Ok(())
 }

@@ -8,8 +8,10 @@
 //!
 //! A chain is the tree in which every node has one child: the same code path, bit for bit.
 
+mod best_first;
 mod build;
 mod tree;
 
+pub(crate) use best_first::{BestFirst, Place};
 pub use build::{ChildSource, TopK, top_k};
 pub use tree::{DraftTree, NO_NODE};

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::draft::DraftTree;
+use crate::plan::Pass;
 use crate::py::arrays::{Count, Flag, Given, array, shaped};
 use crate::py::buffers::{table_view, view};
 use crate::py::errors::{invalid, parent_ids, token_ids};
@@ -414,25 +415,36 @@ impl Engine {
 }
 
 impl Accepted {
-    /// Of every row that followed drafts: drafts verified, positions drafted, and the accepted ones by their place behind the anchor.
-    pub(super) fn each_pass(&self, plan: &StepPlan, mut each: impl FnMut(usize, usize, &[i64])) {
-        let plan = locked(&plan.plan);
+    /// What became of the drafts of every row that followed some. `temperatures` are those of the plan's rows.
+    pub(super) fn each_pass(&self, plan: &step::StepPlan, temperatures: &[f32], mut each: impl FnMut(&Pass<'_>)) {
         let (layout, kept) = (plan.arrays(), self.accepted.arrays());
         let mut path = Vec::new();
-        for row in 0..layout.row_ids.len().min(kept.accepted.len()) {
+        for (row, &temperature) in temperatures.iter().enumerate().take(kept.accepted.len()) {
             let verified = layout.block_len[row] as usize - 1;
             if layout.is_prefill[row] || verified == 0 || kept.token_starts[row] == kept.token_starts[row + 1] {
                 continue;
             }
             let rows = &kept.commit_rows[kept.commit_starts[row] as usize..kept.commit_starts[row + 1] as usize];
+            let anchor = i64::from(layout.query_starts[row]);
             path.clear();
-            path.extend(
-                rows.iter()
-                    .skip(1)
-                    .map(|at| at - i64::from(layout.query_starts[row]) - 1),
-            );
-            each(verified, plan.drafted(row) as usize, &path);
+            path.extend(rows.iter().skip(1).map(|at| (at - anchor - 1) as usize));
+            each(&Pass {
+                step: plan.step(),
+                request: layout.request_ids[row],
+                temperature,
+                tree: !layout.parents.is_empty(),
+                verified,
+                depth: plan.drafted(row) as usize,
+                path: &path,
+            });
         }
+    }
+}
+
+impl StepPlan {
+    /// The plan itself.
+    pub(super) fn locked(&self) -> MutexGuard<'_, step::StepPlan> {
+        locked(&self.plan)
     }
 }
 

@@ -7,9 +7,9 @@ use pyo3::prelude::*;
 use super::arrays::{Count, Given, array, shaped};
 use super::engine::{Accepted, StepPlan};
 use super::errors::invalid;
-use crate::{plan, width};
+use crate::plan;
 
-/// Tokens, parents, counts.
+/// Tokens, parents, widths.
 type Trees<'py> = (
     Bound<'py, PyArray2<i64>>,
     Bound<'py, PyArray2<i32>>,
@@ -30,11 +30,23 @@ fn rows(name: &'static str, count: Count) -> PyResult<usize> {
     Ok(count.count::<u32>(name)? as usize)
 }
 
-fn chances(name: &'static str, values: &[f32]) -> PyResult<()> {
-    match values.iter().find(|chance| !(0.0..=1.0).contains(*chance)) {
-        None => Ok(()),
-        Some(chance) => Err(invalid(name, chance.to_string(), "numbers in [0, 1]")),
+fn temperature(given: Given<f32>) -> PyResult<f32> {
+    const EXPECTED: &str = "a finite number of at least 0";
+    let temperature = given.of("temperature", EXPECTED)?;
+    if temperature.is_finite() && temperature >= 0.0 {
+        return Ok(temperature);
     }
+    Err(invalid("temperature", temperature.to_string(), EXPECTED))
+}
+
+/// Number and drafting requests of the step that an offer is for.
+fn step_of(plan: Option<Given<Bound<'_, StepPlan>>>) -> PyResult<Option<(u64, Vec<u64>)>> {
+    let Some(plan) = plan else { return Ok(None) };
+    let plan = plan.of("plan", "a StepPlan, or None")?;
+    let plan = plan.get().locked();
+    let arrays = plan.arrays();
+    let requests = arrays.draft_rows.iter().map(|&row| arrays.request_ids[row as usize]);
+    Ok(Some((plan.step(), requests.collect())))
 }
 
 fn time(name: &'static str, time: Given<f64>) -> PyResult<f64> {
@@ -61,87 +73,106 @@ impl Planner {
         draft: Option<Given<Points>>,
         tree_nodes: Count,
     ) -> PyResult<Self> {
-        let mut cost = plan::StepCost::passes();
-        if let Some(points) = target {
-            cost.target = curve("target", points)?;
-        }
-        if let Some(points) = draft {
-            cost.draft = curve("draft", points)?;
-        }
+        let cost = match (target, draft) {
+            (None, None) => None,
+            (target, draft) => {
+                let mut cost = plan::StepCost::passes();
+                if let Some(points) = target {
+                    cost.target = curve("target", points)?;
+                }
+                if let Some(points) = draft {
+                    cost.draft = curve("draft", points)?;
+                }
+                Some(cost)
+            }
+        };
         let planner = plan::Planner::new(block_size.count("block_size")?, cost)?;
         Ok(Self(planner.with_trees(tree_nodes.count("tree_nodes")?)?))
     }
 
-    /// Block length for a step in which `requests` could draft and `others` tokens run beside them; 1 is a plain step.
-    #[pyo3(signature = (requests, others=Count::ZERO), text_signature = "($self, requests, others=0)")]
-    fn block(&mut self, requests: Count, others: Count) -> PyResult<usize> {
-        Ok(self.0.block(rows("requests", requests)?, rows("others", others)?))
+    /// How much to draft: most tokens of a request, tokens of the drafter's block, whether trees. temperatures f32 `[n]` of those who could
+    /// draft; `others` tokens run beside them; `widths`: those of trees that a device can verify which is not asked between drafting and
+    /// verifying, and `room` tokens of such a step at most.
+    #[pyo3(signature = (temperatures, others=Count::ZERO, *, widths=Given::new(Vec::new()), room=Count::ZERO),
+           text_signature = "($self, temperatures, others=0, *, widths=[], room=0)")]
+    fn decide(
+        &mut self,
+        temperatures: &Bound<'_, PyAny>,
+        others: Count,
+        widths: Given<Vec<usize>>,
+        room: Count,
+    ) -> PyResult<(usize, usize, bool)> {
+        let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[n]")?;
+        let most = self.0.tree_nodes() + 1;
+        let expected = || format!("integers in 2..{most} that rise");
+        let widths = widths.of("widths", &expected())?;
+        let fits = |at: usize| widths[at] > if at == 0 { 1 } else { widths[at - 1] } && widths[at] <= most;
+        if let Some(at) = (0..widths.len()).find(|&at| !fits(at)) {
+            return Err(invalid("widths", widths[at].to_string(), expected()));
+        }
+        let plan::Decision { width, block, trees } = self.0.decide(&plan::Batch {
+            temperatures: temperatures.as_slice()?,
+            others: rows("others", others)?,
+            widths: &widths,
+            room: rows("room", room)?,
+        })?;
+        Ok((width, block, trees))
     }
 
-    /// How many of its drafts each request verifies, i32 `[n]`. `probabilities` f32 `[n, width]` are the drafter's own.
-    #[pyo3(signature = (probabilities, others=Count::ZERO), text_signature = "($self, probabilities, others=0)")]
-    fn widths<'py>(
+    /// Tokens of each request to verify, the anchor counted, i32 `[n]`. probabilities f32 `[n, depth]`: the drafter's own; temperatures f32
+    /// `[n]`; most i32 `[n]`: tokens of each request at most. With the `plan` of the step it is learnt what the probabilities are worth.
+    #[pyo3(signature = (probabilities, temperatures, most, others=Count::ZERO, *, plan=None),
+           text_signature = "($self, probabilities, temperatures, most, others=0, *, plan=None)")]
+    fn admit<'py>(
         &mut self,
         py: Python<'py>,
         probabilities: &Bound<'py, PyAny>,
+        temperatures: &Bound<'py, PyAny>,
+        most: &Bound<'py, PyAny>,
         others: Count,
+        plan: Option<Given<Bound<'py, StepPlan>>>,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, width]")?;
-        let (width, others) = (probabilities.shape()[1], rows("others", others)?);
-        chances("probabilities", probabilities.as_slice()?)?;
-        Ok(PyArray1::from_vec(
-            py,
-            self.0.widths(probabilities.as_slice()?, width, others)?,
-        ))
+        let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, depth]")?;
+        let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[n]")?;
+        let most = array::<i32, Ix1>("most", most, "[n]")?;
+        same_rows(probabilities.shape()[0], temperatures.shape(), most.shape())?;
+        let step = step_of(plan)?;
+        let widths = self.0.admit(&plan::Offers {
+            probabilities: probabilities.as_slice()?,
+            depth: probabilities.shape()[1],
+            k: 1,
+            temperatures: temperatures.as_slice()?,
+            most: most.as_slice()?,
+            others: rows("others", others)?,
+            step: step.as_ref().map(|(step, requests)| (*step, &requests[..])),
+        })?;
+        Ok(PyArray1::from_vec(py, widths))
     }
 
-    /// Drafts per request and block length for a step of trees; (0, 1) is a plain step. `tiers`: the numbers of drafts to choose among, rising;
-    /// `shortest`: least block length.
-    #[pyo3(signature = (requests, others=Count::ZERO, *, tiers=Given::new(Vec::new()), shortest=Count::new(2)),
-           text_signature = "($self, requests, others=0, *, tiers=[], shortest=2)")]
-    fn tree(
-        &mut self,
-        requests: Count,
-        others: Count,
-        tiers: Given<Vec<usize>>,
-        shortest: Count,
-    ) -> PyResult<(usize, usize)> {
-        let (requests, others) = (rows("requests", requests)?, rows("others", others)?);
-        let most = self.0.tree_nodes();
-        let expected = || format!("integers in 1..{most} that rise");
-        let tiers = tiers.of("tiers", &expected())?;
-        if let Some(at) =
-            (0..tiers.len()).find(|&at| tiers[at] <= if at == 0 { 0 } else { tiers[at - 1] } || tiers[at] > most)
-        {
-            return Err(invalid("tiers", tiers[at].to_string(), expected()));
-        }
-        let shortest: u32 = shortest.count("shortest")?;
-        if shortest < 2 {
-            return Err(invalid("shortest", shortest.to_string(), "an integer of at least 2"));
-        }
-        Ok(self.0.tree(requests, others, &tiers, shortest as usize))
-    }
-
-    /// The trees to verify, for `StepPlan.set_trees`. anchors i64 `[n]`; tokens i64 and chances f32 `[n, depth, k]`: candidates per
-    /// position and the chance that each is accepted when its parent was, falling; limits i32 `[n]`: most drafts of each request.
-    #[pyo3(signature = (anchors, tokens, chances, limits, others=Count::ZERO),
-           text_signature = "($self, anchors, tokens, chances, limits, others=0)")]
-    fn trees<'py>(
+    /// The trees to verify, for `StepPlan.set_trees`: tokens, parents, widths. anchors i64 `[n]`; tokens i64 and probabilities f32
+    /// `[n, depth, k]`: candidates per place, the likeliest first; the rest as for `admit`.
+    #[pyo3(signature = (anchors, tokens, probabilities, temperatures, most, others=Count::ZERO, *, plan=None),
+           text_signature = "($self, anchors, tokens, probabilities, temperatures, most, others=0, *, plan=None)")]
+    #[allow(clippy::too_many_arguments)] // arrays, one each
+    fn admit_trees<'py>(
         &mut self,
         py: Python<'py>,
         anchors: &Bound<'py, PyAny>,
         tokens: &Bound<'py, PyAny>,
-        chances: &Bound<'py, PyAny>,
-        limits: &Bound<'py, PyAny>,
+        probabilities: &Bound<'py, PyAny>,
+        temperatures: &Bound<'py, PyAny>,
+        most: &Bound<'py, PyAny>,
         others: Count,
+        plan: Option<Given<Bound<'py, StepPlan>>>,
     ) -> PyResult<Trees<'py>> {
         let anchors = array::<i64, Ix1>("anchors", anchors, "[n]")?;
         let tokens = array::<i64, Ix3>("tokens", tokens, "[n, depth, k]")?;
-        let chances = array::<f32, Ix3>("chances", chances, "[n, depth, k]")?;
-        let limits = array::<i32, Ix1>("limits", limits, "[n]")?;
+        let probabilities = array::<f32, Ix3>("probabilities", probabilities, "[n, depth, k]")?;
+        let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[n]")?;
+        let most = array::<i32, Ix1>("most", most, "[n]")?;
         shaped(
-            "chances",
-            chances.shape(),
+            "probabilities",
+            probabilities.shape(),
             tokens.shape(),
             "[n, depth, k], that of tokens",
         )?;
@@ -151,32 +182,46 @@ impl Planner {
             anchors.shape(),
             "[n], as many requests as anchors",
         )?;
-        self::chances("chances", chances.as_slice()?)?;
+        same_rows(tokens.shape()[0], temperatures.shape(), most.shape())?;
+        let step = step_of(plan)?;
         let offers = plan::Offers {
-            anchors: anchors.as_slice()?,
-            tokens: tokens.as_slice()?,
-            chances: chances.as_slice()?,
+            probabilities: probabilities.as_slice()?,
             depth: tokens.shape()[1],
             k: tokens.shape()[2],
-            limits: limits.as_slice()?,
+            temperatures: temperatures.as_slice()?,
+            most: most.as_slice()?,
+            others: rows("others", others)?,
+            step: step.as_ref().map(|(step, requests)| (*step, &requests[..])),
         };
-        let trees = self.0.trees(&offers, rows("others", others)?)?;
-        let shape = [trees.counts.len(), trees.width];
+        let trees = self.0.admit_trees(&offers, anchors.as_slice()?, tokens.as_slice()?)?;
+        let shape = [trees.widths.len(), trees.width];
         Ok((
             PyArray1::from_vec(py, trees.tokens).reshape(shape)?,
             PyArray1::from_vec(py, trees.parents).reshape(shape)?,
-            PyArray1::from_vec(py, trees.counts),
+            PyArray1::from_vec(py, trees.widths),
         ))
     }
 
-    /// Books a step of trees: what each request verified and which of it was accepted.
-    fn record_trees(&mut self, plan: Given<Bound<'_, StepPlan>>, accepted: Given<Bound<'_, Accepted>>) -> PyResult<()> {
+    /// Books a step: what each request verified and which of it was accepted. temperatures f32 `[R]` of the plan's rows.
+    fn record_step(
+        &mut self,
+        plan: Given<Bound<'_, StepPlan>>,
+        accepted: Given<Bound<'_, Accepted>>,
+        temperatures: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         let (plan, accepted) = (plan.of("plan", "a StepPlan")?, accepted.of("accepted", "an Accepted")?);
+        let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[R]")?;
+        let plan = plan.get().locked();
+        let requests = plan.arrays().request_ids.len();
+        shaped(
+            "temperatures",
+            temperatures.shape(),
+            &[requests],
+            "[R], one per row of the plan",
+        )?;
         let mut outcome = Ok(());
-        accepted.get().each_pass(plan.get(), |verified, depth, path| {
-            let booked = self
-                .0
-                .record_tree(verified, depth, path.iter().map(|&node| node as usize));
+        accepted.get().each_pass(&plan, temperatures.as_slice()?, |pass| {
+            let booked = self.0.record_pass(pass);
             outcome = outcome.clone().and(booked);
         });
         Ok(outcome?)
@@ -198,37 +243,69 @@ impl Planner {
         Ok(())
     }
 
-    /// Costs in use: the curves of target and drafter.
+    /// Costs in use: the curves of target and drafter; None where whole blocks are drafted.
     #[getter]
-    fn costs(&self) -> (Points, Points) {
-        let cost = self.0.cost();
-        (cost.target.points().to_vec(), cost.draft.points().to_vec())
+    fn costs(&self) -> Option<(Points, Points)> {
+        let cost = self.0.cost()?;
+        Some((cost.target.points().to_vec(), cost.draft.points().to_vec()))
     }
 
-    /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
-    fn record(&mut self, drafted: Count, accepted: Count) -> PyResult<()> {
-        Ok(self.0.record(rows("drafted", drafted)?, rows("accepted", accepted)?)?)
+    /// Books one request's chain: `drafted` drafts verified, `accepted` of them kept, and f32 `[>= drafted]` the drafter's probabilities of
+    /// them, if they are to be learnt from.
+    #[pyo3(signature = (drafted, accepted, temperature=Given::new(1.0), probabilities=None),
+           text_signature = "($self, drafted, accepted, temperature=1.0, probabilities=None)")]
+    fn record(
+        &mut self,
+        drafted: Count,
+        accepted: Count,
+        temperature: Given<f32>,
+        probabilities: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (drafted, accepted) = (rows("drafted", drafted)?, rows("accepted", accepted)?);
+        let temperature = self::temperature(temperature)?;
+        let probabilities = probabilities
+            .map(|given| array::<f32, Ix1>("probabilities", given, "[>= drafted]"))
+            .transpose()?;
+        let known = probabilities.as_ref().map_or(Ok(&[][..]), |known| known.as_slice())?;
+        if probabilities.is_some() && known.len() < drafted {
+            let expected = format!("at least {drafted}, one for each draft");
+            return Err(invalid("probabilities", format!("{} elements", known.len()), expected));
+        }
+        Ok(self.0.record(temperature, drafted, accepted, known)?)
     }
 
-    /// Chance that the draft at each position is accepted when all before it were.
-    #[getter]
-    fn acceptance(&self) -> Vec<f64> {
-        (0..self.0.block_size() - 1)
-            .map(|position| self.0.acceptance(position))
-            .collect()
+    /// Chance that the draft at each position is accepted when all before it were, for requests at this temperature.
+    #[pyo3(signature = (temperature=Given::new(1.0)), text_signature = "($self, temperature=1.0)")]
+    fn acceptance(&self, temperature: Given<f32>) -> PyResult<Vec<f64>> {
+        let temperature = self::temperature(temperature)?;
+        let positions = 0..self.0.block_size() - 1;
+        Ok(positions
+            .map(|position| self.0.acceptance(temperature, position))
+            .collect())
     }
+
+    /// The exponent that makes a chance of acceptance of the drafter's probability, for requests at this temperature.
+    #[pyo3(signature = (temperature=Given::new(1.0)), text_signature = "($self, temperature=1.0)")]
+    fn exponent(&mut self, temperature: Given<f32>) -> PyResult<f32> {
+        Ok(self.0.exponent(self::temperature(temperature)?))
+    }
+}
+
+fn same_rows(rows: usize, temperatures: &[usize], most: &[usize]) -> PyResult<()> {
+    shaped("temperatures", temperatures, &[rows], "[n], one per request")?;
+    shaped("most", most, &[rows], "[n], one per request")
 }
 
 /// Chooses one block length for a whole batch, from what steps were seen to take and from what was accepted so far.
 #[pyclass(module = "dflash_rs._core")]
-pub struct WidthPlanner(width::WidthPlanner);
+pub struct WidthPlanner(plan::WidthPlanner);
 
 #[pymethods]
 impl WidthPlanner {
     #[new]
     fn new(widths: Given<Vec<usize>>) -> PyResult<Self> {
         let widths = widths.of("widths", "a list of whole numbers")?;
-        Ok(Self(width::WidthPlanner::new(&widths)?))
+        Ok(Self(plan::WidthPlanner::new(&widths)?))
     }
 
     /// The width of the next step, of `requests` requests; 1 is a plain step.

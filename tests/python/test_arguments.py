@@ -138,16 +138,22 @@ def bookkeeping():
     good = dict(block_size=4, target=costs, draft=costs, tree_nodes=2)
     yield Planner, good, tuple(good), ()
     planner = Planner(4, tree_nodes=3)
-    yield planner.block, dict(requests=1, others=0), ("requests", "others"), ()
-    yield planner.widths, dict(probabilities=np.ones((2, 3), F32), others=0), ("probabilities", "others"), ()
-    good = dict(requests=1, others=0, tiers=[1, 3], shortest=2)
-    yield planner.tree, good, tuple(good), ()
-    good = dict(
-        anchors=np.zeros(1, I64), tokens=np.zeros((1, 2, 3), I64), chances=np.full((1, 2, 3), 0.5, F32), limits=np.ones(1, I32), others=0
-    )  # fmt: skip
-    yield planner.trees, good, tuple(good), ("tokens", "chances", "limits")
-    yield planner.record, dict(drafted=2, accepted=1), ("drafted", "accepted"), ("accepted",)
-    yield planner.record_trees, dict(plan=None, accepted=None), ("plan", "accepted"), ("plan",)
+    good = dict(temperatures=np.ones(1, F32), others=0, widths=[2, 4], room=9)
+    yield planner.decide, good, tuple(good), ()
+    rows = dict(temperatures=np.ones(1, F32), most=np.ones(1, I32), others=0, plan=None)
+    good = dict(probabilities=np.full((1, 2), 0.5, F32)) | rows
+    yield planner.admit, good, tuple(good), ("temperatures", "most")
+    good = (
+        dict(anchors=np.zeros(1, I64), tokens=np.zeros((1, 2, 3), I64), probabilities=np.full((1, 2, 3), 0.5, F32))
+        | rows
+    )
+    yield planner.admit_trees, good, tuple(good), ("tokens", "probabilities", "temperatures", "most")
+    good = dict(drafted=2, accepted=1, temperature=1.0, probabilities=np.ones(2, F32))
+    yield planner.record, good, tuple(good), ("accepted",)
+    good = dict(plan=None, accepted=None, temperatures=np.ones(1, F32))
+    yield planner.record_step, good, tuple(good), ("plan",)
+    yield planner.acceptance, {}, ("temperature",), ()
+    yield planner.exponent, {}, ("temperature",), ()
     good = dict(target_rows=1, target_time=1.0, draft_rows=1, draft_time=0.5)
     yield planner.observe, good, tuple(good), ()
     widths = WidthPlanner([1, 4])
@@ -260,10 +266,17 @@ def test_values_are_shown_as_python_writes_them_where_that_is_short():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Planner(4).widths(np.full((1, 3), np.nan, F32)), "probabilities: got NaN, expected numbers in [0, 1]"),
-        (lambda: Planner(4).widths(np.ones((2, 0), F32)), "probabilities: got rows of no drafts, expected at least one draft per request"),
-        (lambda: Planner(4, tree_nodes=3).tree(1, tiers=[-1]), "tiers: got [-1], expected integers in 1..3 that rise"),
-        (lambda: Planner(4, tree_nodes=3).tree(1, tiers=[3, 1]), "tiers: got 1, expected integers in 1..3 that rise"),
+        (lambda: Planner(4).decide(np.full(1, np.nan, F32)), "temperatures: got NaN, expected finite numbers of at least 0"),
+        (
+            lambda: Planner(4).admit(np.ones((2, 0), F32), np.ones(2, F32), np.ones(2, I32)),
+            "probabilities: got places of no drafts, expected at least one draft per request",
+        ),
+        (
+            lambda: Planner(4).admit(np.ones((1, 3), F32), np.ones(1, F32), np.zeros(1, I32)),
+            "most: got 0, expected at least 1, the anchor",
+        ),
+        (lambda: Planner(4, tree_nodes=3).decide(np.ones(1, F32), widths=[-1]), "widths: got [-1], expected integers in 2..4 that rise"),
+        (lambda: Planner(4, tree_nodes=3).decide(np.ones(1, F32), widths=[4, 2]), "widths: got 2, expected integers in 2..4 that rise"),
         (lambda: SamplingParams(seed=10**5000), "seed: got an integer of 16610 bits, expected an integer in 0..18446744073709551615"),
         (lambda: SamplingParams(top_p=0), "top_p: got 0, expected a number in (0, 1]"),
         (lambda: SamplingParams(logit_bias={3: "x"}), "logit_bias[3]: got 'x', expected a number in [-3.40282e+38, 3.40282e+38]"),

@@ -156,8 +156,8 @@ class Counting(FakeLLM):
     def __init__(self, per_pass: float, planner=True):
         super().__init__()
         self.per_pass = per_pass
-        costs = ([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)])
-        self._loop = SimpleNamespace(policy=SimpleNamespace(planner=SimpleNamespace(costs=costs) if planner else None))
+        costs = ([(1, 2.0), (4, 4.0)], [(1, 0.0), (4, 1.0)]) if planner else None
+        self._loop = SimpleNamespace(policy=SimpleNamespace(planner=SimpleNamespace(costs=costs)))
 
     def stats(self):
         drafted = 10 * self.per_pass * sum(self.calls)

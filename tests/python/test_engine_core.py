@@ -437,8 +437,10 @@ def test_a_step_of_trees_says_what_has_to_move():
     assert accepted.commit_slots.tolist() == slots[:3].tolist()
     assert (accepted.move_from.tolist(), accepted.move_to.tolist()) == (slots[2:4].tolist(), slots[1:3].tolist())
     planner = Planner(4, tree_nodes=3)
-    planner.record_trees(plan, accepted)
-    assert planner.acceptance[:2] > [0.7, 0.7]
+    planner.record_step(plan, accepted, np.zeros(1, np.float32))
+    assert min(planner.acceptance(0.0)[:2]) > 0.7 and planner.acceptance(1.0)[:2] == [0.7, 0.7]
+    with pytest.raises(InvalidArgument, match=r"^temperatures: got shape \[2\], expected shape \[1\]"):
+        planner.record_step(plan, accepted, np.zeros(2, np.float32))
     events = core.commit(plan, accepted)
     assert events.tokens.tolist() == [6, 8, 3]
     assert (events.drafted.tolist(), events.verified.tolist(), events.accepted.tolist()) == ([2], [3], [2])
@@ -446,47 +448,58 @@ def test_a_step_of_trees_says_what_has_to_move():
 
 
 def test_the_planner_shares_out_the_nodes_of_trees():
-    anchors, limits = np.array([7, 9]), np.array([5, 2], np.int32)
+    anchors, most, hot = np.array([7, 9]), np.array([6, 3], np.int32), np.ones(2, np.float32)
     tokens = np.arange(12).reshape(2, 3, 2)
-    chances = np.array([[[0.9, 0.05]] * 3, [[0.5, 0.4]] * 3], np.float32)
+    probabilities = np.array([[[0.9, 0.05]] * 3, [[0.5, 0.4]] * 3], np.float32)
     free = Planner(4, tree_nodes=5)
-    trees, parents, counts = free.trees(anchors, tokens, chances, limits)
-    assert counts.tolist() == [6, 3] and trees.shape == parents.shape == (2, 6)
+    trees, parents, widths = free.admit_trees(anchors, tokens, probabilities, hot, most)
+    assert widths.tolist() == [6, 3] and trees.shape == parents.shape == (2, 6)
     assert trees[0, :4].tolist() == [7, 0, 2, 4] and parents[0, :4].tolist() == [-1, 0, 1, 2]
     assert trees[1, :3].tolist() == [9, 6, 7] and parents[1, :3].tolist() == [-1, 0, 0]
     dear = Planner(4, target=[(0, 1.0), (1, 1.2)], tree_nodes=5)
-    assert dear.trees(anchors, tokens, chances, limits, others=3)[2].sum() < 9
-    assert dear.tree(0, 3) == (0, 1) and free.tree(1, 0, tiers=[3], shortest=4) == (3, 4)
+    assert dear.admit_trees(anchors, tokens, probabilities, hot, most, others=3)[2].sum() < 9
+    assert free.decide(hot) == (6, 4, True) and dear.decide(hot[:0], 3) == (1, 1, False)
+    flat = Planner(4, target=[(0, 1.0)], tree_nodes=5)
+    assert flat.decide(hot[:1]) == (6, 4, True)
+    assert [flat.decide(hot[:1], widths=[4, 6], room=room) for room in (6, 5, 3)] == [
+        (6, 4, True),
+        (4, 4, True),
+        (1, 1, False),
+    ]
     for arguments, message in (
-        ((anchors, tokens, chances[:1], limits), "chances: got shape"),
-        ((anchors[:1], tokens, chances, limits[:1]), "tokens: got shape"),
-        ((anchors, tokens, chances, limits[:1]), "limits: got 1 elements, expected 2"),
-        ((anchors, tokens.astype(np.int32), chances, limits), "tokens: got a int32 array"),
+        ((anchors, tokens, probabilities[:1], hot, most), "probabilities: got shape"),
+        ((anchors[:1], tokens, probabilities, hot, most), "tokens: got shape"),
+        ((anchors, tokens, probabilities, hot, most[:1]), r"most: got shape \[1\], expected shape \[2\]"),
+        ((anchors, tokens, probabilities, hot[:1], most), r"temperatures: got shape \[1\], expected shape \[2\]"),
+        ((anchors, tokens.astype(np.int32), probabilities, hot, most), "tokens: got a int32 array"),
     ):
         with pytest.raises(InvalidArgument, match=f"^{message}"):
-            free.trees(*arguments)
+            free.admit_trees(*arguments)
     with pytest.raises(InvalidArgument, match="^tree_nodes: got 2000"):
         Planner(4, tree_nodes=2000)
 
 
 def test_the_planner_weighs_rows_against_tokens():
+    hot, most = np.ones(64, np.float32), np.full(64, 8, np.int32)
     free = Planner(8)
-    assert free.block(64) == 8
-    assert free.widths(np.zeros((2, 7), np.float32)).tolist() == [7, 7]
+    assert free.decide(hot) == (8, 8, False) and free.costs is None
+    assert free.admit(np.zeros((2, 7), np.float32), hot[:2], np.array([8, 5], np.int32)).tolist() == [8, 5]
     dear = Planner(8, target=[(0, 1.0), (10, 2.0)])
     sure, unsure = [0.9] * 7, [0.9, 0.05] + [0.9] * 5
-    widths = dear.widths(np.array([sure, unsure], np.float32))
-    assert widths.dtype == np.int32 and widths[0] > 3 and widths[1] == 1
+    widths = dear.admit(np.array([sure, unsure], np.float32), hot[:2], most[:2])
+    assert widths.dtype == np.int32 and widths[0] > 4 and widths[1] == 2
     before = dear.costs
     dear.observe(10, 3.0, 8, 9.0)
     assert dear.costs == before == ([(0.0, 1.0), (10.0, 2.0)], [(0.0, 0.0)])
     dear.observe(10, 1.5)
     assert dear.costs[0] == [(0.0, 0.75), (10.0, 1.5)]
     for _ in range(200):
-        dear.record(7, 0)
-    assert dear.block(4) == 1 and dear.acceptance[0] < 0.05
+        dear.record(7, 0, 0.5, np.full(7, 0.9, np.float32))
+    assert dear.decide(np.full(4, 0.5, np.float32)) == (1, 1, False) and dear.decide(hot[:4])[0] > 1
+    assert dear.acceptance(0.5)[0] < 0.05 and dear.acceptance()[0] == 0.7
+    assert dear.exponent(0.5) > 5 and dear.exponent() == 1
     stairs = Planner(8, target=[(4, 1.0), (5, 9.0)])
-    assert stairs.widths(np.full((1, 7), 0.3, np.float32)).tolist() == [3]
+    assert stairs.admit(np.full((1, 7), 0.3, np.float32), hot[:1], most[:1]).tolist() == [4]
     for options, message in (
         ({"target": [(0, 0.0)]}, "target: got no time"),
         ({"target": []}, "target: got no points"),
@@ -500,7 +513,35 @@ def test_the_planner_weighs_rows_against_tokens():
     with pytest.raises(DflashError):
         dear.record(3, 5)
     with pytest.raises(InvalidArgument, match="probabilities: got"):
-        dear.widths(np.ones((2, 14), np.float32)[:, ::2])
+        dear.admit(np.ones((2, 14), np.float32)[:, ::2], hot[:2], most[:2])
+    with pytest.raises(
+        InvalidArgument, match="^probabilities: got 2 elements, expected at least 3, one for each draft"
+    ):
+        dear.record(3, 1, 1.0, hot[:2])
+
+
+def test_what_the_drafters_probabilities_are_worth_is_learnt_from_the_steps_they_were_admitted_in():
+    loop = Loop(engine())
+    for prompt in ([1, 2, 3], [4, 5]):
+        loop.add(prompt, max_tokens=40)
+    loop.step()
+    planner, temperatures = Planner(4), np.array([0.0, 1.0], np.float32)
+    for _ in range(6):
+        plan = loop.core.plan()
+        # The first request's drafts are always right, those of the second one never.
+        texts = [loop.texts[request] for request in plan.request_ids.tolist()]
+        right = np.array([continuation(text, 3) for text in texts])
+        right[1] = (right[1] + 1) % VOCAB
+        plan.set_drafts(right)
+        widths = planner.admit(
+            np.full((2, 3), 0.5, np.float32), temperatures, plan.block_len[plan.draft_rows], plan=plan
+        )
+        plan.narrow(widths - 1)
+        accepted = loop.core.accept(plan, loop.logits(plan))
+        assert accepted.accepted.tolist() == [3, 0]
+        planner.record_step(plan, accepted, temperatures)
+        loop.hear(loop.core.commit(plan, accepted))
+    assert planner.exponent(0.0) < 0.6 and 1.5 < planner.exponent(1.0) and planner.exponent(0.4) == 1
 
 
 def test_arrays_of_the_wrong_shape_are_refused_and_the_step_can_go_on():
@@ -599,6 +640,10 @@ def test_a_width_is_chosen_from_what_steps_took():
         planner.record(4, [1, 4])
 
 
+# Temperatures and most tokens of two requests.
+ROWS = np.ones(2, np.float32), np.full(2, 4, np.int32)
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -607,12 +652,15 @@ def test_a_width_is_chosen_from_what_steps_took():
         (lambda: PagePool(4).alloc(-1), "count"),
         (lambda: PagePool(4).owners(2**40), "page"),
         (lambda: Planner(-1), "block_size"),
-        (lambda: Planner(8).block(-1), "requests"),
-        (lambda: Planner(8).block(1, 2**70), "others"),
+        (lambda: Planner(8).decide(np.zeros(1)), "temperatures"),
+        (lambda: Planner(8).decide(np.zeros(1, np.float32), 2**70), "others"),
+        (lambda: Planner(8).decide(np.zeros(1, np.float32), room=-1), "room"),
+        (lambda: Planner(8).acceptance(-1.0), "temperature"),
+        (lambda: Planner(8).exponent(float("nan")), "temperature"),
         (lambda: Planner(8).record(-1, 2), "drafted"),
         (lambda: Planner(8).observe(-1, 1.0), "target_rows"),
-        (lambda: Planner(8).widths(np.zeros((2, 3), np.float32), -1), "others"),
-        (lambda: Planner(8).widths(np.zeros((2, 3))), "probabilities"),
+        (lambda: Planner(8).admit(np.zeros((2, 3), np.float32), *ROWS, -1), "others"),
+        (lambda: Planner(8).admit(np.zeros((2, 3)), *ROWS), "probabilities"),
         (lambda: WidthPlanner(8), "widths"),
         (lambda: WidthPlanner([1, 8]).choose(-1), "requests"),
         (lambda: WidthPlanner([1, 8]).observe(1, 8, -1.0), "seconds"),

@@ -424,8 +424,11 @@ def calls():
     yield pool.retain, dict(pages=[]), dict(pages="ids")
     yield pool.release, dict(pages=[]), dict(pages="ids")
     yield Planner, dict(block_size=4), dict(block_size="count", target="points", draft="points")
-    yield planner.block, dict(requests=2, others=1), dict(requests="count", others="count")
-    yield planner.widths, dict(probabilities=np.ones((2, 3), F32)), dict(probabilities="array", others="count")
+    temperatures, most = np.ones(2, F32), np.full(2, 4, np.int32)
+    kinds = dict(temperatures="array", others="count", room="count")
+    yield planner.decide, dict(temperatures=temperatures, others=1), kinds
+    good = dict(probabilities=np.ones((2, 3), F32), temperatures=temperatures, most=most)
+    yield planner.admit, good, dict(probabilities="array", temperatures="array", most="array", others="count")
     kinds = dict(target_rows="count", target_time="number", draft_rows="count", draft_time="number")
     yield planner.observe, dict(target_rows=1, target_time=1.0), kinds
     yield planner.record, dict(drafted=2, accepted=1), dict(drafted="count", accepted="count")
@@ -447,7 +450,7 @@ def test_what_an_argument_cannot_be_is_refused_by_its_name(call):
 
 def test_whole_numbers_of_numpy_and_keys_of_64_bits_are_taken():
     assert len(PagePool(np.int64(3)).alloc(np.uint8(2))) == 2
-    assert Planner(np.int32(4)).block(np.int64(2)) == 4
+    assert Planner(np.int32(4)).decide(np.ones(2, F32), np.int64(2)) == (4, 4, False)
     np.testing.assert_array_equal(verify.gumbel(np.int64(7), np.uint64(1), np.int8(5)), verify.gumbel(7, 1, 5))
     logits = np.zeros((2, 50), F32)
     # NumPy makes floats of a list like this one, and floats have 53 bits.

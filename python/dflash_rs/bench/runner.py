@@ -305,12 +305,12 @@ def _measure(
 
 
 def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
-    """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without a planner."""
+    """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without costs."""
     loop = getattr(llm, "_loop", None)
-    planner = None if loop is None else loop.policy.planner
-    if planner is None:
+    costs = None if loop is None else loop.policy.planner.costs
+    if costs is None:
         return None
-    target, draft = (np.asarray(points, float).T for points in planner.costs)
+    target, draft = (np.asarray(points, float).T for points in costs)
     plain = float(np.interp(requests, *target))
     rows = requests * block_size
     return (float(np.interp(rows, *target)) + float(np.interp(rows, *draft))) / plain if plain > 0 else None

@@ -98,7 +98,7 @@ class Loop:
     def _commit(self, step: Step, accepted: Any) -> Any:
         events = self.core.commit(step.plan, accepted, injected=step.inject)
         self.backend.keep(step, accepted)
-        self.policy.learn(step, accepted, events)
+        self.policy.learn(step, accepted, self.requests)
         return events
 
     @stage("text")

@@ -137,11 +137,11 @@ class Requests:
         self._finish(active, request, ABORT, [], 0, "")
         return True
 
-    def drafting(self, most: int) -> tuple[int, int]:
-        """How many of the `most` oldest draft, and how many do not."""
+    def drafting(self, most: int) -> tuple[np.ndarray, int]:
+        """Of the `most` oldest: the temperatures of those that draft, float32 [n], and how many do not."""
         oldest = list(self.active.values())[:most]
-        drafting = sum(active.drafts for active in oldest)
-        return drafting, len(oldest) - drafting
+        drafting = [active.params.temperature for active in oldest if active.drafts]
+        return np.asarray(drafting, dtype=np.float32), len(oldest) - len(drafting)
 
     def any_active(self, request_ids: np.ndarray) -> bool:
         """Whether any of them is unfinished."""

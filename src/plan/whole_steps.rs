@@ -19,8 +19,9 @@
 
 use std::cmp::Ordering;
 
+use super::MOST_BLOCK;
+use super::acceptance::Acceptance;
 use crate::error::{Error, Result};
-use crate::plan::{Acceptance, MOST_BLOCK};
 
 /// Steps in a row that a look at a width takes.
 const LOOK: u8 = 4;

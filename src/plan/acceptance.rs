@@ -1,0 +1,136 @@
+//! How often drafts were accepted: by their position in a chain, and by their place in the order of a tree. Learnt from passes, and
+//! slowly forgotten.
+//!
+//! A pass says something of every draft that it reached, and nothing of those behind the first that was refused.
+
+use crate::error::{Error, Result};
+
+/// Passes over which the acceptance of a position is remembered, about.
+const MEMORY: f64 = 200.0;
+/// Passes that the assumption at the start is worth.
+const PRIOR: f64 = 4.0;
+/// A draft, given that all before it were accepted, before anything is known.
+const ASSUMED: f64 = 0.7;
+
+/// How likely drafts are, position by position.
+#[derive(Clone, Debug)]
+pub(super) struct Acceptance {
+    // Passes that reached a position, and those that accepted it, fading.
+    reached: Vec<f64>,
+    accepted: Vec<f64>,
+}
+
+impl Acceptance {
+    /// For `positions` drafts per block.
+    pub fn new(positions: usize) -> Self {
+        Self {
+            reached: vec![0.0; positions],
+            accepted: vec![0.0; positions],
+        }
+    }
+
+    /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
+    pub fn at(&self, position: usize) -> f64 {
+        (self.accepted[position] + PRIOR * ASSUMED) / (self.reached[position] + PRIOR)
+    }
+
+    /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`.
+    pub fn record(&mut self, drafted: usize, accepted: usize) -> Result<()> {
+        if accepted > drafted {
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: accepted as u32,
+                drafted: drafted as u32,
+            });
+        }
+        let fade = 1.0 - 1.0 / MEMORY;
+        for position in 0..drafted.min(self.reached.len()).min(accepted + 1) {
+            self.reached[position] = self.reached[position] * fade + 1.0;
+            self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(position < accepted));
+        }
+        Ok(())
+    }
+}
+
+/// How likely the i-th best draft of a tree is.
+///
+/// Drafts are taken best first, so what a smaller tree would have verified is always the front of what a larger one did. One pass
+/// therefore says of every size up to its own what it would have gained.
+#[derive(Clone, Debug)]
+pub(super) struct NodeRates {
+    // Fading: passes that verified it, and those that accepted it.
+    reached: Vec<f64>,
+    accepted: Vec<f64>,
+}
+
+impl NodeRates {
+    /// For trees of up to `nodes` drafts.
+    pub fn new(nodes: usize) -> Self {
+        Self {
+            reached: vec![0.0; nodes],
+            accepted: vec![0.0; nodes],
+        }
+    }
+
+    /// Most drafts of a tree.
+    pub fn most(&self) -> usize {
+        self.reached.len()
+    }
+
+    /// Chance that the draft at place `node` of the order (0 is the best) is accepted.
+    pub fn at(&self, node: usize) -> f64 {
+        let assumed = ASSUMED / (1.0 + node as f64 / 2.0);
+        (self.accepted[node] + PRIOR * assumed) / (self.reached[node] + PRIOR)
+    }
+
+    /// Books one request's pass over the `verified` best drafts, of which those at `path` were accepted.
+    pub fn record(&mut self, verified: usize, path: &[usize]) {
+        let fade = 1.0 - 1.0 / MEMORY;
+        let verified = verified.min(self.reached.len());
+        for node in 0..verified {
+            self.reached[node] = self.reached[node] * fade + 1.0;
+            self.accepted[node] *= fade;
+        }
+        for &node in path.iter().filter(|&&node| node < verified) {
+            self.accepted[node] += 1.0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_is_learnt_from_the_passes_that_reached_it() {
+        let mut acceptance = Acceptance::new(3);
+        assert_eq!(acceptance.at(0), ASSUMED);
+        for pass in 0..400 {
+            acceptance.record(3, pass % 2).unwrap();
+        }
+        assert!((acceptance.at(0) - 0.5).abs() < 0.02 && acceptance.at(1) < 0.05);
+        assert_eq!(acceptance.at(2), ASSUMED, "nothing came so far");
+        let refused = Error::AcceptedExceedsDrafted {
+            accepted: 3,
+            drafted: 2,
+        };
+        assert_eq!(acceptance.record(2, 3), Err(refused));
+        // Longer blocks than were asked for say nothing of what is not there.
+        acceptance.record(9, 9).unwrap();
+    }
+
+    #[test]
+    fn a_node_is_learnt_from_every_pass_that_verified_it() {
+        let mut rates = NodeRates::new(4);
+        assert!(rates.at(0) == ASSUMED && rates.at(1) < ASSUMED && rates.at(3) < rates.at(2));
+        for _ in 0..300 {
+            rates.record(3, &[0, 2]);
+        }
+        assert!(rates.at(0) > 0.97 && rates.at(1) < 0.02 && rates.at(2) > 0.97);
+        assert_eq!(rates.at(3), ASSUMED / 2.5);
+        rates.record(9, &[0, 3, 8]);
+        assert!(rates.at(3) > ASSUMED / 2.5 && rates.most() == 4);
+    }
+}

@@ -1,0 +1,481 @@
+//! How much to draft and how much of it to verify, so that speculation pays.
+//!
+//! ```text
+//!   before drafting   decide(batch)  ──> width, block, trees      goodput of every block length and tree; 1 is a plain step
+//!   after drafting    admit(offers)  ──> widths, or trees         the likeliest drafts first, while goodput rises
+//!   after verifying   record(passes), observe(times)              what was accepted, what it took
+//!
+//!   goodput = expected tokens / step time             width = tokens of a request that a step verifies, the anchor counted
+//! ```
+//! A verified token costs time even when it is rejected. On a device that is limited by memory it costs next to nothing and
+//! everything is verified; with many requests, or on a processor that computes more slowly than it reads, the least likely drafts
+//! are not worth their row. What is verified never changes the text: every token is the target's own draw.
+//!
+//! Nothing here is fitted to a pair of models. Step times are curves that come from measuring (`curve`). How often drafts are accepted is
+//! learnt by position and by place in a tree (`acceptance`), and what the drafter's own probabilities are worth by what became of
+//! them (`chances`): for a few bands of temperatures, because a drafter guesses greedy choices better than draws. Without costs there is
+//! nothing to weigh: whole blocks and whole trees, by the same calls.
+//!
+//! An engine whose steps cannot be timed in parts chooses one width for a whole batch instead (`whole_steps`).
+
+mod acceptance;
+mod chains;
+mod chances;
+mod curve;
+mod trees;
+mod whole_steps;
+
+use std::collections::VecDeque;
+
+use crate::error::{Error, Result};
+use acceptance::{Acceptance, NodeRates};
+use chances::{BANDS, Exponent, band};
+
+pub use curve::{Curve, StepCost};
+pub use trees::PlannedTrees;
+pub use whole_steps::WidthPlanner;
+
+/// Every so many steps more is drafted than looked best, and of every request something is verified.
+const EXPLORE: u64 = 32;
+/// Longer blocks than this are a mistake.
+const MOST_BLOCK: usize = 4096;
+/// Trees of more drafts than this are a mistake.
+const MOST_NODES: usize = 1024;
+/// Steps that were admitted and are not recorded yet. Those of which no records come, because they were called off, make room.
+const UNRECORDED: usize = 4;
+
+/// What a step could run.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The sampling temperature of each request that could draft.
+    pub temperatures: &'a [f32],
+    /// Tokens that run beside them.
+    pub others: usize,
+    /// The widths of trees that a device can verify which is not asked between drafting and verifying, rising. Empty where it is: what is
+    /// drafted can then still be cut by [`Planner::admit`].
+    pub widths: &'a [usize],
+    /// Most tokens of the step, where `widths` are given.
+    pub room: usize,
+}
+
+/// What to run of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Most tokens of a request that drafts, the anchor counted; 1 is a plain step.
+    pub width: usize,
+    /// Tokens of the drafter's block, the anchor counted.
+    pub block: usize,
+    /// Whether to draft trees out of the block.
+    pub trees: bool,
+}
+
+impl Decision {
+    const PLAIN: Self = Self {
+        width: 1,
+        block: 1,
+        trees: false,
+    };
+}
+
+/// What the drafter offers for `n` requests: `k` candidates for each of `depth` places, the likeliest first.
+#[derive(Clone, Copy, Debug)]
+pub struct Offers<'a> {
+    /// `[n, depth, k]` the drafter's own probabilities; one that is no number counts as none.
+    pub probabilities: &'a [f32],
+    /// Places.
+    pub depth: usize,
+    /// Candidates per place.
+    pub k: usize,
+    /// `[n]` sampling temperatures.
+    pub temperatures: &'a [f32],
+    /// `[n]` most tokens of each request, the anchor counted.
+    pub most: &'a [i32],
+    /// Tokens that run beside them.
+    pub others: usize,
+    /// Number of the step and its requests `[n]`, by which [`Planner::record_pass`] names them again. Without, nothing is learnt of what
+    /// the probabilities are worth.
+    pub step: Option<(u64, &'a [u64])>,
+}
+
+/// What became of the drafts of one request in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Number of the step.
+    pub step: u64,
+    /// The request.
+    pub request: u64,
+    /// Its sampling temperature.
+    pub temperature: f32,
+    /// Whether the drafts were a tree.
+    pub tree: bool,
+    /// Drafts verified.
+    pub verified: usize,
+    /// Positions that were drafted.
+    pub depth: usize,
+    /// The accepted drafts, by their place behind the anchor: 0 is the first of a chain, the best of a tree.
+    pub path: &'a [usize],
+}
+
+/// What was admitted in a step, until it is recorded.
+#[derive(Clone, Debug)]
+struct Admitted {
+    step: u64,
+    requests: Vec<u64>,
+    depth: usize,
+    // `[n, depth]` of the likeliest candidates.
+    probabilities: Vec<f32>,
+    // `[n, width]`; empty for chains.
+    parents: Vec<i32>,
+    width: usize,
+    // Records come in the order of the requests: where the last one was found.
+    at: usize,
+}
+
+/// Decides how much to draft, and how much of it to verify, from costs and from what was accepted so far.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    // None: whole blocks, whole trees.
+    cost: Option<StepCost>,
+    block: usize,
+    // By band of temperatures.
+    acceptance: Vec<Acceptance>,
+    nodes: Vec<NodeRates>,
+    exponents: Vec<Exponent>,
+    admitted: VecDeque<Admitted>,
+    steps: u64,
+    // Whether the step at hand is one of those that look further.
+    exploring: bool,
+}
+
+impl Planner {
+    /// For blocks of at most `block` tokens, the anchor counted. Without a `cost` they are always whole.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a block of none, or target passes that take no time.
+    pub fn new(block: usize, cost: Option<StepCost>) -> Result<Self> {
+        if cost.as_ref().is_some_and(|cost| cost.target.at(1) <= 0.0) {
+            return Err(Error::InvalidArgument {
+                name: "target",
+                got: "no time for one row".into(),
+                expected: "a positive time".into(),
+            });
+        }
+        if !(1..=MOST_BLOCK).contains(&block) {
+            return Err(Error::InvalidArgument {
+                name: "block_size",
+                got: block.to_string(),
+                expected: format!("1..{MOST_BLOCK}"),
+            });
+        }
+        Ok(Self {
+            cost,
+            block,
+            acceptance: vec![Acceptance::new(block - 1); BANDS],
+            nodes: vec![NodeRates::new(0); BANDS],
+            exponents: vec![Exponent::default(); BANDS],
+            admitted: VecDeque::new(),
+            steps: 0,
+            exploring: false,
+        })
+    }
+
+    /// Lets it draft trees of up to `nodes` drafts; 0 are chains.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for more than 1024.
+    pub fn with_trees(mut self, nodes: usize) -> Result<Self> {
+        if nodes > MOST_NODES {
+            return Err(Error::InvalidArgument {
+                name: "tree_nodes",
+                got: nodes.to_string(),
+                expected: format!("0..{MOST_NODES}"),
+            });
+        }
+        self.nodes = vec![NodeRates::new(nodes); BANDS];
+        Ok(self)
+    }
+
+    /// The costs in use; None where there is nothing to weigh.
+    pub fn cost(&self) -> Option<&StepCost> {
+        self.cost.as_ref()
+    }
+
+    /// Most tokens of a block, the anchor counted.
+    pub fn block_size(&self) -> usize {
+        self.block
+    }
+
+    /// Most drafts of a tree.
+    pub fn tree_nodes(&self) -> usize {
+        self.nodes[0].most()
+    }
+
+    /// Chance that a draft of a request at this temperature is accepted at `position` (0 is the first) when all before it were.
+    pub fn acceptance(&self, temperature: f32, position: usize) -> f64 {
+        self.acceptance[band(temperature)].at(position)
+    }
+
+    /// Chance that the draft at place `node` of the best-first order of a tree (0 is the best) is accepted at this temperature.
+    pub fn node_rate(&self, temperature: f32, node: usize) -> f64 {
+        self.nodes[band(temperature)].at(node)
+    }
+
+    /// The exponent that makes a chance of acceptance of the drafter's probability, for requests at this temperature.
+    pub fn exponent(&mut self, temperature: f32) -> f32 {
+        self.exponents[band(temperature)].get()
+    }
+
+    /// How much to draft in the next step.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for temperatures that are none.
+    pub fn decide(&mut self, batch: &Batch<'_>) -> Result<Decision> {
+        check_temperatures(batch.temperatures)?;
+        let nodes = self.tree_nodes();
+        let Some(cost) = &self.cost else {
+            return Ok(Decision {
+                width: if nodes > 0 { nodes + 1 } else { self.block },
+                block: self.block,
+                trees: nodes > 0,
+            });
+        };
+        self.steps += 1;
+        self.exploring = self.steps.is_multiple_of(EXPLORE);
+        if batch.temperatures.is_empty() || self.block == 1 {
+            return Ok(Decision::PLAIN);
+        }
+        let expected = Expected::of(self, batch.temperatures);
+        Ok(if nodes > 0 {
+            trees::decide(cost, &expected, batch, self.exploring)
+        } else {
+            chains::decide(cost, &expected, batch, self.exploring)
+        })
+    }
+
+    /// How many tokens of each request to verify when all of it are chains of the likeliest candidates: `[n]`, the anchor counted. The
+    /// drafter's part of the step is spent already.
+    ///
+    /// # Errors
+    /// `Length` naming what does not fit `most`, `InvalidArgument` for places of no drafts, temperatures that are none, or requests of no
+    /// tokens.
+    pub fn admit(&mut self, offers: &Offers<'_>) -> Result<Vec<i32>> {
+        let exponents = self.begin(offers)?;
+        let exploring = std::mem::take(&mut self.exploring);
+        let widths = chains::admit(self.cost.as_ref(), offers, &exponents, exploring);
+        self.remember(offers, Vec::new(), 0);
+        Ok(widths)
+    }
+
+    /// The trees to verify, below `anchors` `[n]` and of the candidates `tokens` `[n, depth, k]`: drafts are admitted best first over all
+    /// requests. The drafter's part of the step is spent already.
+    ///
+    /// # Errors
+    /// As [`Self::admit`].
+    pub fn admit_trees(&mut self, offers: &Offers<'_>, anchors: &[i64], tokens: &[i64]) -> Result<PlannedTrees> {
+        check_length("anchors", anchors.len(), offers.most.len())?;
+        check_length("tokens", tokens.len(), offers.probabilities.len())?;
+        let exponents = self.begin(offers)?;
+        let exploring = std::mem::take(&mut self.exploring);
+        let trees = trees::admit(self.cost.as_ref(), offers, &exponents, exploring, anchors, tokens);
+        self.remember(offers, trees.parents.clone(), trees.width);
+        Ok(trees)
+    }
+
+    /// Checks an offer, and tells the exponent of each of its requests.
+    fn begin(&mut self, offers: &Offers<'_>) -> Result<Vec<f32>> {
+        let requests = offers.most.len();
+        if offers.depth == 0 || offers.k == 0 {
+            return Err(Error::InvalidArgument {
+                name: "probabilities",
+                got: "places of no drafts".into(),
+                expected: "at least one draft per request".into(),
+            });
+        }
+        let all = requests * offers.depth * offers.k;
+        check_length("probabilities", offers.probabilities.len(), all)?;
+        check_length("temperatures", offers.temperatures.len(), requests)?;
+        if let Some((_, ids)) = offers.step {
+            check_length("requests", ids.len(), requests)?;
+        }
+        check_temperatures(offers.temperatures)?;
+        if let Some(most) = offers.most.iter().find(|&&most| most < 1) {
+            return Err(Error::InvalidArgument {
+                name: "most",
+                got: most.to_string(),
+                expected: "at least 1, the anchor".into(),
+            });
+        }
+        let exponent = |&temperature: &f32| self.exponents[band(temperature)].get();
+        Ok(offers.temperatures.iter().map(exponent).collect())
+    }
+
+    fn remember(&mut self, offers: &Offers<'_>, parents: Vec<i32>, width: usize) {
+        let Some((step, requests)) = offers.step else { return };
+        if self.admitted.len() == UNRECORDED {
+            self.admitted.pop_front();
+        }
+        self.admitted.push_back(Admitted {
+            step,
+            requests: requests.into(),
+            depth: offers.depth,
+            probabilities: offers.probabilities.iter().step_by(offers.k).copied().collect(),
+            parents,
+            width,
+            at: 0,
+        });
+    }
+
+    /// Books a pass of a step whose drafts were admitted here, or drafted unasked.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`; nothing is booked then.
+    pub fn record_pass(&mut self, pass: &Pass<'_>) -> Result<()> {
+        let band = band(pass.temperature);
+        self.acceptance[band].record(pass.depth, pass.path.len())?;
+        if pass.tree {
+            self.nodes[band].record(pass.verified, pass.path);
+        }
+        // Steps are recorded in their order: of those before this one nothing will come.
+        while self.admitted.front().is_some_and(|admitted| admitted.step < pass.step) {
+            self.admitted.pop_front();
+        }
+        let Some(admitted) = self.admitted.front_mut().filter(|first| first.step == pass.step) else {
+            return Ok(());
+        };
+        let rest = &admitted.requests[admitted.at..];
+        if let Some(further) = rest.iter().position(|&request| request == pass.request) {
+            let row = admitted.at + further;
+            admitted.at = row + 1;
+            admitted.tell(row, pass, &mut self.exponents[band]);
+        }
+        Ok(())
+    }
+
+    /// Books the chain of one request: `drafted` drafts verified, `accepted` of them kept, and the drafter's `probabilities` of them,
+    /// if they are to be learnt from.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`; nothing is booked then.
+    pub fn record(&mut self, temperature: f32, drafted: usize, accepted: usize, probabilities: &[f32]) -> Result<()> {
+        let band = band(temperature);
+        self.acceptance[band].record(drafted, accepted)?;
+        tell_chain(probabilities, drafted, accepted, &mut self.exponents[band]);
+        Ok(())
+    }
+
+    /// What a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what
+    /// follows from it. Costs that were measured on a busy machine come down to what is seen later; they never rise.
+    pub fn observe(&mut self, target: (usize, f64), draft: (usize, f64)) {
+        let Some(cost) = &mut self.cost else { return };
+        cost.target.lower(target.0, target.1);
+        if draft.0 > 0 {
+            cost.draft.lower(draft.0, draft.1);
+        }
+    }
+}
+
+impl Admitted {
+    /// Tells what became of the likeliest candidates that a pass reached.
+    fn tell(&self, row: usize, pass: &Pass<'_>, exponent: &mut Exponent) {
+        let probabilities = &self.probabilities[row * self.depth..][..self.depth];
+        if self.parents.is_empty() {
+            return tell_chain(probabilities, pass.verified, pass.path.len(), exponent);
+        }
+        let parents = &self.parents[row * self.width..][..self.width];
+        let mut node = 0;
+        for (depth, &probability) in probabilities.iter().enumerate().take(pass.path.len() + 1) {
+            // The likeliest child is admitted before its rivals.
+            if let Some(likeliest) = parents.iter().position(|&parent| parent == node) {
+                exponent.record(probability, pass.path.get(depth) == Some(&(likeliest - 1)));
+            }
+            node = pass.path.get(depth).map_or(0, |&draft| draft as i32 + 1);
+        }
+    }
+}
+
+fn tell_chain(probabilities: &[f32], drafted: usize, accepted: usize, exponent: &mut Exponent) {
+    for (at, &probability) in probabilities.iter().enumerate().take(drafted.min(accepted + 1)) {
+        exponent.record(probability, at < accepted);
+    }
+}
+
+/// What a batch can expect, as the mean over its requests.
+struct Expected {
+    /// Accepted drafts, by length of the block: 0 of a plain step, then those of 2, 3 and more tokens.
+    chain: Vec<f64>,
+    /// Accepted drafts, by number of drafts of the tree, from 0.
+    tree: Vec<f64>,
+}
+
+impl Expected {
+    fn of(planner: &Planner, temperatures: &[f32]) -> Self {
+        let mut shares = [0.0; BANDS];
+        for &temperature in temperatures {
+            shares[band(temperature)] += 1.0 / temperatures.len() as f64;
+        }
+        let mut alive = shares;
+        let chain = (0..planner.block - 1).map(|position| {
+            let still = |(alive, acceptance): (&mut f64, &Acceptance)| {
+                *alive *= acceptance.at(position);
+                *alive
+            };
+            alive.iter_mut().zip(&planner.acceptance).map(still).sum::<f64>()
+        });
+        let tree = (0..planner.tree_nodes()).map(|node| {
+            let rates = shares.iter().zip(&planner.nodes);
+            rates.map(|(share, rates)| share * rates.at(node)).sum::<f64>()
+        });
+        Self {
+            chain: sums(chain),
+            tree: sums(tree),
+        }
+    }
+}
+
+fn sums(terms: impl Iterator<Item = f64>) -> Vec<f64> {
+    let added = terms.scan(0.0, |sum, term| {
+        *sum += term;
+        Some(*sum)
+    });
+    std::iter::once(0.0).chain(added).collect()
+}
+
+/// How many drafts of a line, the likeliest first, to verify: those with which goodput is best. Every front of the line is looked at:
+/// where time rises in stairs, what does not pay now may pay further on.
+fn worth(cost: Option<&StepCost>, offers: &Offers<'_>, line: impl ExactSizeIterator<Item = f32>) -> usize {
+    let Some(cost) = cost else { return line.len() };
+    let requests = offers.most.len();
+    let drafting = cost.draft.at(requests * (offers.depth + 1));
+    let goodput = |tokens: f64, drafts: usize| tokens / (cost.target.at(requests + offers.others + drafts) + drafting);
+    let mut tokens = requests as f64;
+    let (mut admitted, mut most) = (0, goodput(tokens, 0));
+    for (index, chance) in line.enumerate() {
+        tokens += f64::from(chance);
+        let now = goodput(tokens, index + 1);
+        if now >= most {
+            (admitted, most) = (index + 1, now);
+        }
+    }
+    admitted
+}
+
+fn check_length(name: &'static str, got: usize, expected: usize) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Length { name, got, expected })
+}
+
+fn check_temperatures(temperatures: &[f32]) -> Result<()> {
+    match temperatures.iter().find(|t| !(t.is_finite() && **t >= 0.0)) {
+        None => Ok(()),
+        Some(temperature) => Err(Error::InvalidArgument {
+            name: "temperatures",
+            got: temperature.to_string(),
+            expected: "finite numbers of at least 0".into(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

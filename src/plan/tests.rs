@@ -1,0 +1,762 @@
+//! The planner as a whole: both calls, chains and trees, and what is learnt between them.
+
+use super::*;
+use crate::draft::{DraftTree, TopK};
+use crate::types::TokenId;
+use proptest::prelude::*;
+
+fn line(fixed: f64, row: f64) -> Curve {
+    Curve::new("line", &[(0.0, fixed), (1.0, fixed + row)]).unwrap()
+}
+
+fn chains(row: f64) -> Planner {
+    let cost = StepCost {
+        target: line(1.0, row),
+        draft: line(0.1, row / 3.0),
+    };
+    Planner::new(8, Some(cost)).unwrap()
+}
+
+fn trees(row: f64, nodes: usize) -> Planner {
+    let cost = StepCost {
+        target: line(1.0, row),
+        draft: line(0.1, row / 4.0),
+    };
+    Planner::new(5, Some(cost)).unwrap().with_trees(nodes).unwrap()
+}
+
+/// Requests that draft, at temperature 1, on a host.
+fn drafting(temperatures: &[f32], others: usize) -> Batch<'_> {
+    Batch {
+        temperatures,
+        others,
+        widths: &[],
+        room: 0,
+    }
+}
+
+fn block(planner: &mut Planner, requests: usize, others: usize) -> usize {
+    let decision = planner.decide(&drafting(&vec![1.0; requests], others)).unwrap();
+    assert!(decision.width == decision.block && !decision.trees);
+    decision.block
+}
+
+/// Drafts that each request verifies of chains, and what it takes at temperature 1 with an exponent that is 1 still.
+fn drafts(planner: &mut Planner, probabilities: &[f32], depth: usize, others: usize) -> Result<Vec<usize>> {
+    let requests = probabilities.len() / depth.max(1);
+    let widths = planner.admit(&Offers {
+        probabilities,
+        depth,
+        k: 1,
+        temperatures: &vec![1.0; requests],
+        most: &vec![100; requests],
+        others,
+        step: None,
+    })?;
+    Ok(widths.iter().map(|&width| width as usize - 1).collect())
+}
+
+/// Expected tokens over time when request `r` verifies `keep[r]` drafts.
+fn goodput(planner: &Planner, p: &[f32], depth: usize, others: usize, keep: &[usize]) -> f64 {
+    let (mut tokens, mut rows) = (0.0, others);
+    for (p, &keep) in p.chunks_exact(depth).zip(keep) {
+        let mut chance = 1.0;
+        tokens += 1.0;
+        for &x in &p[..keep] {
+            chance *= f64::from(x);
+            tokens += chance;
+        }
+        rows += 1 + keep;
+    }
+    let cost = planner.cost().unwrap();
+    tokens / (cost.target.at(rows) + cost.draft.at(keep.len() * (depth + 1)))
+}
+
+/// Every way to keep prefixes, by hand.
+fn best_by_trying(planner: &Planner, p: &[f32], depth: usize, others: usize) -> f64 {
+    let requests = p.len() / depth;
+    (0..(depth + 1).pow(requests as u32))
+        .map(|choice| {
+            let keep: Vec<usize> = (0..requests as u32)
+                .map(|r| choice / (depth + 1).pow(r) % (depth + 1))
+                .collect();
+            goodput(planner, p, depth, others, &keep)
+        })
+        .fold(f64::MIN, f64::max)
+}
+
+/// Probabilities of `n` requests, 4 places, 3 candidates: falling, and not quite adding up to one.
+fn offered(n: usize) -> impl Strategy<Value = Vec<f32>> {
+    prop::collection::vec(prop::array::uniform3(0.01..1.0f32), n * 4).prop_map(|rows| {
+        let falling = |mut row: [f32; 3]| {
+            let sum: f32 = row.iter().sum::<f32>() * 1.1;
+            row.sort_by(|a, b| b.total_cmp(a));
+            row.map(|x| x / sum)
+        };
+        rows.into_iter().flat_map(falling).collect()
+    })
+}
+
+fn tokens(n: usize) -> Vec<i64> {
+    (0..n as i64 * 12).map(|i| 10 + i).collect()
+}
+
+/// What `offered` gives as trees, with so many tokens for each request at most.
+fn grow(planner: &mut Planner, probabilities: &[f32], most: &[i32], others: usize) -> PlannedTrees {
+    let offers = Offers {
+        probabilities,
+        depth: 4,
+        k: 3,
+        temperatures: &vec![1.0; most.len()],
+        most,
+        others,
+        step: None,
+    };
+    let anchors: Vec<i64> = (1..=most.len() as i64).collect();
+    planner.admit_trees(&offers, &anchors, &tokens(most.len())).unwrap()
+}
+
+/// A request's tree as expected tokens, its anchor's aside.
+fn gain(probabilities: &[f32], tokens: &[i64], parents: &[i32]) -> f64 {
+    let mut path = vec![1.0f64];
+    for (&token, &parent) in tokens.iter().zip(parents).skip(1) {
+        path.push(path[parent as usize] * f64::from(probabilities[token as usize - 10]));
+    }
+    path[1..].iter().sum()
+}
+
+proptest! {
+    #[test]
+    fn the_widths_give_the_best_goodput_of_all_choices(
+        p in prop::collection::vec(0.01f32..1.0, 9),
+        steps in prop::collection::vec((1usize..5, 0.0f64..2.0), 1..6),
+        others in 0usize..5,
+    ) {
+        // Any curve that does not fall: flat, lines, stairs.
+        let (mut rows, mut time) = (0, 1.0);
+        let points: Vec<(f64, f64)> = steps
+            .iter()
+            .map(|&(more, slower)| {
+                rows += more;
+                time += if slower < 0.7 { 0.0 } else { slower };
+                (rows as f64, time)
+            })
+            .collect();
+        let target = Curve::new("target", &points).unwrap();
+        let mut planner = Planner::new(8, Some(StepCost { target, draft: line(0.1, 0.5) })).unwrap();
+        let keep = drafts(&mut planner, &p, 3, others).unwrap();
+        let (got, best) = (goodput(&planner, &p, 3, others, &keep), best_by_trying(&planner, &p, 3, others));
+        prop_assert!(got >= best * (1.0 - 1e-5), "{} against {}", got, best);
+    }
+
+    #[test]
+    fn a_block_is_one_longer_than_the_one_with_the_best_goodput(
+        steps in prop::collection::vec((1usize..9, 0.0f64..0.5), 1..6),
+        (drafter, seen) in (0.0f64..0.4, prop::collection::vec((0usize..8, 0usize..3), 0..40)),
+        (temperatures, others) in (prop::collection::vec(prop::sample::select(vec![0.0f32, 0.7, 1.0]), 1..5), 0usize..9),
+    ) {
+        let (mut rows, mut time) = (0, 0.5);
+        let points: Vec<(f64, f64)> = steps
+            .iter()
+            .map(|&(more, slower)| {
+                rows += more;
+                time += slower;
+                (rows as f64, time)
+            })
+            .collect();
+        let cost = StepCost { target: Curve::new("target", &points).unwrap(), draft: line(0.1, drafter) };
+        let mut planner = Planner::new(8, Some(cost.clone())).unwrap();
+        for (accepted, at) in seen {
+            planner.record([0.0, 0.7, 1.0][at], 7, accepted, &[]).unwrap();
+        }
+        let requests = temperatures.len();
+        let goodput = |block: usize| {
+            let of = |&temperature: &f32| -> f64 {
+                let chance = |drafts: usize| (0..drafts).map(|at| planner.acceptance(temperature, at)).product::<f64>();
+                (0..block).map(chance).sum()
+            };
+            let tokens: f64 = temperatures.iter().map(of).sum();
+            let drafter = if block > 1 { cost.draft.at(requests * block) } else { 0.0 };
+            tokens / (cost.target.at(requests * block + others) + drafter)
+        };
+        let most = (1..=8).map(goodput).fold(0.0, f64::max);
+        let near = |block: usize| goodput(block) >= most * (1.0 - 1e-9);
+        let block = planner.clone().decide(&drafting(&temperatures, others)).unwrap().block;
+        prop_assert!(if block == 1 { near(1) } else { near(block - 1) && block > 2 || block == 8 && near(8) }, "{}", block);
+    }
+
+    #[test]
+    fn one_request_gets_the_front_of_its_best_tree(p in offered(1), row in 0.0..0.3f64, most in 2..21i32) {
+        let grown = grow(&mut trees(row, 20), &p, &[most], 0);
+        prop_assert!(grown.widths[0] <= most);
+        let drafts = grown.widths[0] as usize - 1;
+        let ids: Vec<TokenId> = tokens(1).iter().map(|&t| TokenId(t as u32)).collect();
+        let mut falling = [0.0; 12];
+        for place in 0..4 {
+            // What the likeliest leaves is shared among the others: a little more than their own.
+            chances::chances(&p[place * 3..][..3], 1.0, &mut falling[place * 3..][..3]);
+        }
+        let logs: Vec<f32> = falling.iter().map(|p| p.ln()).collect();
+        let best = DraftTree::build(TokenId(1), drafts, 4, &mut TopK::new(&ids, &logs, 3).unwrap()).unwrap();
+        prop_assert_eq!(best.len(), drafts + 1);
+        // Products and sums of logarithms may order two paths of one chance differently: the sets weigh the same.
+        let theirs: Vec<i64> = best.tokens().iter().map(|t| i64::from(t.0)).collect();
+        let parents: Vec<i32> = best.parents().iter().map(|&p| p as i32).collect();
+        let (ours, theirs) = (gain(&falling, &grown.tokens, &grown.parents), gain(&falling, &theirs, &parents));
+        prop_assert!((ours - theirs).abs() < 1e-4, "{} {}", ours, theirs);
+    }
+
+    #[test]
+    fn the_trees_have_the_best_goodput_of_all_budgets(p in offered(3), row in 0.01..0.3f64, others in 0..9usize) {
+        let mut planner = trees(row, 20);
+        let goodput = |planner: &Planner, grown: &PlannedTrees| {
+            let (mut gained, mut rows) = (3.0, others);
+            for request in 0..3 {
+                let nodes = request * grown.width..request * grown.width + grown.widths[request] as usize;
+                gained += gain(&p, &grown.tokens[nodes.clone()], &grown.parents[nodes.clone()]);
+                rows += nodes.len();
+            }
+            let cost = planner.cost().unwrap();
+            gained / (cost.target.at(rows) + cost.draft.at(15))
+        };
+        let grown = grow(&mut planner, &p, &[7, 3, 21], others);
+        let ours = goodput(&planner, &grown);
+        // Every other way to share out the same kind of trees.
+        let mut free = Planner::new(5, None).unwrap().with_trees(20).unwrap();
+        for a in 1..=7 {
+            for b in 1..=3 {
+                for c in 1..=21 {
+                    let theirs = goodput(&planner, &grow(&mut free, &p, &[a, b, c], others));
+                    prop_assert!(theirs <= ours * (1.0 + 1e-5), "{} {} {:?}", theirs, ours, [a, b, c]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn where_rows_are_free_everything_is_verified() {
+    let mut planner = Planner::new(8, Some(StepCost::passes())).unwrap();
+    assert_eq!(block(&mut planner, 5, 100), 8);
+    assert_eq!(drafts(&mut planner, &[0.0; 14], 7, 3).unwrap(), [7, 7]);
+}
+
+#[test]
+fn without_costs_blocks_and_trees_are_whole_whatever_happened() {
+    let mut planner = Planner::new(8, None).unwrap();
+    let mut wooded = Planner::new(8, None).unwrap().with_trees(11).unwrap();
+    for _ in 0..100 {
+        planner.record(0.0, 7, 0, &[0.9; 7]).unwrap();
+        planner.observe((8, 1.0), (8, 1.0));
+    }
+    assert_eq!(planner.cost(), None);
+    for requests in [0, 1, 64] {
+        assert_eq!(block(&mut planner, requests, 3), 8);
+        let batch = Batch {
+            temperatures: &vec![0.0; requests],
+            others: 2,
+            widths: &[2, 3],
+            room: 5,
+        };
+        let whole = Decision {
+            width: 12,
+            block: 8,
+            trees: true,
+        };
+        assert_eq!(wooded.decide(&batch).unwrap(), whole);
+    }
+    assert_eq!(drafts(&mut planner, &[f32::NAN; 14], 7, 0).unwrap(), [7, 7]);
+    let whole = grow(&mut wooded, &[0.4, 0.3, 0.1].repeat(8), &[12, 3], 9);
+    assert_eq!(whole.widths, [12, 3]);
+}
+
+#[test]
+fn where_rows_are_dear_nothing_is_drafted() {
+    let mut planner = chains(2.0);
+    assert_eq!(block(&mut planner, 16, 0), 1);
+    assert_eq!(drafts(&mut planner, &[0.3, 0.9, 0.2, 0.9], 2, 0).unwrap(), [0, 0]);
+    let none = grow(&mut trees(5.0, 17), &[0.1, 0.05, 0.01].repeat(4), &[18], 0);
+    assert_eq!((none.width, none.tokens, none.parents), (1, vec![1], vec![-1]));
+}
+
+#[test]
+fn no_request_verifies_more_than_it_may() {
+    let mut planner = Planner::new(8, Some(StepCost::passes())).unwrap();
+    let mut offers = Offers {
+        probabilities: &[0.9; 9],
+        depth: 3,
+        k: 1,
+        temperatures: &[0.0; 3],
+        most: &[1, 3, 9],
+        others: 0,
+        step: None,
+    };
+    assert_eq!(planner.admit(&offers).unwrap(), [1, 3, 4]);
+    // Chains are of the likeliest candidates.
+    offers.probabilities = &[0.9; 27];
+    offers.k = 3;
+    assert_eq!(planner.admit(&offers).unwrap(), [1, 3, 4]);
+    let grown = grow(&mut trees(0.0, 17), &[0.5, 0.3, 0.1].repeat(12), &[1, 3, 18], 0);
+    assert_eq!((grown.width, grown.widths), (18, vec![1, 3, 18]));
+}
+
+#[test]
+fn a_drafter_that_is_never_right_is_left_alone_but_for_a_look_now_and_then() {
+    let mut planner = chains(0.05);
+    for _ in 0..100 {
+        planner.record(1.0, 7, 0, &[]).unwrap();
+    }
+    let blocks: Vec<usize> = (0..2 * EXPLORE).map(|_| block(&mut planner, 1, 0)).collect();
+    assert_eq!(blocks.iter().filter(|&&b| b == 8).count(), 2);
+    assert_eq!(blocks.iter().filter(|&&b| b == 1).count(), blocks.len() - 2);
+}
+
+#[test]
+fn a_look_verifies_something_of_everyone_and_only_then() {
+    let mut planner = chains(2.0);
+    let unlikely = [0.1, 0.9, 0.2, 0.3];
+    for step in 1..=2 * EXPLORE {
+        block(&mut planner, 2, 0);
+        let looks = step % EXPLORE == 0;
+        let expected = if looks { [1, 1] } else { [0, 0] };
+        assert_eq!(drafts(&mut planner, &unlikely, 2, 0).unwrap(), expected, "{step}");
+        assert_eq!(
+            drafts(&mut planner, &unlikely, 2, 0).unwrap(),
+            [0, 0],
+            "a look is one look"
+        );
+    }
+    let mut planner = trees(5.0, 9);
+    let unlikely = [0.1f32, 0.05, 0.01].repeat(8);
+    for step in 1..=EXPLORE {
+        planner.decide(&drafting(&[0.0, 1.0], 0)).unwrap();
+        let expected = if step == EXPLORE { [2, 2] } else { [1, 1] };
+        assert_eq!(grow(&mut planner, &unlikely, &[9, 9], 0).widths, expected);
+    }
+}
+
+#[test]
+fn a_drafter_that_is_always_right_drafts_whole_blocks() {
+    let mut planner = chains(0.05);
+    for _ in 0..100 {
+        planner.record(1.0, 7, 7, &[]).unwrap();
+    }
+    assert_eq!(block(&mut planner, 1, 0), 8);
+}
+
+#[test]
+fn greedy_requests_do_not_make_others_draft_more() {
+    let mut planner = chains(0.08);
+    for _ in 0..200 {
+        planner.record(0.0, 7, 7, &[]).unwrap();
+        planner.record(1.0, 7, 0, &[]).unwrap();
+    }
+    let mut block = |temperatures: &[f32]| planner.decide(&drafting(temperatures, 0)).unwrap().block;
+    assert_eq!((block(&[0.0]), block(&[1.0])), (8, 1));
+    assert!((2..=8).contains(&block(&[0.0, 1.0])));
+}
+
+#[test]
+fn times_that_were_seen_lower_the_costs_and_a_step_without_drafts_only_the_targets() {
+    let mut planner = chains(0.5);
+    assert_eq!(planner.block_size(), 8);
+    let before = planner.cost().unwrap().clone();
+    planner.observe((4, 0.5), (0, 0.01));
+    assert!((planner.cost().unwrap().target.at(4) - 0.5).abs() < 1e-9 && before.target.at(4) > 1.0);
+    assert_eq!(planner.cost().unwrap().draft, before.draft);
+    planner.observe((4, 0.5), (1, 0.02));
+    assert!((planner.cost().unwrap().draft.at(1) - 0.02).abs() < 1e-9 && before.draft.at(1) > 0.1);
+}
+
+#[test]
+fn a_step_in_which_nobody_can_draft_is_a_plain_one() {
+    let mut planner = Planner::new(8, Some(StepCost::passes())).unwrap();
+    let mut wooded = trees(0.1, 4);
+    for _ in 0..2 * EXPLORE {
+        assert_eq!(block(&mut planner, 0, 3), 1);
+        assert_eq!(wooded.decide(&drafting(&[], 4)).unwrap(), Decision::PLAIN);
+    }
+}
+
+#[test]
+fn a_probability_that_is_no_number_is_not_verified() {
+    assert_eq!(drafts(&mut chains(0.05), &[f32::NAN, 1.0], 2, 0).unwrap(), [0]);
+}
+
+#[test]
+fn what_costs_nothing_until_a_step_is_filled_up() {
+    let target = Curve::new("target", &[(4.0, 1.0), (5.0, 10.0), (6.0, 10.0)]).unwrap();
+    let cost = StepCost {
+        target,
+        draft: Curve::flat(0.0),
+    };
+    // Four rows cost what one does, the fifth ten times as much.
+    let mut planner = Planner::new(8, Some(cost)).unwrap();
+    assert_eq!(drafts(&mut planner, &[0.1; 7], 7, 0).unwrap(), [3]);
+}
+
+#[test]
+fn the_number_of_drafts_follows_what_trees_gained_and_what_rows_cost() {
+    let mut cheap = trees(0.001, 12);
+    let mut dear = trees(0.5, 12);
+    for planner in [&mut cheap, &mut dear] {
+        // The best draft is accepted every time, the fifth best as its child every other time, nothing else ever.
+        for pass in 0..500 {
+            let path: &[usize] = if pass % 2 == 0 { &[0, 4] } else { &[0] };
+            planner.record_pass(&tree_pass(12, 4, path)).unwrap();
+        }
+        assert!(planner.node_rate(1.0, 0) > 0.97 && (planner.node_rate(1.0, 4) - 0.5).abs() < 0.1);
+        assert!(planner.node_rate(1.0, 1) < 0.02 && planner.node_rate(1.0, 11) < 0.02);
+        assert!(
+            planner.node_rate(0.0, 1) > 0.3,
+            "other temperatures are learnt for themselves"
+        );
+    }
+    let wide = cheap.decide(&drafting(&[1.0], 0)).unwrap();
+    assert!(wide.width >= 11 && wide.block >= 3 && wide.trees, "{wide:?}");
+    // The drafter is asked for some more than pays, and says how sure it is.
+    assert_eq!(dear.decide(&drafting(&[1.0], 0)).unwrap().width, 5);
+    let on_device = |planner: &mut Planner, widths, room| {
+        let decision = planner.decide(&Batch {
+            temperatures: &[1.0],
+            others: 0,
+            widths,
+            room,
+        });
+        let Decision { width, block, trees } = decision.unwrap();
+        assert_eq!(trees, width > 1);
+        (width, block)
+    };
+    // Without anybody to ask, the widths are all there is to choose from, and blocks are whole.
+    assert_eq!(on_device(&mut dear, &[4, 9], 100), (1, 1));
+    assert_eq!(on_device(&mut cheap, &[4, 9], 100), (9, 5));
+    assert_eq!(on_device(&mut cheap, &[4, 9], 9), (9, 5));
+    assert_eq!(on_device(&mut cheap, &[4, 9], 8), (4, 5));
+    assert_eq!(on_device(&mut cheap, &[4, 9], 3), (1, 1));
+}
+
+fn tree_pass(verified: usize, depth: usize, path: &[usize]) -> Pass<'_> {
+    Pass {
+        step: 0,
+        request: 1,
+        temperature: 1.0,
+        tree: true,
+        verified,
+        depth,
+        path,
+    }
+}
+
+#[test]
+fn every_so_often_more_is_drafted_than_pays() {
+    let widths: Vec<usize> = (2..=10).collect();
+    let device = |widths| Batch {
+        temperatures: &[1.0; 2],
+        others: 0,
+        widths,
+        room: 1000,
+    };
+    let mut dear = trees(50.0, 9);
+    let looks = (0..64)
+        .filter(|_| dear.decide(&device(&widths)).unwrap().width == 2)
+        .count();
+    assert_eq!(looks, 2);
+    for (some, expected) in [(&widths[..], 5), (&[3, 8], 8), (&[3, 4], 4)] {
+        let mut planner = trees(0.2, 9);
+        for _ in 0..400 {
+            planner.record_pass(&tree_pass(9, 4, &[0, 1])).unwrap();
+        }
+        let sizes: Vec<_> = (0..32).map(|_| planner.decide(&device(some)).unwrap().width).collect();
+        assert_eq!((sizes[0], sizes[31]), (3, expected));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() {
+    let mut planner = chains(0.5);
+    let good = Offers {
+        probabilities: &[0.5; 4],
+        depth: 2,
+        k: 1,
+        temperatures: &[0.0; 2],
+        most: &[3; 2],
+        others: 0,
+        step: Some((1, &[7, 8])),
+    };
+    let refused = [
+        (
+            Offers {
+                probabilities: &[0.5; 3],
+                ..good
+            },
+            "probabilities: got 3 elements, expected 4",
+        ),
+        (Offers { depth: 0, ..good }, "probabilities: got places of no drafts"),
+        (Offers { k: 0, ..good }, "probabilities: got places of no drafts"),
+        (
+            Offers {
+                temperatures: &[1.0],
+                ..good
+            },
+            "temperatures: got 1 elements, expected 2",
+        ),
+        (
+            Offers {
+                temperatures: &[1.0, -0.5],
+                ..good
+            },
+            "temperatures: got -0.5, expected finite",
+        ),
+        (
+            Offers {
+                temperatures: &[f32::NAN, 0.5],
+                ..good
+            },
+            "temperatures: got NaN, expected finite",
+        ),
+        (Offers { most: &[0, 3], ..good }, "most: got 0, expected at least 1"),
+        (
+            Offers {
+                step: Some((1, &[7])),
+                ..good
+            },
+            "requests: got 1 elements, expected 2",
+        ),
+    ];
+    for (offers, message) in refused {
+        let error = planner.admit(&offers).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
+        let error = planner
+            .admit_trees(&offers, &[1, 2], &vec![0; offers.probabilities.len()])
+            .unwrap_err();
+        assert!(error.to_string().starts_with(message), "{error}");
+    }
+    let error = planner.admit_trees(&good, &[1], &[0; 4]).unwrap_err().to_string();
+    assert_eq!(error, "anchors: got 1 elements, expected 2");
+    let error = planner.admit_trees(&good, &[1, 2], &[0; 3]).unwrap_err().to_string();
+    assert_eq!(error, "tokens: got 3 elements, expected 4");
+    assert!(planner.decide(&drafting(&[f32::INFINITY], 0)).is_err());
+    assert!(planner.record(1.0, 3, 5, &[]).is_err() && planner.record_pass(&tree_pass(2, 1, &[0, 1])).is_err());
+
+    let free = StepCost {
+        target: Curve::flat(0.0),
+        draft: Curve::flat(0.0),
+    };
+    let error = Planner::new(4, Some(free)).unwrap_err().to_string();
+    assert!(error.starts_with("target: got no time"), "{error}");
+    assert!(Planner::new(0, None).is_err() && Planner::new(5000, None).is_err());
+    assert!(Planner::new(4, None).unwrap().with_trees(5000).is_err());
+}
+
+/// What an offer of this step is remembered as.
+fn offer(step: u64, requests: &[u64]) -> Offers<'_> {
+    Offers {
+        probabilities: &[0.5, 0.3, 0.9, 0.05, 0.5, 0.2, 0.9, 0.02],
+        depth: 2,
+        k: 2,
+        temperatures: &[0.0, 1.0],
+        most: &[5, 5],
+        others: 0,
+        step: Some((step, requests)),
+    }
+}
+
+/// The exponents of a planner that was told of these drafts, at temperature 0 and 1.
+fn told(greedy: &[(f32, bool)], drawn: &[(f32, bool)]) -> (f32, f32) {
+    let mut exponents = [Exponent::default(), Exponent::default()];
+    for (exponent, drafts) in exponents.iter_mut().zip([greedy, drawn]) {
+        drafts
+            .iter()
+            .for_each(|&(probability, accepted)| exponent.record(probability, accepted));
+    }
+    let [mut greedy, mut drawn] = exponents;
+    (greedy.get(), drawn.get())
+}
+
+fn exponents(planner: &mut Planner) -> (f32, f32) {
+    (planner.exponent(0.0), planner.exponent(1.0))
+}
+
+#[test]
+fn what_probabilities_are_worth_is_learnt_from_the_drafts_of_chains_that_were_reached() {
+    let mut planner = Planner::new(8, None).unwrap();
+    planner.admit(&offer(3, &[7, 8])).unwrap();
+    let pass = |request, temperature, path| Pass {
+        step: 3,
+        request,
+        temperature,
+        tree: false,
+        verified: 2,
+        depth: 2,
+        path,
+    };
+    planner.record_pass(&pass(7, 0.0, &[0])).unwrap();
+    assert_eq!(exponents(&mut planner), told(&[(0.5, true), (0.9, false)], &[]));
+    planner.record_pass(&pass(8, 1.0, &[])).unwrap();
+    assert_eq!(
+        exponents(&mut planner),
+        told(&[(0.5, true), (0.9, false)], &[(0.5, false)])
+    );
+    // The same from outside.
+    let mut other = Planner::new(8, None).unwrap();
+    other.record(0.0, 2, 1, &[0.5, 0.9]).unwrap();
+    other.record(1.0, 2, 0, &[0.5, 0.9]).unwrap();
+    assert_eq!(exponents(&mut other), exponents(&mut planner));
+    // One that was cut short says nothing of what was not verified.
+    other.record(1.0, 1, 1, &[0.5, 0.9]).unwrap();
+    assert_eq!(other.exponent(1.0), told(&[], &[(0.5, false), (0.5, true)]).1);
+}
+
+#[test]
+fn of_trees_it_is_learnt_from_the_likeliest_child_of_every_node_that_was_reached() {
+    let mut planner = Planner::new(8, None).unwrap().with_trees(4).unwrap();
+    let grown = planner
+        .admit_trees(&offer(3, &[7, 8]), &[1, 2], &[10, 11, 20, 21, 10, 11, 20, 21])
+        .unwrap();
+    // Best first: the likeliest, its child, the rival, its child.
+    assert_eq!(grown.tokens[..5], [1, 10, 20, 11, 20]);
+    assert_eq!(grown.parents[..5], [-1, 0, 1, 0, 3]);
+    let pass = |request, temperature, path| Pass {
+        step: 3,
+        request,
+        temperature,
+        tree: true,
+        verified: 4,
+        depth: 2,
+        path,
+    };
+    // The rival and its child; the likeliest and nothing more.
+    planner.record_pass(&pass(7, 0.0, &[2, 3])).unwrap();
+    planner.record_pass(&pass(8, 1.0, &[0])).unwrap();
+    let expected = told(&[(0.5, false), (0.9, true)], &[(0.5, true), (0.9, false)]);
+    assert_eq!(exponents(&mut planner), expected);
+}
+
+#[test]
+fn records_of_steps_and_requests_that_were_not_admitted_say_nothing_of_probabilities() {
+    let pass = |step, request| Pass {
+        step,
+        request,
+        temperature: 1.0,
+        tree: false,
+        verified: 2,
+        depth: 2,
+        path: &[],
+    };
+    let mut planner = Planner::new(8, None).unwrap();
+    planner
+        .admit(&Offers {
+            step: None,
+            ..offer(1, &[7, 8])
+        })
+        .unwrap();
+    planner.admit(&offer(2, &[7, 8])).unwrap();
+    planner.admit(&offer(4, &[7, 8])).unwrap();
+    for (step, request) in [(1, 7), (3, 7), (4, 9), (5, 7)] {
+        planner.record_pass(&pass(step, request)).unwrap();
+        assert_eq!(planner.exponent(1.0), 1.0, "{step} {request}");
+    }
+    assert!(planner.admitted.is_empty());
+    // A step's own record may come when the next one is admitted already, and nothing piles up behind steps that were called off.
+    for step in 10..30 {
+        planner.admit(&offer(step, &[7, 8])).unwrap();
+        assert!(planner.admitted.len() <= UNRECORDED);
+    }
+    planner.record_pass(&pass(28, 8)).unwrap();
+    assert!(planner.exponent(1.0) > 1.0 && planner.admitted.len() == 2);
+}
+
+/// A drafter and a target in one: probabilities, and whether the target agrees.
+struct World {
+    state: u64,
+    /// What its probabilities are worth.
+    truth: fn(f64) -> f64,
+}
+
+impl World {
+    fn random(&mut self) -> f64 {
+        self.state = self
+            .state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (self.state >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Mean tokens per time over `steps` steps of four requests with this temperature. `fixed`: an exponent that nothing is learnt of.
+    fn run(&mut self, steps: u64, fixed: Option<f32>) -> f64 {
+        let mut planner = chains(0.12);
+        let (mut tokens, mut time) = (0.0, 0.0);
+        let (requests, temperatures) = ([1, 2, 3, 4], [0.7; 4]);
+        for step in 0..steps {
+            let decision = planner.decide(&drafting(&temperatures, 0)).unwrap();
+            let drafts = decision.block - 1;
+            let cost = planner.cost().unwrap().clone();
+            let mut rows = 4;
+            tokens += 4.0;
+            if drafts > 0 {
+                let said: Vec<f32> = (0..4 * drafts).map(|_| self.random().sqrt() as f32).collect();
+                let given: Vec<f32> = said.iter().map(|p| p.powf(fixed.unwrap_or(1.0))).collect();
+                let widths = planner
+                    .admit(&Offers {
+                        probabilities: &given,
+                        depth: drafts,
+                        k: 1,
+                        temperatures: &temperatures,
+                        most: &[8; 4],
+                        others: 0,
+                        step: fixed.is_none().then_some((step, &requests)),
+                    })
+                    .unwrap();
+                for request in 0..4 {
+                    let verified = widths[request] as usize - 1;
+                    let said = &said[request * drafts..][..verified];
+                    let path: Vec<usize> = (0..verified)
+                        .take_while(|&at| self.random() < (self.truth)(f64::from(said[at])))
+                        .collect();
+                    rows += verified;
+                    tokens += path.len() as f64;
+                    if verified > 0 {
+                        let pass = Pass {
+                            step,
+                            request: requests[request],
+                            temperature: 0.7,
+                            tree: false,
+                            verified,
+                            depth: verified,
+                            path: &path,
+                        };
+                        planner.record_pass(&pass).unwrap();
+                    }
+                }
+                time += cost.draft.at(4 * decision.block);
+            }
+            time += cost.target.at(rows);
+        }
+        tokens / time
+    }
+}
+
+#[test]
+fn drafters_that_are_too_sure_or_not_sure_enough_are_seen_through() {
+    type Truth = fn(f64) -> f64;
+    let truths: [(&str, Truth); 6] = [
+        ("far too modest", |p| p.powf(0.2)),
+        ("modest", |p| p.powf(0.45)),
+        ("right", |p| p),
+        ("too sure", |p| p.powf(2.5)),
+        ("never sure", |p| 0.5 + 0.4 * p),
+        ("sure of what is not so", |p| 0.8 * p),
+    ];
+    for (drafter, truth) in truths {
+        let mut world = World { state: 7, truth };
+        let learnt = world.run(1500, None);
+        let fixed = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.5, 4.0].map(|exponent| world.run(1500, Some(exponent)));
+        let best = fixed.into_iter().fold(0.0, f64::max);
+        // A wrong one would not pass.
+        assert!(
+            fixed.into_iter().fold(best, f64::min) < 0.97 * best,
+            "{drafter}: {fixed:?}"
+        );
+        assert!(learnt > 0.97 * best, "{drafter}: {learnt} against {best}");
+    }
+}
