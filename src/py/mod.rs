@@ -7,6 +7,7 @@ mod decoder;
 mod engine;
 mod errors;
 mod host;
+mod params;
 mod plan;
 mod pool;
 mod serving;
@@ -27,6 +28,8 @@ mod _core {
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
+    #[pymodule_export]
+    use super::params::{DeviceSampling, pack_sampling};
     #[pymodule_export]
     use super::plan::{Planner, WidthPlanner};
     #[pymodule_export]

@@ -27,8 +27,7 @@ class Arena:
             begin, size = places[name]
             self.host[name] = bytes_[begin : begin + size].view(dtype).reshape(shape)
             raw = self.memory[begin : begin + size]
-            torch_type = _TORCH.get(np.dtype(dtype))
-            self.device[name] = raw.view(*shape, -1) if torch_type is None else raw.view(torch_type).view(shape)
+            self.device[name] = raw.view(_TORCH[np.dtype(dtype)]).view(shape)
 
     def upload(self, last: str, rows: int | None = None) -> None:
         """Everything up to `last`, of which only the first `rows`."""
@@ -42,6 +41,7 @@ class Arena:
 
 
 _TORCH = {
+    np.dtype(np.uint8): torch.uint8,
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
     np.dtype(np.float32): torch.float32,
