@@ -30,7 +30,7 @@ def decoding_batch(size: int) -> tuple[Engine, np.ndarray, np.ndarray]:
         vocab_size=151_936,
     )
     for request in range(size):
-        engine.add(list(range(100 + request, 132 + request)), max_tokens=CONTEXT, temperature=0.0)
+        engine.add(list(range(100 + request, 132 + request)), {"max_tokens": CONTEXT})
     plan = engine.plan()
     engine.commit(plan, engine.accept_sampled(plan, np.ones(size, np.int64)))
     accepted = (np.arange(size) * 7 % 11)[:, None]

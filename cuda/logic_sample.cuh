@@ -66,7 +66,7 @@ DFLASH_HD bool is_bad(float x) { return !(x < infinity()); }
 DFLASH_HD bool penalises(const SamplingRow& s) {
     return s.repetition_penalty != 1.0f || s.presence_penalty != 0.0f || s.frequency_penalty != 0.0f;
 }
-DFLASH_HD bool edits(const SamplingRow& s) { return penalises(s) || s.bias_end > s.bias_start; }
+DFLASH_HD bool edits(const SamplingRow& s) { return penalises(s) || s.mask_end > s.bias_start; }
 DFLASH_HD bool is_greedy(const SamplingRow& s) { return s.temperature == 0.0f; }
 // top-k or top-p.
 DFLASH_HD bool selects(const SamplingRow& s) { return !is_greedy(s) && (s.top_k > 0 || s.top_p < 1.0f); }
@@ -102,6 +102,8 @@ DFLASH_HD void open_row(const SampleRowsParams& p, OpenRow& row, int32_t index) 
     int32_t token = row_token(p, index);
     row.s = p.sampling[row.request];
     row.position = uint64_t(p.positions[token] + 1);
+    // From here on a row whose mask does not apply has none.
+    if (row.position >= uint64_t(row.s.mask_before)) row.s.mask_end = row.s.bias_end;
     row.node = token - p.query_starts[row.request];
     row.path_len = 0;
     row.scale = is_greedy(row.s) ? 1.0f : div(1.0f, row.s.temperature);
@@ -111,11 +113,11 @@ DFLASH_HD void open_row(const SampleRowsParams& p, OpenRow& row, int32_t index) 
     row.floor = floor > lowest ? floor : lowest;
 }
 
-// One thread: the drafts of a tree's row, from its node up. A chain's are token_ids[first + 1 ..= first + node].
+// One thread: the drafts of a tree's row, from its node up. A chain's are token_ids[first + anchor + 1 ..= first + node].
 DFLASH_HD void open_path(const SampleRowsParams& p, OpenRow& row, int32_t* path, int32_t capacity) {
     int32_t first = p.query_starts[row.request];
     int32_t node = row.node, len = 0;
-    while (node > 0 && len < capacity) {
+    while (node > row.s.anchor && len < capacity) {
         path[len++] = int32_t(p.token_ids[first + node]);
         int32_t parent = p.parents ? p.parents[first + node] : node - 1;
         if (parent >= node) break;
@@ -146,7 +148,8 @@ DFLASH_HD int32_t lower_bound(const int32_t* tokens, int32_t start, int32_t end,
     return low;
 }
 
-// The logit of `token` after penalties and bias. Each operation is rounded on its own, in this order.
+// The logit of `token` after penalties, bias and mask. Each operation is rounded on its own, in this order; of -inf all of them make
+// -inf, so the mask may as well come first.
 DFLASH_HD float edited(const SampleRowsParams& p, const OpenRow& row, const int32_t* path, int32_t token, float raw) {
     const SamplingRow& s = row.s;
     float l = raw;
@@ -165,10 +168,10 @@ DFLASH_HD float edited(const SampleRowsParams& p, const OpenRow& row, const int3
     }
     int32_t at = find_token(p.bias_tokens, s.bias_start, s.bias_end, token);
     if (at >= 0) l = add(l, p.bias_values[at]);
+    if (find_token(p.bias_tokens, s.bias_end, s.mask_end, token) >= 0) l = add(l, -infinity());
     return l;
 }
 
-// Sets the bit of every edited column of first .. first + SAMPLE_CHUNK. All threads; `bits` were zero.
 DFLASH_HD void set_bit(uint32_t* bits, int32_t column) {
 #if DFLASH_ON_DEVICE
     atomicOr(&bits[column / 32], 1u << (column % 32));
@@ -177,26 +180,27 @@ DFLASH_HD void set_bit(uint32_t* bits, int32_t column) {
 #endif
 }
 
+// Those of the ascending tokens[start .. end] that are among first .. first + SAMPLE_CHUNK.
+DFLASH_HD void mark_tokens(const int32_t* tokens, int32_t start, int32_t end, int32_t first, uint32_t* bits, int32_t thread,
+                           int32_t threads) {
+    for (int32_t i = lower_bound(tokens, start, end, first) + thread; i < end; i += threads) {
+        if (tokens[i] >= first + SAMPLE_CHUNK) break;
+        set_bit(bits, tokens[i] - first);
+    }
+}
+
+// Sets the bit of every edited column of first .. first + SAMPLE_CHUNK. All threads; `bits` were zero.
 DFLASH_HD void mark_edits(const SampleRowsParams& p, const OpenRow& row, const int32_t* path, int32_t first, uint32_t* bits,
                           int32_t thread, int32_t threads) {
-    int32_t end = first + SAMPLE_CHUNK;
     const SamplingRow& s = row.s;
     if (penalises(s)) {
-        for (int32_t i = lower_bound(p.history_tokens, s.history_start, s.history_end, first) + thread; i < s.history_end;
-             i += threads) {
-            int32_t token = p.history_tokens[i];
-            if (token >= end) break;
-            set_bit(bits, token - first);
-        }
+        mark_tokens(p.history_tokens, s.history_start, s.history_end, first, bits, thread, threads);
         for (int32_t i = thread; i < row.path_len; i += threads) {
-            if (path[i] >= first && path[i] < end) set_bit(bits, path[i] - first);
+            if (path[i] >= first && path[i] < first + SAMPLE_CHUNK) set_bit(bits, path[i] - first);
         }
     }
-    for (int32_t i = lower_bound(p.bias_tokens, s.bias_start, s.bias_end, first) + thread; i < s.bias_end; i += threads) {
-        int32_t token = p.bias_tokens[i];
-        if (token >= end) break;
-        set_bit(bits, token - first);
-    }
+    mark_tokens(p.bias_tokens, s.bias_start, s.bias_end, first, bits, thread, threads);
+    mark_tokens(p.bias_tokens, s.bias_end, s.mask_end, first, bits, thread, threads);
 }
 
 // ---- scratch ----------------------------------------------------------------------------------------------------------

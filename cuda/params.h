@@ -145,7 +145,7 @@ struct BlockAttentionParams {
 //   sample_mass is needed when a row has top_k or top_p or `logprobs` is wanted; sample_pick when a row has top_k, top_p or
 //   min_p. Launching one that is not needed is harmless.
 //   Row n belongs to packed token t = row_tokens ? row_tokens[n] : n; the token drawn has position positions[t] + 1; the path
-//   for penalties are the drafts from the anchor (not counted: it is in the history) down to t.
+//   for penalties are the drafts from the row's anchor (not counted: it is in the history) down to t.
 //   Rows whose t is negative or not below query_starts[R] (a graph's padding) get token -1, status 0.
 struct SamplingRow { // one per request
     uint64_t seed;
@@ -158,7 +158,9 @@ struct SamplingRow { // one per request
     float frequency_penalty;
     int32_t history_start, history_end; // into history_*: tokens of prompt and output, distinct and ascending
     int32_t bias_start, bias_end;       // into bias_*: distinct and ascending
-    int32_t reserved;
+    int32_t mask_end;    // bias_tokens[bias_end .. mask_end], distinct and ascending, cannot be drawn for positions below mask_before
+    int32_t mask_before; // the values beside them are not read
+    int32_t anchor; // node behind which its drafts begin: 0, or the last token of a chunk of prompt, whose tokens are no drafts
 };
 
 struct SampleRowsParams {
@@ -381,7 +383,7 @@ static_assert(sizeof(PageTable) == 24, "mirrored in Rust");
 static_assert(sizeof(PrepareBlockParams) == 112, "mirrored in Rust");
 static_assert(sizeof(KvInjectParams) == 128, "mirrored in Rust");
 static_assert(sizeof(BlockAttentionParams) == 280, "mirrored in Rust");
-static_assert(sizeof(SamplingRow) == 56, "mirrored in Rust");
+static_assert(sizeof(SamplingRow) == 64, "mirrored in Rust");
 static_assert(sizeof(SampleRowsParams) == 144, "mirrored in Rust");
 static_assert(sizeof(AcceptParams) == 176, "mirrored in Rust");
 static_assert(sizeof(TreeTopKParams) == 48, "mirrored in Rust");

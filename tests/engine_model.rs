@@ -34,10 +34,23 @@ fn next(text: &[u32]) -> u32 {
     ((hash_of(text) >> 17) % u64::from(VOCAB)) as u32
 }
 
+impl Ask {
+    /// What the target says for this request: of tokens that would end the text too early the next one that does not.
+    fn next(&self, text: &[u32]) -> u32 {
+        let mut token = next(text);
+        while text.len() < self.prompt.len() + self.min_tokens as usize && (token == EOS || Some(token) == self.stop_id)
+        {
+            token = (token + 1) % VOCAB;
+        }
+        token
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Ask {
     prompt: Vec<u32>,
     max_tokens: u32,
+    min_tokens: u32,
     stop_id: Option<u32>,
     stops: Vec<&'static str>,
     ignore_eos: bool,
@@ -48,15 +61,20 @@ struct Ask {
 fn plain_run(ask: &Ask, max_context: usize) -> (Vec<u32>, Finish, Option<usize>) {
     let (mut text, mut out, mut bytes) = (ask.prompt.clone(), Vec::new(), String::new());
     loop {
-        let token = next(&text);
+        let token = ask.next(&text);
         text.push(token);
         out.push(token);
+        let early = out.len() <= ask.min_tokens as usize;
         let watched = !ask.stops.is_empty();
         if (token == EOS && !ask.ignore_eos) || ask.stop_id == Some(token) {
             return (out, Finish::StopToken, watched.then_some(bytes.len()));
         }
+        let fresh = bytes.len();
         bytes.push_str(SPELLING[token as usize]);
-        if let Some(cut) = ask.stops.iter().filter_map(|stop| bytes.find(stop)).min() {
+        // Matches that this token completes.
+        let complete =
+            |stop: &&str| (0..bytes.len()).find(|&at| at + stop.len() > fresh && bytes[at..].starts_with(*stop));
+        if let Some(cut) = ask.stops.iter().filter_map(complete).min().filter(|_| !early) {
             return (out, Finish::StopString, Some(cut));
         }
         if out.len() == ask.max_tokens as usize || text.len() == max_context {
@@ -129,6 +147,7 @@ impl Life {
                 ..Sampling::default()
             },
             max_tokens: ask.max_tokens,
+            min_tokens: ask.min_tokens,
             stop_ids: ask.stop_id.map(TokenId).into_iter().collect(),
             stop_strings: ask.stops.iter().map(|stop| stop.as_bytes().to_vec()).collect(),
             ignore_eos: ask.ignore_eos,
@@ -328,6 +347,7 @@ impl Life {
         let mut sampled = vec![-1; arrays.logit_rows.len()];
         for row in 0..arrays.row_ids.len() {
             let id = arrays.request_ids[row];
+            let ask = self.asks[&id].clone();
             let (start, end) = (arrays.query_starts[row] as usize, arrays.query_starts[row + 1] as usize);
             let mut state = self.device.remove(&id).unwrap_or_default();
             let prefill = arrays.is_prefill[row];
@@ -380,7 +400,7 @@ impl Life {
                 path.push(block[0]);
                 let mut row_drafts = Vec::new();
                 for _ in 0..columns {
-                    let mut draft = next(&path);
+                    let mut draft = ask.next(&path);
                     if self.roll(100) >= self.quality {
                         draft = self.roll(VOCAB);
                     }
@@ -420,7 +440,7 @@ impl Life {
                 assert!(written.insert(slot), "two rows write slot {slot}");
                 self.kv[slot] = hash_of(&text);
                 if arrays.logit_rows.get(logit) == Some(&((start + at) as i32)) {
-                    sampled[logit] = i64::from(next(&text));
+                    sampled[logit] = i64::from(ask.next(&text));
                     logit += 1;
                 }
             }
@@ -432,7 +452,7 @@ impl Life {
                     self.copies[save as usize] = hash_of(&state.text[..state.committed]);
                 }
                 if arrays.logit_starts[row] < arrays.logit_starts[row + 1] {
-                    state.text.push(next(&state.text));
+                    state.text.push(ask.next(&state.text));
                 }
             } else {
                 let mut text = state.text[..=state.committed].to_vec();
@@ -444,7 +464,7 @@ impl Life {
                     } else {
                         node - 1
                     };
-                    parent == from && block[node] == next(&text)
+                    parent == from && block[node] == ask.next(&text)
                 }) {
                     text.push(block[node]);
                     path.push(node);
@@ -464,7 +484,7 @@ impl Life {
                     }
                 }
                 state.committed = text.len();
-                text.push(next(&text));
+                text.push(ask.next(&text));
                 state.text = text;
             }
             self.device.insert(id, state);
@@ -702,15 +722,16 @@ fn asks() -> impl Strategy<Value = Ask> {
     ];
     (
         prompt,
-        1..30u32,
+        (1..30u32, prop_oneof![2 => Just(0.0), 1 => 0.0..=1.0f64]),
         prop::option::weighted(0.2, 0..VOCAB),
         stops,
         any::<bool>(),
         prop::bool::weighted(0.9),
     )
-        .prop_map(|(prompt, max_tokens, stop_id, stops, ignore_eos, draft)| Ask {
+        .prop_map(|(prompt, (max_tokens, least), stop_id, stops, ignore_eos, draft)| Ask {
             prompt,
             max_tokens,
+            min_tokens: (f64::from(max_tokens) * least) as u32,
             stop_id,
             stops,
             ignore_eos,

@@ -10,9 +10,12 @@ use dflash_rs::verify::{History, Sampler, Sampling, top_logprobs};
 use proptest::prelude::*;
 
 /// Dense penalties and bias, straight from the definition.
-fn edited(logits: &[f32], s: &Sampling, prompt: &[u32], output: &[u32]) -> Vec<f32> {
+fn edited(logits: &[f32], s: &Sampling, prompt: &[u32], output: &[u32], position: u64) -> Vec<f32> {
     let mut out = logits.to_vec();
     for (token, l) in out.iter_mut().enumerate() {
+        if position < s.masked_before && s.masked.iter().any(|masked| masked.0 as usize == token) {
+            *l = f32::NEG_INFINITY;
+        }
         let count = |list: &[u32]| list.iter().filter(|&&t| t as usize == token).count();
         if count(prompt) + count(output) > 0 && s.repetition_penalty != 1.0 {
             *l = if *l > 0.0 {
@@ -67,7 +70,7 @@ fn kept(l: &[f32], s: &Sampling) -> Option<Vec<usize>> {
 }
 
 fn reference(logits: &[f32], s: &Sampling, prompt: &[u32], output: &[u32], position: u64) -> Option<u32> {
-    let l = edited(logits, s, prompt, output);
+    let l = edited(logits, s, prompt, output, position);
     let best = |scores: &mut dyn Iterator<Item = (usize, f32)>| {
         scores.fold((usize::MAX, f32::NEG_INFINITY), |best, (id, x)| {
             if x > best.1 || (x == best.1 && id < best.0) {
@@ -121,18 +124,24 @@ fn any_sampling() -> impl Strategy<Value = Sampling> {
             (0usize..20, Just(f32::NEG_INFINITY)).prop_map(Some)
         ],
         any::<u64>(),
+        // Every third token from somewhere on, before no position, the first ones or (almost) all of them.
+        (0u32..40, prop_oneof![Just(0u64), 1u64..9, Just(u64::MAX)]),
     )
-        .prop_map(|(temperature, top_k, top_p, min_p, rp, pp, fp, bias, seed)| Sampling {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty: rp,
-            presence_penalty: pp,
-            frequency_penalty: fp,
-            logit_bias: bias.map(|(t, b)| (TokenId(t as u32), b)).into_iter().collect(),
-            seed,
-        })
+        .prop_map(
+            |(temperature, top_k, top_p, min_p, rp, pp, fp, bias, seed, mask)| Sampling {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repetition_penalty: rp,
+                presence_penalty: pp,
+                frequency_penalty: fp,
+                logit_bias: bias.map(|(t, b)| (TokenId(t as u32), b)).into_iter().collect(),
+                seed,
+                masked: (mask.0..20).step_by(3).map(TokenId).collect(),
+                masked_before: mask.1,
+            },
+        )
 }
 
 fn any_logits() -> impl Strategy<Value = Vec<f32>> {
@@ -156,10 +165,10 @@ proptest! {
         prompt in prop::collection::vec(0u32..20, 0..12),
         output in prop::collection::vec(0u32..20, 0..12),
         split in 0usize..12,
-        position: u64,
+        position in prop_oneof![0u64..12, any::<u64>()],
     ) {
         sampling.validate(logits.len()).unwrap();
-        prop_assume!(edited(&logits, &sampling, &prompt, &output).iter().any(|x| x.is_finite()));
+        prop_assume!(edited(&logits, &sampling, &prompt, &output, position).iter().any(|x| x.is_finite()));
         let Some(expected) = reference(&logits, &sampling, &prompt, &output, position) else {
             return Err(TestCaseError::reject("a filter decision within rounding"));
         };

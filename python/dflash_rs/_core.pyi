@@ -1,7 +1,7 @@
 """The compiled half of dflash_rs: whole-batch arrays, one crossing per stage."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, final
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ def cuda_load() -> dict[str, tuple[int, int, int]]:
 
 def cuda_probe(out: _CudaTensor, stream: int) -> None:
     """Writes the architecture of the code that the driver picked to `out`, int32 [1]."""
+
+def pack_sampling(requests: Sequence[dict[str, Any]]) -> DeviceSampling:
+    """See ``dflash_rs.cuda.sampling_rows``."""
 
 def cuda_sample_scratch(rows: int, vocab: int) -> int:
     """Bytes of scratch that `cuda_sample_rows` needs."""
@@ -219,7 +222,7 @@ class Engine:
         num_pages: int,
         vocab_size: int,
         page_size: int = 16,
-        max_running: int = 16,
+        max_running: int = 32,
         max_context: int = 2048,
         block_size: int = 8,
         max_batch_tokens: int = 2048,
@@ -229,34 +232,15 @@ class Engine:
         depth: int = 0,
         vocabulary: Sequence[bytes] | None = None,
     ) -> Engine: ...
-    def add(
-        self,
-        prompt: Sequence[int] | NDArray[np.integer],
-        *,
-        max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int = 0,
-        stop_token_ids: Sequence[int] = ...,
-        stop: Sequence[bytes] = ...,
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        draft: bool = True,
-    ) -> int:
+    def add(self, prompt: Sequence[int] | NDArray[np.integer], params: dict[str, Any] | None = None) -> int:
         """Queues a request and returns its number, unique for the life of the engine.
 
-        ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is an unsigned 64-bit number.
-        ``stop`` are byte strings. ``logprobs=n`` scores every token and names the ``n`` likeliest ones. ``draft=False`` never
-        verifies drafts for it; its text is the same either way.
+        ``params``: what it asks for, by name: the options of ``SamplingParams`` with their defaults, but ``seed`` (0, an unsigned 64-bit
+        number), ``stop`` (strings or bytes), and ``draft`` (True; False never verifies drafts for it, its text is the same either way).
+        ``SamplingParams.for_core`` makes one.
 
-        Raises ``InvalidArgument`` naming the argument; ``OutOfPages`` when prompt and ``max_tokens`` could not fit the pool
-        even if it were empty.
+        Raises ``InvalidArgument`` naming the option, and for a name that is none; ``OutOfPages`` when prompt and ``max_tokens`` could not
+        fit the pool even if it were empty.
         """
 
     def abort(self, request_id: int) -> bool:
@@ -306,12 +290,8 @@ class Engine:
         ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for.
         """
 
-    def histories(self, plan: StepPlan) -> list[NDArray[np.int32]]:
-        """What the penalties of a launched step count: starts ``[R + 1]``, tokens, and their occurrences in the output.
-
-        Rows without penalties have no entries; tokens rise within a row, those of the prompt alone count 0. Complete only when
-        no earlier step is unresolved.
-        """
+    def device_sampling(self, plan: StepPlan) -> DeviceSampling:
+        """What the rows of a launched step ask of their draws, for a device that draws them."""
 
     def commit(self, plan: StepPlan, accepted: Accepted, injected: bool = True) -> Events:
         """Resolves a step: books KV, appends tokens up to each request's stop, releases what is finished.
@@ -476,6 +456,47 @@ class StepPlan:
     def state_save(self) -> NDArray[np.int32]:
         """``[R]``: the checkpoint that gets the state after the row's last token, before the commit, -1 for none; empty for a target without
         state."""
+
+@final
+class DeviceSampling:
+    """What ``R`` rows ask of their draws, packed as the kernels read it. Views of buffers that live as long as this does."""
+
+    ROW_BYTES: Final[int]
+    @property
+    def rows(self) -> NDArray[np.uint8]:
+        """``[R * ROW_BYTES]``: ``SamplingRow`` of cuda/params.h. A row whose request has left changes nothing."""
+
+    @property
+    def history_tokens(self) -> NDArray[np.int32]:
+        """Distinct tokens of prompt and output of the rows that are penalised, ascending within a row."""
+
+    @property
+    def history_counts(self) -> NDArray[np.int32]:
+        """Their occurrences in the output; 0: in the prompt alone."""
+
+    @property
+    def bias_tokens(self) -> NDArray[np.int32]:
+        """Row by row the tokens with a bias, ascending, then those that are masked, ascending."""
+
+    @property
+    def bias_values(self) -> NDArray[np.float32]:
+        """Their biases; -inf beside a mask."""
+
+    @property
+    def filters(self) -> bool:
+        """Whether any row leaves part of its vocabulary out (top_k, top_p, min_p)."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether any row's tokens are scored."""
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest tokens are named beside each token, of the row that wants most."""
+
+    @property
+    def unresolved(self) -> bool:
+        """Whether a row's history lacks what an unresolved step before this one may add: commit that one, and ask again."""
 
 @final
 class Accepted:
@@ -1003,15 +1024,8 @@ def sample_rows(
     logits: NDArray[np.float32],
     positions: NDArray[np.uint64],
     seeds: NDArray[np.uint64],
+    transform: dict[str, Any],
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: Sequence[tuple[int, float]] = ...,
     prompt: Sequence[int] = ...,
     output: Sequence[int] = ...,
     paths: Sequence[Sequence[int]] | None = None,

@@ -16,10 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from . import _core
-from .arguments import bad, integer, shown
+from .arguments import bad, integer
 from .errors import InvalidArgument, MissingPackage
 from .named import named
 
@@ -302,33 +300,16 @@ def block_attention(
     return out
 
 
-# One request's sampling, as the kernels read it (SamplingRow of cuda/params.h).
-SAMPLING_ROW = np.dtype(
-    [
-        ("seed", np.uint64),
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("top_k", np.int32),
-        ("repetition_penalty", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("history_start", np.int32),
-        ("history_end", np.int32),
-        ("bias_start", np.int32),
-        ("bias_end", np.int32),
-        ("reserved", np.int32),
-    ],
-    align=True,
-)
+# Bytes of one request's sampling, as the kernels read it (SamplingRow of cuda/params.h). Only the core knows what is where.
+SAMPLING_ROW_BYTES = _core.DeviceSampling.ROW_BYTES
 
 
 class SamplingRows(NamedTuple):
     """What R requests ask of their target distribution, on the device.
 
-    rows uint8 [R, 56] (`SAMPLING_ROW`); history_tokens and history_counts: per request the distinct tokens of prompt and output,
-    ascending, with their occurrences in the output; bias_tokens, bias_values (float32): per request, ascending. `filters`: whether
-    any request has top_k, top_p or min_p.
+    rows uint8 [R, SAMPLING_ROW_BYTES]; history_tokens and history_counts: per request the distinct tokens of prompt and output,
+    ascending, with their occurrences in the output; bias_tokens, bias_values (float32): per request, ascending, and behind them the
+    tokens that are masked, ascending. `filters`: whether any request has top_k, top_p or min_p.
     """
 
     rows: Tensor
@@ -341,40 +322,18 @@ class SamplingRows(NamedTuple):
 
 @named
 def sampling_rows(requests: Sequence[dict], device: torch.device | str = "cuda") -> SamplingRows:
-    """Lays out the sampling of requests, one dict each: `seed`, `temperature`, `top_k`, `top_p`, `min_p`, the three penalties,
-    `logit_bias` {token: number}, and for penalties `history` {token: occurrences in the output}, tokens of the prompt
-    included. What is left out is off (temperature 1)."""
-    rows = np.zeros(len(requests), dtype=SAMPLING_ROW)
-    rows["temperature"] = rows["top_p"] = rows["repetition_penalty"] = 1.0
-    history: list[tuple[int, int]] = []
-    bias: list[tuple[int, float]] = []
-    known = {"seed", "temperature", "top_p", "min_p", "top_k"}
-    known |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
-    for row, request in zip(rows, requests):
-        for name, value in request.items():
-            if name in known:
-                row[name] = value
-            elif name not in ("logit_bias", "history"):
-                raise InvalidArgument(
-                    f"requests: got {shown(name)}, expected {sorted(known | {'logit_bias', 'history'})}"
-                )
-        row["history_start"], row["bias_start"] = len(history), len(bias)
-        history += sorted(request.get("history", {}).items())
-        bias += sorted(request.get("logit_bias", {}).items())
-        row["history_end"], row["bias_end"] = len(history), len(bias)
-    filters = bool(((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0)).any())
+    """Lays out the sampling of requests, one dict each: options as `SamplingParams` names them (`seed`, `temperature`, filters,
+    penalties, `logit_bias` {token: number}), for penalties `history` {token: occurrences in the output}, tokens of the prompt
+    included, and `masked` tokens that cannot be drawn for positions below `masked_before`. What is left out is off (temperature 1)."""
+    return upload_sampling(_core.pack_sampling(list(requests)), device)
 
-    def upload(values, dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
 
-    return SamplingRows(
-        torch.from_numpy(rows.view(np.uint8).reshape(len(requests), SAMPLING_ROW.itemsize)).to(device),
-        upload([token for token, _ in history], torch.int32),
-        upload([count for _, count in history], torch.int32),
-        upload([token for token, _ in bias], torch.int32),
-        upload([value for _, value in bias], torch.float32),
-        filters,
-    )
+def upload_sampling(packed: _core.DeviceSampling, device: torch.device | str) -> SamplingRows:
+    """What the core packed, for a kernel that is called by itself."""
+    rows = packed.rows.reshape(-1, SAMPLING_ROW_BYTES)
+    edits = (packed.history_tokens, packed.history_counts, packed.bias_tokens, packed.bias_values)
+    # Copies: the core's buffers are lent.
+    return SamplingRows(*(torch.from_numpy(part.copy()).to(device) for part in (rows, *edits)), packed.filters)
 
 
 class Sampled(NamedTuple):

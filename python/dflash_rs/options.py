@@ -99,26 +99,6 @@ def known_tokens(name: str, ids: Any, vocab_size: int) -> list[int]:
     return tokens
 
 
-def core_params(o: SamplingParams, seed: int, draft: bool) -> dict[str, Any]:
-    return {
-        "temperature": float(o.temperature),
-        "top_k": int(o.top_k),
-        "top_p": float(o.top_p),
-        "min_p": float(o.min_p),
-        "repetition_penalty": float(o.repetition_penalty),
-        "presence_penalty": float(o.presence_penalty),
-        "frequency_penalty": float(o.frequency_penalty),
-        "logit_bias": dict(o.logit_bias),
-        "seed": seed,
-        "max_tokens": int(o.max_tokens),
-        "stop_token_ids": list(o.stop_token_ids),
-        "stop": [s.encode() for s in o.stop],
-        "ignore_eos": o.ignore_eos,
-        "logprobs": o.logprobs,
-        "draft": draft,
-    }
-
-
 def encodable(text: str) -> bool:
     try:
         text.encode()

@@ -1,14 +1,16 @@
-"""What a request may ask for, checked before anything runs.
+"""What a request may ask for, checked before anything runs: the one place in Python that knows the options one by one.
 
-The transform is applied in this order (the same function with and without speculation): repetition, presence and frequency
+The transform is applied in this order (the same function with and without speculation): masks, repetition, presence and frequency
 penalties, logit bias, temperature, softmax, top-k and top-p jointly on the tempered distribution, min-p, renormalise, draw.
+
+The core reads the same options by the same names (src/verify/sampling.rs), the command line takes its own from `SamplingParams`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from .arguments import bad, flag, integer, is_list, real
@@ -40,6 +42,12 @@ class Biases(dict):
         return Biases, (dict(self),)
 
 
+def _option(default: Any, metavar: str | None, help: str) -> Any:
+    """A field with what the command line says of it; `metavar` is None for a switch."""
+    told = {"metavar": metavar, "help": help}
+    return field(default_factory=dict, metadata=told) if default == {} else field(default=default, metadata=told)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling options of one request.
@@ -49,7 +57,8 @@ class SamplingParams:
       distribution. `min_p` in [0, 1] keeps tokens with p >= min_p * max p.
     - `seed` in 0..2^64-1 fixes every draw by (seed, position): the text is then the same in any batch, with and without
       drafting. None takes a fresh seed, reported in the output's metrics.
-    - `max_tokens` >= 1. `stop`: a string or strings that end the output and are not part of it. `stop_token_ids` end it and
+    - `max_tokens` >= 1. `min_tokens` in 0..max_tokens: so many output tokens come before anything else may end the text: until then
+      neither end-of-text tokens nor `stop_token_ids` can be drawn, and `stop` strings are text like any other. `stop`: a string or strings that end the output and are not part of it. `stop_token_ids` end it and
       are the last of its token_ids. `ignore_eos` treats the end-of-text token like any other.
     - `repetition_penalty` > 0 counts prompt and output; `presence_penalty` and `frequency_penalty` in [-2, 2] count the output.
     - `logit_bias`: token id -> finite number added to its logit.
@@ -61,20 +70,21 @@ class SamplingParams:
     Raises InvalidArgument (a ValueError) naming the option, what was got and what was expected.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int = 128
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
-    ignore_eos: bool = False
+    temperature: float = _option(0.0, "T", "0 is greedy; default: 0")
+    top_k: int = _option(0, "K", "the K likeliest tokens; default: all")
+    top_p: float = _option(1.0, "P", "the likeliest tokens that hold P together; default: 1")
+    min_p: float = _option(0.0, "P", "tokens with P times the likeliest's share; default: 0")
+    seed: int | None = _option(None, "N", "the same seed gives the same text")
+    max_tokens: int = _option(128, "N", "default: 128")
+    stop: str | Sequence[str] = _option((), "TEXT", "may be given repeatedly; \\n means a new line")
+    stop_token_ids: Sequence[int] = _option((), "ID", "may be given repeatedly")
+    repetition_penalty: float = _option(1.0, "X", "above 1 against tokens of prompt and output")
+    presence_penalty: float = _option(0.0, "X", "taken off tokens of the output")
+    frequency_penalty: float = _option(0.0, "X", "the same for every time they occurred")
+    logit_bias: Mapping[int, float] = _option({}, "ID=BIAS", "may be given repeatedly")
+    logprobs: int | None = _option(None, "N", "with --json only: log-probabilities, and the N likeliest tokens")
+    ignore_eos: bool = _option(False, None, "go on after the end-of-text token")
+    min_tokens: int = _option(0, "N", "tokens before anything but --max-tokens may end the text; default: 0")
 
     def __post_init__(self) -> None:
         self._real(
@@ -90,6 +100,7 @@ class SamplingParams:
         if self.seed is not None:
             self._integer("seed", 0, _SEEDS - 1)
         self._integer("max_tokens", 1, 2**31 - 1)
+        self._integer("min_tokens", 0, self.max_tokens, f"an integer in 0..{self.max_tokens} (max_tokens)")
         self._real("repetition_penalty", _TINY, _FLOAT32, f"a number in (0, {_FLOAT32:g}]")
         self._real("presence_penalty", -2.0, 2.0)
         self._real("frequency_penalty", -2.0, 2.0)
@@ -118,8 +129,12 @@ class SamplingParams:
             raise bad("logit_bias", self.logit_bias, "each token id once")
         object.__setattr__(self, "logit_bias", Biases(biases))
 
-    def _integer(self, name: str, low: int, high: int) -> None:
-        object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
+    def for_core(self, seed: int, draft: bool) -> dict[str, Any]:
+        """What `_core.Engine.add` takes: every option by its name, this `seed` in place of None, and whether drafts may be verified."""
+        return {option.name: getattr(self, option.name) for option in fields(self)} | {"seed": seed, "draft": draft}
+
+    def _integer(self, name: str, low: int, high: int, expected: str | None = None) -> None:
+        object.__setattr__(self, name, integer(name, getattr(self, name), low, high, expected=expected))
 
     def _real(self, name: str, low: float, high: float, expected: str | None = None, above_0: float = 0.0) -> None:
         """Makes the option a float in `[low, high]`, at least `above_0` unless it is 0."""

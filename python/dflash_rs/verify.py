@@ -165,18 +165,21 @@ def sample_rows(
     rows = logits.shape[0] if isinstance(logits, np.ndarray) and logits.ndim else 0
     if logit_bias is not None and not isinstance(logit_bias, Mapping):
         raise bad("logit_bias", logit_bias, "a mapping from token ids to numbers")
+    transform = {
+        "temperature": temperature,
+        "top_k": integer("top_k", top_k, 0, 2**32 - 1),
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(logit_bias or {}),
+    }
     return _core.sample_rows(
         logits,
         _unsigned("positions", positions),
         _unsigned("seeds", seeds, rows),
-        temperature=temperature,
-        top_k=integer("top_k", top_k, 0, 2**32 - 1),
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=list((logit_bias or {}).items()),
+        transform,
         prompt=prompt,
         output=output,
         paths=paths,

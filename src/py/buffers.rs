@@ -12,6 +12,8 @@ use numpy::ndarray::{ArrayView1, ArrayView2};
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
+use crate::device::cuda::params::SamplingRow;
+
 /// A one-dimensional view of `data`, kept alive by `owner`.
 ///
 /// # Safety
@@ -19,6 +21,16 @@ use pyo3::prelude::*;
 pub(super) unsafe fn view<'py, T: Element>(data: &[T], owner: Bound<'py, PyAny>) -> Bound<'py, PyArray1<T>> {
     // SAFETY: passed on to the caller.
     unsafe { PyArray1::borrow_from_array(&ArrayView1::from(data), owner) }
+}
+
+/// The bytes of rows as a device reads them.
+pub(super) fn bytes(rows: &[SamplingRow]) -> &[u8] {
+    const {
+        // A seed and fourteen numbers of 32 bits, one behind the other: no byte of a row is padding.
+        assert!(size_of::<SamplingRow>() == 8 + 14 * 4);
+    }
+    // SAFETY: the rows are `repr(C)` numbers without padding, every byte of which is initialised, and live as long as the slice.
+    unsafe { std::slice::from_raw_parts(rows.as_ptr().cast::<u8>(), size_of_val(rows)) }
 }
 
 /// A read-only view `[rows, width]` of the page table, kept alive by `owner`.

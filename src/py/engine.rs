@@ -1,6 +1,5 @@
 //! `dflash_rs._core.Engine` and the values of its stages.
 
-use std::collections::HashMap;
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,10 +13,10 @@ use crate::plan::Pass;
 use crate::py::arrays::{Count, Flag, Given, array, shaped};
 use crate::py::buffers::{table_view, view};
 use crate::py::errors::{invalid, parent_ids, token_ids};
-use crate::schedule::{Config, Params, Vocabulary};
+use crate::py::params::{self, DeviceSampling};
+use crate::schedule::{Config, Vocabulary};
 use crate::step;
-use crate::types::{RequestId, TokenId};
-use crate::verify::Sampling;
+use crate::types::RequestId;
 
 const TOKENS: &str = "a list of nothing but token ids";
 
@@ -86,10 +85,10 @@ impl Engine {
 impl Engine {
     #[new]
     #[pyo3(signature = (
-        *, num_pages, vocab_size, page_size = Count::new(16), max_running = Count::new(16), max_context = Count::new(2048),
+        *, num_pages, vocab_size, page_size = Count::new(16), max_running = Count::new(32), max_context = Count::new(2048),
         block_size = Count::new(8), max_batch_tokens = Count::new(2048), eos_ids = Given::new(Vec::new()), prefix_cache = Flag::TRUE,
         state_checkpoints = None, depth = Count::ZERO, vocabulary = None,
-    ), text_signature = "(*, num_pages, vocab_size, page_size=16, max_running=16, max_context=2048, block_size=8, \
+    ), text_signature = "(*, num_pages, vocab_size, page_size=16, max_running=32, max_context=2048, block_size=8, \
         max_batch_tokens=2048, eos_ids=[], prefix_cache=True, state_checkpoints=None, depth=0, vocabulary=None)")]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -137,64 +136,16 @@ impl Engine {
         })
     }
 
-    /// Queues a request and returns its number.
-    #[pyo3(signature = (
-        prompt, *, max_tokens = Count::new(16), temperature = Given::new(1.0), top_k = Count::ZERO, top_p = Given::new(1.0),
-        min_p = Given::new(0.0), repetition_penalty = Given::new(1.0), presence_penalty = Given::new(0.0),
-        frequency_penalty = Given::new(0.0), logit_bias = None, seed = Count::ZERO, stop_token_ids = Given::new(Vec::new()),
-        stop = Given::new(Vec::new()), ignore_eos = Flag::FALSE, logprobs = None, draft = Flag::TRUE,
-    ), text_signature = "($self, prompt, *, max_tokens=16, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, \
-        presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, seed=0, stop_token_ids=[], stop=[], ignore_eos=False, \
-        logprobs=None, draft=True)")]
-    #[allow(clippy::too_many_arguments)]
-    fn add(
+    /// Queues a request and returns its number. `params`: a dict of options by name, as `SamplingParams` calls them, and `draft`; what
+    /// it does not have is the default.
+    #[pyo3(signature = (prompt, params = None))]
+    fn add<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         prompt: Given<Vec<i64>>,
-        max_tokens: Count,
-        temperature: Given<f32>,
-        top_k: Count,
-        top_p: Given<f32>,
-        min_p: Given<f32>,
-        repetition_penalty: Given<f32>,
-        presence_penalty: Given<f32>,
-        frequency_penalty: Given<f32>,
-        logit_bias: Option<Given<HashMap<i64, f32>>>,
-        seed: Count,
-        stop_token_ids: Given<Vec<i64>>,
-        stop: Given<Vec<Vec<u8>>>,
-        ignore_eos: Flag,
-        logprobs: Option<Count>,
-        draft: Flag,
+        params: Option<Given<Bound<'py, PyDict>>>,
     ) -> PyResult<u64> {
-        const NUMBER: &str = "a number";
-        let mut bias: Vec<(TokenId, f32)> = Vec::new();
-        let biases = logit_bias
-            .map(|biases| biases.of("logit_bias", "a dict from tokens to numbers, or None"))
-            .transpose()?;
-        for (id, value) in biases.unwrap_or_default() {
-            bias.push((token_ids("logit_bias", &[id])?[0], value));
-        }
-        bias.sort_unstable_by_key(|&(token, _)| token);
-        let params = Params {
-            sampling: Sampling {
-                temperature: temperature.of("temperature", NUMBER)?,
-                top_k: top_k.count("top_k")?,
-                top_p: top_p.of("top_p", NUMBER)?,
-                min_p: min_p.of("min_p", NUMBER)?,
-                repetition_penalty: repetition_penalty.of("repetition_penalty", NUMBER)?,
-                presence_penalty: presence_penalty.of("presence_penalty", NUMBER)?,
-                frequency_penalty: frequency_penalty.of("frequency_penalty", NUMBER)?,
-                logit_bias: bias,
-                seed: seed.count("seed")?,
-            },
-            max_tokens: max_tokens.count("max_tokens")?,
-            stop_ids: token_ids("stop_token_ids", &stop_token_ids.of("stop_token_ids", TOKENS)?)?,
-            stop_strings: stop.of("stop", "a list of bytes")?,
-            ignore_eos: ignore_eos.of("ignore_eos")?,
-            logprobs: logprobs.map(|logprobs| logprobs.count("logprobs")).transpose()?,
-            draft: draft.of("draft")?,
-        };
+        let params = params::params(params)?;
         let prompt = token_ids("prompt", &prompt.of("prompt", TOKENS)?)?;
         Ok(self.with(py, |engine| engine.add(prompt, params))?.0)
     }
@@ -265,17 +216,13 @@ impl Engine {
         Ok(Accepted { accepted })
     }
 
-    /// What penalties count, of the rows that have any: starts i32 `[R + 1]`, tokens i32 (ascending within a row), occurrences in the
-    /// output i32.
-    fn histories<'py>(
-        &self,
-        py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
-    ) -> PyResult<[Bound<'py, PyArray1<i32>>; 3]> {
+    /// What the step's rows ask of their draws, for a device that draws them.
+    fn device_sampling<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<DeviceSampling> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
-        let found = self.with(py, |engine| engine.histories(&locked(&plan.plan)))?;
-        Ok([found.starts, found.tokens, found.counts].map(|values| PyArray1::from_vec(py, values)))
+        Ok(self
+            .with(py, |engine| engine.device_sampling(&locked(&plan.plan)))?
+            .into())
     }
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.

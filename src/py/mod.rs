@@ -11,6 +11,8 @@ mod engine;
 mod errors;
 #[allow(unsafe_code, reason = "addresses of torch tensors become rows")]
 mod host;
+#[allow(unsafe_code, reason = "arrays of a step are shown in place, as `buffers` says")]
+mod params;
 mod plan;
 mod pool;
 mod serving;
@@ -31,6 +33,8 @@ mod _core {
     use super::engine::{Accepted, Engine, Events, StepPlan};
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
+    #[pymodule_export]
+    use super::params::{DeviceSampling, pack_sampling};
     #[pymodule_export]
     use super::plan::{Planner, WidthPlanner};
     #[pymodule_export]

@@ -3,13 +3,15 @@
 use numpy::ndarray::{Ix1, Ix2, Ix3};
 use numpy::{Element, IntoPyArray, PyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::error::{Error, Result};
 use crate::py::arrays::{Count, Given, array, describe, holds, shaped};
 use crate::py::errors::{invalid, token_ids};
+use crate::py::params;
 use crate::rng::{Domain, Stream, gumbel_of_word};
 use crate::types::TokenId;
-use crate::verify::{self, GivenCoins, History, KeyedCoins, Sampler, Sampling, Verdict, walk_chain};
+use crate::verify::{self, GivenCoins, History, KeyedCoins, Sampler, Verdict, walk_chain};
 
 type Accepted<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>);
 type Scored<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
@@ -226,36 +228,25 @@ ratio_function!(
     Level::Block
 );
 
-/// Draws the target's token for every row of `logits`, f32 `[N, V]`; `positions` u64 `[N]`, `seeds` u64 `[N]`.
+/// Draws the target's token for every row of `logits`, f32 `[N, V]`; `positions` u64 `[N]`, `seeds` u64 `[N]`; `transform` a dict of
+/// options by name.
 #[pyfunction]
 #[pyo3(signature = (
-    logits, positions, seeds, *, temperature = Given::new(1.0), top_k = Count::ZERO, top_p = Given::new(1.0),
-    min_p = Given::new(0.0), repetition_penalty = Given::new(1.0), presence_penalty = Given::new(0.0),
-    frequency_penalty = Given::new(0.0), logit_bias = Given::new(Vec::new()), prompt = Given::new(Vec::new()),
-    output = Given::new(Vec::new()), paths = None,
-), text_signature = "(logits, positions, seeds, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, \
-    presence_penalty=0.0, frequency_penalty=0.0, logit_bias=(), prompt=(), output=(), paths=None)")]
-#[allow(clippy::too_many_arguments)] // keyword arguments of Python
+    logits, positions, seeds, transform, *, prompt = Given::new(Vec::new()), output = Given::new(Vec::new()), paths = None,
+), text_signature = "(logits, positions, seeds, transform, *, prompt=(), output=(), paths=None)")]
+#[allow(clippy::too_many_arguments)] // arguments of Python
 pub fn sample_rows<'py>(
     py: Python<'py>,
     logits: &Bound<'py, PyAny>,
     positions: &Bound<'py, PyAny>,
     seeds: &Bound<'py, PyAny>,
-    temperature: Given<f32>,
-    top_k: Count,
-    top_p: Given<f32>,
-    min_p: Given<f32>,
-    repetition_penalty: Given<f32>,
-    presence_penalty: Given<f32>,
-    frequency_penalty: Given<f32>,
-    logit_bias: Given<Vec<(i64, f32)>>,
+    transform: Given<Bound<'py, PyDict>>,
     prompt: Given<Vec<i64>>,
     output: Given<Vec<i64>>,
     paths: Option<Given<Vec<Vec<i64>>>>,
 ) -> PyResult<Scored<'py>> {
-    const NUMBER: &str = "a number";
     const TOKENS: &str = "a list of nothing but token ids";
-    let logit_bias = logit_bias.of("logit_bias", "a mapping from token ids to numbers")?;
+    let mut sampling = params::transform(transform)?;
     let (prompt, output) = (prompt.of("prompt", TOKENS)?, output.of("output", TOKENS)?);
     let paths = paths
         .map(|paths| paths.of("paths", "a list of nothing but token ids for every row"))
@@ -281,26 +272,10 @@ pub fn sample_rows<'py>(
             .collect::<PyResult<Vec<_>>>()?,
         None => vec![Vec::new(); rows],
     };
-    let bias_ids: Vec<i64> = logit_bias.iter().map(|b| b.0).collect();
-    let bias = token_ids("logit_bias", &bias_ids)?
-        .into_iter()
-        .zip(logit_bias.iter().map(|b| b.1))
-        .collect();
     let mut history = History::new(&token_ids("prompt", &prompt)?);
     token_ids("output", &output)?
         .into_iter()
         .for_each(|token| history.push(token));
-    let mut sampling = Sampling {
-        temperature: temperature.of("temperature", NUMBER)?,
-        top_k: top_k.count("top_k")?,
-        top_p: top_p.of("top_p", NUMBER)?,
-        min_p: min_p.of("min_p", NUMBER)?,
-        repetition_penalty: repetition_penalty.of("repetition_penalty", NUMBER)?,
-        presence_penalty: presence_penalty.of("presence_penalty", NUMBER)?,
-        frequency_penalty: frequency_penalty.of("frequency_penalty", NUMBER)?,
-        logit_bias: bias,
-        seed: 0,
-    };
     sampling.validate(vocab)?;
     let (logits, positions, seeds) = (logits.as_slice()?, positions.as_slice()?, seeds.as_slice()?);
     let (tokens, scores) = py.detach(|| -> Result<(Vec<i64>, Vec<f32>)> {

@@ -13,11 +13,12 @@ mod request;
 
 use std::collections::VecDeque;
 
-pub use request::{Finish, Params, Request, Vocabulary};
+pub use request::{Finish, Request, Vocabulary};
 
 use crate::error::{Error, Result, indices};
 use crate::kv::{Checkpoint, CheckpointId, Kv, Launched, RowKey, pages_for};
 use crate::types::{RequestId, SlotId, TokenId};
+pub use crate::verify::Params;
 
 /// Sizes of an engine. All are at least 1 unless said otherwise.
 #[derive(Clone, Debug)]
@@ -52,7 +53,7 @@ impl Default for Config {
         Self {
             num_pages: 1024,
             page_size: 16,
-            max_running: 16,
+            max_running: 32,
             max_context: 2048,
             block_size: 8,
             max_batch_tokens: 2048,
@@ -309,7 +310,7 @@ impl Scheduler {
         !someone_enters
             && self
                 .running()
-                .all(|running| running.lo >= running.prefill_end && !running.request.params.sampling.penalises())
+                .all(|running| running.lo >= running.prefill_end && !running.request.params.sampling.needs_history())
     }
 
     /// Chooses rows for a step of blocks of at most `max_block` tokens, and launches them into `step`.

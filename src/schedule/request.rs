@@ -5,40 +5,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
-use crate::verify::{History, Sampling};
-
-/// What a request asks for.
-#[derive(Clone, Debug)]
-pub struct Params {
-    /// The target transform.
-    pub sampling: Sampling,
-    /// Most tokens it may produce, at least 1.
-    pub max_tokens: u32,
-    /// Tokens that end it, beside the engine's end-of-text tokens.
-    pub stop_ids: Vec<TokenId>,
-    /// Byte strings that end it; needs the engine's [`Vocabulary`].
-    pub stop_strings: Vec<Vec<u8>>,
-    /// Treat end-of-text tokens like any other.
-    pub ignore_eos: bool,
-    /// `Some(n)`: score every token, and name the `n` likeliest ones beside it.
-    pub logprobs: Option<u32>,
-    /// Whether drafts may be verified for it. The text is the same either way.
-    pub draft: bool,
-}
-
-impl Default for Params {
-    fn default() -> Self {
-        Self {
-            sampling: Sampling::default(),
-            max_tokens: 16,
-            stop_ids: Vec::new(),
-            stop_strings: Vec::new(),
-            ignore_eos: false,
-            logprobs: None,
-            draft: true,
-        }
-    }
-}
+use crate::verify::{History, Params};
 
 /// Why a request ended. The numbers are part of the Python interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,21 +78,23 @@ struct Watch {
 }
 
 impl Watch {
-    /// Appends a token's bytes; `true` when a stop string is complete. `text_end` is where it began then, otherwise
-    /// everything but the longest ending that may still become a stop string.
-    fn push(&mut self, token: TokenId, stops: &[Vec<u8>]) -> bool {
+    /// Appends a token's bytes; `true` when they complete a stop string, unless it is too `early` for one. `text_end` is where it began
+    /// then, otherwise everything but the longest ending that may still become a stop string.
+    fn push(&mut self, token: TokenId, stops: &[Vec<u8>], early: bool) -> bool {
         let fresh = self.vocabulary.of(token);
         let keep = self.tail.len().min(self.longest - 1);
         self.tail.drain(..self.tail.len() - keep);
         self.tail.extend_from_slice(fresh);
         self.total += fresh.len();
         let base = self.total - self.tail.len();
-        // The tail before this token held no match, so whatever is found ends in the new bytes.
-        let first = stops
-            .iter()
-            .filter_map(|stop| self.tail.windows(stop.len()).position(|window| window == stop))
-            .min();
-        if let Some(first) = first {
+        // Matches that end in the new bytes: those before came too early.
+        let complete = |stop: &Vec<u8>| {
+            let from = (keep + 1).saturating_sub(stop.len());
+            let fresh = self.tail[from..].windows(stop.len());
+            fresh.into_iter().position(|window| window == stop).map(|at| from + at)
+        };
+        let first = stops.iter().filter_map(complete).min();
+        if let Some(first) = first.filter(|_| !early) {
             self.text_end = base + first;
             return true;
         }
@@ -157,8 +126,6 @@ pub struct Request {
     pub history: History,
     /// Most tokens prompt and output may have together.
     pub max_total: u32,
-    /// Whether `history` is kept: something penalises.
-    penalised: bool,
     /// Acceptance so far.
     pub stats: Stats,
     /// Prompt tokens found in the prefix cache when it last entered.
@@ -182,8 +149,7 @@ impl Request {
             total: 0,
             text_end: 0,
         });
-        let penalised = params.sampling.penalises();
-        let history = if penalised {
+        let history = if params.sampling.needs_history() {
             History::new(&prompt)
         } else {
             History::default()
@@ -194,7 +160,6 @@ impl Request {
             tokens: prompt,
             params,
             history,
-            penalised,
             max_total,
             stats: Stats::new(),
             cached_tokens: 0,
@@ -204,12 +169,14 @@ impl Request {
 
     /// Appends a committed token; says whether the request ends with it.
     pub(crate) fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Finish {
+        let early = self.tokens.len() - self.prompt_len < self.params.min_tokens as usize;
         self.tokens.push(token);
-        if self.penalised {
+        if self.params.sampling.needs_history() {
             self.history.push(token);
         }
-        let ends_text = !self.params.ignore_eos && eos.contains(&token);
-        if ends_text || self.params.stop_ids.contains(&token) {
+        let ends_text = !self.params.ignore_eos && eos.contains(&token) || self.params.stop_ids.contains(&token);
+        // Early ones are masked where tokens are drawn; one that comes all the same is a token like any other.
+        if ends_text && !early {
             // The stop token has no text of its own; what was held back for a stop string is text after all.
             if let Some(watch) = &mut self.watch {
                 watch.text_end = watch.total;
@@ -217,7 +184,7 @@ impl Request {
             return Finish::StopToken;
         }
         if let Some(watch) = &mut self.watch
-            && watch.push(token, &self.params.stop_strings)
+            && watch.push(token, &self.params.stop_strings, early)
         {
             return Finish::StopString;
         }
@@ -272,6 +239,31 @@ mod tests {
         let mut request = request(&["bb"], 1);
         assert_eq!(request.push(TokenId(2), &[]), Finish::Length);
         assert_eq!(request.text_end(), Some(2));
+    }
+
+    #[test]
+    fn before_min_tokens_neither_stop_tokens_nor_stop_strings_end_the_text() {
+        let mut request = request(&["bb", "a"], 9);
+        request.params.min_tokens = 2;
+        request.params.stop_ids = vec![TokenId(5)];
+        assert_eq!(request.push(TokenId(5), &[]), Finish::Running, "a stop token");
+        assert_eq!(request.push(TokenId(2), &[]), Finish::Running, "the stop string a");
+        assert_eq!(
+            request.text_end(),
+            Some(4),
+            "the last b may be the start of bb, the rest is text"
+        );
+        assert_eq!(
+            request.push(TokenId(4), &[]),
+            Finish::Running,
+            "what came too early stays text"
+        );
+        assert_eq!(request.push(TokenId(1), &[]), Finish::StopString);
+        assert_eq!(
+            request.text_end(),
+            Some(4),
+            "a stop string may begin among the early tokens"
+        );
     }
 
     #[test]

@@ -14,12 +14,14 @@
 //!
 //! A failure belongs to one request: its rows give no token, it ends with an error that names it, the others go on.
 
+mod sampling;
 mod values;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, Histories, PlanArrays, StepPlan};
+pub use sampling::DeviceSampling;
+pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays, StepPlan};
 
 use crate::error::{Error, Result, indices};
 use crate::kv::{Checkpoint, CheckpointId};
@@ -152,7 +154,7 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` naming what is wrong with the prompt or the parameters; `OutOfPages` when the pool could not
     /// hold its longest output even if it were empty.
-    pub fn add(&mut self, prompt: Vec<TokenId>, params: Params) -> Result<RequestId> {
+    pub fn add(&mut self, prompt: Vec<TokenId>, mut params: Params) -> Result<RequestId> {
         let config = self.scheduler.config();
         let refuse = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
         if prompt.is_empty() || prompt.len() >= config.max_context {
@@ -160,25 +162,8 @@ impl Engine {
             return refuse("prompt", format!("{} tokens", prompt.len()), expected);
         }
         check_tokens("prompt", &prompt, config.vocab_size)?;
-        check_tokens("stop_token_ids", &params.stop_ids, config.vocab_size)?;
-        params.sampling.validate(config.vocab_size)?;
-        if params.max_tokens == 0 {
-            return refuse("max_tokens", "0".into(), "at least 1".into());
-        }
-        if params.stop_strings.iter().any(Vec::is_empty) {
-            return refuse("stop", "an empty string".into(), "strings of at least one byte".into());
-        }
-        if !params.stop_strings.is_empty() && self.vocabulary.is_none() {
-            let expected = "none, or an engine with a vocabulary".into();
-            return refuse("stop", "strings for an engine without a vocabulary".into(), expected);
-        }
-        if let Some(top) = params.logprobs.filter(|&top| top as usize > config.vocab_size) {
-            return refuse(
-                "logprobs",
-                top.to_string(),
-                format!("0..{} (vocab_size)", config.vocab_size),
-            );
-        }
+        params.validate(config.vocab_size, self.vocabulary.is_some())?;
+        params.settle(prompt.len(), &self.eos);
         let max_total = (prompt.len() + params.max_tokens as usize).min(config.max_context) as u32;
         let id = RequestId(self.next_request);
         let request = Request::new(id, prompt, params, max_total, self.vocabulary.as_ref());
@@ -372,15 +357,16 @@ impl Engine {
             let request = &running.request;
             let place = position + path.len() as u64 + 1;
             let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, path, place)?;
-            let Some(top) = request.params.logprobs else {
+            if !request.params.scores() {
                 return Ok(Drawn {
                     token: drawn,
                     logprob: f32::NAN,
                     top: Vec::new(),
                 });
-            };
-            let top = if top > 0 {
-                top_logprobs(row, top as usize)?
+            }
+            let alternatives = request.params.alternatives() as usize;
+            let top = if alternatives > 0 {
+                top_logprobs(row, alternatives)?
             } else {
                 Vec::new()
             };
@@ -442,7 +428,7 @@ impl Engine {
                     expected,
                 });
             }
-            let wanted = context.running.request.params.logprobs.unwrap_or(0) as usize;
+            let wanted = context.running.request.params.alternatives() as usize;
             let best = at * drawn.top_count..at * drawn.top_count + wanted.min(drawn.top_count);
             let top = drawn.top_tokens[best.clone()].iter().zip(&drawn.top_logprobs[best]);
             Ok(Drawn {
@@ -451,34 +437,6 @@ impl Engine {
                 top: top.map(|(&token, &logprob)| (TokenId(token as u32), logprob)).collect(),
             })
         })
-    }
-
-    /// What the penalties of a launched step's rows count, for a device that draws; only complete without overlap.
-    ///
-    /// # Errors
-    /// `OutOfTurn` when the step is closed.
-    pub fn histories(&self, plan: &StepPlan) -> Result<Histories> {
-        let flight = self.in_flight.iter().find(|flight| flight.step == plan.step());
-        let Some(flight) = flight.filter(|_| plan.is_open()) else {
-            return Err(closed(plan.step()));
-        };
-        let mut all = Histories {
-            starts: vec![0],
-            ..Histories::default()
-        };
-        let mut sorted = Vec::new();
-        for row in &flight.rows {
-            let request = self.scheduler.tenant(row).map(|running| &running.request);
-            if let Some(request) = request.filter(|request| request.params.sampling.penalises()) {
-                sorted.clear();
-                sorted.extend_from_slice(request.history.counts());
-                sorted.sort_unstable_by_key(|&(token, _)| token);
-                all.tokens.extend(sorted.iter().map(|&(token, _)| token.0 as i32));
-                all.counts.extend(sorted.iter().map(|&(_, count)| count as i32));
-            }
-            all.starts.push(all.tokens.len() as i32);
-        }
-        Ok(all)
     }
 
     fn accept_rows(

@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::device::cuda::params::SamplingRow;
 use crate::draft::{DraftTree, NO_NODE};
 use crate::error::{Error, Result, indices};
 use crate::types::TokenId;
@@ -14,6 +15,7 @@ pub(super) struct Shared {
     plans: Mutex<Vec<PlanArrays>>,
     accepted: Mutex<Vec<AcceptedArrays>>,
     events: Mutex<Vec<EventArrays>>,
+    sampling: Mutex<Vec<SamplingArrays>>,
     dropped: Mutex<Vec<u64>>,
 }
 
@@ -49,6 +51,16 @@ impl Shared {
             errors: Vec::new(),
             shared: Arc::clone(self),
         }
+    }
+
+    pub(super) fn sampling_arrays(&self) -> SamplingArrays {
+        let mut arrays = with(&self.sampling, Vec::pop).unwrap_or_default();
+        arrays.clear();
+        arrays
+    }
+
+    pub(super) fn return_sampling(&self, arrays: SamplingArrays) {
+        with(&self.sampling, |pool| pool.push(arrays));
     }
 
     pub(super) fn dropped(&self) -> Vec<u64> {
@@ -187,6 +199,22 @@ arrays! {
         top_tokens: i64,
         /// Their log-probabilities.
         top_logprobs: f32,
+    }
+}
+
+arrays! {
+    /// What the `R` rows of a step ask of their draws, as `sample_rows` of `cuda/params.h` reads it.
+    SamplingArrays {
+        /// `[R]` one per row; neutral for a row whose request has left.
+        rows: SamplingRow,
+        /// Distinct tokens of prompt and output, ascending within a row, of rows that are penalised.
+        history_tokens: i32,
+        /// Their occurrences in the output; 0: in the prompt alone.
+        history_counts: i32,
+        /// Tokens with a bias, then tokens that are masked, either ascending within a row.
+        bias_tokens: i32,
+        /// Their biases; -inf beside a mask.
+        bias_values: f32,
     }
 }
 
@@ -581,15 +609,4 @@ pub struct DrawnRows<'a> {
     pub top_tokens: &'a [i64],
     /// `[N, top_count]` their log-softmax, nats.
     pub top_logprobs: &'a [f32],
-}
-
-/// Distinct tokens of prompt and output with their number of occurrences in the output, of the rows that are penalised.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Histories {
-    /// `[R + 1]` where each row's entries start; a row without penalties has none.
-    pub starts: Vec<i32>,
-    /// Tokens, ascending within a row.
-    pub tokens: Vec<i32>,
-    /// Occurrences in the output; 0: in the prompt alone.
-    pub counts: Vec<i32>,
 }

@@ -15,6 +15,7 @@
 
 pub mod block;
 mod filter;
+mod history;
 mod math;
 mod ratio;
 mod sample;
@@ -27,7 +28,8 @@ mod walk;
 )]
 mod wide;
 
+pub use history::History;
 pub use ratio::{Coins, GivenCoins, KeyedCoins, Verdict};
 pub use sample::{Sampled, Sampler, top_logprobs};
-pub use sampling::{History, Sampling};
+pub use sampling::{Params, Sampling, Source};
 pub use walk::{TreeWalk, Walk, walk_chain, walk_tree};

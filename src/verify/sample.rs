@@ -1,6 +1,6 @@
 //! The target's own token for one row of logits: transform, then a keyed Gumbel-max draw.
 //!
-//! Bit for bit, with `l` the logits after penalties and bias ([`Sampling`]), every operation rounded to f32 on its own:
+//! Bit for bit, with `l` the logits after masks, penalties and bias ([`Sampling`]), every operation rounded to f32 on its own:
 //!
 //! ```text
 //! temperature 0:  token = lowest column that holds max l
@@ -15,11 +15,12 @@
 //! The draw needs no normalised probabilities, visits the columns in any order and skips blocks of columns that cannot
 //! win, because a Gumbel number is bounded. None of this changes a bit of the result.
 
-use crate::error::{Error, Result, indices};
+use crate::error::{Error, Result};
 use crate::rng::{Domain, GUMBEL_MAX, Stream, gumbel_of_word, ln};
 use crate::types::TokenId;
 use crate::verify::filter::{self, Tempered};
 use crate::verify::math::{BLOCK, block_max, first_of, log_sum_exp, order_key, scan};
+use crate::verify::sampling::not_a_column;
 use crate::verify::wide::{Routine, widest};
 use crate::verify::{History, Sampling};
 
@@ -83,8 +84,8 @@ impl Sampler {
             packed,
             kept,
         } = self;
-        let row = if sampling.edits_logits() {
-            edit(logits, sampling, history, path, edited)?;
+        let row = if sampling.edits_logits(position) {
+            sampling.edit(logits, history, path, position, edited)?;
             edited.as_slice()
         } else {
             logits
@@ -161,43 +162,6 @@ pub fn top_logprobs(logits: &[f32], n: usize) -> Result<Vec<(TokenId, f32)>> {
             (TokenId(id), (f64::from(logits[id as usize]) - norm) as f32)
         })
         .collect())
-}
-
-fn not_a_column(name: &'static str, token: TokenId, columns: usize) -> Error {
-    Error::InvalidArgument {
-        name,
-        got: format!("token {}", token.0),
-        expected: format!("tokens in {}", indices(columns)),
-    }
-}
-
-// Sparse edits on a copy: each reads the raw logit, so their order does not matter and a path token simply overwrites
-// what the history wrote.
-fn edit(logits: &[f32], sampling: &Sampling, history: &History, path: &[TokenId], out: &mut Vec<f32>) -> Result<()> {
-    out.clear();
-    out.extend_from_slice(logits);
-    if sampling.penalises() {
-        for &(token, output) in history.counts() {
-            let Some(&logit) = logits.get(token.0 as usize) else {
-                return Err(not_a_column("history", token, logits.len()));
-            };
-            out[token.0 as usize] = sampling.penalise(logit, output);
-        }
-        for &token in path {
-            let Some(&logit) = logits.get(token.0 as usize) else {
-                return Err(not_a_column("path", token, logits.len()));
-            };
-            let here = path.iter().filter(|&&t| t == token).count() as u32;
-            out[token.0 as usize] = sampling.penalise(logit, history.output_count(token) + here);
-        }
-    }
-    for &(token, bias) in &sampling.logit_bias {
-        let Some(logit) = out.get_mut(token.0 as usize) else {
-            return Err(not_a_column("logit_bias", token, logits.len()));
-        };
-        *logit += bias;
-    }
-    Ok(())
 }
 
 struct Best {

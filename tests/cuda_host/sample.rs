@@ -1,6 +1,7 @@
 use dflash_host_check as _;
-use dflash_rs::device::cuda::params::{SampleRowsParams, SamplingRow};
+use dflash_rs::device::cuda::params::SampleRowsParams;
 use dflash_rs::error::Error;
+use dflash_rs::step::SamplingArrays;
 use dflash_rs::types::TokenId;
 use dflash_rs::verify::{History, Sampler, Sampling};
 
@@ -79,8 +80,19 @@ fn sampling(numbers: &mut Numbers, vocab: usize) -> Sampling {
             let bias = numbers.pick(&[1.5, -2.0, f32::NEG_INFINITY, 30.0]);
             s.logit_bias.push((TokenId(id as u32), bias));
         }
+        s.logit_bias.sort_by_key(|bias| bias.0);
     }
     s
+}
+
+/// Forbids some tokens, now and then all of them, in rows before a position about the request's.
+fn mask(numbers: &mut Numbers, s: &mut Sampling, vocab: usize, base: u64) {
+    let all = numbers.chance(0.05);
+    let mut ids = numbers.shuffled(vocab);
+    ids.truncate(if all { vocab } else { numbers.within(1, 6) });
+    s.masked = ids.into_iter().map(|id| TokenId(id as u32)).collect();
+    s.masked.sort_unstable();
+    s.masked_before = base + numbers.below(10) as u64;
 }
 
 /// Draws rows of a few requests through both implementations; returns how many rows were compared.
@@ -89,9 +101,15 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
     let chain = numbers.chance(0.5);
     let stride = vocab + numbers.below(3) * 4;
     let (mut query_starts, mut token_ids, mut positions, mut parents) = (vec![0i32], vec![], vec![], vec![]);
-    let (mut histories, mut samplings, mut rows) = (vec![], vec![], vec![]);
-    let (mut history_tokens, mut history_counts) = (vec![0i32; 2], vec![0i32; 2]);
-    let (mut bias_tokens, mut bias_values) = (vec![0i32; 1], vec![0f32; 1]);
+    let (mut histories, mut samplings) = (vec![], vec![]);
+    // The first entries are nobody's.
+    let mut packed = SamplingArrays {
+        history_tokens: vec![0; 2],
+        history_counts: vec![0; 2],
+        bias_tokens: vec![0; 1],
+        bias_values: vec![0.0; 1],
+        ..SamplingArrays::default()
+    };
     for _ in 0..requests {
         let nodes = numbers.below(8);
         let base = numbers.below(1 << 20) as i64;
@@ -108,7 +126,10 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
             positions.push(base + i as i64);
         }
         query_starts.push(token_ids.len() as i32);
-        let s = sampling(numbers, vocab);
+        let mut s = sampling(numbers, vocab);
+        if numbers.chance(0.3) {
+            mask(numbers, &mut s, vocab, base as u64);
+        }
         let prompt: Vec<TokenId> = (0..numbers.below(6))
             .map(|_| TokenId(numbers.below(vocab) as u32))
             .collect();
@@ -116,29 +137,10 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
         for _ in 0..numbers.below(6) {
             history.push(TokenId(numbers.below(vocab) as u32));
         }
-        let mut counts = history.counts().to_vec();
-        counts.sort_unstable();
-        let mut bias = s.logit_bias.clone();
-        bias.sort_by_key(|b| b.0);
-        rows.push(SamplingRow {
-            seed: s.seed,
-            temperature: s.temperature,
-            top_p: s.top_p,
-            min_p: s.min_p,
-            top_k: s.top_k as i32,
-            repetition_penalty: s.repetition_penalty,
-            presence_penalty: s.presence_penalty,
-            frequency_penalty: s.frequency_penalty,
-            history_start: history_tokens.len() as i32,
-            history_end: (history_tokens.len() + counts.len()) as i32,
-            bias_start: bias_tokens.len() as i32,
-            bias_end: (bias_tokens.len() + bias.len()) as i32,
-            reserved: 0,
-        });
-        history_tokens.extend(counts.iter().map(|c| c.0.0 as i32));
-        history_counts.extend(counts.iter().map(|c| c.1 as i32));
-        bias_tokens.extend(bias.iter().map(|b| b.0.0 as i32));
-        bias_values.extend(bias.iter().map(|b| b.1));
+        packed.push(&s, &history);
+        // Of a chunk of prompt the last token is the anchor.
+        let anchor = if nodes > 0 && numbers.chance(0.3) { nodes - 1 } else { 0 };
+        packed.rows.last_mut().unwrap().anchor = anchor as i32;
         histories.push(history);
         samplings.push(s);
     }
@@ -169,16 +171,16 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
     let mut scratch = vec![0xdede_dede_dede_dedeu64; bytes.div_ceil(8) as usize];
     let params = SampleRowsParams {
         logits: if bf16 { address(&halves) } else { address(&values) },
-        sampling: address(&rows),
+        sampling: address(&packed.rows),
         query_starts: address(&query_starts),
         row_tokens: if chosen { address(&row_tokens) } else { 0 },
         token_ids: address(&token_ids),
         positions: address(&positions),
         parents: if chain { 0 } else { address(&parents) },
-        history_tokens: address(&history_tokens),
-        history_counts: address(&history_counts),
-        bias_tokens: address(&bias_tokens),
-        bias_values: address(&bias_values),
+        history_tokens: address(&packed.history_tokens),
+        history_counts: address(&packed.history_counts),
+        bias_tokens: address(&packed.bias_tokens),
+        bias_values: address(&packed.bias_values),
         tokens: address_mut(&mut tokens),
         logprobs: if score { address_mut(&mut logprobs) } else { 0 },
         status: address_mut(&mut status),
@@ -213,7 +215,7 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
         let first = query_starts[r] as usize;
         let mut path = vec![];
         let mut node = t - first;
-        while node > 0 {
+        while node > packed.rows[r].anchor as usize {
             path.push(TokenId(token_ids[first + node] as u32));
             node = parents[first + node] as usize;
         }

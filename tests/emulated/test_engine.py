@@ -32,6 +32,7 @@ MATRIX = {
     "bias": {"temperature": 0.7, "seed": 14, "logit_bias": {10: -3.0, 200: 1.5, 5: -100.0}},
     "greedy penalties": {"temperature": 0.0, "repetition_penalty": 1.3},
     "stop": {"temperature": 0.6, "seed": 15, "stop": ["\n"]},
+    "min tokens": {"temperature": 0.7, "seed": 16, "min_tokens": 12, "stop_token_ids": list(range(0, 400, 2)), "presence_penalty": 0.2},
 }  # fmt: skip
 
 
@@ -88,6 +89,28 @@ def test_text_is_the_same_with_and_without_drafts(llm, name):
     drafted = llm.generate(PROMPTS, params(name))
     assert tokens(drafted) == plain
     assert sum(sum(o.metrics["accept_histogram"][1:]) for o in drafted) > 0, "no draft was ever accepted"
+
+
+def test_min_tokens_are_written_before_a_token_that_stops(llm):
+    most = 20
+    for output in llm.generate(PROMPTS, params("min tokens", most)):
+        early, last = output.token_ids[:12], output.token_ids[-1]
+        assert len(early) == 12 and not any(token < 400 and token % 2 == 0 for token in early)
+        assert output.finish_reason == ("stop" if last < 400 and last % 2 == 0 else "length")
+    without = SamplingParams(**MATRIX["min tokens"] | {"min_tokens": 0, "max_tokens": most})
+    assert min(len(output.token_ids) for output in llm.generate(PROMPTS, without)) < 12
+
+
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_a_prompt_is_no_output_for_penalties_however_it_is_cut(exact, chunk):
+    heavy = SamplingParams(max_tokens=1, presence_penalty=2.0, frequency_penalty=2.0)
+    prompts = ["a b a b a b a b a b a", "x = x = x = x = x = x"]
+    with LLM(
+        device="cpu", dtype="bfloat16", max_running=3, adaptive=False, max_context=256, max_batch_tokens=chunk
+    ) as made:
+        there = tokens(made.generate(prompts, heavy))
+        plain = tokens(made.generate(prompts, SamplingParams(max_tokens=1)))
+    assert there == plain, "nothing has been put out, so nothing is penalised"
 
 
 def test_requests_that_ask_for_different_things_share_a_batch(llm):

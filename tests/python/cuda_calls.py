@@ -90,7 +90,7 @@ def main() -> None:
 
     ids, positions = i64(tokens), i64(tokens)
     sampling = cuda.SamplingRows(
-        torch.empty((r, cuda.SAMPLING_ROW.itemsize), dtype=torch.uint8, device="meta"),
+        torch.empty((r, cuda.SAMPLING_ROW_BYTES), dtype=torch.uint8, device="meta"),
         i32(9),
         i32(9),
         i32(0),

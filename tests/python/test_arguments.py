@@ -180,7 +180,7 @@ def bookkeeping():
 
 def launched() -> tuple[_core.Engine, _core.StepPlan]:
     core = _core.Engine(num_pages=40, vocab_size=31, page_size=4, block_size=4, max_context=200)
-    core.add([1, 2], max_tokens=9, temperature=0.0)
+    core.add([1, 2], {"max_tokens": 9})
     plan = core.plan()
     core.commit(plan, core.accept_sampled(plan, np.array([7])))
     return core, core.plan()
@@ -201,11 +201,17 @@ def stages():
     yield _core.Engine, sizes, names, ("max_batch_tokens", "num_pages")
     core, plan = launched()
     options = (*SamplingParams.__dataclass_fields__, "draft")
-    yield core.add, dict(prompt=[1]), ("prompt", *options), ("prompt",)
+    yield (
+        lambda prompt, **options: core.add(prompt, options),
+        dict(prompt=[1]),
+        ("prompt", *options),
+        ("prompt", "max_tokens"),
+    )
+    yield core.add, dict(prompt=[1]), ("prompt", "params"), ()
     yield core.abort, {}, ("request_id",), ()
     # As many steps are unresolved as may be.
     yield core.plan, {}, ("max_block",), ("step",)
-    yield core.histories, {}, ("plan",), ()
+    yield core.device_sampling, {}, ("plan",), ()
     yield core.cancel, {}, ("plan",), ()
     yield core.evict, {}, ("count",), ()
     yield core.accept, dict(plan=plan, logits=None), ("plan", "logits"), ("logits",)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from fake_llm import FakeEvent, FakeLLM
 
-from dflash_rs import cli
+from dflash_rs import SamplingParams, cli
 from dflash_rs.cli import display
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages
 
@@ -140,17 +140,25 @@ def test_later_streams_wait_for_their_turn():
 
 def test_every_sampling_option_reaches_the_engine():
     words = (
-        "generate x --max-tokens 9 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 "
+        "generate x --max-tokens 9 --min-tokens 4 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 "
         "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --logit-bias 5=-2 --logit-bias 6=1.5 "
         "--stop-token-id 3 --stop-token-id 4 --logprobs 2 --ignore-eos"
     ).split()
     args = cli.build_parser().parse_args([*words, "--stop", "\\n\\n"])
     params = cli.generate.sampling_from(args)
-    assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (9, 0.5, 4, 0.9)
+    assert (params.max_tokens, params.min_tokens) == (9, 4)
+    assert (params.temperature, params.top_k, params.top_p) == (0.5, 4, 0.9)
     assert (params.min_p, params.seed, params.repetition_penalty) == (0.1, 7, 1.1)
     assert (params.presence_penalty, params.frequency_penalty, params.logprobs) == (0.2, 0.3, 2)
     assert dict(params.logit_bias) == {5: -2.0, 6: 1.5}
     assert list(params.stop_token_ids) == [3, 4] and list(params.stop) == ["\n\n"] and params.ignore_eos
+    default = SamplingParams()
+    same = [name for name in SamplingParams.__dataclass_fields__ if getattr(params, name) == getattr(default, name)]
+    assert not same, "an option that the words above leave out"
+
+
+def test_nothing_given_is_what_sampling_params_mean_by_nothing():
+    assert cli.sampling_from(cli.build_parser().parse_args(["generate", "x"])) == SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -180,6 +188,7 @@ def test_a_word_that_cannot_be_understood_ends_with_code_2(words, named, capsys)
         (["generate", "--prompt-file", "/nowhere/at/all"], "No such file"),
         (["bench", "--max-tokens", "1", "--prompt-file", "/nowhere/at/all"], "--max-tokens: got 1"),
         (["generate", "x", "--max-tokens", "0"], "max_tokens: got 0"),
+        (["generate", "x", "--max-tokens", "3", "--min-tokens", "4"], "min_tokens: got 4, expected an integer in 0..3"),
         (["generate", "x", "--logit-bias", "5=1", "--logit-bias", "5=2"], "--logit-bias: got token id 5 2 times"),
         (["generate", "x", "--temperature", "-1"], "temperature: got -1.0"),
     ],

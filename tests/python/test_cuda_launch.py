@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_header import header_structures
 
 from dflash_rs import _core
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -24,26 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 BUILT = bool(_core.cuda_info()["fatbin_bytes"])
 needs_kernels = pytest.mark.skipif(not BUILT, reason="this build contains no CUDA kernels")
-
-
-def header_structures() -> dict[str, type[ctypes.Structure]]:
-    """The structures of cuda/params.h, for reading what was passed."""
-    text = re.sub(r"//.*", "", (ROOT / "cuda" / "params.h").read_text(encoding="utf-8")).split("#ifdef __cplusplus")[0]
-    plain = {
-        "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64,
-        "float": ctypes.c_float,
-    }  # fmt: skip
-    found: dict[str, type[ctypes.Structure]] = {}
-    for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, re.MULTILINE | re.DOTALL):
-        fields = []
-        for declaration in filter(None, map(str.strip, body.split(";"))):
-            kind, names = re.fullmatch(r"(?:const )?(?:struct )?(\w+)\s*(.*)", declaration, re.DOTALL).groups()
-            for one in names.split(","):
-                field, count = re.fullmatch(r"\s*\**\s*(\w+)(?:\[(\d+)\])?", one).groups()
-                base = ctypes.c_uint64 if "*" in one else plain.get(kind) or found[kind]
-                fields.append((field, base * int(count) if count else base))
-        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +286,7 @@ def test_a_launch_that_is_in_order_needs_kernels_or_a_driver():
 def test_the_other_families_refuse_what_their_kernels_cannot_take():
     with pytest.raises(InvalidArgument, match="logits .columns.: got 2097152, expected at most 1048576"):
         _core.cuda_sample_rows(
-            logits=t(0, "float32", 2, 1 << 21), sampling=t(1, "uint8", 1, 56), query_starts=t(2, "int32", 2),
+            logits=t(0, "float32", 2, 1 << 21), sampling=t(1, "uint8", 1, 64), query_starts=t(2, "int32", 2),
             token_ids=t(3, "int64", 2), positions=t(4, "int64", 2), history_tokens=t(5, "int32", 0),
             history_counts=t(6, "int32", 0), bias_tokens=t(7, "int32", 0), bias_values=t(8, "float32", 0),
             tokens=t(9, "int64", 2), status=t(10, "int32", 2), scratch=t(11, "uint8", 1 << 20), stream=0,
@@ -328,19 +308,18 @@ def test_the_other_families_refuse_what_their_kernels_cannot_take():
 def test_one_row_of_sampling_is_laid_out_as_the_header_says():
     cuda = pytest.importorskip("dflash_rs.cuda")
     structure = header_structures()["SamplingRow"]
-    assert cuda.SAMPLING_ROW.itemsize == ctypes.sizeof(structure)
-    for name, _ in structure._fields_:
-        assert cuda.SAMPLING_ROW.fields[name][1] == getattr(structure, name).offset
+    assert cuda.SAMPLING_ROW_BYTES == ctypes.sizeof(structure)
     rows = cuda.sampling_rows(
         [
             {"seed": 2**63 + 1, "top_p": 0.5, "logit_bias": {7: -1.0, 3: 2.0}},
-            {"temperature": 0, "history": {9: 2, 4: 0}},
+            {"temperature": 0, "presence_penalty": 0.5, "history": {9: 2, 4: 0}, "masked": [8, 1], "masked_before": 12},
         ],
         "cpu",
     )
-    first, second = np.frombuffer(rows.rows.numpy().tobytes(), dtype=cuda.SAMPLING_ROW)
+    first, second = np.frombuffer(rows.rows.numpy().tobytes(), dtype=np.dtype(structure))
     assert (first["seed"], first["temperature"], first["bias_end"], first["history_end"]) == (2**63 + 1, 1, 2, 0)
     assert (second["temperature"], second["bias_start"], second["history_end"]) == (0, 2, 2)
-    assert rows.bias_tokens.tolist() == [3, 7] and rows.history_counts.tolist() == [0, 2] and rows.filters
+    assert (second["mask_end"], second["mask_before"], second["anchor"]) == (4, 12, 0)
+    assert rows.bias_tokens.tolist() == [3, 7, 1, 8] and rows.history_counts.tolist() == [0, 2] and rows.filters
     with pytest.raises(InvalidArgument, match="'topp'"):
         cuda.sampling_rows([{"topp": 0.5}], "cpu")

@@ -8,8 +8,9 @@ import threading
 
 import numpy as np
 import pytest
+from cuda_header import header_structures
 
-from dflash_rs import DflashError, InvalidArgument, OutOfPages, verify
+from dflash_rs import DflashError, InvalidArgument, OutOfPages, SamplingParams, verify
 from dflash_rs._core import Engine, PagePool, Planner, WidthPlanner
 
 VOCAB = 31
@@ -51,7 +52,7 @@ class Loop:
         self.text_ends: dict[int, int] = {}
 
     def add(self, prompt: list[int], **options) -> int:
-        request = self.core.add(prompt, **{"temperature": 0.0, **options})
+        request = self.core.add(prompt, options)
         self.texts[request] = list(prompt)
         self.prompts[request] = len(prompt)
         return request
@@ -163,7 +164,7 @@ def test_the_page_table_is_one_read_only_view():
     core = engine()
     table = core.page_table
     assert table.dtype == np.int32
-    assert table.shape[0] == 16
+    assert table.shape[0] == 32
     with pytest.raises(ValueError, match="read-only"):
         table[0, 0] = 1
     core.add([1] * 9)
@@ -263,7 +264,7 @@ def test_scores_and_alternatives_come_with_the_tokens():
 
 def test_sampled_tokens_of_a_device_are_walked():
     core = engine()
-    core.add([1, 2], max_tokens=9, temperature=0.0)
+    core.add([1, 2], {"max_tokens": 9})
     plan = core.plan()
     core.commit(plan, core.accept_sampled(plan, np.array([7])))
     plan = core.plan()
@@ -279,7 +280,7 @@ def device_step(options=({},)):
     """An engine whose requests have one token each, and the plan of their next step with drafts 5, 6, 8."""
     core = engine(max_running=4)
     for extra in options:
-        core.add([3, 1, 3], **{"max_tokens": 9, "temperature": 0.0, **extra})
+        core.add([3, 1, 3], {"max_tokens": 9, **extra})
     plan = core.plan()
     core.commit(plan, core.accept_sampled(plan, np.full(len(options), 7)))
     plan = core.plan()
@@ -331,16 +332,122 @@ def test_what_a_device_drew_has_the_plans_shape():
     core.commit(plan, core.accept_sampled(plan, good))
 
 
-def test_histories_are_what_penalties_count():
-    core, plan = device_step(({}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.1}))
-    starts, tokens, counts = core.histories(plan)
-    assert starts.tolist() == [0, 0, 3, 6]
-    assert tokens.tolist() == [1, 3, 7] * 2 and counts.tolist() == [0, 0, 1] * 2
-    core.commit(plan, core.accept_sampled(plan, np.array([5, 6, 7, 7] * 3)))
+def rows_of_sampling(packed):
+    """The rows as NumPy sees the header's structure."""
+    return np.frombuffer(packed.rows.tobytes(), dtype=np.dtype(header_structures()["SamplingRow"]))
+
+
+def test_a_device_is_told_what_its_rows_ask_for():
+    asked = (
+        {},
+        {"presence_penalty": 0.5, "logprobs": 2},
+        {"repetition_penalty": 1.5, "temperature": 0.5, "top_p": 0.75, "seed": 2**64 - 1},
+        {"logit_bias": {7: -1.0, 3: 2.0}, "min_tokens": 4, "stop_token_ids": [5, 2, 5], "logprobs": 0},
+    )
+    core, plan = device_step(asked)
+    packed = core.device_sampling(plan)
+    rows = rows_of_sampling(packed)
+    assert rows["seed"].tolist() == [0, 0, 2**64 - 1, 0] and rows["temperature"].tolist() == [0, 0, 0.5, 0]
+    assert rows["repetition_penalty"].tolist() == [1, 1, 1.5, 1] and rows["top_p"].tolist() == [1, 1, 0.75, 1]
+    assert rows["history_start"].tolist() == [0, 0, 3, 6] and rows["history_end"].tolist() == [0, 3, 6, 6]
+    assert packed.history_tokens.tolist() == [1, 3, 7] * 2 and packed.history_counts.tolist() == [0, 0, 1] * 2
+    last = rows[3]
+    assert (last["bias_start"], last["bias_end"], last["mask_end"], last["mask_before"]) == (0, 2, 4, 7)
+    assert packed.bias_tokens.tolist() == [3, 7, 2, 5] and packed.bias_values.tolist() == [2, -1, -np.inf, -np.inf]
+    assert (packed.filters, packed.scores, packed.alternatives, packed.unresolved) == (True, True, 2, False)
+    drawn = np.array([5, 6, 7, 7] * 4)
+    core.commit(plan, core.accept_sampled(plan, drawn))
     with pytest.raises(DflashError, match="committed or called off"):
-        core.histories(plan)
-    starts, tokens, counts = core.histories(core.plan())
-    assert tokens[:5].tolist() == [1, 3, 5, 6, 7] and counts[:5].tolist() == [0, 0, 1, 1, 2]
+        core.device_sampling(plan)
+    packed = core.device_sampling(core.plan())
+    assert packed.history_tokens[:5].tolist() == [1, 3, 5, 6, 7] and packed.history_counts[:5].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
+
+
+def test_a_history_that_waits_for_a_step_says_so():
+    core = engine(depth=1)
+    core.add([1, 2], {"presence_penalty": 0.5})
+    first = core.plan()
+    assert not core.device_sampling(first).unresolved
+    second = core.plan()
+    assert core.device_sampling(second).unresolved
+    core.commit(first, core.accept_sampled(first, np.array([7])))
+    packed = core.device_sampling(second)
+    assert not packed.unresolved and packed.history_tokens.tolist() == [1, 2, 7]
+
+
+def test_a_row_whose_request_has_left_asks_for_nothing():
+    core, plan = device_step(({"presence_penalty": 0.5}, {"temperature": 0.5}))
+    core.abort(0)
+    packed = core.device_sampling(plan)
+    rows = rows_of_sampling(packed)
+    assert packed.history_tokens.size == 0 and rows["repetition_penalty"].tolist() == [1, 1]
+    assert rows["temperature"].tolist() == [1, 0.5]
+
+
+def test_the_core_and_sampling_params_mean_the_same_by_nothing():
+    packed = []
+    for params in (None, {}, SamplingParams().for_core(0, True)):
+        core = engine()
+        core.add([1, 2], params)
+        packed.append(core.device_sampling(core.plan()))
+    assert {one.rows.tobytes() for one in packed} == {packed[0].rows.tobytes()}
+    assert {(one.filters, one.scores, one.alternatives, one.bias_tokens.size) for one in packed} == {
+        (False, False, 0, 0)
+    }
+    lengths = []
+    for params in (None, SamplingParams().for_core(0, True)):
+        core = engine(num_pages=80)
+        core.add([1, 2], params)
+        length = 0
+        while (plan := core.plan(1)) is not None:
+            length += core.commit(plan, core.accept_sampled(plan, np.array([7]))).tokens.size
+        lengths.append(length)
+    assert lengths == [128, 128]
+
+
+def test_min_tokens_keeps_the_text_going():
+    """The target would say token 9, which ends the text, at every place, and a stop string is spelled at once."""
+    spelling = [b"ab"] * VOCAB
+    logits = np.zeros((9, VOCAB), np.float32)
+    logits[:, 9], logits[:, 4], logits[:, 6] = 3.0, 2.0, 1.0
+    for least, stops, expected, finish in (
+        (0, {}, [9], 1),
+        (3, {}, [4, 4, 4, 9], 1),
+        (3, {"stop_token_ids": [4]}, [6, 6, 6, 9], 1),
+        (5, {"ignore_eos": True}, [4, 4, 4, 4, 4, 9, 9], 3),
+        (0, {"stop": ["ba"], "ignore_eos": True}, [9, 9], 2),
+        (2, {"stop": ["ba"]}, [4, 4, 9], 1),
+        (2, {"stop": ["ba"], "ignore_eos": True}, [4, 4, 9], 2),
+        (7, {"stop": ["ba"]}, [4] * 7, 3),
+    ):
+        core = engine(eos_ids=[9], vocabulary=spelling)
+        core.add([1, 2], {"min_tokens": least, "max_tokens": 7, **stops})
+        tokens, last = [], 0
+        while (plan := core.plan()) is not None:
+            if plan.draft_rows.size:
+                # Right for a while, then wrong.
+                plan.set_drafts(np.array([[4, 9, 4]]))
+            accepted = core.accept(plan, logits[: plan.logit_rows.size])
+            events = core.commit(plan, accepted)
+            tokens += events.tokens.tolist()
+            last = int(events.finish[-1]) if events.finish.size else last
+        assert (tokens, last) == (expected, finish), (least, stops)
+
+
+def test_a_row_of_nothing_but_masked_tokens_fails_its_request():
+    core = engine(eos_ids=[9])
+    core.add([1, 2], {"min_tokens": 2})
+    plan = core.plan()
+    logits = np.full((1, VOCAB), -np.inf, np.float32)
+    logits[0, 9] = 0.0
+    events = core.commit(plan, core.accept(plan, logits))
+    assert events.finish.tolist() == [4] and "-inf" in events.errors[0][1]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +458,8 @@ def test_histories_are_what_penalties_count():
         ({"prompt": [-1]}, "prompt: got token -1"),
         ({"prompt": [1] * 200}, "prompt: got 200 tokens"),
         ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"max_tokens": 8, "min_tokens": 9}, r"min_tokens: got 9, expected 0..8 \(max_tokens\)"),
+        ({"topp": 0.5}, "params: got 'topp', expected some of temperature, top_k, top_p, "),
         ({"temperature": -1.0}, "temperature: got -1"),
         ({"top_p": 0.0}, "top_p: got 0"),
         ({"logit_bias": {VOCAB: 1.0}}, "logit_bias: got token 31"),
@@ -362,7 +471,7 @@ def test_histories_are_what_penalties_count():
 def test_a_bad_request_is_refused_by_name(options, message):
     core = engine()
     with pytest.raises(InvalidArgument, match=f"^{message}"):
-        core.add(**{"prompt": [1], **options})
+        core.add(options.pop("prompt", [1]), options)
     assert not core.has_work
 
 
@@ -387,12 +496,12 @@ def test_a_prompt_that_can_never_fit_is_out_of_pages():
         OutOfPages,
         match="prompt: got 100 tokens with max_tokens 99, 50 pages of 4 slots, expected at most the pool's 40",
     ):
-        engine().add([1] * 100, max_tokens=99)
+        engine().add([1] * 100, {"max_tokens": 99})
 
 
 def test_a_narrowed_step_verifies_and_counts_only_what_is_left():
     core = engine()
-    core.add([1, 2], max_tokens=9, temperature=0.0)
+    core.add([1, 2], {"max_tokens": 9})
     plan = core.plan()
     core.commit(plan, core.accept_sampled(plan, np.array([7])))
     plan = core.plan()
@@ -409,7 +518,7 @@ def test_a_narrowed_step_verifies_and_counts_only_what_is_left():
 
 def test_a_step_of_trees_says_what_has_to_move():
     core = engine()
-    core.add([1, 2], max_tokens=9, temperature=0.0)
+    core.add([1, 2], {"max_tokens": 9})
     plan = core.plan()
     core.commit(plan, core.accept_sampled(plan, np.array([7])))
     plan = core.plan()
@@ -581,7 +690,7 @@ def test_arrays_of_the_wrong_shape_are_refused_and_the_step_can_go_on():
 def test_threads_that_share_an_engine_do_not_wait_for_each_other_in_a_circle():
     core = Engine(num_pages=256, vocab_size=5_000, max_running=64, max_batch_tokens=512)
     for n in range(64):
-        core.add([n, n + 1], temperature=1.0, seed=n)
+        core.add([n, n + 1], {"temperature": 1.0, "seed": n})
     plan = core.plan()
     logits = np.random.default_rng(0).standard_normal((len(plan.logit_rows), 5_000), np.float32)
     expected = core.accept(plan, logits).tokens.tolist()

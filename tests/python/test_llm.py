@@ -38,6 +38,7 @@ SAMPLING = {
         "frequency_penalty": 0.2,
     },
     "bias": {"temperature": 0.8, "logit_bias": {17: 2.0, 300: -4.0, 5: 1.5}},
+    "min_tokens": {"temperature": 0.8, "min_tokens": LENGTH, "stop_token_ids": [*range(200, 420, 3)]},
 }
 
 
@@ -89,6 +90,7 @@ def rounding_explains(
     logits = engine.next_token_logits(prompt + plain[:at])
     rng = np.random.default_rng(0)
     drawn = set()
+    stops = [*engine.eos_token_ids, *sampling.stop_token_ids] if at < sampling.min_tokens else []
     for _ in range(64):
         noisy = (logits + rng.normal(scale=error, size=logits.shape)).astype(np.float32)
         token, _ = dflash_rs.verify.sample_rows(
@@ -102,7 +104,7 @@ def rounding_explains(
             repetition_penalty=sampling.repetition_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            logit_bias=sampling.logit_bias,
+            logit_bias={**sampling.logit_bias, **dict.fromkeys(stops, -math.inf)},
             prompt=prompt,
             output=plain[:at],
         )
@@ -226,7 +228,7 @@ TREES = {
 
 @pytest.mark.parametrize("kind", TREES)
 def test_trees_do_not_change_the_text(one, kind):
-    prompts = [one.encode(p) for p in PROMPTS[:10]]
+    prompts = [one.encode(p) for p in PROMPTS[: len(SAMPLING)]]
     options = [params(name, seed=i, logprobs=1) for i, name in enumerate(SAMPLING)]
     plain = one.generate(prompts, options, draft=False)
     with LLM(device="cpu", **TREES[kind]) as other:
@@ -294,6 +296,52 @@ def test_greedy_is_what_transformers_says(one):
         theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=LENGTH, eos_token_id=None)
     theirs = theirs[0, len(ids) :].tolist()
     assert ours == theirs or rounding_explains(one, ids, theirs, ours, params("greedy", 0))
+
+
+def test_min_tokens_are_what_transformers_writes(one):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(assets() / "target", dtype=torch.float32)
+    for prompt in PROMPTS[:3]:
+        ids = one.encode(prompt)
+        free = one.generate([ids], SamplingParams(max_tokens=LENGTH, ignore_eos=True))[0].token_ids
+        # Two tokens that the text would say early, one of them at once.
+        stops = sorted({free[0], free[5]})
+        sampling = SamplingParams(max_tokens=LENGTH, min_tokens=14, stop_token_ids=stops)
+        ours = one.generate([ids], sampling)[0].token_ids
+        ends = [*stops, *one.eos_token_ids]
+        with torch.inference_mode():
+            theirs = model.generate(
+                torch.tensor([ids]), do_sample=False, max_new_tokens=LENGTH, min_new_tokens=14, eos_token_id=ends
+            )
+        theirs = theirs[0, len(ids) :].tolist()
+        assert len(ours) >= 14 and not set(ours[:14]) & set(ends)
+        assert ours == theirs or rounding_explains(one, ids, theirs, ours, sampling)
+
+
+@pytest.mark.parametrize("nodes", [0, 9])
+def test_min_tokens_hold_with_drafts_stop_strings_and_retractions(nodes):
+    prompts = PROMPTS[:6]
+    options = [
+        SamplingParams(
+            temperature=0.8, seed=i, max_tokens=LENGTH, min_tokens=(0, 10, 25)[i % 3], stop=["(", "e"], stop_token_ids=range(200, 420, 5)
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    with (
+        LLM(
+            device="cpu", page_size=4, num_pages=60, max_running=6, max_context=160, adaptive=False, tree_nodes=nodes
+        ) as small,
+        LLM(device="cpu") as roomy,
+    ):
+        tight, free = small.generate(prompts, options), roomy.generate(prompts, options, draft=False)
+        assert idle(small) and small.stats()["accepted"] > 0
+    early = 0
+    for o, a, b in zip(options, free, tight, strict=True):
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+        assert len(a.token_ids) > o.min_tokens and a.finish_reason == "stop"
+        early += any(stop in a.text for stop in o.stop)
+    assert early, "no stop string was text"
 
 
 def test_a_shared_prefix_is_reused_and_changes_nothing(one):
@@ -484,7 +532,7 @@ def test_a_prompt_that_can_never_fit_is_refused_with_numbers():
     "options",
     [
         {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}, {"min_p": 2.0},
-        {"seed": -1}, {"max_tokens": 0}, {"stop": ""}, {"stop": [""]}, {"repetition_penalty": 0.0}, {"presence_penalty": 3.0},
+        {"seed": -1}, {"max_tokens": 0}, {"min_tokens": -1}, {"min_tokens": 129}, {"min_tokens": 1.5}, {"stop": ""}, {"stop": [""]}, {"repetition_penalty": 0.0}, {"presence_penalty": 3.0},
         {"temperature": 1e-9}, {"temperature": 1e39}, {"top_p": 1e-50}, {"repetition_penalty": 1e39}, {"repetition_penalty": 1e-46},
         {"logit_bias": {1: 1e39}}, {"logit_bias": {-1: 0.0}}, {"logit_bias": {1: math.inf}}, {"logprobs": 1000}, {"ignore_eos": 1}, {"stop_token_ids": 3},
     ],

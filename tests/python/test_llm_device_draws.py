@@ -5,16 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cuda_header import header_structures
 
 from dflash_rs import LLM, SamplingParams, _core, cuda
 
 pytestmark = pytest.mark.pair
-PROMPTS = ["def add(a, b):\n", "import os\n\n\ndef main(", "class Stack:\n    "]
+PROMPTS = ["def add(a, b):\n", "import os\n\n\ndef main(", "class Stack:\n    ", "for i in range(", "x = x = x = x ="]
 PARAMS = [
     SamplingParams(max_tokens=24),
     SamplingParams(temperature=0.9, seed=5, max_tokens=20, top_p=0.9, logit_bias={10: -2.0}),
     SamplingParams(temperature=0.7, seed=2**62 + 3, max_tokens=28, top_k=20, min_p=0.02),
+    SamplingParams(
+        temperature=0.8, seed=1, max_tokens=20, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2
+    ),
+    SamplingParams(
+        temperature=0.8, seed=4, max_tokens=20, min_tokens=12, stop_token_ids=[198, 220, 257, 10], logit_bias={10: 2.0}
+    ),
 ]
+NUMBERS = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty".split()
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +39,24 @@ def calls(llm, monkeypatch):
     def sample_rows(logits, sampling, *, query_starts, token_ids, positions, row_tokens, parents):
         assert parents is None  # chains
         counted.append(len(logits))
-        rows = np.frombuffer(sampling.rows.numpy().tobytes(), dtype=cuda.SAMPLING_ROW)
+        rows = np.frombuffer(sampling.rows.numpy().tobytes(), dtype=np.dtype(header_structures()["SamplingRow"]))
         drawn = []
         for n, token in enumerate(row_tokens.tolist()):
-            row = rows[int(np.searchsorted(query_starts.numpy(), token, side="right")) - 1]
-            bias = slice(row["bias_start"], row["bias_end"])
+            request = int(np.searchsorted(query_starts.numpy(), token, side="right")) - 1
+            row, position = rows[request], int(positions[token]) + 1
+            history, bias = slice(row["history_start"], row["history_end"]), slice(row["bias_start"], row["bias_end"])
+            seen = sampling.history_tokens[history].numpy()
+            biases = dict(zip(sampling.bias_tokens[bias].tolist(), sampling.bias_values[bias].tolist()))
+            if position < row["mask_before"]:
+                biases |= dict.fromkeys(sampling.bias_tokens[row["bias_end"] : row["mask_end"]].tolist(), -np.inf)
             tokens, _ = _core.sample_rows(
                 logits[n : n + 1].float().numpy(),
-                np.array([int(positions[token]) + 1], dtype=np.uint64),
+                np.array([position], dtype=np.uint64),
                 row["seed"].reshape(1).astype(np.uint64),
-                **{name: row[name].item() for name in ("temperature", "top_k", "top_p", "min_p")},
-                logit_bias=list(zip(sampling.bias_tokens[bias].tolist(), sampling.bias_values[bias].tolist())),
+                {name: row[name].item() for name in NUMBERS} | {"logit_bias": biases},
+                prompt=seen,
+                output=np.repeat(seen, sampling.history_counts[history].numpy()),
+                paths=[token_ids[int(query_starts[request] + row["anchor"]) + 1 : token + 1].tolist()],
             )
             drawn.append(int(tokens[0]))
         return cuda.Sampled(torch.tensor(drawn), torch.zeros(len(drawn), dtype=torch.int32), None)
@@ -62,7 +77,7 @@ def test_tokens_drawn_on_the_device_are_those_of_the_host(llm, calls, monkeypatc
     assert texts(llm, PARAMS) == drawn
 
 
-@pytest.mark.parametrize("option", [{"presence_penalty": 0.5}, {"repetition_penalty": 1.1}, {"logprobs": 1}])
+@pytest.mark.parametrize("option", [{"logprobs": 1}, {"logprobs": 0, "presence_penalty": 0.5}])
 def test_what_the_device_does_not_do_is_done_on_the_host(llm, calls, monkeypatch, option):
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=6, **option)
     drawn = texts(llm, params)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TextIO
 
 from dflash_rs.cli import console, engine
@@ -61,33 +62,29 @@ def add(commands: Any) -> None:
     generate.set_defaults(run=run)
 
 
+# How an option of SamplingParams is read from the command line, by the type of its field.
+_READS: dict[str, dict[str, Any]] = {
+    "int": {"type": int},
+    "int | None": {"type": int},
+    "float": {"type": float},
+    "bool": {"action": "store_true", "default": None},
+    "str | Sequence[str]": {"action": "append"},
+    "Sequence[int]": {"action": "append", "type": int},
+    "Mapping[int, float]": {"action": "append", "type": lambda text: _bias(text)},
+}
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from dflash_rs.sampling import SamplingParams
+
     group = parser.add_argument_group("sampling (honoured exactly, with and without drafting)")
-    group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: 0")
-    group.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens; default: all")
-    group.add_argument("--top-p", type=float, metavar="P", help="the likeliest tokens that hold P together; default: 1")
-    group.add_argument("--min-p", type=float, metavar="P", help="tokens with P times the likeliest's share; default: 0")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    group.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1 against tokens of prompt and output"
-    )
-    group.add_argument("--presence-penalty", type=float, metavar="X", help="taken off tokens of the output")
-    group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same for every time they occurred")
-    group.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be given repeatedly")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly; \\n means a new line")
-    group.add_argument(
-        "--stop-token-id",
-        type=int,
-        action="append",
-        dest="stop_token_ids",
-        metavar="ID",
-        help="may be given repeatedly",
-    )
-    group.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json only: log-probabilities, and the N likeliest tokens"
-    )
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
+    for option in fields(SamplingParams):
+        reads = dict(_READS[str(option.type)])
+        if option.metadata["metavar"] is not None:
+            reads["metavar"] = option.metadata["metavar"]
+        # What may be given repeatedly names one at a time.
+        name = option.name.removesuffix("s") if option.type == "Sequence[int]" else option.name
+        group.add_argument("--" + name.replace("_", "-"), dest=option.name, help=option.metadata["help"], **reads)
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -166,17 +163,14 @@ def sampling_from(args: argparse.Namespace) -> Any:
     """SamplingParams with the options that were given."""
     from dflash_rs.sampling import SamplingParams
 
-    names = (
-        "max_tokens temperature top_k top_p min_p seed repetition_penalty presence_penalty frequency_penalty "
-        "stop_token_ids logprobs ignore_eos"
-    ).split()
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {option.name: getattr(args, option.name) for option in fields(SamplingParams)}
+    options = {name: value for name, value in given.items() if value is not None}
     if args.logit_bias is not None:
         options["logit_bias"] = dict(args.logit_bias)
         if len(options["logit_bias"]) < len(args.logit_bias):
-            given = [token for token, _ in args.logit_bias]
-            twice = next(token for token in given if given.count(token) > 1)
-            raise InvalidArgument(f"--logit-bias: got token id {twice} {given.count(twice)} times, expected it once")
+            named = [token for token, _ in args.logit_bias]
+            twice = next(token for token in named if named.count(token) > 1)
+            raise InvalidArgument(f"--logit-bias: got token id {twice} {named.count(twice)} times, expected it once")
     if args.stop is not None:
         stops = [console.as_text("--stop", text) for text in args.stop]
         options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stops]

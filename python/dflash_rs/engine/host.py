@@ -117,29 +117,18 @@ class HostBackend:
     def _draw_there(self, plan: Any, batch: StepBatch, logits: Tensor) -> np.ndarray | None:
         """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.
 
-        None when the host has to: no kernel for this device, penalties (their counts live in the core), log-probabilities
-        asked for, or a row that cannot be drawn, which the core explains.
+        None when the host has to: no kernel for this device, log-probabilities asked for, or a row that cannot be drawn, which the
+        core explains.
         """
         if not self.draws_there or not logits.shape[0]:
             return None
-        wanted = []
-        for request in plan.request_ids.tolist():
-            active = self.requests.active.get(request)
-            if active is None or active.logprobs is not None:
-                return None
-            o = active.params
-            if o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0:
-                return None
-            wanted.append(
-                {
-                    "seed": active.seed, "temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "min_p": o.min_p,
-                    "logit_bias": o.logit_bias,
-                }
-            )  # fmt: skip
+        wanted = self.core.device_sampling(plan)
+        if wanted.scores:
+            return None
         device = logits.device
         sampled = cuda.sample_rows(
             logits,
-            cuda.sampling_rows(wanted, device),
+            cuda.upload_sampling(wanted, device),
             query_starts=torch.from_numpy(plan.query_starts.copy()).to(device),
             token_ids=batch.token_ids,
             positions=batch.positions,

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import DflashError
-from ..options import Asked, core_params
+from ..options import Asked
 from ..outputs import ABORT, ERROR, REASONS, Output, Prompt, StreamEvent, TokenLogprob
 from ..sampling import SamplingParams
 from ..text import Detokenizer
-from .device.draws import Draws
 
 _CALL = functools.partial.__call__
 
@@ -29,7 +28,6 @@ class Active:
     ):
         self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
         self.drafts = False
-        self.draws: Draws | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.steps = self.drafted_steps = 0
@@ -108,7 +106,7 @@ class Requests:
                 seed = secrets.randbits(63) if one.params.seed is None else one.params.seed
                 active = Active(one.index, one.prompt, tokens, one.params, seed, self._detokenizer())
                 active.drafts = drafts
-                add = functools.partial(self.core.add, tokens, **core_params(one.params, seed, drafts))
+                add = functools.partial(self.core.add, tokens, one.params.for_core(seed, drafts))
                 try:
                     # In one call: no interruption comes between a request's beginning and our knowing its number.
                     ids.extend(map(_CALL, (add,)))
@@ -155,13 +153,6 @@ class Requests:
         """Float32 [n]."""
         found = [self.active[r].params.temperature if r in self.active else 1.0 for r in request_ids.tolist()]
         return np.asarray(found, dtype=np.float32)
-
-    def draws(self, request: int) -> Draws:
-        """How a request's tokens are drawn on a device."""
-        active = self.active[request]
-        if active.draws is None:
-            active.draws = Draws.of(active.params, active.seed)
-        return active.draws
 
     def route(self, events: Any) -> None:
         """Gives everyone what a step brought: tokens, text, and the end."""

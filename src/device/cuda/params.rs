@@ -3,6 +3,8 @@
 
 use std::mem::offset_of;
 
+use crate::verify::Sampling;
+
 /// A device address; 0 where the header says "nullable" and there is nothing.
 pub type Address = u64;
 
@@ -123,7 +125,9 @@ mirrored! {
         history_end: i32,
         bias_start: i32,
         bias_end: i32,
-        reserved: i32,
+        mask_end: i32,
+        mask_before: i32,
+        anchor: i32,
     }
     SampleRowsParams {
         logits: Address,
@@ -220,3 +224,23 @@ pub const ACCEPT_MAX_NODES: usize = 1024;
 pub const TREE_MAX_NODES: usize = 1023;
 /// Most columns that `tree_top_k` finds.
 pub const TREE_MAX_K: usize = 256;
+
+impl From<&Sampling> for SamplingRow {
+    /// What a request asks for in numbers; where its tokens lie in the arrays beside the rows is for who fills these.
+    fn from(sampling: &Sampling) -> Self {
+        // What does not fit is beyond every vocabulary and every text.
+        let most = |number: u64| number.min(i32::MAX as u64) as i32;
+        Self {
+            seed: sampling.seed,
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            top_k: most(u64::from(sampling.top_k)),
+            repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            mask_before: most(sampling.masked_before),
+            ..Self::default()
+        }
+    }
+}

@@ -35,8 +35,7 @@ class Arena:
             for host, staging in zip(self._hosts, self._staging, strict=True):
                 host[name] = staging.numpy()[begin : begin + size].view(dtype).reshape(shape)
             raw = self.memory[begin : begin + size]
-            torch_type = _TORCH.get(np.dtype(dtype))
-            self.device[name] = raw.view(*shape, -1) if torch_type is None else raw.view(torch_type).view(shape)
+            self.device[name] = raw.view(_TORCH[np.dtype(dtype)]).view(shape)
 
     @property
     def host(self) -> dict[str, np.ndarray]:
@@ -60,6 +59,7 @@ class Arena:
 
 
 _TORCH = {
+    np.dtype(np.uint8): torch.uint8,
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
     np.dtype(np.float32): torch.float32,

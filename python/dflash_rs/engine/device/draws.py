@@ -1,4 +1,4 @@
-"""How the tokens of a step are drawn on the device, and what it brought home."""
+"""What a step on the device brought home."""
 
 from __future__ import annotations
 
@@ -7,41 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import cuda
 from ...errors import DflashError
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How one request's tokens are drawn: a `cuda.SAMPLING_ROW`, its bias (ascending), and the alternatives it wants scored."""
-
-    row: np.void
-    bias_tokens: np.ndarray
-    bias_values: np.ndarray
-    penalises: bool
-    logprobs: int | None
-
-    @classmethod
-    def of(cls, params: Any, seed: int) -> Draws:
-        """From `SamplingParams`."""
-        row = np.zeros((), dtype=cuda.SAMPLING_ROW)
-        row["seed"] = seed
-        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        for name in ("temperature", "top_p", "min_p", "top_k", *penalties):
-            row[name] = getattr(params, name)
-        bias = sorted(params.logit_bias.items())
-        return cls(
-            row[()],
-            np.array([token for token, _ in bias], dtype=np.int32),
-            np.array([value for _, value in bias], dtype=np.float32),
-            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0,
-            params.logprobs,
-        )
-
-    @property
-    def filters(self) -> bool:
-        """Whether part of the vocabulary is left out."""
-        return bool(self.row["top_k"] > 0 or self.row["top_p"] < 1 or self.row["min_p"] > 0)
 
 
 @dataclass

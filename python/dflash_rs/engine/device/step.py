@@ -36,7 +36,7 @@ from ..costs import rising
 from ..requests import Requests
 from ..timing import StageTimes, stage
 from .arena import Arena
-from .draws import Drawn, Draws
+from .draws import Drawn
 from .graphs import Graphs
 
 _ROUNDS, _PATIENCE_S = 12, 2.0
@@ -141,7 +141,7 @@ class DeviceBackend:
                 "draft_rows": ((r,), np.int32),
                 "draft_rows64": ((r,), np.int64),
                 "anchors": ((r + 1,), np.int64),
-                "sampling": ((r,), cuda.SAMPLING_ROW),
+                "sampling": ((r, cuda.SAMPLING_ROW_BYTES), np.uint8),
                 "pages": ((r + 1, core.page_table.shape[1]), np.int32),
             },
         )
@@ -190,14 +190,13 @@ class DeviceBackend:
     @stage("verify")
     def launch(self, step: Step) -> _Flight:
         plan = step.plan
-        draws = [self.requests.draws(request) for request in plan.request_ids.tolist()]
-        histories = self.core.histories(plan) if any(d.penalises for d in draws) else None
+        sampling = self.core.device_sampling(plan)
         batch, drafting = plan.context_lens.size, plan.draft_rows.size
         prompts = bool(plan.is_prefill.any())
         lens = plan.block_len
         longest = int(lens.max())
         bucket = batch if prompts else _bucket(batch, self.rows)
-        self._fill(plan, self.core.page_table, draws, histories, bucket)
+        self._fill(plan, self.core.page_table, sampling, bucket)
         unknown = ~plan.start_known
         max_keys = int((plan.context_lens + lens + np.where(unknown, self._uncertain, 0)).max())
         self._uncertain = longest - 1
@@ -210,9 +209,9 @@ class DeviceBackend:
         if drafting:
             self._draft_graph(_bucket(drafting, self.rows), block, max_keys, tree_block)
         wanted = _Wanted(
-            any(d.filters for d in draws),
-            any(d.logprobs is not None for d in draws),
-            min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size),
+            sampling.filters,
+            sampling.scores,
+            sampling.alternatives,
             step.inject,
             step.trees,
         )
@@ -318,7 +317,7 @@ class DeviceBackend:
         """int64 [rows + 1, block - 1], packed: the kernel takes no gaps."""
         return self._out.device["drafts"][: (self.rows + 1) * (block - 1)].view(self.rows + 1, block - 1)
 
-    def _fill(self, plan: Any, page_table: np.ndarray, draws: list[Draws], histories: Any, bucket: int) -> None:
+    def _fill(self, plan: Any, page_table: np.ndarray, sampling: Any, bucket: int) -> None:
         self._in.turn()
         host, batch, drafting = self._in.host, plan.context_lens.size, plan.draft_rows.size
         host["query_starts"][: batch + 1] = plan.query_starts
@@ -336,7 +335,7 @@ class DeviceBackend:
         for name, value in (("start_known", 1), ("anchor_known", 1), ("table_rows", self._lens.numel() - 1)):
             host[name][batch:] = value
         np.take(page_table, plan.row_ids, axis=0, out=host["pages"][:batch])
-        self._fill_sampling(draws, histories)
+        self._fill_sampling(sampling)
         self._in.upload("pages", batch)
 
     def _fill_nodes(self, plan: Any, bucket: int, row: int) -> None:
@@ -350,38 +349,28 @@ class DeviceBackend:
         nodes[:tokens][within == 0] = nodes[tokens : bucket * row] = int(plan.draft_rows[0]) * row
         self._nodes.upload("nodes", bucket * row)
 
-    def _fill_sampling(self, draws: list[Draws], histories: Any) -> None:
+    def _fill_sampling(self, sampling: Any) -> None:
         rows = self._in.host["sampling"]
-        rows[len(draws) :] = np.zeros((), dtype=cuda.SAMPLING_ROW)
-        used = bias = 0
-        for row, one in enumerate(draws):
-            rows[row] = one.row
-            rows["bias_start"][row] = bias
-            bias += one.bias_tokens.size
-            rows["bias_end"][row] = bias
-        if histories is not None:
-            starts, tokens, _ = histories
-            rows["history_start"][: len(draws)], rows["history_end"][: len(draws)] = starts[:-1], starts[1:]
-            used = tokens.size
+        flat = rows.reshape(-1)
+        flat[: sampling.rows.size] = sampling.rows
+        flat[sampling.rows.size :] = 0
+        used = max(sampling.history_tokens.size, sampling.bias_tokens.size)
+        if not used:
+            return
         room = self._edits.host["bias_tokens"].size
-        if max(used, bias) > room:
+        if used > room:
             # Graphs know the old room's address; one may be running.
             if self.graphs is not None:
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
                 self.graphs.forget()
-            while room < max(used, bias):
+            while room < used:
                 room *= 2
             self._edits = self._edit_room(room)
-        if not used and not bias:
-            return
         self._edits.turn()
-        edits = self._edits.host
-        if histories is not None:
-            edits["history_tokens"][:used], edits["history_counts"][:used] = histories[1], histories[2]
-        if bias:
-            edits["bias_tokens"][:bias] = np.concatenate([d.bias_tokens for d in draws])
-            edits["bias_values"][:bias] = np.concatenate([d.bias_values for d in draws])
+        for name, values in self._edits.host.items():
+            entries = getattr(sampling, name)
+            values[: entries.size] = entries
         self._edits.upload("bias_values")
 
     # ---- what the graphs hold: no host values, the same tensors every time ----------------------------------------
