@@ -913,6 +913,6 @@ fn prompts_of_a_target_with_state_end_their_chunks_where_copies_are_worth_it_and
     );
     assert!(other[1..].iter().all(|chunk| chunk.2 == -1));
     // A third of the kind starts there.
-    let third = chunks((0..26).chain(60..63).collect());
+    let third = chunks((0..26).chain(46..49).collect());
     assert_eq!(third[0].0, 24);
 }

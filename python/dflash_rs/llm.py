@@ -145,7 +145,7 @@ class LLM:
             flag("overlap", overlap)
         llm = cls.__new__(cls)
         llm.config = EngineConfig(**sizes)
-        llm.device, llm.dtype = target.device, getattr(target, "dtype", None)
+        llm.device, llm.dtype = target.device, target.dtype
         llm.model_dir, llm.draft_dir = type(target).__name__, None if draft is None else type(draft).__name__
         llm.matmul_precision = getattr(target, "matmul_precision", "highest")
         models = Models(target, draft, tokenizer, token_bytes)

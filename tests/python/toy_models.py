@@ -56,6 +56,7 @@ class RecurrentTarget:
     """A `Target` that remembers a text in its state alone: the next token depends on all tokens so far."""
 
     device, vocab_size, hidden_size, max_context = torch.device("cpu"), VOCAB, WIDTH, 200
+    dtype = torch.float32
     kv_bytes_per_token, num_slots, eos_token_ids = 0, 0, ()
 
     def __init__(self, seed: int = 0):

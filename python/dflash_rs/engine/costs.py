@@ -29,7 +29,9 @@ def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
     slots = target.num_slots
     rows = [n for n in _ROWS if n <= slots]
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
-    features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
+    features = None
+    if draft.taps:
+        features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
     first = np.zeros(1, dtype=np.int64)
     passes = [lambda n=n: _verify(target, n) for n in rows]
     passes += [lambda n=n, size=size: _propose(draft, n, size) for n, size in blocks]
@@ -70,7 +72,7 @@ def _verify(target: TargetModel, rows: int) -> None:
 
 def _propose(draft: Drafter, requests: int, block: int) -> None:
     anchors, table = np.zeros(requests, dtype=np.int64), np.zeros((requests, 1), dtype=np.int32)
-    draft.candidates(anchors, np.zeros(requests), table, page_size=1, block_size=block, k=1)
+    draft.candidates(anchors, np.zeros(requests, dtype=np.int32), table, page_size=1, block_size=block, k=1)
 
 
 def _fastest(passes) -> list[float]:

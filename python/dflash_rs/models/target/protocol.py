@@ -22,6 +22,7 @@ class Target(Protocol):
     """
 
     device: torch.device
+    dtype: torch.dtype
     vocab_size: int
     hidden_size: int
     max_context: int
