@@ -1,6 +1,6 @@
 //! Drafts at the edges: the best columns of a row, depths, and log-probabilities of zero.
 
-use dflash_rs::draft::{DraftTree, TopK, top_k};
+use dflash_rs::draft::{DraftTree, NO_NODE, TopK, top_k};
 use dflash_rs::error::Error;
 use dflash_rs::types::TokenId;
 
@@ -107,4 +107,12 @@ fn certain_drafts_have_a_log_probability_of_zero() {
         let mut source = TopK::new(&tokens, &log_probs, 1).unwrap();
         assert_eq!(DraftTree::build(ANCHOR, 2, 2, &mut source).unwrap(), chain);
     }
+}
+
+#[test]
+fn children_are_linked_from_the_first_to_the_last() {
+    let tree = DraftTree::from_parents(&ids(&[9, 1, 2, 3, 4, 5]), &[0, 0, 0, 1, 0, 1]).unwrap();
+    assert_eq!(tree.parents(), [NO_NODE, 0, 0, 1, 0, 1]);
+    assert_eq!(tree.first_child(), [1, 3, NO_NODE, NO_NODE, NO_NODE, NO_NODE]);
+    assert_eq!(tree.next_sibling(), [NO_NODE, 2, 4, 5, NO_NODE, NO_NODE]);
 }

@@ -5,7 +5,7 @@ use dflash_rs::error::Error;
 use dflash_rs::schedule::{Config, Finish, Params};
 use dflash_rs::step::{DrawnRows, Engine, StepPlan};
 use dflash_rs::types::{RequestId, TokenId};
-use dflash_rs::verify::Sampling;
+use dflash_rs::verify::{History, Sampler, Sampling};
 
 const VOCAB: usize = 20;
 
@@ -189,6 +189,7 @@ fn rows_that_could_not_be_drawn_fail_their_request_with_the_reason() {
     );
     let named: Vec<u64> = events.errors().iter().map(|&(id, _)| id).collect();
     assert_eq!(named, [1, 2, 3, 4]);
+    assert_eq!(events.arrays().text_ends, [-1; 5]);
 }
 
 #[test]
@@ -383,6 +384,7 @@ fn drafts_are_tokens_and_enough_of_them_or_none_is_set() {
         refused
     };
     assert_eq!(refused(&[1; 5], 3), "drafts");
+    assert_eq!(refused(&[1; 9], 3), "drafts");
     assert_eq!(refused(&[1; 4], 2), "drafts");
     assert_eq!(refused(&[1, 1, 1, 1, -1, 1], 3), "drafts");
     assert_eq!(refused(&[1, 1, 20, 1, 1, 1], 3), "drafts");
@@ -457,4 +459,215 @@ fn the_history_of_a_penalised_row_is_its_distinct_tokens_in_order() {
     assert_eq!(histories.starts, [0, 2, 2, 7]);
     assert_eq!(histories.tokens, [0, 1, 0, 2, 3, 4, 5]);
     assert_eq!(histories.counts, [0, 2, 1, 0, 1, 0, 0]);
+}
+
+#[test]
+fn drafts_of_a_wrong_number_are_refused_with_the_number_that_fits() {
+    let mut engine = started(4, vec![greedy(None); 2]);
+    let mut plan = engine.plan(4).unwrap().unwrap();
+    let length = |got, expected| {
+        Err(Error::Length {
+            name: "drafts",
+            got,
+            expected,
+        })
+    };
+    assert_eq!(plan.set_drafts(&[1; 5], 3), length(5, 6));
+    assert_eq!(plan.set_drafts(&[1; 5], 7), length(5, 14));
+}
+
+#[test]
+fn the_text_of_a_seed_is_that_of_a_plain_loop_over_the_sampler() {
+    let sampling = Sampling {
+        seed: 11,
+        temperature: 0.9,
+        presence_penalty: 0.2,
+        ..Sampling::default()
+    };
+    // A target that looks at the position alone.
+    let row = |position: usize| logits(position + 1)[position * VOCAB..].to_vec();
+    let prompt = [TokenId(3), TokenId(4), TokenId(5)];
+    let (mut history, mut text) = (History::new(&prompt), Vec::new());
+    for position in 3..33 {
+        let drawn = Sampler::new()
+            .draw_row(&row(position - 1), &sampling, &history, &[], position as u64)
+            .unwrap();
+        history.push(drawn);
+        text.push(i64::from(drawn.0));
+    }
+    for block in [1, 6] {
+        let mut engine = engine(block);
+        let params = Params {
+            sampling: sampling.clone(),
+            max_tokens: 30,
+            ..Params::default()
+        };
+        engine.add(prompt.to_vec(), params).unwrap();
+        let mut heard = Vec::new();
+        while let Some(mut plan) = engine.plan(block).unwrap() {
+            let arrays = plan.arrays();
+            if !arrays.draft_rows.is_empty() {
+                // Right, right, and a guess.
+                let drafts: Vec<i64> = (0..5)
+                    .map(|i| {
+                        if i < 2 {
+                            *text.get(heard.len() + i).unwrap_or(&1)
+                        } else {
+                            7
+                        }
+                    })
+                    .collect();
+                plan.set_drafts(&drafts, 5).unwrap();
+            }
+            let arrays = plan.arrays();
+            let rows = arrays
+                .logit_rows
+                .iter()
+                .flat_map(|&at| row(arrays.positions[at as usize] as usize));
+            let accepted = engine.accept(&plan, &rows.collect::<Vec<f32>>()).unwrap();
+            let events = engine.commit(&mut plan, &accepted, true).unwrap();
+            heard.extend_from_slice(&events.arrays().tokens);
+        }
+        assert_eq!(heard, text, "blocks of {block}");
+    }
+}
+
+#[test]
+fn what_was_drafted_verified_and_accepted_is_booked_per_request_and_in_all() {
+    let mut engine = started(5, vec![greedy(None); 2]);
+    let mut plan = engine.plan(5).unwrap().unwrap();
+    plan.narrow(&[3, 4]).unwrap();
+    plan.set_drafts(&[5, 6, 7, 0, 5, 6, 7, 8], 4).unwrap();
+    let accepted = engine.accept_sampled(&plan, &[5, 6, 9, 1, 5, 6, 7, 8, 3], &[]).unwrap();
+    let events = engine.commit(&mut plan, &accepted, true).unwrap();
+    let booked = events.arrays();
+    assert_eq!(
+        (&booked.drafted[..], &booked.verified[..], &booked.accepted[..]),
+        (&[3, 4][..], &[3, 4][..], &[2, 4][..])
+    );
+    let stats = engine.stats();
+    assert_eq!(
+        (stats.drafted(), stats.verified(), stats.accepted(), stats.committed()),
+        (7, 7, 6, 8)
+    );
+    // A tree of five nodes that is two deep.
+    let mut plan = engine.plan(5).unwrap().unwrap();
+    let tree = |anchor: u32| {
+        let tokens: Vec<TokenId> = [anchor, 1, 2, 4, 5].map(TokenId).to_vec();
+        DraftTree::from_parents(&tokens, &[0, 0, 0, 1, 1]).unwrap()
+    };
+    plan.set_trees(&[tree(9), tree(3)]).unwrap();
+    let accepted = engine
+        .accept_sampled(&plan, &[1, 5, 1, 1, 6, 2, 1, 8, 1, 1], &[])
+        .unwrap();
+    let events = engine.commit(&mut plan, &accepted, true).unwrap();
+    let booked = events.arrays();
+    assert_eq!(
+        (&booked.drafted[..], &booked.verified[..], &booked.accepted[..]),
+        (&[2, 2][..], &[4, 4][..], &[2, 1][..])
+    );
+    assert_eq!(booked.tokens, [1, 5, 6, 2, 8]);
+}
+
+#[test]
+fn a_text_that_ends_inside_its_block_takes_its_scores_with_it_and_no_others() {
+    let stopping = Params {
+        stop_ids: vec![TokenId(7)],
+        ..greedy(Some(2))
+    };
+    let mut engine = started(4, vec![stopping, greedy(Some(2)), greedy(None)]);
+    let mut plan = engine.plan(4).unwrap().unwrap();
+    plan.set_drafts(&[6, 7, 8, 5, 6, 9, 5, 6, 9], 3).unwrap();
+    let tokens = [6, 7, 8, 9, 5, 6, 7, 8, 5, 1, 1, 1];
+    let logprobs: Vec<f32> = (0..12).map(|i| -(i as f32)).collect();
+    let top_tokens: Vec<i64> = (0..24).map(|i| i % 20).collect();
+    let top_logprobs: Vec<f32> = (0..24).map(|i| -(i as f32) / 8.0).collect();
+    let drawn = DrawnRows {
+        tokens: &tokens,
+        logprobs: &logprobs,
+        top_count: 2,
+        top_tokens: &top_tokens,
+        top_logprobs: &top_logprobs,
+        ..DrawnRows::default()
+    };
+    let accepted = engine.accept_drawn(&plan, &drawn).unwrap();
+    assert_eq!(accepted.arrays().tokens, [6, 7, 8, 9, 5, 6, 7, 5, 1]);
+    let events = engine.commit(&mut plan, &accepted, true).unwrap();
+    let heard = events.arrays();
+    assert_eq!(
+        (&heard.tokens[..], &heard.token_starts[..]),
+        (&[6, 7, 5, 6, 7, 5, 1][..], &[0, 2, 5, 7][..])
+    );
+    assert_eq!(heard.finish, [Finish::StopToken as u8, 0, 0]);
+    assert_eq!(heard.logprobs[..5], [0.0, -1.0, -4.0, -5.0, -6.0]);
+    assert_eq!(heard.top_starts, [0, 2, 4, 6, 8, 10, 10, 10]);
+    assert_eq!(heard.top_tokens, [0, 1, 2, 3, 8, 9, 10, 11, 12, 13]);
+    assert_eq!(heard.top_logprobs[4..6], [-1.0, -1.125]);
+    assert_eq!(heard.text_ends, [-1; 3], "nobody watches for stop strings");
+}
+
+#[test]
+fn rows_of_a_step_ahead_have_no_places_where_only_the_device_knows_them() {
+    let config = Config {
+        depth: 1,
+        ..engine(4).config().clone()
+    };
+    assert_eq!((config.vocab_size, config.block_size), (VOCAB, 4));
+    let mut engine = Engine::new(config, None).unwrap();
+    engine.add(vec![TokenId(1); 3], greedy(None)).unwrap();
+    let mut prompt = engine.plan(4).unwrap().unwrap();
+    let accepted = engine.accept_sampled(&prompt, &[2], &[]).unwrap();
+    engine.commit(&mut prompt, &accepted, true).unwrap();
+    let mut first = engine.plan(4).unwrap().unwrap();
+    let mut second = engine.plan(4).unwrap().unwrap();
+    let ahead = second.arrays();
+    assert_eq!(
+        (&ahead.start_known[..], &ahead.context_lens[..]),
+        (&[false][..], &[4][..]),
+        "at least the anchor is kept"
+    );
+    assert_eq!(
+        (&ahead.positions[..], &ahead.slots[..], &ahead.token_ids[..]),
+        (&[-1; 4][..], &[-1; 4][..], &[-1; 4][..])
+    );
+    // Out of turn, and whose turn it is.
+    second.set_drafts(&[1; 3], 3).unwrap();
+    let early = engine.accept_sampled(&second, &[1; 4], &[]).unwrap_err();
+    assert_eq!(early.to_string(), "step 2: step 1 comes first: commit or cancel it");
+    // Called off, a step is closed, and those after it go on.
+    assert!(first.is_open());
+    assert_eq!(engine.cancel(&mut first), Ok(true));
+    assert!(!first.is_open());
+    assert_eq!(engine.cancel(&mut first), Ok(false));
+    first.set_drafts(&[1; 3], 3).unwrap();
+    let late = engine.accept_sampled(&first, &[1; 4], &[]).unwrap_err();
+    assert_eq!(late.to_string(), "step 1: it is committed or called off already");
+}
+
+#[test]
+fn after_all_steps_are_called_off_every_request_goes_on_from_its_last_token() {
+    let config = Config {
+        depth: 1,
+        ..engine(4).config().clone()
+    };
+    let mut engine = Engine::new(config, None).unwrap();
+    engine.add(vec![TokenId(1); 3], greedy(None)).unwrap();
+    let first = engine.plan(4).unwrap().unwrap();
+    let second = engine.plan(4).unwrap().unwrap();
+    assert_eq!(engine.counts().unwrap().in_flight, 2);
+    engine.cancel_all().unwrap();
+    assert_eq!(engine.counts().unwrap().in_flight, 0);
+    let mut again = engine.plan(4).unwrap().unwrap();
+    assert_eq!(
+        (again.step(), &again.arrays().token_ids),
+        (2, &first.arrays().token_ids)
+    );
+    // Its plan is still there, but the step is not.
+    let stale = engine.accept_sampled(&second, &[1; 4], &[]).unwrap_err();
+    assert_eq!(stale.to_string(), "step 1: it is committed or called off already");
+    drop((first, second));
+    let accepted = engine.accept_sampled(&again, &[5], &[]).unwrap();
+    let events = engine.commit(&mut again, &accepted, true).unwrap();
+    assert_eq!(events.arrays().tokens, [5]);
+    assert!(!again.is_open());
 }
