@@ -327,5 +327,8 @@ fn sources(cuda: &Path) -> Vec<(PathBuf, String)> {
 }
 
 fn target_folder(out: &Path) -> Option<&Path> {
-    out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file())
+    // The tag is only in folders that cargo made itself.
+    let marks = ["CACHEDIR.TAG", ".rustc_info.json"];
+    out.ancestors()
+        .find(|folder| marks.iter().any(|mark| folder.join(mark).is_file()))
 }

@@ -97,7 +97,7 @@ struct KvInjectParams {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // block_attention_{64,128,256}, then block_attention_combine_{64,128,256} if num_splits > 1.
-//   out = softmax(scale * q . K^T) V over the keys that mask and window leave visible (device::Kernels::block_attention), with
+//   out = softmax(scale * q . K^T) V over the keys that mask and window leave visible (HostKernels::block_attention), with
 //   soft cap and sinks where they are given.
 //   Keys below context_lens[r] come from the caches, the request's own from k and v; with `slots` those are stored as well.
 //   Keys are cut at fixed multiples of split_keys (a multiple of 64), partial results are combined in order: a row's bits do

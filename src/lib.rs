@@ -1,7 +1,8 @@
 //! Lossless DFlash speculative decoding: scheduling, acceptance and KV-page bookkeeping.
 //!
 #![doc = include_str!("../docs/architecture.md")]
-#![deny(missing_docs)]
+// Modules with unsafe code say so, and why, where they are declared.
+#![deny(missing_docs, unsafe_code)]
 
 pub mod device;
 pub mod draft;
@@ -17,3 +18,12 @@ pub mod step;
 pub mod types;
 pub mod verify;
 pub mod width;
+
+pub use device::host::HostKernels;
+pub use draft::DraftTree;
+pub use error::{Error, Result};
+pub use plan::Planner;
+pub use schedule::{Config, Params};
+pub use step::{Accepted, Engine, Events, StepPlan};
+pub use types::{RequestId, TokenId};
+pub use verify::{Sampler, Sampling};

@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char};
 
 use dflash_host_check as _;
+use dflash_rs::device::cuda::launch::scratch_bytes;
 use dflash_rs::device::cuda::params::{
     ACCEPT_MAX_NODES, AcceptParams, BlockAttentionParams, CompactKvParams, KvInjectParams, LAYOUT, Launch,
     PrepareBlockParams, SIZES, SampleRowsParams, TREE_MAX_K, TREE_MAX_NODES, TreeBuildParams, TreeTopKParams,
@@ -100,7 +101,7 @@ proptest! {
         prop_assert_eq!(sample.chunk_launch(), launch(|out| unsafe { dflash_geometry_sample_chunk(&raw const sample, out) }));
         prop_assert_eq!(sample.finish_launch(), launch(|out| unsafe { dflash_geometry_sample_finish(&raw const sample, out) }));
         prop_assert_eq!(
-            SampleRowsParams::scratch_bytes(a as u64, vocab as u64),
+            scratch_bytes(a as u64, vocab as u64),
             unsafe { dflash_geometry_sample_scratch(a.into(), vocab.into()) }
         );
         let accept = AcceptParams { num_requests: a, max_nodes: b, ..Default::default() };

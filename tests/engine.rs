@@ -699,6 +699,12 @@ fn sizes_that_cannot_be_are_refused_by_name() {
         ..small(16, 60)
     };
     assert_eq!(refusal(deep), ("depth", "2".into()));
+    let late = Config {
+        depth: 1,
+        state_checkpoints: Some(0),
+        ..small(16, 60)
+    };
+    assert_eq!(refusal(late), ("depth", "1".into()));
     let eos_ids = vec![TokenId(49), TokenId(50)];
     let outside = Config {
         eos_ids,
@@ -852,4 +858,61 @@ fn a_row_whose_result_is_under_way_waits_for_it_when_pages_run_out() {
     assert!(engine.plan(8).unwrap().is_none());
     let counts = engine.counts().unwrap();
     assert_eq!((counts.running, counts.in_flight, counts.retractions), (1, 1, 0));
+}
+
+#[test]
+fn prompts_of_a_target_with_state_end_their_chunks_where_copies_are_worth_it_and_later_ones_start_there() {
+    let stateful = Config {
+        state_checkpoints: Some(4),
+        max_batch_tokens: 20,
+        ..config(1, 4, 64)
+    };
+    let mut engine = Engine::new(stateful, None).unwrap();
+    // One request at a time, its prompt alone: (first position, tokens, restored, saved) of every chunk.
+    let mut chunks = |prompt: Vec<u32>| {
+        let prompt = prompt.into_iter().map(TokenId).collect();
+        let params = Params {
+            max_tokens: 1,
+            ..Params::default()
+        };
+        engine.add(prompt, params).unwrap();
+        let mut seen = Vec::new();
+        while let Some(mut plan) = engine.plan(1).unwrap() {
+            let arrays = plan.arrays();
+            assert_eq!(arrays.row_ids.len(), 1);
+            seen.push((
+                arrays.context_lens[0],
+                arrays.block_len[0],
+                arrays.state_restore[0],
+                arrays.state_save[0] >= 0,
+            ));
+            let drawn = vec![1; arrays.logit_rows.len()];
+            let accepted = engine.accept_sampled(&plan, &drawn, &[]).unwrap();
+            engine.commit(&mut plan, &accepted, true).unwrap();
+        }
+        seen
+    };
+    // A full step's worth, the last whole page, the rest.
+    let long: Vec<u32> = (0..31).collect();
+    let first = chunks(long.clone());
+    assert_eq!(first, [(0, 20, -1, true), (20, 8, -1, true), (28, 3, -1, false)]);
+    // The same text again starts from the last copy.
+    let again = chunks(long.clone());
+    assert_eq!((again.len(), again[0].0, again[0].1), (1, 28, 3));
+    assert!(again[0].2 >= 0);
+    // Another that leaves it at 24 starts from the copy before that, and leaves one where they part.
+    let parting: Vec<u32> = (0..26).chain(40..46).collect();
+    let other = chunks(parting);
+    assert!(other[0].2 >= 0);
+    assert_eq!(
+        other
+            .iter()
+            .map(|&(first, len, _, saved)| (first, len, saved))
+            .collect::<Vec<_>>(),
+        [(20, 4, true), (24, 4, true), (28, 4, true)]
+    );
+    assert!(other[1..].iter().all(|chunk| chunk.2 == -1));
+    // A third of the kind starts there.
+    let third = chunks((0..26).chain(60..63).collect());
+    assert_eq!(third[0].0, 24);
 }

@@ -2,14 +2,15 @@
 //!
 //! The fake target's next token is a hash of the whole prefix, and the KV it writes for a token is the hash of the text
 //! up to it, so a slot that was overwritten, shared wrongly or never written shows. The device runs steps in launch
-//! order, at a random moment between launch and resolve, and reads the page table only then.
+//! order, at a random moment between launch and resolve, and reads the page table only then. A target with recurrent state keeps the same
+//! hash in a slot per row, which moves on only when a step is resolved, and in the checkpoints that plans name.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 
 use dflash_rs::draft::DraftTree;
 use dflash_rs::kv::pages_for;
-use dflash_rs::schedule::{Config, Finish, Params, Vocabulary};
+use dflash_rs::schedule::{Config, Finish, Params, Running, Vocabulary};
 use dflash_rs::step::{Accepted, Engine, Events, StepPlan};
 use dflash_rs::types::{RequestId, TokenId};
 use dflash_rs::verify::Sampling;
@@ -69,6 +70,8 @@ struct Launch {
     sampled: Option<Vec<i64>>,
     /// What the host knew of each row's text when it launched.
     known: Vec<Vec<u32>>,
+    /// Where the device found each row, and the slots it wrote.
+    begun: Vec<(usize, Vec<i64>)>,
 }
 
 #[derive(Default)]
@@ -81,6 +84,9 @@ struct Life {
     engine: Engine,
     config: Config,
     kv: Vec<u64>,
+    /// The state of each row, of a target that has one, and its copies.
+    states: HashMap<i32, u64>,
+    copies: Vec<u64>,
     device: HashMap<u64, DeviceRow>,
     flights: VecDeque<Launch>,
     asks: HashMap<u64, Ask>,
@@ -97,6 +103,8 @@ impl Life {
         Self {
             engine: Engine::new(config.clone(), Some(table)).unwrap(),
             kv: vec![0; config.num_pages * config.page_size],
+            states: HashMap::new(),
+            copies: vec![0; config.state_checkpoints.unwrap_or(0)],
             config,
             device: HashMap::new(),
             flights: VecDeque::new(),
@@ -156,13 +164,25 @@ impl Life {
             return;
         }
         let cap = 1 + self.roll(self.config.block_size as u32 + 2) as usize;
-        let Some(mut plan) = self.engine.plan(cap).unwrap() else {
+        if !self.flights.is_empty() && self.roll(2) == 0 {
+            // What waits, or has a prompt to compute, comes first; otherwise everything decodes.
+            if let Some(plan) = self.engine.plan_ahead(cap).unwrap() {
+                assert!(plan.arrays().is_prefill.iter().all(|&prefill| !prefill));
+                return self.launched(plan, cap);
+            }
+            return;
+        }
+        let Some(plan) = self.engine.plan(cap).unwrap() else {
             assert!(
                 !self.engine.has_work() || !self.flights.is_empty(),
                 "there is work and nothing to wait for"
             );
             return;
         };
+        self.launched(plan, cap);
+    }
+
+    fn launched(&mut self, mut plan: StepPlan, cap: usize) {
         let arrays = plan.arrays();
         assert!(arrays.token_ids.len() <= self.config.max_batch_tokens);
         assert!(arrays.row_ids.len() <= self.config.max_running);
@@ -203,6 +223,7 @@ impl Life {
             plan,
             sampled: None,
             known,
+            begun: Vec::new(),
         });
     }
 
@@ -210,9 +231,51 @@ impl Life {
     fn run_device(&mut self) {
         for at in 0..self.flights.len() {
             if self.flights[at].sampled.is_none() {
+                if at == 0 && self.roll(2) == 0 {
+                    // A device without a queue of its own: the host knows everything by now.
+                    self.settle();
+                }
                 let mut flight = std::mem::replace(&mut self.flights[at], placeholder(&mut self.engine));
                 self.execute(&mut flight);
                 self.flights[at] = flight;
+            }
+        }
+    }
+
+    /// Tells the oldest step what the host knows now. Where the device has taken it already, that is what it found.
+    fn settle(&mut self) {
+        let flight = &mut self.flights[0];
+        self.engine.settle(&mut flight.plan).unwrap();
+        let arrays = flight.plan.arrays();
+        for (row, &id) in arrays.request_ids.iter().enumerate() {
+            let (start, end) = (arrays.query_starts[row] as usize, arrays.query_starts[row + 1] as usize);
+            let first = arrays.context_lens[row] as usize;
+            assert!(arrays.start_known[row] && arrays.token_ids[start] >= 0);
+            let chains = arrays.parents.is_empty();
+            let mut places = (first as i64..).zip(&arrays.positions[start..end]);
+            assert!(!chains || places.all(|(place, &position)| place == position));
+            let mut tenants = self.engine.scheduler().running();
+            // Whoever was retracted meanwhile may have entered again, in another row.
+            let here =
+                |running: &&Running| running.request.id.0 == id && running.key.slot.0 as i32 == arrays.row_ids[row];
+            match tenants.find(here) {
+                Some(running) => {
+                    if let Some((committed, slots)) = flight.begun.get(row) {
+                        assert_eq!(
+                            (first, &arrays.slots[start..end]),
+                            (*committed, &slots[..]),
+                            "request {id}"
+                        );
+                    }
+                    flight.known[row] = running.request.tokens.iter().map(|token| token.0).collect();
+                }
+                None => {
+                    // It has ended: a token of no meaning behind what it had.
+                    let text = self.device.get(&id).map_or(&[][..], |state| &state.text);
+                    let text = if text.len() < first { &flight.known[row] } else { text };
+                    flight.known[row] = text[..first].to_vec();
+                    flight.known[row].push(arrays.token_ids[start] as u32);
+                }
             }
         }
     }
@@ -246,7 +309,13 @@ impl Life {
     }
 
     fn execute(&mut self, flight: &mut Launch) {
-        if self.config.depth == 0 && !flight.plan.arrays().draft_rows.is_empty() && self.roll(2) == 0 {
+        let arrays = flight.plan.arrays();
+        let known = arrays.start_known.iter().all(|&known| known);
+        let known = known
+            && arrays.query_starts[..arrays.row_ids.len()]
+                .iter()
+                .all(|&at| arrays.token_ids[at as usize] >= 0);
+        if known && !arrays.draft_rows.is_empty() && self.roll(2) == 0 {
             self.plant(flight);
         }
         let arrays = flight.plan.arrays().clone();
@@ -272,6 +341,7 @@ impl Life {
             } else {
                 assert!(state.committed >= arrays.context_lens[row] as usize);
             }
+            flight.begun.push((state.committed, Vec::new()));
             let mut path = state.text[..state.committed].to_vec();
             let slot = |position: usize, engine: &Engine| {
                 let entry = arrays.row_ids[row] as usize * width + position / size;
@@ -286,6 +356,16 @@ impl Life {
                     hash,
                     "request {id} reads stale KV at {position}"
                 );
+            }
+            if self.config.state_checkpoints.is_some() {
+                let restore = arrays.state_restore[row];
+                if restore >= 0 {
+                    self.states.insert(arrays.row_ids[row], self.copies[restore as usize]);
+                } else if arrays.context_lens[row] == 0 {
+                    self.states.insert(arrays.row_ids[row], 1);
+                }
+                let state = self.states.get(&arrays.row_ids[row]);
+                assert_eq!(state, Some(&hash), "request {id} starts from the state of another text");
             }
             let mut block = Vec::new();
             if planted && !prefill {
@@ -336,6 +416,7 @@ impl Life {
                     let seen: u32 = mask.iter().map(|bits| bits.count_ones()).sum();
                     assert_eq!(seen as usize, text.len() - state.committed, "a token sees its path");
                 }
+                flight.begun[row].1.push(slot as i64);
                 assert!(written.insert(slot), "two rows write slot {slot}");
                 self.kv[slot] = hash_of(&text);
                 if arrays.logit_rows.get(logit) == Some(&((start + at) as i32)) {
@@ -347,12 +428,16 @@ impl Life {
             // The device moves on by itself; it knows nothing of stops.
             if prefill {
                 state.committed += block.len();
+                if let Some(&save) = arrays.state_save.get(row).filter(|&&save| save >= 0) {
+                    self.copies[save as usize] = hash_of(&state.text[..state.committed]);
+                }
                 if arrays.logit_starts[row] < arrays.logit_starts[row + 1] {
                     state.text.push(next(&state.text));
                 }
             } else {
                 let mut text = state.text[..=state.committed].to_vec();
                 let mut from = 0;
+                let mut path = Vec::new();
                 while let Some(node) = (from + 1..block.len()).find(|&node| {
                     let parent = if planted {
                         arrays.parents[start + node] as usize
@@ -362,7 +447,21 @@ impl Life {
                     parent == from && block[node] == next(&text)
                 }) {
                     text.push(block[node]);
+                    path.push(node);
                     from = node;
+                }
+                if self.config.depth > 0 {
+                    // The next step may run before the host has heard of this one.
+                    let slots: Vec<usize> = (0..=path.len())
+                        .map(|at| slot(state.committed + at, &self.engine))
+                        .collect();
+                    let kept: Vec<u64> = path
+                        .iter()
+                        .map(|&node| self.kv[slot(state.committed + node, &self.engine)])
+                        .collect();
+                    for (&slot, kv) in slots[1..].iter().zip(kept) {
+                        self.kv[slot] = kv;
+                    }
                 }
                 state.committed = text.len();
                 text.push(next(&text));
@@ -379,9 +478,12 @@ impl Life {
     /// Resolves the oldest step; `fail` makes the device return nonsense for one of its requests.
     fn resolve(&mut self, fail: bool) {
         self.run_device();
-        let Some(mut flight) = self.flights.pop_front() else {
+        let Some(flight) = self.flights.pop_front() else {
             return;
         };
+        self.flights.push_front(flight);
+        self.settle();
+        let mut flight = self.flights.pop_front().unwrap();
         let mut sampled = flight.sampled.take().unwrap();
         let mut victim = None;
         if fail && !sampled.is_empty() {
@@ -396,11 +498,20 @@ impl Life {
         let kept = accepted.arrays();
         assert_eq!(kept.commit_rows.len(), kept.commit_slots.len());
         let moved: Vec<u64> = kept.move_from.iter().map(|&slot| self.kv[slot as usize]).collect();
-        for (&slot, kv) in kept.move_to.iter().zip(moved) {
-            self.kv[slot as usize] = kv;
+        if self.config.depth == 0 {
+            for (&slot, kv) in kept.move_to.iter().zip(moved) {
+                self.kv[slot as usize] = kv;
+            }
         }
         let events = self.engine.commit(&mut flight.plan, &accepted, true).unwrap();
         self.hear(&events, &accepted, victim);
+        let layout = flight.plan.arrays();
+        for (&row, id) in layout.row_ids.iter().zip(&layout.request_ids) {
+            // What was kept is folded in once it is booked; a step that is called off leaves states as they were.
+            if let Some(there) = self.device.get(id).filter(|_| victim != Some(*id)) {
+                self.states.insert(row, hash_of(&there.text[..there.committed]));
+            }
+        }
         assert!(
             self.engine.commit(&mut flight.plan, &accepted, true).is_err(),
             "a step resolves once"
@@ -559,6 +670,7 @@ fn placeholder(_: &mut Engine) -> Launch {
         plan: other.plan(1).unwrap().unwrap(),
         sampled: None,
         known: Vec::new(),
+        begun: Vec::new(),
     }
 }
 
@@ -631,9 +743,10 @@ fn configs() -> impl Strategy<Value = Config> {
         any::<bool>(),
         30..80usize,
         2..90usize,
+        prop::option::of(0..6usize),
     )
         .prop_map(
-            |(page_size, max_running, block_size, batch, depth, prefix_cache, max_context, slots)| Config {
+            |(page_size, max_running, block_size, batch, depth, prefix_cache, max_context, slots, copies)| Config {
                 // From hopelessly small to comfortable.
                 num_pages: pages_for(slots * 2, page_size).max(1),
                 page_size,
@@ -644,6 +757,8 @@ fn configs() -> impl Strategy<Value = Config> {
                 vocab_size: VOCAB as usize,
                 eos_ids: vec![TokenId(EOS)],
                 prefix_cache,
+                // With results one step late a state moves on before it is known whether it may.
+                state_checkpoints: copies.filter(|_| depth == 0),
                 depth,
             },
         )

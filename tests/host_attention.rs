@@ -1,9 +1,9 @@
 //! Block attention on the host against a float64 reference, and the promise that a row does not depend on its surroundings.
 
-use dflash_rs::device::host::{HostKernels, Isa};
-use dflash_rs::device::{
-    AttentionBatch, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
+use dflash_rs::device::host::{
+    AttentionBatch, AttentionTensors, BatchArrays, Bf16, Element, HostKernels, Isa, Layout, Rows, RowsMut,
 };
+use dflash_rs::device::{AttentionParams, Mask};
 use dflash_rs::error::Error;
 use proptest::prelude::*;
 

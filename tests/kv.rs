@@ -224,6 +224,157 @@ fn a_waiting_allocation_evicts_just_enough() {
     assert_eq!(kv.table().allocated(other.key), Ok(8));
 }
 
+fn stateful(num_pages: usize, checkpoints: usize) -> Kv {
+    kv(num_pages, 4).with_checkpoints(checkpoints)
+}
+
+/// Lets `tokens` in, commits and shares all of them, and attaches a checkpoint where their last whole page ends; gives its number.
+fn with_copy(kv: &mut Kv, tokens: &[TokenId]) -> (Admitted, Option<u32>) {
+    let row = prefilled(kv, tokens, true);
+    let copy = kv.take_checkpoint();
+    let id = copy.as_ref().map(|copy| copy.id().0);
+    let end = tokens.len() as u32 / 4 * 4;
+    if let Some(copy) = copy {
+        kv.attach(row.key, end, copy).unwrap();
+    }
+    (row, id)
+}
+
+#[test]
+fn of_a_target_with_state_a_hit_ends_where_a_copy_of_the_state_is() {
+    let mut kv = stateful(16, 2);
+    let (first, copy) = with_copy(&mut kv, &text(0..9));
+    let longer = kv.admit(&text(0..17), 0, false).unwrap().unwrap();
+    assert_eq!((longer.cached_tokens, longer.restore.map(|id| id.0)), (8, copy));
+    let shorter = kv.admit(&text(0..6), 0, false).unwrap().unwrap();
+    assert_eq!(
+        (shorter.cached_tokens, shorter.restore),
+        (0, None),
+        "the copy lies beyond"
+    );
+    assert_eq!(shorter.known_tokens, 4, "but its text is known that far");
+    for row in [first, longer, shorter] {
+        kv.release(row.key).unwrap();
+    }
+    let mut none = stateful(16, 0);
+    let row = prefilled(&mut none, &text(0..9), true);
+    none.release(row.key).unwrap();
+    assert_eq!(none.admit(&text(0..9), 0, false).unwrap().unwrap().cached_tokens, 0);
+    assert!(none.take_checkpoint().is_none());
+}
+
+#[test]
+fn a_copy_goes_with_its_page_and_is_taken_back_only_from_pages_nobody_holds() {
+    let mut kv = stateful(16, 1);
+    let (first, copy) = with_copy(&mut kv, &text(0..9));
+    assert!(kv.take_checkpoint().is_none(), "a request holds the page");
+    kv.release(first.key).unwrap();
+    let reader = kv.admit(&text(0..9), 0, false).unwrap().unwrap();
+    assert_eq!(reader.restore.map(|id| id.0), copy);
+    assert!(kv.take_checkpoint().is_none(), "a request is to start from it");
+    kv.release(reader.key).unwrap();
+    let taken = kv.take_checkpoint().unwrap();
+    assert_eq!(Some(taken.id().0), copy);
+    assert_eq!(kv.admit(&text(0..9), 0, false).unwrap().unwrap().cached_tokens, 0);
+    kv.give_back(taken);
+    let (other, again) = with_copy(&mut kv, &text(40..49));
+    assert_eq!(again, copy);
+    kv.release(other.key).unwrap();
+    kv.evict(usize::MAX).unwrap();
+    assert_eq!(kv.cache().checkpoints(), (1, 1));
+}
+
+#[test]
+fn who_computes_a_known_page_again_for_want_of_a_copy_leaves_one_behind_it() {
+    let mut kv = stateful(16, 4);
+    let (first, _) = with_copy(&mut kv, &text(0..5));
+    prefilled(&mut kv, &text(0..5), true);
+    kv.release(first.key).unwrap();
+    let plain = prefilled(&mut kv, &text(0..13), true);
+    kv.release(plain.key).unwrap();
+    // Pages two and three are known, the state only after the first.
+    let (row, copy) = with_copy(&mut kv, &text(0..17));
+    assert_eq!((row.cached_tokens, row.known_tokens), (4, 12));
+    kv.release(row.key).unwrap();
+    let next = kv.admit(&text(0..21), 0, false).unwrap().unwrap();
+    assert_eq!((next.cached_tokens, next.restore.map(|id| id.0)), (16, copy));
+}
+
+#[test]
+fn a_checkpoint_for_a_place_that_is_no_end_of_a_committed_page_is_refused_and_free_again() {
+    let mut kv = stateful(8, 1);
+    let row = prefilled(&mut kv, &text(0..9), true);
+    for end in [0, 3, 12] {
+        let copy = kv.take_checkpoint().unwrap();
+        assert_eq!(
+            kv.attach(row.key, end, copy),
+            Err(Error::SlotsNotOwned { end, owned: 9 })
+        );
+    }
+    kv.release(row.key).unwrap();
+    let copy = kv.take_checkpoint().unwrap();
+    assert!(matches!(kv.attach(row.key, 8, copy), Err(Error::StaleRow { .. })));
+    assert_eq!(kv.cache().checkpoints(), (1, 1));
+}
+
+proptest! {
+    /// Whatever order checkpoints are taken, attached, given back, stolen and evicted in: each is in one hand, and what a request was told to
+    /// start from stays while it runs.
+    #[test]
+    fn checkpoints_are_conserved_and_never_shared(
+        total in 0..5usize,
+        num_pages in 2..20usize,
+        ops in prop::collection::vec((0..6u8, 0..4usize, 1..22u32), 1..60),
+    ) {
+        let mut kv = stateful(num_pages, total);
+        let mut rows: Vec<(Admitted, Vec<TokenId>)> = Vec::new();
+        let mut held = Vec::new();
+        for (op, which, size) in ops {
+            match op {
+                0 | 1 => {
+                    let tokens = text((0..size).map(|at| at % (5 + which as u32 % 2)));
+                    if let Some(row) = kv.admit(&tokens, 0, false).unwrap() {
+                        prop_assert_eq!(row.restore.is_some(), row.cached_tokens > 0);
+                        let width = size - row.cached_tokens;
+                        let launched = kv.reserve(row.key, size, width).unwrap().unwrap().launch(kv.table_mut()).unwrap();
+                        prop_assert!(launched.commit(kv.table_mut(), width).unwrap());
+                        kv.share(row.key, &tokens, size, 0).unwrap();
+                        rows.push((row, tokens));
+                    }
+                }
+                2 => held.extend(kv.take_checkpoint()),
+                3 if !held.is_empty() => {
+                    let copy = held.swap_remove(which % held.len());
+                    match rows.get(which) {
+                        Some((row, tokens)) if tokens.len() >= 4 => {
+                            kv.attach(row.key, tokens.len() as u32 / 4 * 4, copy).unwrap();
+                        }
+                        _ => kv.give_back(copy),
+                    }
+                }
+                4 if which < rows.len() => kv.release(rows.swap_remove(which).0.key).unwrap(),
+                5 => {
+                    kv.evict(which).unwrap();
+                }
+                _ => {}
+            }
+            let mut owned: Vec<u32> = (0..num_pages as u32)
+                .filter_map(|page| kv.cache().checkpoint_of(PageId(page)))
+                .map(|id| id.0)
+                .chain(held.iter().map(|copy| copy.id().0))
+                .collect();
+            owned.sort_unstable();
+            let distinct = owned.windows(2).all(|pair| pair[0] < pair[1]);
+            prop_assert!(distinct, "a checkpoint in two hands: {:?}", owned);
+            prop_assert_eq!(kv.cache().checkpoints(), (total, total - owned.len()));
+            for (row, _) in rows.iter().filter(|(row, _)| row.restore.is_some()) {
+                let last = kv.table().pages(row.key).unwrap()[row.cached_tokens as usize / 4 - 1];
+                prop_assert_eq!(kv.cache().checkpoint_of(last), row.restore);
+            }
+        }
+    }
+}
+
 proptest! {
     /// Reservations are held for as long as they like, so an allocation can fail at any point.
     #[test]

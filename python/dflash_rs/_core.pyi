@@ -204,6 +204,8 @@ class Engine:
 
     Steps are resolved in the order they were launched. Dropping a plan that was not committed calls its step off: its
     requests go on from their last resolved token. All sizes are in tokens (KV slots) unless said otherwise.
+    ``state_checkpoints`` is for a target that keeps state which pages do not hold: how many copies of it the prefix cache may keep; a hit
+    ends where one is, so with 0 nothing is reused. A row's state is in the slot of its number in ``StepPlan.row_ids``.
     ``vocabulary`` (the bytes of each token, in order of ids) is needed for stop strings only. ``depth`` is how many steps
     may be unresolved while the next one is planned: 0, or 1 for an overlapped pipeline.
 
@@ -223,6 +225,7 @@ class Engine:
         max_batch_tokens: int = 2048,
         eos_ids: Sequence[int] = ...,
         prefix_cache: bool = True,
+        state_checkpoints: int | None = None,
         depth: int = 0,
         vocabulary: Sequence[bytes] | None = None,
     ) -> Engine: ...
@@ -264,6 +267,20 @@ class Engine:
 
         ``None`` when nothing can run: no request is left, or (``depth`` 1) all wait for a launched step.
         Raises ``DflashError`` when as many steps are unresolved as ``depth`` allows.
+        """
+
+    def plan_ahead(self, max_block: int | None = None) -> StepPlan | None:
+        """Launches the next step while the last one is unresolved (``depth`` 1): decoding rows, of whose first tokens and places only the
+        device knows the truth (-1 in ``token_ids``, ``start_known``, a lower bound in ``context_lens``).
+
+        ``None`` when the results have to come first: nothing is in flight, prompts have work to do, or draws depend on earlier tokens.
+        """
+
+    def settle(self, plan: StepPlan) -> None:
+        """Tells a step that was launched ahead what is known now that the one before it is resolved: first tokens, context lengths,
+        positions and slots, in place. Rows of requests that have ended start where those ended, with token 0.
+
+        Raises ``DflashError`` when an earlier step is unresolved or this one is closed.
         """
 
     def accept(self, plan: StepPlan, logits: NDArray[np.float32]) -> Accepted:
@@ -341,7 +358,7 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """``waiting``, ``running``, ``in_flight``, ``free_pages``, ``cached_pages``, ``reclaimable_pages`` (cached, held by no
-        request), ``total_pages``, ``retractions``."""
+        request), ``total_pages``, ``retractions``; with ``state_checkpoints`` how many of them are in use."""
 
     def stats(self) -> dict[str, object]:
         """Acceptance over all requests: ``passes``, ``committed``, ``drafted`` (positions), ``verified`` (drafts, more of them in
@@ -449,6 +466,16 @@ class StepPlan:
     @property
     def start_known(self) -> NDArray[np.bool_]:
         """``[R]``: whether the host knows where the row starts; always true at ``depth`` 0."""
+
+    @property
+    def state_restore(self) -> NDArray[np.int32]:
+        """``[R]``: the checkpoint to be copied into the row's state before the pass, -1 for none; empty for a target without state. A row at
+        position 0 starts from nothing."""
+
+    @property
+    def state_save(self) -> NDArray[np.int32]:
+        """``[R]``: the checkpoint that gets the state after the row's last token, before the commit, -1 for none; empty for a target without
+        state."""
 
 @final
 class Accepted:
@@ -656,22 +683,6 @@ class HostDecoder:
         key_norm: NDArray[np.float32] | None = None,
     ) -> None:
         """Appends a layer. ``qkv`` stacks queries, keys, values; ``gate_up`` gate and up. ``mask``: ``causal`` or ``block``."""
-
-    def forward(
-        self,
-        batch: AttentionBatch,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        embedding: tuple[tuple[int, int, int], int],
-        rotary: tuple[tuple[int, int, int], int],
-        caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
-        logit_rows: NDArray[np.int64],
-        logits: tuple[int, int, int],
-        taps: Sequence[int] = ...,
-        features: tuple[int, int, int] | None = None,
-        threads: int = 1,
-    ) -> None:
-        """One pass: logits f32 ``[N, V]`` of ``logit_rows``, outputs of the layers ``taps`` f32 ``[T, len(taps), hidden]``."""
 
     def draft(
         self,

@@ -90,8 +90,9 @@ def integer(name: str, value: Any, low: int, high: int | None = None, *, expecte
 def real(name: str, value: Any, low: float, high: float, *, expected: str | None = None) -> float:
     """`value` as a float in `[low, high]`; a truth value is no number. Raises InvalidArgument naming the argument."""
     # NumPy's numbers would be compared in their own, narrower type.
-    number = value.item() if isinstance(value, Real) and hasattr(value, "item") else value
-    if isinstance(number, Real) and not isinstance(number, bool) and low <= number <= high and abs(number) <= _MOST:
+    number: Any = value.item() if isinstance(value, Real) and hasattr(value, "item") else value
+    good = isinstance(number, Real) and not isinstance(number, bool)
+    if good and low <= number <= high and abs(number) <= _MOST:
         return float(number)
     above = f"of at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
     raise bad(name, value, expected or f"a number {above}")

@@ -50,7 +50,7 @@ class EngineConfig:
         if self.num_pages:
             return self.num_pages
         row = -(-(max_context + block_size) // self.page_size)
-        affordable = _DEFAULT_KV_BYTES // (bytes_per_token * self.page_size)
+        affordable = _DEFAULT_KV_BYTES // max(bytes_per_token * self.page_size, 1)
         return max(row, min(row * self.max_running, affordable))
 
 

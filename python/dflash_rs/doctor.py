@@ -15,6 +15,8 @@ from typing import Any
 
 # ABSENT is MISSING for what the main job does not need.
 OK, ABSENT, MISSING, BROKEN = "ok", "absent", "missing", "broken"
+# A wheel's user has no clone to build from.
+REINSTALL = "pip install --force-reinstall dflash-rs"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def examine_part(part: str) -> list[Check]:
     found = [entry for entry in metadata.entry_points(group="dflash_rs.doctor") if entry.name == part]
     if not found:
         detail = f"this installation of dflash-rs knows no checks for {part}"
-        return [Check(part, MISSING, detail, "pip install --force-reinstall . (from a clone)", needed=True)]
+        return [Check(part, MISSING, detail, REINSTALL, needed=True)]
     return found[0].load()()
 
 
@@ -112,7 +114,7 @@ def _package() -> Check:
 
 def _core() -> Check:
     if importlib.util.find_spec("dflash_rs._core") is None:
-        return Check("core", MISSING, "the compiled Rust extension is not installed", "pip install .", needed=True)
+        return Check("core", MISSING, "the compiled Rust extension is not installed", REINSTALL, needed=True)
     core = importlib.import_module("dflash_rs._core")
     return Check("core", OK, f"Rust extension {getattr(core, '__version__', '')}".rstrip(), needed=True)
 
@@ -197,7 +199,10 @@ def _cuda_driver() -> Check:
         parts.append(f"{device['name']} (sm_{major}{minor}{'' if device['supported'] else ', no kernels for it'})")
     detail = f"CUDA {found['driver']}, {', '.join(parts)}"
     if unfit:
-        return Check("cuda driver", ABSENT, detail, "DFLASH_CUDA=1 pip install . (docs/guide.md, CUDA kernels)")
+        fix = (
+            "DFLASH_CUDA=1 pip install --force-reinstall --no-binary dflash-rs dflash-rs (docs/guide.md, CUDA kernels)"
+        )
+        return Check("cuda driver", ABSENT, detail, fix)
     return Check("cuda driver", OK, detail)
 
 
@@ -242,7 +247,7 @@ def _assets() -> Check:
     lost = [name for name in ASSETS if not (root / name).is_file()]
     if lost:
         detail = f"{', '.join(lost)} not found in {root}"
-        return Check("bundled pair", MISSING, detail, "pip install --force-reinstall dflash-rs")
+        return Check("bundled pair", MISSING, detail, REINSTALL)
     size = sum(len((root / name).read_bytes()) for name in ASSETS)
     return Check("bundled pair", OK, f"{size / 1e6:.1f} MB in {root}")
 

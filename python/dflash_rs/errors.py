@@ -4,6 +4,9 @@ Every message names the argument, option or file field, what was found there and
 Nothing is ever replaced by a default in silence.
 """
 
+import sys
+import warnings
+
 
 class DflashError(Exception):
     """Base class of every error that dflash-rs raises on purpose."""
@@ -27,3 +30,11 @@ class CheckpointError(DflashError, ValueError):
 
 class UnsupportedModel(DflashError, ValueError):
     """The model's architecture has a part that the engine does not run exactly."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at whoever called this package, however deep in it the reason was found."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)

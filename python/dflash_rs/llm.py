@@ -1,35 +1,22 @@
-"""The embedded engine: one process, a Hugging Face causal LM as target, a DFlash drafter beside it.
-
-    plan ──> propose ──> forward ──> accept ──> inject ──> commit ──> events
-    core     drafter     target      core       drafter    core       text
-
-The core (Rust) decides and books; torch runs the two models; this file only carries values from one to the other and turns
-tokens into text. Each stage is one call with whole-batch arrays.
-"""
+"""The embedded engine's public face: options in, outputs out. What a step is stands in `dflash_rs.engine`."""
 
 from __future__ import annotations
 
 import atexit
-import functools
-import secrets
-import time
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core
 from .arguments import bad, flag, integer, thread_count
 from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
     Asked,
     asked,
-    core_params,
     encodable,
     import_torch,
     known_tokens,
@@ -39,22 +26,14 @@ from .options import (
     pick_models,
     pick_precision,
 )
-from .outputs import ABORT, REASONS, Active, Output, Prompt, StreamEvent, refused, token_logprobs
+from .outputs import Output, Prompt, StreamEvent
 from .sampling import SamplingParams
 from .streams import Stream
-from .text import Detokenizer, token_bytes
+from .text import Detokenizer
 from .turns import Turns
 
 if TYPE_CHECKING:
-    from .device_step import DeviceStep
-
-# Measured with the bundled pair, what makes the mean chance of a draft its share of acceptances: 0.43 at temperature 0, 0.51 at
-# 0.4, 0.66 at 0.7, 0.92 at 1. A square passes through these.
-_GREEDY_SHARPNESS, _MORE_SHARPNESS = np.float32(0.43), np.float32(0.49)
-# Page tables beyond this are a mistake, not a plan.
-_MOST_TABLE_BYTES = 1 << 30
-_MOST_NODES = 1023
-_CALL = functools.partial.__call__
+    from .engine.requests import Active
 
 
 class LLM:
@@ -75,6 +54,8 @@ class LLM:
     - `tree_nodes`: drafts of a tree at most: where the drafter is unsure, several tokens are drafted for one place, and the target
       picks the path. 0 drafts chains of one token per place. Trees may be longer than a block; they pay where a row more costs little.
     - `cuda_graphs`: on a GPU, capture decoding steps in CUDA graphs. False launches every kernel anew, for looking for faults.
+    - `overlap`: launch the next step before the results of the last one are read, so that the device does not wait for the host. None is
+      True where steps stay on a GPU. On a CPU, where nothing runs beside the host, it is for tests.
     - the rest: see `dflash_rs.config.EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
@@ -106,161 +87,106 @@ class LLM:
         costs: StepCosts | None = None,
         tree_nodes: int = 0,
         cuda_graphs: bool = True,
+        overlap: bool | None = None,
     ):
         torch = import_torch()
 
-        from .device_step import DeviceStep, serves
-        from .models.checkpoint import load_tokenizer, readable
-        from .models.costs import measure
-        from .models.loader import load_draft
-        from .models.target import TargetModel
-        from .models.threads import while_loading
+        from .engine.build import Models
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
-        page_size, max_running = self.config.page_size, self.config.max_running
-        max_context, max_batch_tokens = self.config.max_context, self.config.max_batch_tokens
         model, draft = pick_models(model, draft)
         flag("adaptive", adaptive)
         flag("cuda_graphs", cuda_graphs)
+        if overlap is not None:
+            flag("overlap", overlap)
         costs = pick_costs(costs)
         if threads is not None:
             torch.set_num_threads(thread_count("threads", threads))
-        self._torch = torch
         self.device = pick_device(torch, device)
         self.dtype = pick_dtype(torch, dtype, self.device)
         self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
 
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
-        products = {"matmul_precision": self.matmul_precision}
-
-        with while_loading():
-            self._target = TargetModel.load(model, device=str(self.device), dtype=self.dtype, **products)
-            self._draft = None if draft is None else load_draft(draft, self._target, **products)
-        if self._draft is not None:
-            self._target.set_taps(self._draft.config.target_layer_ids)
-        self.block_size = self._pick_block(block_size)
-        most = 0 if draft is None else _MOST_NODES
-        expected = "0 without a drafter" if draft is None else None
-        self.tree_nodes = integer("tree_nodes", tree_nodes, 0, most, expected=expected)
-        # Most tokens of a decoding row.
-        row = max(self.block_size, self.tree_nodes + 1)
-        self.tokenizer = load_tokenizer(model)
-        self.vocab_size = self._target.vocab_size
-        with readable(model, "tokenizer"):
-            self._bytes = token_bytes(self.tokenizer, self.vocab_size)
-        self.eos_token_ids = list(self._target.eos_token_ids)
-
-        limit = self._target.max_context
-        if max_context > limit:
-            raise InvalidArgument(f"max_context: got {max_context}, expected at most {limit}, the target's own limit")
-        self.max_context = max_context or limit
-        per_token = self._target.kv_bytes_per_token + (self._draft.kv_bytes_per_token if self._draft else 0)
-        table = max_running * -(-(self.max_context + row) // page_size) * 4
-        if table > _MOST_TABLE_BYTES:
-            raise InvalidArgument(
-                f"max_running: got {max_running}, expected at most {max_running * _MOST_TABLE_BYTES // table}: page tables of so many "
-                f"requests would take {table / 2**30:,.1f} GiB"
-            )
-        pages = self.config.pages(per_token, self.max_context, row)
-        self._alloc_kv(pages, per_token)
-        self._core = _core.Engine(
-            num_pages=pages,
-            page_size=page_size,
-            max_running=max_running,
-            max_context=self.max_context,
-            block_size=row,
-            max_batch_tokens=max(max_batch_tokens, max_running),
-            vocab_size=self.vocab_size,
-            eos_ids=self.eos_token_ids,
-            prefix_cache=prefix_cache,
-            vocabulary=self._bytes,
+        models = Models.load(model, draft, device=self.device, dtype=self.dtype, precision=self.matmul_precision)
+        self._begin(
+            models,
+            block_size=block_size,
+            adaptive=adaptive,
+            costs=costs,
+            tree_nodes=tree_nodes,
+            graphs=cuda_graphs,
+            overlap=overlap,
         )
-        self._draws_on_device = False
-        self._device_step: DeviceStep | None = None
-        if not serves(self._target, self._draft):
-            self._draws_on_device = self._kernels_here()
-        else:
-            self._device_step = DeviceStep(
-                self._target,
-                self._draft,
-                self.config,
-                block_size=self.block_size,
-                max_context=self.max_context,
-                table_width=self._core.page_table.shape[1],
-                tree_nodes=self.tree_nodes,
-                graphs=cuda_graphs,
-            )
-        self.costs: StepCosts | None = None
-        self._planner: _core.Planner | None = None
-        # Without costs a planner of trees lets them have all their drafts.
-        self._forester = _core.Planner(self.block_size, tree_nodes=self.tree_nodes) if self.tree_nodes else None
-        self._observes = False
-        if self._draft is not None and adaptive:
-            self.costs = costs or (
-                measure(self._target, self._draft, self.block_size)
-                if self._device_step is None
-                else self._device_step.costs()
-            )
-            # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
-            self._observes = costs is None and self.device.type == "cpu"
-            self._planner = self.costs.planner(self.block_size, self.tree_nodes)
-            self._forester = self._planner if self.tree_nodes else None
-        self._active: dict[int, Active] = {}
+
+    @classmethod
+    def from_parts(
+        cls,
+        target: Any,
+        draft: Any = None,
+        *,
+        tokenizer: Any,
+        token_bytes: list[bytes] | None,
+        block_size: int | None = None,
+        adaptive: bool = True,
+        costs: StepCosts | None = None,
+        tree_nodes: int = 0,
+        cuda_graphs: bool = True,
+        overlap: bool | None = None,
+        **sizes: Any,
+    ) -> LLM:
+        """An engine of models that are made already: a `models.target.Target`, a `models.drafter.Drafter` or None, the tokenizer and the bytes
+        of every token (None where they have none of their own). `sizes` are those of `EngineConfig`, the rest is as for `LLM`."""
+        from .engine.build import Models
+
+        import_torch()
+        flag("adaptive", adaptive)
+        flag("cuda_graphs", cuda_graphs)
+        if overlap is not None:
+            flag("overlap", overlap)
+        llm = cls.__new__(cls)
+        llm.config = EngineConfig(**sizes)
+        llm.device, llm.dtype = target.device, getattr(target, "dtype", None)
+        llm.model_dir, llm.draft_dir = type(target).__name__, None if draft is None else type(draft).__name__
+        llm.matmul_precision = getattr(target, "matmul_precision", "highest")
+        models = Models(target, draft, tokenizer, token_bytes)
+        costs = pick_costs(costs)
+        llm._begin(
+            models,
+            block_size=block_size,
+            adaptive=adaptive,
+            costs=costs,
+            tree_nodes=tree_nodes,
+            graphs=cuda_graphs,
+            overlap=overlap,
+        )
+        return llm
+
+    def _begin(
+        self,
+        models: Any,
+        *,
+        block_size: int | None,
+        adaptive: bool,
+        costs: StepCosts | None,
+        tree_nodes: int,
+        graphs: bool,
+        overlap: bool | None,
+    ) -> None:
+        from .engine.build import Sizes, build
+
+        sizes = Sizes.choose(models, self.config, block_size, tree_nodes)
+        self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
+        self._target, self._draft = models.target, models.draft
+        self.tokenizer, self._bytes = models.tokenizer, models.bytes
+        self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
+        self._loop = build(models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=graphs, overlap=overlap)
+        self._requests = self._loop.requests
+        self.costs = self._loop.policy.costs
         self._closed = False
         self._turns = Turns()
         _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
         self._leaving: deque[int] = deque()
-        self._stage_seconds = dict.fromkeys(("plan", "draft", "verify", "accept", "inject", "commit", "text"), 0.0)
-        self._steps = 0
-
-    def _alloc_kv(self, pages: int, bytes_per_token: int) -> None:
-        slots = pages * self.config.page_size
-        # A size that torch cannot even express, or that the system does not give.
-        too_much = InvalidArgument(
-            f"num_pages, page_size: got {pages} pages of {self.config.page_size} tokens, expected a cache that fits the memory; this "
-            f"one takes {slots * bytes_per_token / 2**30:,.1f} GiB"
-        )
-        if slots >= 2**31:
-            raise too_much
-        try:
-            self._target.alloc_kv(slots)
-            if self._draft is not None:
-                self._draft.alloc_kv(slots)
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            raise too_much from error
-
-    def _kernels_here(self) -> bool:
-        """Whether at least the draws can be made on the GPU; on one, says why nothing else is."""
-        if self.device.type != "cuda":
-            return False
-        from . import cuda
-
-        heads = {kv.key_dim for kv in self._target.kv_layers.values()}
-        heads |= set() if self._draft is None else {self._draft.config.head_dim}
-        warnings.warn(
-            f"steps go through torch: got {self.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {self.device}, "
-            f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "
-            "(dflash-rs doctor tells)",
-            stacklevel=3,
-        )
-        # Loading may allocate, which a captured graph must not.
-        found = cuda.available(self.device) and self.dtype in (self._torch.bfloat16, self._torch.float32)
-        if found:
-            cuda.load(self.device)
-        return found
-
-    def _pick_block(self, block_size: int | None) -> int:
-        if self._draft is None:
-            if block_size is not None:
-                integer("block_size", block_size, 1, 1, expected="None or 1 without a drafter")
-            return 1
-        own = self._draft.config.block_size
-        if block_size is None:
-            return own
-        return integer("block_size", block_size, 2, own, expected=f"2..{own} (the drafter was trained with {own})")
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -311,6 +237,8 @@ class LLM:
     ) -> Stream:
         """Like `generate`, but an iterator of tokens as they are committed. Closing or dropping it aborts what is unfinished:
         ``with llm.stream(...) as events:``. With ``on_error="return"`` refused prompts are the first events."""
+        from .engine.requests import refused
+
         flag("draft", draft)
         if not isinstance(on_error, str) or on_error not in ("raise", "return"):
             raise bad("on_error", on_error, "'raise' or 'return'")
@@ -334,16 +262,8 @@ class LLM:
             request_id = integer("request_id", request_id, 0, expected="the request_id of an event or output")
         if self._turns.mine():
             self._leaving.append(request_id)
-            return request_id in self._active
-        return self._turns.take(lambda: self._abort(request_id), self._settle)
-
-    def _abort(self, request: int) -> bool:
-        active = self._active.get(request)
-        if active is None:
-            return False
-        self._core.abort(request)
-        self._finish(active, request, ABORT, [], 0, "")
-        return True
+            return request_id in self._requests.active
+        return self._turns.take(lambda: self._requests.abort(request_id), self._settle)
 
     def _drop(self, requests: list[int]) -> None:
         """Aborts requests, at once or when the running step ends; waits for nothing."""
@@ -354,53 +274,27 @@ class LLM:
     def _settle(self) -> None:
         """Does what was asked for while somebody had the turn."""
         while self._leaving:
-            self._abort(self._leaving[0])
+            self._requests.abort(self._leaving[0])
             self._leaving.popleft()
         if self._closed:
-            for request in list(self._active):
-                self._abort(request)
-            self._target.caches = {}
+            for request in list(self._requests.active):
+                self._requests.abort(request)
+            self._loop.drop()
+            self._target.free()
+            if self._target.state is not None:
+                self._target.state.free()
             if self._draft is not None:
-                self._draft._engine = None
+                self._draft.free()
 
     def _check_open(self) -> None:
         if self._closed:
             raise DflashError("this LLM is closed: make a new one")
 
     def _submit(self, stream: Stream, taken: list[tuple[Asked, list[int]]], drafts: bool, strict: bool) -> None:
-        """Gives the core what can run. All or nothing if `strict`, else what it refuses becomes an event of the stream."""
+        """Hands over what can run. All or nothing if `strict`, else what the core refuses becomes an event of the stream."""
         self._check_open()
-        ids: list[int] = []
-        actives: list[Active] = []
-        try:
-            for one, tokens in taken:
-                seed = secrets.randbits(63) if one.params.seed is None else one.params.seed
-                active = Active(
-                    one.index, one.prompt, tokens, one.params, seed, Detokenizer(self.tokenizer, self._bytes)
-                )
-                active.drafts = drafts
-                if self._device_step is not None:
-                    active.draws = self._device_step.draws(one.params, seed)
-                add = functools.partial(self._core.add, tokens, **core_params(one.params, seed, drafts))
-                try:
-                    # In one call: no interruption comes between a request's beginning and our knowing its number.
-                    ids.extend(map(_CALL, (add,)))
-                except DflashError as error:
-                    told = one.tell(error)
-                    if strict:
-                        raise told from None
-                    stream._events.append(refused(one.index, one.prompt, one.params, str(told)))
-                else:
-                    actives.append(active)
-            found = dict(zip(ids, actives, strict=True))
-            stream._waiting.update(found)
-            self._active.update(found)
-        except BaseException:
-            for request in ids:
-                self._core.abort(request)
-                self._active.pop(request, None)
-            stream._waiting.clear()
-            raise
+        refuse: Callable[[StreamEvent], None] | None = None if strict else stream._events.append
+        stream._waiting.update(self._requests.submit(taken, drafts, refuse))
 
     def _ready(self, waiting: dict[int, Active]) -> list[StreamEvent]:
         """What is new for these requests, after a step if nothing is. Finished requests leave `waiting`."""
@@ -408,7 +302,7 @@ class LLM:
 
     def _next(self, waiting: dict[int, Active]) -> list[StreamEvent]:
         if not any(a.events for a in waiting.values()):
-            self._step()
+            self._loop.step()
         ready = []
         for request, active in list(waiting.items()):
             ready.extend(active.events)
@@ -416,268 +310,6 @@ class LLM:
             if active.output is not None:
                 del waiting[request]
         return ready
-
-    # ---- a step --------------------------------------------------------------------------------------------------
-
-    def _step(self) -> None:
-        """Takes one step for whoever runs. An interruption calls the step off; the requests go on from where they were."""
-        from .models.batch import StepBatch
-
-        seconds, clock = self._stage_seconds, time.perf_counter
-        t0 = clock()
-        row, block = self._decide()
-        plan = None
-        try:
-            plan = self._core.plan(row)
-            if plan is None:
-                raise DflashError(
-                    f"nothing can run although {len(self._active)} requests are unfinished; this is a defect"
-                )
-            with self._torch.inference_mode():
-                # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
-                inject = any(self._active[r].drafts for r in plan.request_ids.tolist() if r in self._active)
-                # Prompts take their share of a step: what drafts beside them drafts chains.
-                trees = self._forester is not None and plan.draft_rows.size > 0 and not plan.is_prefill.any()
-                if self._forester is not None and not trees:
-                    plan.narrow(np.minimum(plan.block_len[plan.draft_rows], block) - 1)
-                block = min(block, int(plan.block_len[plan.draft_rows].max(initial=0))) if not trees else block
-                drafted_rows = plan.draft_rows.size * block
-                if self._device_step is not None:
-                    t1 = t2 = clock()
-                    drawn = self._take_on_device(plan, inject, block if trees else None)
-                    t3 = clock()
-                    accepted = self._walk(plan, drawn)
-                    t4 = t5 = clock()
-                else:
-                    page_table = self._core.page_table
-                    t1 = clock()
-                    if plan.draft_rows.size:
-                        (self._plant if trees else self._propose)(plan, page_table, block)
-                    t2 = clock()
-                    batch = StepBatch.from_arrays(
-                        token_ids=plan.token_ids,
-                        positions=plan.positions,
-                        slots=plan.slots,
-                        query_starts=plan.query_starts,
-                        context_lens=plan.context_lens,
-                        page_table=page_table,
-                        row_ids=plan.row_ids,
-                        logit_rows=plan.logit_rows,
-                        page_size=self.config.page_size,
-                        ancestors=plan.ancestors.reshape(plan.token_ids.size, -1) if trees else None,
-                        device=self.device,
-                    )
-                    logits, features = self._target.forward(batch)
-                    sampled = self._draw_on_device(plan, batch, logits)
-                    host = logits.float().cpu().numpy() if sampled is None else None
-                    t3 = clock()
-                    accepted = (
-                        self._core.accept(plan, host) if sampled is None else self._core.accept_sampled(plan, sampled)
-                    )
-                    if accepted.move_from.size:
-                        self._target.move_kv(accepted.move_from, accepted.move_to)
-                    t4 = clock()
-                    if inject:
-                        rows = accepted.commit_rows
-                        self._draft.inject(features, plan.positions[rows], accepted.commit_slots, rows)
-                    t5 = clock()
-                if trees and self._planner is not None:
-                    self._planner.record_trees(plan, accepted)
-                events = self._core.commit(plan, accepted, injected=inject)
-                t6 = clock()
-            self._route(events, chains=not trees)
-            t7 = clock()
-        except BaseException:
-            if plan is None:
-                self._core.cancel_all()
-            elif not self._core.cancel(plan):
-                # Committed, and somebody's tokens did not arrive: nobody gets a text with a hole.
-                for request in plan.request_ids.tolist():
-                    self._abort(request)
-            raise
-        self._steps += 1
-        if self._observes and plan.logit_rows.size == plan.token_ids.size:  # a prefill computes fewer logits than rows
-            self._planner.observe(plan.token_ids.size, t3 - t2, drafted_rows if inject else 0, t2 - t1 + t5 - t4)
-        for name, begin, end in (
-            ("plan", t0, t1), ("draft", t1, t2), ("verify", t2, t3), ("accept", t3, t4),
-            ("inject", t4, t5), ("commit", t5, t6), ("text", t6, t7),
-        ):  # fmt: skip
-            seconds[name] += end - begin
-
-    def _take_on_device(self, plan: Any, inject: bool, tree_block: int | None) -> Any:
-        """Drafts, verifies and injects without coming back in between; see device_step.py."""
-        draws = [self._active[r].draws for r in plan.request_ids.tolist()]
-        histories = self._core.histories(plan) if any(d.penalises for d in draws) else None
-        return self._device_step.run(plan, self._core.page_table, draws, histories, inject, tree_block=tree_block)
-
-    def _walk(self, plan: Any, drawn: Any) -> Any:
-        if drawn.parents is not None:
-            plan.set_trees(drawn.drafts, drawn.parents, plan.block_len[plan.draft_rows])
-        elif drawn.drafts is not None:
-            plan.set_drafts(drawn.drafts)
-        accepted = self._core.accept_sampled(
-            plan,
-            drawn.tokens,
-            drawn.logprobs,
-            status=drawn.status,
-            top_tokens=drawn.top_tokens,
-            top_logprobs=drawn.top_logprobs,
-        )
-        drawn.check(accepted, plan.is_prefill)
-        return accepted
-
-    def _draw_on_device(self, plan: Any, batch: Any, logits: Any) -> np.ndarray | None:
-        """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.
-
-        None when the host has to: no kernel for this device, penalties (their counts live in the core), log-probabilities
-        asked for, or a row that cannot be drawn, which the core explains.
-        """
-        if not self._draws_on_device or not logits.shape[0]:
-            return None
-        from . import cuda
-
-        requests = []
-        for request in plan.request_ids.tolist():
-            active = self._active.get(request)
-            if active is None or active.logprobs is not None:
-                return None
-            o = active.params
-            if o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0:
-                return None
-            requests.append(
-                {
-                    "seed": active.seed, "temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "min_p": o.min_p,
-                    "logit_bias": o.logit_bias,
-                }
-            )  # fmt: skip
-        torch, device = self._torch, logits.device
-        sampled = cuda.sample_rows(
-            logits,
-            cuda.sampling_rows(requests, device),
-            query_starts=torch.from_numpy(plan.query_starts.copy()).to(device),
-            token_ids=batch.token_ids,
-            positions=batch.positions,
-            row_tokens=torch.from_numpy(plan.logit_rows.copy()).to(device),
-            parents=torch.from_numpy(plan.parents.copy()).to(device) if plan.parents.size else None,
-        )
-        tokens = sampled.tokens.cpu().numpy()
-        return None if (tokens < 0).any() else tokens
-
-    def _decide(self) -> tuple[int, int]:
-        """Tokens of this step's decoding rows, and of the blocks that the drafter computes."""
-        if self._planner is None:
-            return (self.tree_nodes + 1 if self.tree_nodes else self.block_size), self.block_size
-        active = list(self._active.values())[: self.config.max_running]
-        drafting = sum(a.drafts for a in active)
-        if self._forester is None:
-            block = self._planner.block(drafting, len(active) - drafting)
-            return block, block
-        if self._device_step is not None:
-            # What is drafted is verified: there is nobody to ask in between.
-            room = self.config.max_batch_tokens - len(active)
-            tiers = [nodes for nodes in self._device_step.tiers if drafting * nodes <= room]
-            if not tiers:
-                return 1, 1
-            nodes, block = self._planner.tree(drafting, len(active) - drafting, tiers=tiers, shortest=self.block_size)
-            return nodes + 1, block
-        nodes, block = self._planner.tree(drafting, len(active) - drafting)
-        # How many of them pay is seen when the drafter has said how sure it is: some will want more, some fewer.
-        return (min(self.tree_nodes, max(2 * nodes, self.block_size - 1)) + 1, block) if nodes else (1, 1)
-
-    def _candidates(self, plan: Any, page_table: np.ndarray, block: int, k: int | None) -> tuple[np.ndarray, ...]:
-        """What the drafter has to say, for those who draft: see `DFlashDraft.candidates`."""
-        rows = plan.draft_rows
-        return self._draft.candidates(
-            plan.token_ids[plan.query_starts[rows]],
-            plan.context_lens[rows],
-            page_table,
-            plan.row_ids[rows],
-            page_size=self.config.page_size,
-            valid_from=plan.draft_valid_from[rows],
-            block_size=block,
-            k=k,
-        )
-
-    def _propose(self, plan: Any, page_table: np.ndarray, block: int) -> None:
-        """Fills in the drafts, and leaves out those that do not pay."""
-        rows = plan.draft_rows
-        drafts, probabilities = (each[:, :, 0] for each in self._candidates(plan, page_table, block, 1))
-        plan.set_drafts(np.ascontiguousarray(drafts))
-        if self._planner is not None:
-            lengths = plan.block_len[rows]
-            others = plan.token_ids.size - int(lengths.sum())
-            chances = _chances(probabilities ** self._sharpness(plan.request_ids[rows])[:, None])
-            keep = np.minimum(self._planner.widths(chances, others), lengths - 1)
-            plan.narrow(keep.astype(np.int32))
-
-    def _plant(self, plan: Any, page_table: np.ndarray, block: int) -> None:
-        """Drafts a tree for everyone, of the drafts that pay."""
-        rows = plan.draft_rows
-        anchors = plan.token_ids[plan.query_starts[rows]]
-        tokens, probabilities = self._candidates(plan, page_table, block, None)
-        first = probabilities[:, :, :1]
-        chances = first ** self._sharpness(plan.request_ids[rows])[:, None, None]
-        # What the likeliest token leaves, its rivals share as the drafter would have them share it.
-        rest = (1 - chances) * probabilities[:, :, 1:] / np.maximum(1 - first, np.float32(1e-6))
-        # In every rounding: no rival is likelier than what comes before it.
-        chances = np.minimum.accumulate(_chances(np.concatenate((chances, rest), axis=2)), axis=2)
-        lens = plan.block_len[rows]
-        others = plan.token_ids.size - int(lens.sum())
-        plan.set_trees(*self._forester.trees(anchors, tokens, chances, lens - 1, others))
-
-    def _sharpness(self, request_ids: np.ndarray) -> np.ndarray:
-        """Exponents float32 [n] that turn the drafter's probabilities into chances of acceptance.
-
-        A drafter is trained on the target's law at temperature 1. A request at a lower one draws the likeliest token more often.
-        """
-        temperatures = [self._active[r].params.temperature if r in self._active else 1.0 for r in request_ids.tolist()]
-        return _GREEDY_SHARPNESS + _MORE_SHARPNESS * np.minimum(np.asarray(temperatures, np.float32), 1) ** 2
-
-    def _route(self, events: Any, chains: bool) -> None:
-        errors = dict(events.errors)
-        ids, tokens, starts = events.request_ids.tolist(), events.tokens.tolist(), events.token_starts.tolist()
-        finish, drafted, accepted = events.finish.tolist(), events.drafted.tolist(), events.accepted.tolist()
-        ends, cached = events.text_ends.tolist(), events.cached_tokens.tolist()
-        for e, request in enumerate(ids):
-            active = self._active.get(request)
-            if active is None:
-                continue
-            new = tokens[starts[e] : starts[e + 1]]
-            active.cached = cached[e]
-            if active.logprobs is not None:
-                active.logprobs.extend(token_logprobs(events, starts[e], starts[e + 1]))
-            if active.token_ids and new:
-                active.count(drafted[e], accepted[e], len(new))
-                if chains and self._planner is not None and drafted[e]:
-                    self._planner.record(drafted[e], accepted[e])
-            elif new:
-                active.first = time.perf_counter()
-            active.token_ids += new
-            final = finish[e] != 0
-            # The accepted drafts come first; a stop may have cut the block short.
-            kept = min(accepted[e], len(new))
-            piece = active.text.push(new, None if ends[e] < 0 else ends[e], final)
-            if final:
-                self._finish(active, request, finish[e], new, kept, piece, errors.get(request))
-            elif new:
-                active.events.append(StreamEvent(active.index, request, piece, new, kept))
-
-    def _finish(
-        self,
-        active: Active,
-        request: int,
-        code: int,
-        new: list[int],
-        accepted: int,
-        piece: str,
-        error: str | None = None,
-    ) -> None:
-        reason = REASONS[code]
-        active.output = Output(
-            request, active.prompt, active.text.text, active.token_ids, reason, active.logprobs, active.metrics(), error
-        )
-        active.events.append(StreamEvent(active.index, request, piece, new, accepted, reason, active.output))
-        self._active.pop(request, None)
 
     # ---- looking inside ------------------------------------------------------------------------------------------
 
@@ -705,29 +337,26 @@ class LLM:
 
         def run() -> np.ndarray:
             self._check_open()
-            kept = self._target.caches, self._target.num_slots
-            try:
-                self._target.alloc_kv(n)
+            with self._target.scratch(n):
                 return self._target.forward(batch)[0][0].float().cpu().numpy()
-            finally:
-                self._target.caches, self._target.num_slots = kept
 
         return self._turns.take(run, self._settle)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: steps, seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
+        """Counters since the start: steps, steps_ahead (of those launched before the last one's results were read), seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
 
         On a GPU "verify" holds drafting and injection as well: they are one stretch of device time.
         """
-        step = self._device_step
 
         def look() -> dict[str, Any]:
+            loop = self._loop
             return {
-                "steps": self._steps,
-                "stage_seconds": dict(self._stage_seconds),
-                "cuda_graphs": len(step.graphs) if step is not None and step.graphs is not None else 0,
-                **self._core.counts(),
-                **self._core.stats(),
+                "steps": loop.steps,
+                "steps_ahead": loop.steps_ahead,
+                "stage_seconds": dict(loop.times.total),
+                "cuda_graphs": loop.backend.num_graphs,
+                **loop.core.counts(),
+                **loop.core.stats(),
             }
 
         return look() if self._turns.mine() else self._turns.take(look, self._settle)
@@ -757,8 +386,3 @@ _PATIENCE_AT_EXIT_S = 30.0
 def _end() -> None:
     for llm in list(_MADE):
         llm._turns.end(_PATIENCE_AT_EXIT_S)
-
-
-def _chances(numbers: np.ndarray) -> np.ndarray:
-    """Chances of acceptance in [0, 1]; one that a drafter could not make a number of is no reason to draft."""
-    return np.clip(np.nan_to_num(numbers, copy=False, nan=0.0), 0, 1)

@@ -46,8 +46,8 @@ def _refusal(function: Callable[..., Any], args: Any, kwargs: Any, error: Except
             return wrong
     # The core has looked at it before it knew its name.
     if isinstance(error, TypeError) and re.match("got .*, expected ", str(error)):
-        name = next((name for name, value in given.items() if f"got {shown(value)}, " in str(error)), None)
-        return None if name is None else InvalidArgument(f"{name}: {error}")
+        named = next((name for name, value in given.items() if f"got {shown(value)}, " in str(error)), None)
+        return None if named is None else InvalidArgument(f"{named}: {error}")
     # A tensor without dimensions, of which the first was asked for.
     for name, value in given.items():
         if isinstance(error, IndexError) and getattr(value, "shape", None) == ():

@@ -1,18 +1,10 @@
-"""What a request is given back, and what is kept of it on the way."""
+"""What a request is given back."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from .sampling import SamplingParams
-from .text import Detokenizer
-
-if TYPE_CHECKING:
-    from .device_step import Draws
+from typing import Any
 
 Prompt = str | Sequence[int]
 REASONS = {1: "stop", 2: "stop", 3: "length", 4: "error", 5: "abort"}
@@ -65,79 +57,3 @@ class StreamEvent:
     accepted: int
     finish_reason: str | None = None
     output: Output | None = None
-
-
-class Active:
-    """A request on its way."""
-
-    def __init__(
-        self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer | None
-    ):
-        self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
-        self.drafts = False
-        self.draws: Draws | None = None
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.steps = self.drafted_steps = 0
-        self.decoded = 0
-        self.cached = 0
-        self.histogram: list[int] = []
-        self.drafted_at: list[int] = []
-        self.accepted_at: list[int] = []
-        self.begin = time.perf_counter()
-        self.first = 0.0
-        self.events: deque[StreamEvent] = deque()
-        self.output: Output | None = None
-
-    def count(self, drafted: int, accepted: int, tokens: int) -> None:
-        self.steps += 1
-        self.drafted_steps += drafted > 0
-        self.decoded += tokens
-        _bump(self.histogram, accepted)
-        for i in range(drafted):
-            _bump(self.drafted_at, i)
-        for i in range(accepted):
-            _bump(self.accepted_at, i)
-
-    def metrics(self) -> dict[str, Any]:
-        total = time.perf_counter() - self.begin
-        accepted = self.accepted_at + [0] * (len(self.drafted_at) - len(self.accepted_at))
-        return {
-            "prompt_tokens": len(self.ids),
-            "cached_prompt_tokens": self.cached,
-            "output_tokens": len(self.token_ids),
-            "steps": self.steps,
-            "drafted_steps": self.drafted_steps,
-            "tau": self.decoded / self.steps if self.steps else 0.0,
-            "accepted_per_position": [a / d for a, d in zip(accepted, self.drafted_at, strict=True)],
-            "accept_histogram": self.histogram,
-            "ttft_s": (self.first or time.perf_counter()) - self.begin,
-            "total_s": total,
-            "tokens_per_s": len(self.token_ids) / total if total > 0 else 0.0,
-            "seed": self.seed,
-        }
-
-
-def refused(index: int, prompt: Prompt, params: Any, error: str) -> StreamEvent:
-    """The one event of a prompt that was not taken."""
-    metrics = Active(index, prompt, [], SamplingParams(), 0, None).metrics()
-    own = isinstance(params, SamplingParams)
-    metrics |= {"ttft_s": 0.0, "total_s": 0.0, "seed": params.seed if own else None}
-    logprobs: list[TokenLogprob] | None = [] if own and params.logprobs is not None else None
-    output = Output(None, prompt, "", [], REASONS[ERROR], logprobs, metrics, error)
-    return StreamEvent(index, None, "", [], 0, REASONS[ERROR], output)
-
-
-def _bump(counts: list[int], at: int) -> None:
-    counts.extend([0] * (at + 1 - len(counts)))
-    counts[at] += 1
-
-
-def token_logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
-    tops = events.top_starts
-    found = []
-    for j in range(begin, end):
-        span = slice(int(tops[j]), int(tops[j + 1]))
-        top = list(zip(events.top_tokens[span].tolist(), events.top_logprobs[span].tolist(), strict=True))
-        found.append(TokenLogprob(int(events.tokens[j]), float(events.logprobs[j]), top))
-    return found

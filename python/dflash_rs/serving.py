@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ __all__ = ["plan_decode"]
 
 
 def plan_decode(
-    requests: Sequence[Any],
+    requests: list[Any],
     ahead: int,
     page_size: int,
     committed: NDArray[np.int64],

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .errors import DflashError
-from .outputs import Active, StreamEvent
+from .outputs import StreamEvent
 
 if TYPE_CHECKING:
+    from .engine.requests import Active
     from .llm import LLM
 
 

@@ -4,6 +4,9 @@
 //! request rows and the prefix cache. Page arithmetic lives here once ([`pages_for`]); admission and allocation both
 //! use it.
 //!
+//! A target may keep state that pages do not hold. A running request's is in the slot of its row, so there is nothing to book; what prefix
+//! reuse needs are copies of it where cached text ends, see [`state`].
+//!
 //! Bounds, with `C` tokens committed as the host knows it, `D` steps unresolved, each committing at most `A` tokens, and
 //! a step writing `W` slots: the device is at `C <= S <= C + D*A` and writes `[S, S + W)`, so a row that is launched
 //! owns at least `C + D*A + W` slots. The scheduler passes `C + D*A` as tightly as it knows it.
@@ -11,11 +14,13 @@
 mod pool;
 mod prefix;
 mod reservation;
+pub mod state;
 mod table;
 
 pub use pool::PagePool;
 pub use prefix::{Hit, NodeId, PrefixCache};
 pub use reservation::{LaunchError, Launched, Reservation};
+pub use state::{Checkpoint, CheckpointId};
 pub use table::{RequestTable, RowKey};
 
 use crate::error::{Error, Result};
@@ -43,6 +48,10 @@ pub struct Admitted {
     pub cached_tokens: u32,
     /// First position from which on all cached tokens have draft K/V; `cached_tokens` when none has.
     pub draft_valid_from: u32,
+    /// The copy of the target's state after the cached tokens; `None` without cached tokens, and for a target without state.
+    pub restore: Option<CheckpointId>,
+    /// Tokens whose text was found, whether or not anything may be reused of it: where this text leaves all others.
+    pub known_tokens: u32,
 }
 
 /// Page tables beyond this are a mistake, not a plan: a gigabyte of entries.
@@ -56,6 +65,8 @@ pub struct Kv {
     cache: PrefixCache,
     page_size: usize,
     reuse: bool,
+    /// Whether the target keeps state that pages do not hold.
+    stateful: bool,
     hits: Vec<Hit>,
     leaving: Vec<PageId>,
 }
@@ -102,9 +113,63 @@ impl Kv {
             cache: PrefixCache::new(page_size, num_pages),
             page_size,
             reuse,
+            stateful: false,
             hits: Vec::new(),
             leaving: Vec::new(),
         })
+    }
+
+    /// For a target that keeps state which pages do not hold: a prefix hit ends at a page that has a copy of the state after its last
+    /// token. At most `checkpoints` such copies are kept; without any nothing is reused.
+    #[must_use]
+    pub fn with_checkpoints(mut self, checkpoints: usize) -> Self {
+        self.stateful = true;
+        self.cache.keep_checkpoints(checkpoints);
+        self
+    }
+
+    /// Whether a copy of a row's state at the end of a page could serve anybody.
+    pub fn keeps_checkpoints(&self) -> bool {
+        self.stateful && self.reuse && self.cache.checkpoints().0 > 0
+    }
+
+    /// A checkpoint to write in the next step: a free one, or that of the cached page nobody has used for longest. `None`: all of them
+    /// belong to pages in use.
+    pub fn take_checkpoint(&mut self) -> Option<Checkpoint> {
+        if self.keeps_checkpoints() {
+            self.cache.take_checkpoint()
+        } else {
+            None
+        }
+    }
+
+    /// A checkpoint that was not written after all.
+    pub fn give_back(&mut self, checkpoint: Checkpoint) {
+        self.cache.give_back(checkpoint);
+    }
+
+    /// Gives the checkpoint with the state after the row's first `tokens` tokens, whole pages, to the page that ends there, after
+    /// [`Self::share`]. `false`: the page is not cached, or has one; the checkpoint is free again.
+    ///
+    /// # Errors
+    /// `StaleRow`, `SlotsNotOwned`; the checkpoint is free again.
+    pub fn attach(&mut self, key: RowKey, tokens: u32, checkpoint: Checkpoint) -> Result<bool> {
+        let page = self.table.row(key).and_then(|row| {
+            let last = (tokens as usize / self.page_size).checked_sub(1);
+            let ends = tokens as usize % self.page_size == 0 && tokens <= row.committed;
+            let page = last.filter(|_| ends).and_then(|last| row.pages.get(last));
+            page.copied().ok_or(Error::SlotsNotOwned {
+                end: tokens,
+                owned: row.committed,
+            })
+        });
+        match page {
+            Ok(page) => Ok(self.cache.attach(page, checkpoint)),
+            Err(error) => {
+                self.cache.give_back(checkpoint);
+                Err(error)
+            }
+        }
     }
 
     /// Slots per page.
@@ -139,7 +204,8 @@ impl Kv {
     }
 
     /// Enters a request whose text so far is `tokens`, if a row and pages for all of it are to be had and `spare` pages
-    /// are left over. Reuses cached full pages, but never the last token's: its logits are needed. A request that `drafts`
+    /// are left over. Reuses cached full pages, but never the last token's: its logits are needed; of a target with state, up to the last one with
+    /// a checkpoint. A request that `drafts`
     /// reuses only pages with draft K/V: computing the others again costs one prefill, drafting blindly costs every step. The
     /// pages for the rest are owned by the row at once, so a prompt that was let in always gets to its end.
     ///
@@ -165,18 +231,26 @@ impl Kv {
         if drafts {
             hits.truncate(hits.iter().take_while(|hit| hit.draft_injected).count());
         }
+        let known = hits.len();
+        if self.stateful {
+            hits.truncate(
+                hits.iter()
+                    .rposition(|hit| hit.checkpoint.is_some())
+                    .map_or(0, |at| at + 1),
+            );
+        }
         let idle_hits = hits.iter().filter(|hit| self.pool.owners(hit.page) == 1).count();
         let fits = self.available() - idle_hits >= total - hits.len() + spare;
         let admitted = if fits { self.table.claim() } else { None };
         let outcome = match admitted {
-            Some(key) => self.enter(key, &hits, total).map(Some),
+            Some(key) => self.enter(key, &hits, total, known).map(Some),
             None => Ok(None),
         };
         self.hits = hits;
         outcome
     }
 
-    fn enter(&mut self, key: RowKey, hits: &[Hit], total: usize) -> Result<Admitted> {
+    fn enter(&mut self, key: RowKey, hits: &[Hit], total: usize, known: usize) -> Result<Admitted> {
         for hit in hits {
             let owners = self.pool.retain(hit.page)?;
             self.cache.retained(hit.page, owners);
@@ -195,6 +269,8 @@ impl Kv {
             key,
             cached_tokens: (hits.len() * self.page_size) as u32,
             draft_valid_from: (undrafted * self.page_size) as u32,
+            restore: hits.last().and_then(|hit| hit.checkpoint),
+            known_tokens: (known * self.page_size) as u32,
         })
     }
 
@@ -248,7 +324,10 @@ impl Kv {
             let text = &tokens[first..first + self.page_size];
             let page = row.pages[row.cached];
             let injected = draft_valid_from as usize <= first;
-            match self.cache.insert(row.tip, text, page, injected, &mut self.pool)? {
+            match self
+                .cache
+                .insert(row.tip, text, page, injected, self.stateful, &mut self.pool)?
+            {
                 Inserted::Now(node) => {
                     row.tip = Some(node);
                     row.cached += 1;

@@ -11,6 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use crate::error::Result;
 use crate::kv::pool::PagePool;
+use crate::kv::state::{Checkpoint, CheckpointId, Checkpoints};
 use crate::types::{PageId, TokenId};
 
 /// A node of the cache: one full page of text after one particular prefix.
@@ -28,6 +29,8 @@ struct Node {
     children: u32,
     used: u64,
     draft_injected: bool,
+    /// Where the target's state after the page's last token is kept.
+    checkpoint: Option<CheckpointId>,
 }
 
 /// What a look-up found: one entry per page, in text order.
@@ -39,6 +42,8 @@ pub struct Hit {
     pub page: PageId,
     /// Whether draft K/V of the whole page were injected.
     pub draft_injected: bool,
+    /// The copy of the target's state after the page's last token, where one is kept.
+    pub checkpoint: Option<CheckpointId>,
 }
 
 /// Outcome of [`PrefixCache::insert`].
@@ -63,6 +68,7 @@ pub struct PrefixCache {
     /// Nodes only the cache owns, leaves or not.
     reclaimable: usize,
     clock: u64,
+    checkpoints: Checkpoints,
     /// Every hash is the same.
     #[cfg(test)]
     collide: bool,
@@ -79,8 +85,51 @@ impl PrefixCache {
             leaves: BTreeSet::new(),
             reclaimable: 0,
             clock: 0,
+            checkpoints: Checkpoints::default(),
             #[cfg(test)]
             collide: false,
+        }
+    }
+
+    pub(super) fn keep_checkpoints(&mut self, total: usize) {
+        self.checkpoints = Checkpoints::new(total);
+    }
+
+    /// State checkpoints in all, and how many of them are free.
+    pub fn checkpoints(&self) -> (usize, usize) {
+        (self.checkpoints.total(), self.checkpoints.num_free())
+    }
+
+    /// The checkpoint that `page` owns.
+    pub fn checkpoint_of(&self, page: PageId) -> Option<CheckpointId> {
+        self.node((*self.of_page.get(page.0 as usize)?)?).checkpoint
+    }
+
+    /// A checkpoint to write: a free one, or that of the page nobody has used for longest.
+    pub(super) fn take_checkpoint(&mut self) -> Option<Checkpoint> {
+        self.checkpoints.pop().or_else(|| {
+            let node = self.checkpoints.steal()?;
+            self.node_mut(node).checkpoint.take().map(Checkpoints::renewed)
+        })
+    }
+
+    /// One that was not written, or that no page wants.
+    pub(super) fn give_back(&mut self, checkpoint: Checkpoint) {
+        self.checkpoints.give_back(checkpoint);
+    }
+
+    /// Gives a written checkpoint to a page that a request holds; to nobody when the page is not cached or has one already.
+    pub(super) fn attach(&mut self, page: PageId, checkpoint: Checkpoint) -> bool {
+        let node = self.of_page[page.0 as usize].map(|id| self.node_mut(id));
+        match node.filter(|node| node.checkpoint.is_none()) {
+            Some(node) => {
+                node.checkpoint = Some(checkpoint.id());
+                true
+            }
+            None => {
+                self.give_back(checkpoint);
+                false
+            }
         }
     }
 
@@ -128,23 +177,26 @@ impl PrefixCache {
                 node: id,
                 page: node.page,
                 draft_injected: node.draft_injected,
+                checkpoint: node.checkpoint,
             });
             parent = Some(id);
         }
     }
 
-    /// Caches a full page whose text is `tokens`, following `parent`'s text.
+    /// Caches a full page whose text is `tokens`, following `parent`'s text. With `adopt` it takes the place of a page of the same text that
+    /// nobody uses: the row that brings it could not use that one, and goes on from here.
     pub(super) fn insert(
         &mut self,
         parent: Option<NodeId>,
         tokens: &[TokenId],
         page: PageId,
         draft_injected: bool,
+        adopt: bool,
         pool: &mut PagePool,
     ) -> Result<Inserted> {
         debug_assert_eq!(tokens.len(), self.page_size);
         if let Some(id) = self.child(parent, tokens) {
-            return self.replace(id, page, draft_injected, pool);
+            return self.replace(id, page, draft_injected, adopt, pool);
         }
         pool.retain(page)?;
         let hash = self.hash(parent, tokens);
@@ -158,6 +210,7 @@ impl PrefixCache {
             children: 0,
             used: 0, // somebody holds it; counts from when the last one lets go
             draft_injected,
+            checkpoint: None,
         };
         if id.0 as usize == self.nodes.len() {
             self.nodes.push(Some(node));
@@ -175,24 +228,33 @@ impl PrefixCache {
     }
 
     /// The same text in a page that is worth more: one with draft K/V takes the place of one without, if nobody uses that.
-    fn replace(&mut self, id: NodeId, page: PageId, draft_injected: bool, pool: &mut PagePool) -> Result<Inserted> {
+    fn replace(
+        &mut self,
+        id: NodeId,
+        page: PageId,
+        draft_injected: bool,
+        adopt: bool,
+        pool: &mut PagePool,
+    ) -> Result<Inserted> {
         let Node {
             page: old,
             used,
             draft_injected: had,
             ..
         } = *self.node(id);
-        if had || !draft_injected || old == page || pool.owners(old) != 1 {
+        let better = (draft_injected && (adopt || !had)) || (adopt && !had);
+        if !better || old == page || pool.owners(old) != 1 {
             return Ok(Inserted::Elsewhere);
         }
         pool.retain(page)?;
         // A row holds the new page, so the node is neither reclaimable nor, if it is a leaf, evictable.
         self.reclaimable -= 1;
         self.leaves.remove(&(used, id));
+        self.checkpoints.busy(used, id);
         self.of_page[old.0 as usize] = None;
         self.of_page[page.0 as usize] = Some(id);
         let node = self.node_mut(id);
-        (node.page, node.draft_injected) = (page, true);
+        (node.page, node.draft_injected) = (page, draft_injected);
         pool.release(old)?;
         Ok(Inserted::Now(id))
     }
@@ -206,6 +268,7 @@ impl PrefixCache {
             let used = self.node(id).used;
             self.reclaimable -= 1;
             self.leaves.remove(&(used, id));
+            self.checkpoints.busy(used, id);
         }
     }
 
@@ -217,7 +280,12 @@ impl PrefixCache {
         if owners == 1 {
             self.reclaimable += 1;
             self.clock += 1;
-            self.node_mut(id).used = self.clock;
+            let used = self.clock;
+            let node = self.node_mut(id);
+            node.used = used;
+            if node.checkpoint.is_some() {
+                self.checkpoints.idles(used, id);
+            }
             self.offer(id);
         }
     }
@@ -242,6 +310,10 @@ impl PrefixCache {
         self.vacant.push(id.0);
         self.of_page[node.page.0 as usize] = None;
         self.reclaimable -= 1;
+        if let Some(checkpoint) = node.checkpoint {
+            self.checkpoints.busy(node.used, id);
+            self.checkpoints.released(checkpoint);
+        }
         self.unlink(node.hash, id, node.next);
         if let Some(parent) = node.parent {
             self.node_mut(parent).children -= 1;
@@ -348,7 +420,7 @@ mod tests {
         cache.collide = true;
         let pages: Vec<PageId> = (0..4).map(|_| pool.alloc().unwrap()).collect();
         let mut add = |cache: &mut PrefixCache, parent, text: &[u32], page| match cache
-            .insert(parent, &tokens(text), page, true, &mut pool)
+            .insert(parent, &tokens(text), page, true, false, &mut pool)
             .unwrap()
         {
             Inserted::Now(node) => node,
@@ -390,7 +462,7 @@ mod tests {
             for text in &texts {
                 let page = pool.alloc().unwrap();
                 assert!(matches!(
-                    cache.insert(None, text, page, true, &mut pool),
+                    cache.insert(None, text, page, true, false, &mut pool),
                     Ok(Inserted::Now(_))
                 ));
             }

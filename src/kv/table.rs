@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::error::{Error, Result};
 use crate::kv::prefix::NodeId;
+use crate::kv::reservation::Launched;
 use crate::types::{PageId, SlotId};
 
 /// A row and the tenant that is meant.
@@ -126,6 +127,21 @@ impl RequestTable {
             position += until;
         }
         Ok(())
+    }
+
+    /// Tokens with valid KV of the row that a launched step names, whether its tenant is still there or not.
+    pub fn committed_in_flight(&self, launched: &Launched) -> u32 {
+        self.rows[launched.key().slot.0 as usize].committed
+    }
+
+    /// Appends the KV slots of positions `first..end` of the row that a launched step names, as a device finds them: a row whose tenant
+    /// has left keeps its entries until its launched steps are home. Its pages may belong to others by then, whose own steps come later.
+    pub fn slots_in_flight(&self, launched: &Launched, first: u32, end: u32, slots: &mut [i64]) {
+        let row = launched.key().slot.0 as usize * self.width;
+        for (slot, position) in slots.iter_mut().zip(first as usize..end as usize) {
+            let page = self.flat[row + position / self.page_size].load(Ordering::Relaxed);
+            *slot = i64::from(page) * self.page_size as i64 + (position % self.page_size) as i64;
+        }
     }
 
     pub(super) fn claim(&mut self) -> Option<RowKey> {

@@ -106,11 +106,6 @@ pub(super) fn maybe_size(object: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
     }
 }
 
-/// Sizes.
-pub(super) fn sizes(object: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {
-    plain(object, &format!("a list of integers in 0..{}", usize::MAX))
-}
-
 /// An integer of 64 bits.
 pub(super) fn whole(object: &Bound<'_, PyAny>) -> PyResult<i64> {
     plain(object, &format!("an integer in {}..{}", i64::MIN, i64::MAX))

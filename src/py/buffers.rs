@@ -1,4 +1,4 @@
-//! NumPy views of memory that Rust owns. One of the crate's two homes of `unsafe`.
+//! NumPy views of memory that Rust owns.
 //!
 //! The safety argument, once: every view's base object is the Python object that owns the memory, so the memory lives as
 //! long as any view. The memory is a buffer that is neither moved nor resized while its owner lives: step values are

@@ -7,13 +7,14 @@ use std::cell::RefCell;
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use super::arrays::{maybe_size, number, size, sizes};
+use super::arrays::{maybe_size, number, size};
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
+use crate::device::AttentionParams;
+use crate::device::host::batch::checked_slots;
 use crate::device::host::decoder::{
     Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, candidates,
 };
-use crate::device::host::{HostKernels, Isa};
-use crate::device::{AttentionParams, RowsMut};
+use crate::device::host::{self, HostKernels, Isa, RowsMut};
 use crate::error::Error;
 
 thread_local! {
@@ -137,60 +138,6 @@ impl HostDecoder {
         Ok(self.decoder.push(weights, shape)?)
     }
 
-    /// One pass: features of the tapped layers into `features`, logits of `logit_rows` into `logits`.
-    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, logit_rows, logits, taps=Vec::new(), features=None,
-                        threads=1))]
-    #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
-    fn forward(
-        &self,
-        py: Python<'_>,
-        batch: &Bound<'_, AttentionBatch>,
-        token_ids: PyReadonlyArray1<'_, i64>,
-        positions: PyReadonlyArray1<'_, i64>,
-        embedding: (Pointer, usize),
-        rotary: (Pointer, usize),
-        caches: Caches,
-        logit_rows: PyReadonlyArray1<'_, i64>,
-        logits: Pointer,
-        #[pyo3(from_py_with = sizes)] taps: Vec<usize>,
-        features: Option<Pointer>,
-        #[pyo3(from_py_with = size)] threads: usize,
-    ) -> PyResult<()> {
-        let batch = &batch.get().0;
-        let hidden = self.decoder.hidden();
-        let rows = contiguous("logit_rows", &logit_rows)?;
-        let kernels = kernels(threads)?;
-        let features = match features {
-            Some(pointer) if !taps.is_empty() => Some(Checked::<f32>::new(
-                "features",
-                pointer,
-                batch.tokens(),
-                taps.len(),
-                hidden,
-            )?),
-            _ => None,
-        };
-        let mut tapped = features.map(|features| features.rows_mut());
-        let out = Checked::<f32>::new("logits", logits, rows.len(), 1, self.head.weight.outputs())?.rows_mut();
-        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
-        let run = || {
-            with_scratch(|scratch| {
-                self.decoder.run(kernels, batch, inputs, scratch, |layer, x| {
-                    for (k, _) in taps.iter().enumerate().filter(|&(_, &tap)| tap == layer) {
-                        if let Some(features) = &mut tapped {
-                            for (token, row) in x.chunks_exact(hidden).enumerate() {
-                                features.write(token, k, row);
-                            }
-                        }
-                    }
-                })?;
-                self.head.logits(kernels, rows, batch.tokens(), scratch, out)
-            })
-        };
-        py.detach(run)?;
-        Ok(())
-    }
-
     /// The `k` likeliest tokens `[n, block - 1, k]` and their probabilities: rows 1.. of every block of `block` tokens. Where a row has
     /// fewer, the rest has probability 0.
     #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1))]
@@ -233,7 +180,7 @@ impl HostDecoder {
 impl HostDecoder {
     fn inputs<'a>(
         &self,
-        batch: &crate::device::AttentionBatch,
+        batch: &host::AttentionBatch,
         token_ids: &'a PyReadonlyArray1<'_, i64>,
         positions: &'a PyReadonlyArray1<'_, i64>,
         embedding: (Pointer, usize),
@@ -256,15 +203,15 @@ impl HostDecoder {
     fn guesses(
         &self,
         kernels: HostKernels,
-        batch: &crate::device::AttentionBatch,
+        batch: &host::AttentionBatch,
         inputs: DecoderInputs<'_>,
         (block, never, k): (usize, Option<usize>, usize),
         scratch: &mut Scratch,
     ) -> Result<Vec<Guess>, Error> {
         let tokens = batch.tokens();
-        self.decoder.run(kernels, batch, inputs, scratch, |_, _| ())?;
+        self.decoder.run(kernels, batch, inputs, scratch)?;
         let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
-        let mut logits = self.head.all_logits(kernels, &rows, tokens, scratch)?;
+        let mut logits = self.head.logits(kernels, &rows, tokens, scratch)?;
         let isa = Isa::chosen()?;
         let mut guesses = Vec::with_capacity(rows.len() * k);
         for (row, logits) in logits.chunks_exact_mut(self.head.weight.outputs()).enumerate() {
@@ -334,7 +281,7 @@ impl HostInjector {
         let caches = caches_mut(&caches, num_slots, &shapes)?;
         let (rows, positions) = (contiguous("rows", &rows)?, contiguous("positions", &positions)?);
         let slots = contiguous("slots", &slots)?;
-        let slots = crate::device::batch::checked_slots(slots, slots.len(), num_slots)?;
+        let slots = checked_slots(slots, slots.len(), num_slots)?;
         py.detach(|| {
             with_scratch(|scratch| injector.run(kernels, features, rows, positions, &slots, rotary, caches, scratch))
         })?;

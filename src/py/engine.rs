@@ -87,9 +87,9 @@ impl Engine {
     #[pyo3(signature = (
         *, num_pages, vocab_size, page_size = Count::new(16), max_running = Count::new(16), max_context = Count::new(2048),
         block_size = Count::new(8), max_batch_tokens = Count::new(2048), eos_ids = Given::new(Vec::new()), prefix_cache = Flag::TRUE,
-        depth = Count::ZERO, vocabulary = None,
+        state_checkpoints = None, depth = Count::ZERO, vocabulary = None,
     ), text_signature = "(*, num_pages, vocab_size, page_size=16, max_running=16, max_context=2048, block_size=8, \
-        max_batch_tokens=2048, eos_ids=[], prefix_cache=True, depth=0, vocabulary=None)")]
+        max_batch_tokens=2048, eos_ids=[], prefix_cache=True, state_checkpoints=None, depth=0, vocabulary=None)")]
     #[allow(clippy::too_many_arguments)]
     fn new(
         num_pages: Count,
@@ -101,6 +101,7 @@ impl Engine {
         max_batch_tokens: Count,
         eos_ids: Given<Vec<i64>>,
         prefix_cache: Flag,
+        state_checkpoints: Option<Count>,
         depth: Count,
         vocabulary: Option<Given<Vec<Bound<'_, PyBytes>>>>,
     ) -> PyResult<Self> {
@@ -115,6 +116,9 @@ impl Engine {
             vocab_size,
             eos_ids: token_ids("eos_ids", &eos_ids.of("eos_ids", TOKENS)?)?,
             prefix_cache: prefix_cache.of("prefix_cache")?,
+            state_checkpoints: state_checkpoints
+                .map(|copies| copies.count("state_checkpoints"))
+                .transpose()?,
             depth: depth.count("depth")?,
         };
         let vocabulary = vocabulary
@@ -290,6 +294,21 @@ impl Engine {
         Ok(Events { events })
     }
 
+    /// Launches the next step before the last one is resolved; `None` when its results have to come first.
+    #[pyo3(signature = (max_block = None))]
+    fn plan_ahead(&self, py: Python<'_>, max_block: Option<Count>) -> PyResult<Option<StepPlan>> {
+        let max_block = max_block.map(|most| most.count("max_block")).transpose()?;
+        let plan = self.with(py, |engine| engine.plan_ahead(max_block.unwrap_or(usize::MAX)))?;
+        Ok(plan.map(|plan| StepPlan { plan: Mutex::new(plan) }))
+    }
+
+    /// Tells a step that was launched ahead what is known now that the one before it is resolved.
+    fn settle<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<()> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        Ok(self.with(py, |engine| engine.settle(&mut locked(&plan.plan)))?)
+    }
+
     /// Calls a step off: its requests go on from their last resolved token. `False`: it was closed already.
     fn cancel<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<bool> {
         let plan = plan_given(plan)?;
@@ -348,7 +367,7 @@ impl Engine {
     }
 
     /// Requests and pages: waiting, running, in_flight, free_pages, cached_pages, reclaimable_pages, total_pages,
-    /// retractions.
+    /// retractions; of a target with state, state_checkpoints.
     fn counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counts = self.with(py, step::Engine::counts)?;
         let dict = PyDict::new(py);
@@ -360,6 +379,9 @@ impl Engine {
         dict.set_item("reclaimable_pages", counts.reclaimable_pages)?;
         dict.set_item("total_pages", counts.total_pages)?;
         dict.set_item("retractions", counts.retractions)?;
+        if self.with(py, |engine| engine.config().state_checkpoints.is_some()) {
+            dict.set_item("state_checkpoints", counts.state_checkpoints)?;
+        }
         Ok(dict)
     }
 
@@ -537,6 +559,11 @@ plan_arrays! {
     draft_valid_from: i32,
     /// bool `[R]`: whether the host knows where the row starts.
     start_known: bool,
+    /// i32 `[R]`: the checkpoint whose state the row starts from, to be copied before the pass; -1: its own, or nothing at position 0; empty for
+    /// a target without state.
+    state_restore: i32,
+    /// i32 `[R]`: the checkpoint that gets the state after the row's last token, before the commit; -1: none; empty for a target without state.
+    state_save: i32,
     /// i32 `[T]`: the token each one follows, as an index within its row, -1 for the first; empty while drafts are chains.
     parents: i32,
     /// u64 `[T * words]`: bit j of a token is set when token j of its row is itself or before it; empty while drafts are chains.

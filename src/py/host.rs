@@ -7,10 +7,10 @@
 //! What no check can see is left to the caller, `dflash_rs.attention`, which reads every number from a live CPU tensor:
 //! the memory is as large as its shape says, and the tensor outlives the call and is not resized by another thread.
 
-use crate::device::host::{self, HostKernels, Isa, Precision};
-use crate::device::{
-    self, AttentionParams, AttentionTensors, BatchArrays, Bf16, Element, Kernels, Layout, Mask, Rows, RowsMut,
+use crate::device::host::{
+    self, AttentionTensors, BatchArrays, Bf16, Element, HostKernels, Isa, Layout, Precision, Rows, RowsMut,
 };
+use crate::device::{AttentionParams, Mask};
 use crate::error::Error;
 use crate::py::arrays::{array, maybe_number, maybe_size, number, size};
 use numpy::ndarray::{Ix1, Ix2};
@@ -150,7 +150,7 @@ pub(super) fn not_contiguous(name: &'static str) -> Error {
 
 /// The indices of one step, checked once for all its layers.
 #[pyclass(frozen, module = "dflash_rs._core")]
-pub struct AttentionBatch(pub(super) device::AttentionBatch);
+pub struct AttentionBatch(pub(super) host::AttentionBatch);
 
 #[pymethods]
 impl AttentionBatch {
@@ -196,7 +196,7 @@ impl AttentionBatch {
             valid_from: valid_from.as_ref().map(|v| contiguous("valid_from", v)).transpose()?,
             ancestors: masks.map_err(|_| not_contiguous("ancestors"))?,
         };
-        Ok(Self(device::AttentionBatch::new(arrays)?))
+        Ok(Self(host::AttentionBatch::new(arrays)?))
     }
 
     /// Packed tokens of the step.
@@ -274,7 +274,7 @@ pub(super) fn unknown(name: &'static str, got: &str, expected: &str) -> PyErr {
 }
 
 struct Call<'a> {
-    batch: &'a device::AttentionBatch,
+    batch: &'a host::AttentionBatch,
     /// q, k, v, k_cache, v_cache, out.
     arrays: [Pointer; 6],
     heads: (usize, usize, usize),

@@ -1,11 +1,15 @@
 //! The Python face: thin classes over the core, one crossing per stage, whole-batch NumPy arrays.
 
 mod arrays;
+#[allow(unsafe_code, reason = "NumPy views of memory that Rust owns")]
 mod buffers;
+#[allow(unsafe_code, reason = "addresses of torch tensors go to CUDA kernels")]
 mod cuda;
 mod decoder;
+#[allow(unsafe_code, reason = "arrays of a step are shown in place, as `buffers` says")]
 mod engine;
 mod errors;
+#[allow(unsafe_code, reason = "addresses of torch tensors become rows")]
 mod host;
 mod plan;
 mod pool;

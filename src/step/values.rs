@@ -115,6 +115,11 @@ arrays! {
         draft_valid_from: i32,
         /// `[R]` whether the host knows where the row starts; always true without overlap.
         start_known: bool,
+        /// `[R]` the checkpoint whose state the row starts from, to be copied before the pass; -1: its own state, or nothing at position 0.
+        /// Empty for a target without state.
+        state_restore: i32,
+        /// `[R]` the checkpoint that gets the state after the row's last token, before the commit; -1: none. Empty for a target without state.
+        state_save: i32,
         /// `[T]` the token that each one follows, as an index within its row, -1 for the first; empty while drafts are chains.
         parents: i32,
         /// `[T, words]` for attention: bit `j` of a token is set when token `j` of its row is itself or before it on its path;
@@ -218,6 +223,10 @@ impl StepPlan {
     /// Its layout.
     pub fn arrays(&self) -> &PlanArrays {
         &self.arrays
+    }
+
+    pub(super) fn arrays_mut(&mut self) -> &mut PlanArrays {
+        &mut self.arrays
     }
 
     /// Fills in the drafts. `drafts` is `[n, width]`, row-major, one row per entry of `draft_rows`; a row's first

@@ -21,6 +21,10 @@ mod sample;
 mod sampling;
 pub mod token;
 mod walk;
+#[allow(
+    unsafe_code,
+    reason = "a routine compiled for AVX2 runs once the processor said that it has it"
+)]
 mod wide;
 
 pub use ratio::{Coins, GivenCoins, KeyedCoins, Verdict};

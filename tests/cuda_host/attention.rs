@@ -1,9 +1,9 @@
 use dflash_host_check as _;
 use dflash_rs::device::cuda::params::BlockAttentionParams;
-use dflash_rs::device::host::HostKernels;
-use dflash_rs::device::{
-    AttentionBatch, AttentionParams, AttentionTensors, BatchArrays, Bf16, Kernels, Layout, Mask, Rows, RowsMut,
+use dflash_rs::device::host::{
+    AttentionBatch, AttentionTensors, BatchArrays, Bf16, HostKernels, Layout, Rows, RowsMut,
 };
+use dflash_rs::device::{AttentionParams, Mask};
 use dflash_rs::draft::DraftTree;
 use dflash_rs::types::TokenId;
 

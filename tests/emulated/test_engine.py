@@ -10,10 +10,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+from no_values import NoValues
 from second import second
 
-from dflash_rs import LLM, SamplingParams, StepCosts, _core, device_step
+from dflash_rs import LLM, DflashError, SamplingParams, StepCosts, _core
 from dflash_rs.config import assets
+from dflash_rs.engine.device import step as device_step
+from dflash_rs.engine.device.step import DeviceBackend
+from dflash_rs.engine.host import HostBackend
 from dflash_rs.models import fused
 
 pytestmark = pytest.mark.pair
@@ -64,7 +68,7 @@ def engine(**options):
 @pytest.fixture(scope="module")
 def llm(exact):
     with engine() as made:
-        assert made._device_step is not None and made._device_step.graphs is not None
+        assert isinstance(made._loop.backend, DeviceBackend) and made._loop.backend.graphs is not None
         assert made._target.path == "fused"
         yield made
 
@@ -94,7 +98,7 @@ def test_requests_that_ask_for_different_things_share_a_batch(llm):
 
 
 def test_graphs_are_captured_once_and_replayed(llm, monkeypatch):
-    graphs = llm._device_step.graphs
+    graphs = llm._loop.backend.graphs
     for _ in range(2):  # the second time prompts come from the prefix cache
         expected = tokens(llm.generate(PROMPTS, params("greedy")))
     captured, replays = set(graphs._captured), 0
@@ -112,8 +116,47 @@ def test_graphs_are_captured_once_and_replayed(llm, monkeypatch):
     assert llm.stats()["cuda_graphs"] == len(captured)
 
 
+def test_the_host_waits_for_results_only_and_launches_the_next_step_before(llm, monkeypatch):
+    backend, log = llm._loop.backend, []
+    launch, wait = backend.launch, backend._wait
+
+    def launched(step):
+        log.append("launch")
+        if step.plan.is_prefill.any():
+            return launch(step)
+        with NoValues():  # asks for no value of the device
+            return launch(step)
+
+    def waited(flight):
+        log.append("wait")
+        return wait(flight)
+
+    monkeypatch.setattr(backend, "launch", launched)
+    monkeypatch.setattr(backend, "_wait", waited)
+    outputs = llm.generate(PROMPTS[:3], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    assert tokens(outputs)
+    steps = log.count("wait")
+    assert steps <= log.count("launch") <= steps + 1, "one wait a step; the last one launched may be called off"
+    ahead = sum(now == then == "launch" for then, now in zip(log, log[1:]))
+    assert ahead == 1 and log[-1] == "wait" and "launch wait launch wait" in " ".join(log), "always one step ahead"
+    # After the first two launches every wait is followed by a launch: two steps are in flight whenever the host waits.
+    depths, depth = [], 0
+    for entry in log:
+        depths += [depth] if entry == "wait" else []
+        depth += 1 if entry == "launch" else -1
+    assert depths.count(2) >= len(depths) - 2
+
+
+@pytest.mark.parametrize("name", ["greedy", "filters", "penalties"])
+def test_text_is_the_same_without_overlap(llm, exact, name):
+    expected = tokens(llm.generate(PROMPTS, params(name, 12)))
+    with engine(overlap=False) as made:
+        assert tokens(made.generate(PROMPTS, params(name, 12))) == expected
+        assert made.stats()["steps_ahead"] == 0
+
+
 def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
-    from dflash_rs.models import target
+    from dflash_rs.models.target.fused import FusedModel
 
     def linear(x, weight, bias=None):
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -122,18 +165,18 @@ def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setattr(target._FusedModel, "build", lambda made: (None, "turned off"))
+    monkeypatch.setattr(FusedModel, "build", lambda made: (None, "turned off"))
     with engine() as made:
-        assert made._target.path == "modules" and not made._device_step._target_in_graph
+        assert made._target.path == "modules" and not made._loop.backend._target_in_graph
         plain = tokens(made.generate(PROMPTS[:2], params("filters", 8), draft=False))
         assert tokens(made.generate(PROMPTS[:2], params("filters", 8))) == plain
-        assert {key[0] for key in made._device_step.graphs._captured} == {"draft"}
+        assert {key[0] for key in made._loop.backend.graphs._captured} == {"catch up", "draft"}
 
 
 def test_without_graphs_the_text_is_the_same(llm, exact):
     expected = tokens(llm.generate(PROMPTS[:2], params("filters", 12)))
     with engine(cuda_graphs=False) as plain:
-        assert plain._device_step.graphs is None
+        assert plain._loop.backend.graphs is None
         assert tokens(plain.generate(PROMPTS[:2], params("filters", 12))) == expected
 
 
@@ -159,7 +202,7 @@ def test_a_planner_with_costs_measured_on_the_device(exact, monkeypatch):
 def test_without_a_drafter(exact, llm):
     expected = tokens(llm.generate(PROMPTS[:2], params("bias", 10), draft=False))
     with LLM(None, None, device="cpu", dtype="bfloat16", max_running=2, max_context=128) as plain:
-        assert plain._device_step is not None and plain._device_step.draft is None
+        assert isinstance(plain._loop.backend, DeviceBackend) and plain._loop.backend.draft is None
         assert tokens(plain.generate(PROMPTS[:2], params("bias", 10))) == expected
 
 
@@ -191,7 +234,7 @@ def test_log_probabilities_are_those_of_the_logits(llm, top):
 
 def test_a_row_that_cannot_be_drawn_fails_its_request_alone(llm, monkeypatch):
     expected = tokens(llm.generate([PROMPTS[0]], params("greedy", 8)))
-    step = llm._device_step
+    step = llm._loop.backend
     run, steps = step.target.run, 0
 
     def spoiled(*args):
@@ -214,10 +257,10 @@ def test_many_edits_make_room_and_old_graphs_are_dropped(llm):
     prompts = PROMPTS[:2]
     bias = SamplingParams(temperature=0.0, max_tokens=6, logit_bias={i: -float(i % 7) for i in range(700)})
     few = tokens(llm.generate(prompts, params("bias", 6)))
-    graphs = llm._device_step.graphs
-    room = llm._device_step._edits.host["bias_tokens"].size
+    graphs = llm._loop.backend.graphs
+    room = llm._loop.backend._edits.host["bias_tokens"].size
     expected = tokens(llm.generate(prompts, bias, draft=False))
-    assert llm._device_step._edits.host["bias_tokens"].size > room
+    assert llm._loop.backend._edits.host["bias_tokens"].size > room
     assert tokens(llm.generate(prompts, bias)) == expected
     assert tokens(llm.generate(prompts, params("bias", 6))) == few
     assert len(graphs) > 0
@@ -230,7 +273,7 @@ def test_the_host_engine_says_the_same_up_to_rounding(llm, exact, monkeypatch):
     there = llm.generate(PROMPTS, params("greedy", 16))
     monkeypatch.setattr(cuda, "available", lambda device="cuda": False)
     with engine() as host:
-        assert host._device_step is None
+        assert isinstance(host._loop.backend, HostBackend)
         here = host.generate(PROMPTS, params("greedy", 16))
         agreed = 0
         for prompt, a, b in zip(PROMPTS, there, here):
@@ -246,15 +289,15 @@ def test_the_host_engine_says_the_same_up_to_rounding(llm, exact, monkeypatch):
 
 
 def test_a_walk_that_differs_from_the_cores_is_a_defect(llm, monkeypatch):
-    run = llm._device_step.run
+    wait = llm._loop.backend._wait
 
-    def wrong(*args, **options):
-        drawn = run(*args, **options)
+    def wrong(launched):
+        drawn = wait(launched)
         drawn.accepted += 1
         return drawn
 
-    monkeypatch.setattr(llm._device_step, "run", wrong)
-    with pytest.raises(device_step.DflashError, match="this is a defect"):
+    monkeypatch.setattr(llm._loop.backend, "_wait", wrong)
+    with pytest.raises(DflashError, match="this is a defect"):
         llm.generate([PROMPTS[0]], params("greedy", 6))
     monkeypatch.undo()
     assert llm.generate([PROMPTS[0]], params("greedy", 6))[0].error is None
@@ -286,7 +329,7 @@ def test_trees_are_captured_and_the_accepted_path_is_moved(planted, monkeypatch)
         compact(path, *rest)
 
     monkeypatch.setattr(device_step.cuda, "compact_kv", counted)
-    graphs = planted._device_step.graphs
+    graphs = planted._loop.backend.graphs
     graphs.forget()
     planted.generate(PROMPTS, params("seeded"))
     assert any(moved), "every accepted path was a chain's"
@@ -332,8 +375,8 @@ def test_trees_planned_by_cost_and_log_probabilities(exact, llm):
         assert tokens(made.generate(PROMPTS, params("greedy"))) == tokens(
             llm.generate(PROMPTS, params("greedy"), draft=False)
         )
-        assert {key[2] - 1 for key in made._device_step.graphs._captured if key[0] == "verify"} <= {
-            0, *made._device_step.tiers
+        assert {key[2] - 1 for key in made._loop.backend.graphs._captured if key[0] == "verify"} <= {
+            0, *made._loop.backend.tiers
         }  # fmt: skip
 
 
@@ -347,7 +390,7 @@ def test_a_dflash_2_stays_on_the_device(exact, llm, tmp_path, nodes):
             expected = tokens(llm.generate(PROMPTS, params(name), draft=False))
             assert tokens(made.generate(PROMPTS, params(name))) == expected
         assert made.stats()["accepted"] > 0
-        assert {key[0] for key in made._device_step.graphs._captured} == {"draft", "verify"}
+        assert {key[0] for key in made._loop.backend.graphs._captured} == {"catch up", "draft", "verify"}
 
 
 def gemma2():

@@ -9,7 +9,7 @@ import torch
 
 from dflash_rs import DraftTree, _core
 from dflash_rs.attention import HostAttention
-from dflash_rs.models.draft import rotate
+from dflash_rs.models.dflash.layers import rotate
 
 
 @pytest.mark.parametrize("mask", ["causal", "block"])

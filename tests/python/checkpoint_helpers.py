@@ -18,7 +18,7 @@ def make_pair(folder: Path) -> Path:
     """Writes `folder`/target and `folder`/draft; gives `folder` back."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from dflash_rs.models.draft import DFlashDraft
+    from dflash_rs.models.dflash import DFlashDraft
     from dflash_rs.models.loader import read_draft_config, save_draft
 
     sizes = {

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from dflash_rs.models.batch import StepBatch
-from dflash_rs.models.draft import DFlashDraft, DraftConfig
+from dflash_rs.models.dflash import DFlashDraft, DraftConfig
+from dflash_rs.models.dflash2 import DFlash2Config
+from dflash_rs.models.loader import build_draft
 from dflash_rs.models.target import TargetModel
 
 torch.set_num_threads(1)
@@ -55,11 +57,17 @@ def draft_config(**options) -> DraftConfig:
         "num_target_layers": 6,
         "block_size": 6,
     }
-    return DraftConfig(**(values | options))
+    return (DFlash2Config if "selector_top_k" in options else DraftConfig)(**(values | options))
 
 
 def random_draft(seed: int = 1, **options) -> DFlashDraft:
-    return randomise(DFlashDraft(draft_config(**options)), seed).eval()
+    return randomise(build_draft(draft_config(**options)), seed).eval()
+
+
+def best(draft, *args, **options) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest chains int64 [n, B-1] and how likely a drafter takes them to be, float32 [n, B-1]; see `Drafter.candidates`."""
+    tokens, chances = draft.candidates(*args, **options, k=1)
+    return tokens[:, :, 0], chances[:, :, 0]
 
 
 class Pages:
@@ -102,7 +110,7 @@ def greedy_loop(
     pages = Pages(1, len(prompt) + count + block + 1, page_size)
     target.alloc_kv(pages.num_slots)
     if draft is not None:
-        target.set_taps(draft.config.target_layer_ids)
+        target.set_taps(draft.taps)
         draft.alloc_kv(pages.num_slots)
     tokens, committed, all_drafts = list(prompt), 0, []
     step = pages.batch([(0, 0, prompt)], logit_rows=[len(prompt) - 1])
@@ -117,9 +125,8 @@ def greedy_loop(
             return tokens[: len(prompt) + count], all_drafts
         drafts = []
         if draft is not None:
-            drafts = draft.propose([tokens[-1]], [committed], pages.table, page_size=page_size, block_size=block)[
-                0
-            ].tolist()
+            drafts = best(draft, [tokens[-1]], [committed], pages.table, page_size=page_size, block_size=block)
+            drafts = drafts[0][0].tolist()
             all_drafts.append(drafts)
         step = pages.batch([(0, committed, [tokens[-1], *drafts])])
         logits, features = target.forward(step)

@@ -65,7 +65,7 @@ def test_a_changed_token_is_reported_with_its_place_and_logit_gap():
     one = fast.divergences[1]
     assert (one.prompt, one.source, one.position, one.other_token) == (1, "b.py", 4, 63)
     assert one.logit_gap == pytest.approx((one.plain_token - 63) / 1000)
-    assert any("prompt 1 (b.py) differs at token 4" in line for line in report.remarks(rows))
+    assert any("prompt 2 (b.py) differs at token 4" in line for line in report.remarks(rows))
 
 
 def test_an_unfinished_request_fails_the_benchmark():
@@ -193,7 +193,7 @@ def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_p
     def measured(*_, **__):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr(cli, "make_engine", measured)
+    monkeypatch.setattr(cli.engine, "make_engine", measured)
     (tmp_path / "file").write_text("")
     for option, path, message in (
         ("--json", tmp_path / "file" / "x.json", "expected a file that can be written"),

@@ -18,6 +18,7 @@ import pytest
 from fake_llm import FakeEvent, FakeLLM
 
 from dflash_rs import cli
+from dflash_rs.cli import display
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages
 
 
@@ -34,7 +35,7 @@ def fake(monkeypatch):
         engines.append(FakeLLM(**(given | more)))
         return engines[-1]
 
-    monkeypatch.setattr(cli, "make_engine", make)
+    monkeypatch.setattr(cli.engine, "make_engine", make)
     return engines
 
 
@@ -101,11 +102,11 @@ def test_colour_follows_the_terminal_and_no_color(monkeypatch):
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert cli.Painter.choose("auto", terminal).enabled
-    assert not cli.Painter.choose("auto", io.StringIO()).enabled
+    assert display.Painter.choose("auto", terminal).enabled
+    assert not display.Painter.choose("auto", io.StringIO()).enabled
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not cli.Painter.choose("auto", terminal).enabled
-    assert cli.Painter.choose("always", terminal).enabled
+    assert not display.Painter.choose("auto", terminal).enabled
+    assert display.Painter.choose("always", terminal).enabled
 
 
 @pytest.mark.parametrize(
@@ -121,12 +122,12 @@ def test_colour_follows_the_terminal_and_no_color(monkeypatch):
 )
 def test_a_delta_is_split_without_losing_or_adding_a_character(text, tokens, accepted, expected):
     event = FakeEvent(0, text, tokens, accepted)
-    assert cli.split_delta(event, FakeLLM().decode) == expected
+    assert display.split_delta(event, FakeLLM().decode) == expected
 
 
 def test_later_streams_wait_for_their_turn():
     written: list[str] = []
-    ordered = cli.Ordered(3, written.append)
+    ordered = display.Ordered(3, written.append)
     ordered.add(0, "a")
     ordered.add(1, "x")
     ordered.add(2, "p", done=True)
@@ -144,7 +145,7 @@ def test_every_sampling_option_reaches_the_engine():
         "--stop-token-id 3 --stop-token-id 4 --logprobs 2 --ignore-eos"
     ).split()
     args = cli.build_parser().parse_args([*words, "--stop", "\\n\\n"])
-    params = cli.sampling_from(args)
+    params = cli.generate.sampling_from(args)
     assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (9, 0.5, 4, 0.9)
     assert (params.min_p, params.seed, params.repetition_penalty) == (0.1, 7, 1.1)
     assert (params.presence_penalty, params.frequency_penalty, params.logprobs) == (0.2, 0.3, 2)
@@ -224,7 +225,7 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
     def missing(args, **more):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(cli, "make_engine", missing)
+    monkeypatch.setattr(cli.engine, "make_engine", missing)
     assert cli.main(["generate", "x"]) == 1
     assert "pip install 'dflash-rs[torch]'" in capsys.readouterr().err
 
@@ -270,7 +271,7 @@ def test_bench_json_on_standard_output_is_only_json(fake, tmp_path, capsys):
 def test_bench_fails_when_a_float32_text_differs(monkeypatch, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
-    monkeypatch.setattr(cli, "make_engine", lambda args, **more: FakeLLM(change=2))
+    monkeypatch.setattr(cli.engine, "make_engine", lambda args, **more: FakeLLM(change=2))
     words = ["bench", "--prompt-file", str(prompts), "--repeat", "1", "--max-tokens", "6"]
     assert cli.main(words) == 1
     assert "differs at token 2" in capsys.readouterr().out
@@ -354,6 +355,27 @@ def test_a_seed_that_is_none_ends_bench_before_a_model_is_loaded(value, fake, ca
     assert f"argument --seed: got {value!r}" in capsys.readouterr().err
 
 
+def test_training_threads_are_those_that_the_machine_has(tmp_path, capsys):
+    most = os.cpu_count() or 1
+    words = ["train", "target", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--threads", str(most + 1)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dflash-rs: error: --threads: got {most + 1}, expected an integer in 1..{most}")
+
+
+@pytest.mark.parametrize("command", ["generate x", "bench", "train target --corpus a --out b", "doctor"])
+def test_an_unknown_option_is_answered_with_the_usage_of_its_command(command, fake, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--nothing"])
+    error = capsys.readouterr().err
+    name = " ".join(word for word in command.partition(" --")[0].split() if word != "x")
+    assert end.value.code == 2 and error.startswith(f"usage: dflash-rs {name} [-h]")
+    assert error.endswith(f"dflash-rs {name}: error: unrecognized arguments: --nothing\n")
+    with pytest.raises(SystemExit):
+        cli.main(["--nothing", *command.split()])
+    assert capsys.readouterr().err.startswith("usage: dflash-rs [-h]")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -410,11 +432,11 @@ def test_json_lines_come_in_the_order_of_the_prompts_each_as_soon_as_it_can(fake
                 yield event
 
     monkeypatch.setattr(FakeLLM, "stream", stream)
-    monkeypatch.setattr(cli, "emit", lambda text: written.append((text, turns[0])))
+    monkeypatch.setattr(cli.console, "emit", lambda text: written.append((text, turns[0])))
     llm = FakeLLM()
     prompts = [SimpleNamespace(text=text, where="") for text in ("one", "two", "three")]
     params = SimpleNamespace(seed=None, temperature=0, max_tokens=7)
-    cli.stream_outputs(llm, prompts, params, None, cli.Progress(3, None))
+    cli.generate.stream_outputs(llm, prompts, params, None, display.Progress(3, None))
     assert [json.loads(text)["prompt"] for text, _ in written] == ["one", "two", "three"]
     # "one" ends in its third turn, two events before the last; "two", ready long before, comes at once behind it.
     last = turns[0]
@@ -434,7 +456,7 @@ def test_progress_is_for_a_terminal_that_does_not_show_the_text(monkeypatch):
     def shown(err, out, count=3, **given) -> str:
         monkeypatch.setattr(sys, "stderr", err)
         monkeypatch.setattr(sys, "stdout", out)
-        progress = cli.Progress.choose(SimpleNamespace(**({"json": True, "quiet": False} | given)), count)
+        progress = display.Progress.choose(SimpleNamespace(**({"json": True, "quiet": False} | given)), count)
         progress.show(1, 12)
         progress.clear()
         return err.getvalue()
@@ -605,7 +627,7 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 from fake_llm import FakeLLM
 from dflash_rs import cli
-cli.make_engine = lambda args, **more: FakeLLM()
+cli.engine.make_engine = lambda args, **more: FakeLLM()
 sys.exit(cli.main())
 """
 
@@ -644,6 +666,9 @@ def outside(words: str, *, shell: str = "{}", stdin: bytes = b"", **environment:
             b"standard output: No space left",
         ),
         ("doctor --nothing", "{} >&-", 2, b"", b"unrecognized arguments: --nothing"),
+        ("--help", "{} >&-", 2, b"", b"standard output: got a closed one"),
+        ("train target --help", "{} >&-", 2, b"", b"standard output: got a closed one"),
+        ("--version", "{} >&-", 2, b"", b"standard output: got a closed one"),
     ],
 )
 def test_streams_that_are_closed_full_or_left_cost_no_traceback(words, shell, code, out, err):

@@ -578,7 +578,7 @@ def test_a_stream_that_others_finished_or_aborted_still_has_its_events(one):
     events = list(stream)
     assert events[-1].output.finish_reason == "length" and len(events[-1].output.token_ids) == 3
     stream = one.stream(PROMPTS[0], short)
-    (request,) = one._active
+    (request,) = one._requests.active
     assert one.abort(request)
     assert [e.finish_reason for e in stream] == ["abort"]
 
@@ -587,7 +587,7 @@ def test_a_stream_that_was_never_begun_is_aborted_when_it_is_dropped(one):
     stream = one.stream(PROMPTS[0], SamplingParams(max_tokens=400, ignore_eos=True))
     assert one.stats()["waiting"] == 1
     del stream
-    assert idle(one) and not one._active
+    assert idle(one) and not one._requests.active
 
 
 def test_a_closed_engine_says_so():
@@ -663,12 +663,12 @@ def test_precision_auto_is_what_the_processor_can():
 
 def test_what_steps_take_corrects_costs_that_were_measured_in_a_busy_moment(monkeypatch):
     """With target passes believed to take a fortnight a row, nothing would ever be drafted."""
-    import dflash_rs.models.costs as costs
+    import dflash_rs.engine.build as build
 
-    monkeypatch.setattr(costs, "measure", lambda *_: StepCosts.lines(1e-9, 1e6, 1e6, 1e6))
+    monkeypatch.setattr(build, "measure", lambda *_: StepCosts.lines(1e-9, 1e6, 1e6, 1e6))
     with LLM(device="cpu") as engine:
         engine.generate(PROMPTS[:2], SamplingParams(max_tokens=64, ignore_eos=True))
-        target, draft = engine._planner.costs
+        target, draft = engine._loop.policy.planner.costs
         assert max(time for _, time in target) < 1e6 and max(time for _, time in draft) < 1e6
 
 
@@ -676,7 +676,7 @@ def test_costs_of_the_users_own_stay_as_they_are():
     own = StepCosts.lines(1e-9, 1.0, 1.0, 1.0)
     with LLM(device="cpu", costs=own) as engine:
         engine.generate(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
-        assert engine._planner.costs == ([(0.0, 1e-9), (1.0, 1e-9 + 1.0)], [(0.0, 1.0), (1.0, 2.0)])
+        assert engine._loop.policy.planner.costs == ([(0.0, 1e-9), (1.0, 1e-9 + 1.0)], [(0.0, 1.0), (1.0, 2.0)])
 
 
 def changed(folder, part: str, change) -> str:

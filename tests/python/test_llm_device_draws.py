@@ -47,7 +47,7 @@ def calls(llm, monkeypatch):
         return cuda.Sampled(torch.tensor(drawn), torch.zeros(len(drawn), dtype=torch.int32), None)
 
     monkeypatch.setattr(cuda, "sample_rows", sample_rows)
-    monkeypatch.setattr(llm, "_draws_on_device", True)
+    monkeypatch.setattr(llm._loop.backend, "draws_there", True)
     return counted
 
 
@@ -58,7 +58,7 @@ def texts(llm, params):
 def test_tokens_drawn_on_the_device_are_those_of_the_host(llm, calls, monkeypatch):
     drawn = texts(llm, PARAMS)
     assert calls
-    monkeypatch.setattr(llm, "_draws_on_device", False)
+    monkeypatch.setattr(llm._loop.backend, "draws_there", False)
     assert texts(llm, PARAMS) == drawn
 
 
@@ -67,5 +67,5 @@ def test_what_the_device_does_not_do_is_done_on_the_host(llm, calls, monkeypatch
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=6, **option)
     drawn = texts(llm, params)
     assert not calls
-    monkeypatch.setattr(llm, "_draws_on_device", False)
+    monkeypatch.setattr(llm._loop.backend, "draws_there", False)
     assert texts(llm, params) == drawn

@@ -153,11 +153,11 @@ def test_a_drafter_gives_the_same_drafts_with_either_attention():
     drafts = []
     for host in (True, False):
         draft.alloc_kv(pages.num_slots)
-        draft._engine.kernel = host
+        draft.runtime.kernel = host
         positions = np.arange(19)
         features = torch.randn(19, 3 * HIDDEN, generator=torch.Generator().manual_seed(2))
         draft.inject(features, torch.from_numpy(positions), torch.from_numpy(pages.slots(0, positions)))
-        drafts.append(draft.propose([9], [19], pages.table, page_size=4))
+        drafts.append(draft.candidates([9], [19], pages.table, page_size=4, k=1)[0])
     assert np.array_equal(*drafts)
 
 

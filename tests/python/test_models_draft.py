@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from models_helpers import HIDDEN, MASK, VOCAB, Pages, draft_config, greedy_loop, qwen3_target, random_draft
+from models_helpers import HIDDEN, MASK, VOCAB, Pages, best, draft_config, greedy_loop, qwen3_target, random_draft
 
 from dflash_rs.errors import CheckpointError, InvalidArgument
-from dflash_rs.models.draft import DFlashDraft
+from dflash_rs.models.dflash import DFlashDraft
+from dflash_rs.models.dflash.runtime import Runtime
+from dflash_rs.models.dflash.training import training_hidden
+from dflash_rs.models.dflash2 import DFlash2Draft
 from dflash_rs.models.loader import default_layer_ids, load_draft, read_draft_config, save_draft
 from dflash_rs.models.target import TargetModel
 
@@ -100,9 +103,9 @@ def test_drafts_equal_those_of_the_reference_package(variant, page_size, tmp_pat
             draft.inject(
                 f[part], torch.from_numpy(positions[part]), torch.from_numpy(pages.slots(row, positions[part]))
             )
-    assert np.array_equal(draft.propose(anchors, lengths, pages.table, page_size=page_size), expected)
+    assert np.array_equal(best(draft, anchors, lengths, pages.table, page_size=page_size)[0], expected)
     # Any order, any subset of the rows.
-    picked = draft.propose([96, 4], [9, 1], pages.table, [2, 0], page_size=page_size)
+    picked = best(draft, [96, 4], [9, 1], pages.table, [2, 0], page_size=page_size)[0]
     assert np.array_equal(picked, expected[[2, 0]])
 
 
@@ -143,13 +146,13 @@ def test_training_blocks_equal_the_drafts_made_at_the_same_anchors(variant):
     features = torch.randn(2, 20, 3 * HIDDEN, generator=generator)
     tokens = torch.randint(2, VOCAB, (2, 20), generator=generator)
     anchors = torch.tensor([[3, 19, 7], [1, 12, 12]])
-    hidden = draft.training_hidden(features, tokens, anchors, 6)
-    logits = draft._bound[1](hidden[:, :, 1:]) * draft.config.output_multiplier
+    hidden = training_hidden(draft, features, tokens, anchors, 6)
+    logits = draft.bound[1](hidden[:, :, 1:]) * draft.config.output_multiplier
     if (cap := draft.config.final_logit_softcapping) is not None:
         logits = torch.tanh(logits / cap) * cap
     logits[..., MASK] = -torch.inf
     trained = logits.argmax(-1)
-    if draft.candidate_selector is not None:
+    if isinstance(draft, DFlash2Draft):
         firsts = tokens.gather(1, anchors).flatten()
         picked, _ = draft.candidate_selector(hidden[:, :, 1:].flatten(0, 1), logits.flatten(0, 1), firsts, 1)
         trained = picked.view_as(trained)
@@ -160,7 +163,7 @@ def test_training_blocks_equal_the_drafts_made_at_the_same_anchors(variant):
         positions = np.arange(20)
         draft.inject(features[row], torch.from_numpy(positions), torch.from_numpy(pages.slots(row, positions)))
         for column, anchor in enumerate(anchors[row].tolist()):
-            drafts = draft.propose([int(tokens[row, anchor])], [anchor], pages.table, [row], page_size=4)
+            drafts = best(draft, [int(tokens[row, anchor])], [anchor], pages.table, [row], page_size=4)[0]
             assert np.array_equal(drafts[0], trained[row, column])
 
 
@@ -170,10 +173,10 @@ def test_a_selector_walks_its_candidates_and_says_how_sure_it_is():
     draft.alloc_kv(pages.num_slots)
     context = torch.randn(9, 3 * HIDDEN)
     draft.inject(context, torch.arange(9), torch.from_numpy(pages.slots(0, np.arange(9))))
-    best, sure = draft.draft([5], [9], pages.table, page_size=4)
+    likeliest, sure = best(draft, [5], [9], pages.table, page_size=4)
     tokens, chances = draft.candidates([5], [9], pages.table, page_size=4, k=5)
     assert tokens.shape == chances.shape == (1, 5, 5)
-    assert np.array_equal(tokens[:, :, 0], best) and np.allclose(chances[:, :, 0], sure)
+    assert np.array_equal(tokens[:, :, 0], likeliest) and np.allclose(chances[:, :, 0], sure)
     assert (chances.sum(-1) < 1).all() and (np.diff(chances, axis=-1) <= 1e-6).all()
     # Without codebooks the candidates, and how sure the drafter is of them, are a DFlash's.
     with torch.no_grad():
@@ -181,11 +184,11 @@ def test_a_selector_walks_its_candidates_and_says_how_sure_it_is():
     draft.alloc_kv(pages.num_slots)
     draft.inject(context, torch.arange(9), torch.from_numpy(pages.slots(0, np.arange(9))))
     free, plain = draft.candidates([5], [9], pages.table, page_size=4, k=5)
-    assert not np.array_equal(free[:, :, 0], best)
-    draft._engine.selector = None
-    tokens, sure = draft.candidates([5], [9], pages.table, page_size=4, k=5)
+    assert not np.array_equal(free[:, :, 0], likeliest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(draft.runtime), "likeliest", Runtime.likeliest)
+        tokens, sure = draft.candidates([5], [9], pages.table, page_size=4, k=5)
     assert np.array_equal(tokens, free) and np.allclose(sure, plain, atol=1e-5)
-    draft._engine.selector = draft.candidate_selector
     with pytest.raises(InvalidArgument, match="k: got 6, expected at most 5, the drafter's selector_top_k"):
         draft.candidates([5], [9], pages.table, page_size=4, k=6)
 
@@ -194,21 +197,21 @@ def test_a_training_block_sees_nothing_at_or_after_its_anchor_and_no_other_block
     draft = bound(random_draft())
     features = torch.randn(1, 16, 3 * HIDDEN)
     tokens = torch.randint(2, VOCAB, (1, 16))
-    base = draft.training_hidden(features, tokens, torch.tensor([[6, 2]]), 4)
+    base = training_hidden(draft, features, tokens, torch.tensor([[6, 2]]), 4)
     features[:, 6:] += 1.0
     tokens[:, 7:] = 5
-    changed = draft.training_hidden(features, tokens, torch.tensor([[6, 11]]), 4)
+    changed = training_hidden(draft, features, tokens, torch.tensor([[6, 11]]), 4)
     torch.testing.assert_close(base[:, 0], changed[:, 0])
     features[:, 5] += 1.0
-    earlier = draft.training_hidden(features, tokens, torch.tensor([[6, 11]]), 4)
+    earlier = training_hidden(draft, features, tokens, torch.tensor([[6, 11]]), 4)
     assert not torch.allclose(base[:, 0], earlier[:, 0])
 
 
 def test_training_runs_under_bfloat16_autocast_and_reaches_every_weight():
     draft = bound(random_draft()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = draft.training_hidden(
-            torch.randn(1, 12, 3 * HIDDEN), torch.randint(2, VOCAB, (1, 12)), torch.tensor([[4, 9]]), 4
+        hidden = training_hidden(
+            draft, torch.randn(1, 12, 3 * HIDDEN), torch.randint(2, VOCAB, (1, 12)), torch.tensor([[4, 9]]), 4
         )
     hidden.float().square().mean().backward()
     assert hidden.shape == (1, 2, 4, HIDDEN)
@@ -224,7 +227,7 @@ def test_the_mask_token_is_never_drafted():
         head.bias[MASK] = 1e6
     draft.bind_target(embedding, head)
     draft.alloc_kv(32)
-    drafts = draft.propose([3], [0], np.zeros((1, 8), dtype=np.int32), page_size=4)
+    drafts = best(draft, [3], [0], np.zeros((1, 8), dtype=np.int32), page_size=4)[0]
     assert drafts.shape == (1, 5) and not (drafts == MASK).any()
 
 
@@ -240,7 +243,7 @@ def test_context_before_valid_from_is_not_seen():
     anchors, lens, table = np.arange(2, 18), np.full(16, 10), np.tile(pages.table, (16, 1))
 
     def blocks(valid_from=None):
-        return draft.propose(anchors, lens, table, page_size=4, valid_from=valid_from)
+        return best(draft, anchors, lens, table, page_size=4, valid_from=valid_from)[0]
 
     seen = blocks(np.full(16, 6))
     features[:6] = 50.0
@@ -255,16 +258,16 @@ def test_bad_arguments_are_named():
         draft.alloc_kv(16)
     bound(draft)
     with pytest.raises(InvalidArgument, match="alloc_kv"):
-        draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)
+        best(draft, [3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)[0]
     draft.alloc_kv(16)
     with pytest.raises(InvalidArgument, match=r"features: got shape \[2, 7\], expected \[T, 144\]"):
         draft.inject(torch.zeros(2, 7), torch.arange(2), torch.arange(2))
     with pytest.raises(InvalidArgument, match="block_size: got 1"):
-        draft.propose([3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4, block_size=1)
+        best(draft, [3], [0], np.zeros((1, 4), dtype=np.int32), page_size=4, block_size=1)[0]
     with pytest.raises(InvalidArgument, match="anchors: got 97, expected 0..96"):
-        draft.propose([97], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)
+        best(draft, [97], [0], np.zeros((1, 4), dtype=np.int32), page_size=4)[0]
     with pytest.raises(InvalidArgument, match="context_lens"):
-        draft.propose([3], [17], np.zeros((1, 4), dtype=np.int32), page_size=4)
+        best(draft, [3], [17], np.zeros((1, 4), dtype=np.int32), page_size=4)[0]
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from models_helpers import HIDDEN, VOCAB, Pages, qwen3_target, random_draft
+from models_helpers import HIDDEN, VOCAB, Pages, best, qwen3_target, random_draft
 from test_models_draft import VARIANTS
 
 from dflash_rs import _core
-from dflash_rs.attention import HostAttention
+from dflash_rs.engine.costs import measure
 from dflash_rs.errors import InvalidArgument
-from dflash_rs.models.costs import measure
-from dflash_rs.models.fused import HostRun
 from dflash_rs.models.target import TargetModel
 
 LENGTHS = [1, 23, 9]
@@ -24,7 +22,7 @@ def filled(variant: str, page_size: int, *, host: bool, threads: int = 1):
     pages = Pages(3, 48, page_size)
     draft.alloc_kv(pages.num_slots)
     if not host:
-        draft._engine.run = draft._engine.injector = None
+        draft.runtime.run = draft.runtime.injector = None
     generator = torch.Generator().manual_seed(5)
     for row, n in enumerate(LENGTHS):
         features = torch.randn(n + 2, 3 * HIDDEN, generator=generator)
@@ -37,12 +35,12 @@ def filled(variant: str, page_size: int, *, host: bool, threads: int = 1):
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "scaled" not in v and not v.startswith("second")])
 def test_drafts_and_context_equal_those_of_torch(variant, page_size):
     (ours, pages), (theirs, _) = (filled(variant, page_size, host=host) for host in (True, False))
-    assert ours._engine.run is not None
-    for (k, v), (k_torch, v_torch) in zip(ours._engine.caches, theirs._engine.caches, strict=True):
+    assert ours.runtime.run is not None
+    for (k, v), (k_torch, v_torch) in zip(ours.runtime.caches, theirs.runtime.caches, strict=True):
         torch.testing.assert_close(k, k_torch, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(v, v_torch, rtol=1e-4, atol=1e-5)
     results = [
-        d.draft([4, 50, 96], LENGTHS, pages.table, page_size=page_size, valid_from=[0, 3, 9]) for d in (ours, theirs)
+        best(d, [4, 50, 96], LENGTHS, pages.table, page_size=page_size, valid_from=[0, 3, 9]) for d in (ours, theirs)
     ]
     (drafts, sure), (drafts_torch, sure_torch) = results
     assert np.array_equal(drafts, drafts_torch)
@@ -51,56 +49,23 @@ def test_drafts_and_context_equal_those_of_torch(variant, page_size):
 
 
 def test_a_drafter_that_scales_or_caps_its_logits_stays_in_torch():
-    assert filled("scaled_and_capped", 16, host=True)[0]._engine.run is None
+    assert filled("scaled_and_capped", 16, host=True)[0].runtime.run is None
 
 
 def test_a_request_is_drafted_the_same_bits_alone_and_with_any_number_of_threads():
     draft, pages = filled("full", 16, host=True)
-    drafts, sure = draft.draft([4, 50, 96], LENGTHS, pages.table, page_size=16)
+    drafts, sure = best(draft, [4, 50, 96], LENGTHS, pages.table, page_size=16)
     torch.set_num_threads(3)
     try:
-        again = draft.draft([50], [23], pages.table, [1], page_size=16)
+        again = best(draft, [50], [23], pages.table, [1], page_size=16)
     finally:
         torch.set_num_threads(1)
     assert np.array_equal(again[0][0], drafts[1]) and np.array_equal(again[1][0], sure[1])
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_a_target_pass_in_one_call_equals_the_one_in_torch(page_size):
-    target = TargetModel(qwen3_target())
-    target.set_taps((1, 4))
-    pages = Pages(2, 40, page_size)
-    fused = target._fused
-    run = HostRun.build(fused.layers, fused.norm, fused.head, fused.embedding, fused.rotary, host_kernel=True)
-    generator = np.random.default_rng(3)
-    texts = [generator.integers(2, VOCAB, n).tolist() for n in (17, 30)]
-    steps = [[(0, 0, texts[0][:9]), (1, 0, texts[1][:30])], [(0, 9, texts[0][9:])]]
-    caches = {}
-    for host in (False, True):
-        target.alloc_kv(pages.num_slots)
-        caches[host] = [target.caches[i] for i in range(6)]
-    for spans in steps:
-        batch = pages.batch(spans, logit_rows=[0, sum(len(t) for _, _, t in spans) - 1])
-        target.caches = dict(enumerate(caches[False]))
-        logits, features = target.forward(batch)
-        attention = HostAttention(
-            slots=batch.slots_host, num_slots=pages.num_slots, threads=1, query_starts=batch.query_starts,
-            context_lens=batch.context_lens, page_table=batch.page_table, row_ids=batch.row_ids, page_size=page_size,
-        )  # fmt: skip
-        ours = run.forward(
-            batch.positions.numpy(), batch.token_ids.numpy(), batch.max_length, attention, caches[True],
-            batch.logit_rows.numpy(), (1, 4),
-        )  # fmt: skip
-        torch.testing.assert_close(ours[0], logits, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(ours[1], features, rtol=1e-3, atol=1e-3)
-    for (k, v), (k_torch, v_torch) in zip(caches[True], caches[False], strict=True):
-        torch.testing.assert_close(k, k_torch, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(v, v_torch, rtol=1e-3, atol=1e-4)
-
-
 def test_indices_out_of_range_are_refused_before_anything_is_written():
     draft, pages = filled("full", 16, host=True)
-    before = [t.clone() for layer in draft._engine.caches for t in layer]
+    before = [t.clone() for layer in draft.runtime.caches for t in layer]
     features = torch.randn(4, 3 * HIDDEN)
     good, far = torch.tensor([0]), torch.tensor([pages.num_slots])
     with pytest.raises(InvalidArgument, match=f"slots: got {pages.num_slots}"):
@@ -110,8 +75,8 @@ def test_indices_out_of_range_are_refused_before_anything_is_written():
     with pytest.raises(InvalidArgument, match="features: got shape"):
         draft.inject(features[:, :-1], good, good, good)
     with pytest.raises(InvalidArgument, match="anchors: got 97"):
-        draft.draft([VOCAB], [9], pages.table, [2], page_size=16)
-    for was, now in zip(before, (t for layer in draft._engine.caches for t in layer), strict=True):
+        best(draft, [VOCAB], [9], pages.table, [2], page_size=16)
+    for was, now in zip(before, (t for layer in draft.runtime.caches for t in layer), strict=True):
         assert torch.equal(was, now)
 
 
@@ -223,7 +188,7 @@ def test_medium_precision_changes_digits_and_no_more(family):
         features = torch.randn(9, 3 * HIDDEN, generator=torch.Generator().manual_seed(1))
         for draft in (exact, coarse):
             draft.inject(features, torch.arange(9), torch.from_numpy(pages.slots(2, np.arange(9))))
-        (k, _), (k_coarse, _) = (draft._engine.caches[0] for draft in (exact, coarse))
+        (k, _), (k_coarse, _) = (draft.runtime.caches[0] for draft in (exact, coarse))
         slots = pages.slots(2, np.arange(9))
         assert not torch.equal(k[slots], k_coarse[slots])
         torch.testing.assert_close(k_coarse[slots], k[slots], rtol=0.1, atol=0.1)

@@ -243,10 +243,10 @@ def test_rope_that_depends_on_the_batch_is_refused():
 @pytest.mark.parametrize("factor", [1.5, float("nan")])
 def test_a_forward_that_disagrees_with_the_model_is_refused(monkeypatch, factor):
     """The self-check is what guards an architecture whose attention does more than it passes on."""
-    import dflash_rs.models.target as module
+    import dflash_rs.models.target.probe as module
 
-    real = module._Step.attend_layer
-    monkeypatch.setattr(module._Step, "attend_layer", lambda self, *args: real(self, *args) * factor)
+    real = module.Step.attend_layer
+    monkeypatch.setattr(module.Step, "attend_layer", lambda self, *args: real(self, *args) * factor)
     with pytest.raises(UnsupportedModel, match="differs from the model's own"):
         TargetModel(gpt_neox())
 
@@ -278,10 +278,10 @@ def test_a_mask_that_a_layer_made_itself_is_refused(monkeypatch):
 def test_windows_of_masks_are_found_at_any_length(limit):
     from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-    from dflash_rs.models.target import _Recorder
+    from dflash_rs.models.target.probe import Recorder
 
     def window(function):
-        recorder = _Recorder(limit)
+        recorder = Recorder(limit)
         found = recorder.mask(mask_function=function, batch_size=1, q_length=4, kv_length=4, device="cpu")
         assert torch.equal(found[0, 0], function(0, 0, torch.arange(4)[:, None], torch.arange(4)))
         return recorder._masks[0][2]
@@ -295,7 +295,7 @@ def test_windows_of_masks_are_found_at_any_length(limit):
 def test_masks_that_are_no_causal_windows_are_refused():
     from transformers.masking_utils import chunked_causal_mask_function
 
-    from dflash_rs.models.target import _Recorder
+    from dflash_rs.models.target.probe import Recorder
 
     masks = {
         "chunks": chunked_causal_mask_function(4096, torch.zeros(1, dtype=torch.int64)),
@@ -305,10 +305,10 @@ def test_masks_that_are_no_causal_windows_are_refused():
     }
     for function in masks.values():
         with pytest.raises(UnsupportedModel, match="its attention mask lets position"):
-            _Recorder(8192).mask(mask_function=function, batch_size=1, q_length=4, kv_length=4, device="cpu")
+            Recorder(8192).mask(mask_function=function, batch_size=1, q_length=4, kv_length=4, device="cpu")
     tokens = torch.zeros(1, 4)
     with pytest.raises(UnsupportedModel, match="depends on more than positions"):
-        _Recorder(8192).mask(
+        Recorder(8192).mask(
             mask_function=lambda b, h, q, k: (k <= q) & (tokens[b, k] == 0),
             batch_size=1,
             q_length=4,
@@ -318,7 +318,7 @@ def test_masks_that_are_no_causal_windows_are_refused():
 
 
 def test_a_rotation_that_changes_with_the_longest_request_is_seen_without_such_a_request(monkeypatch):
-    import dflash_rs.models.target as module
+    import dflash_rs.models.target.probe as module
 
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 8,
@@ -326,7 +326,7 @@ def test_a_rotation_that_changes_with_the_longest_request_is_seen_without_such_a
     }  # fmt: skip
     with pytest.raises(UnsupportedModel, match="rope_type 'longrope'"):
         TargetModel(qwen3_target(rope_parameters=rope))
-    monkeypatch.setattr(module, "_STATIC_ROPE", ("default", "longrope"))
+    monkeypatch.setattr(module, "STATIC_ROPE", ("default", "longrope"))
     with pytest.raises(UnsupportedModel, match="differs from the model's own"):
         TargetModel(qwen3_target(rope_parameters=rope))
 
@@ -364,9 +364,9 @@ def test_experts_that_rounding_chooses_are_no_error(dtype):
 
 @pytest.mark.parametrize("fault", ["scale", "window", "positions", "keys"])
 def test_faults_of_a_target_with_experts_in_bfloat16_are_seen(monkeypatch, fault):
-    import dflash_rs.models.target as module
+    import dflash_rs.models.target.probe as module
 
-    real, run = module._Step.attend_layer, TargetModel.run
+    real, run = module.Step.attend_layer, TargetModel.run
 
     def attend(self, index, q, k, v, scale, *rest):
         if fault == "scale":
@@ -380,7 +380,7 @@ def test_faults_of_a_target_with_experts_in_bfloat16_are_seen(monkeypatch, fault
     def shifted(self, token_ids, positions, *rest):
         return run(self, token_ids, positions // 2 if fault == "positions" else positions, *rest)
 
-    monkeypatch.setattr(module._Step, "attend_layer", attend)
+    monkeypatch.setattr(module.Step, "attend_layer", attend)
     monkeypatch.setattr(TargetModel, "run", shifted)
     with pytest.raises(UnsupportedModel, match="differs from the model's own"):
         TargetModel(qwen3_moe(0).to(torch.bfloat16))

@@ -211,7 +211,7 @@ def test_a_stray_file_and_a_lost_one_are_named():
     dist = script("dist")
     names = [
         "dflash_rs/__init__.py",
-        "dflash_rs/models/draft.py",
+        "dflash_rs/models/dflash/model.py",
         "dflash_rs/__pycache__/cli.pyc",
         "dflash_rs/notes.txt",
     ]

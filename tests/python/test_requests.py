@@ -33,7 +33,7 @@ def llm():
 
 def idle(engine: LLM) -> bool:
     stats = engine.stats()
-    return stats["free_pages"] + stats["cached_pages"] == stats["total_pages"] and not engine._active
+    return stats["free_pages"] + stats["cached_pages"] == stats["total_pages"] and not engine._requests.active
 
 
 WRONG = {

@@ -35,7 +35,7 @@ def expected(llm):
 def idle(engine: LLM) -> bool:
     stats = engine.stats()
     free = stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
-    return free and stats["running"] == stats["waiting"] == 0 and not engine._active
+    return free and stats["running"] == stats["waiting"] == 0 and not engine._requests.active
 
 
 def during_a_step(monkeypatch, engine: LLM, at: int, what) -> None:
@@ -175,7 +175,7 @@ def test_a_signal_handler_may_close_the_llm_in_the_middle_of_a_step(monkeypatch,
 def test_a_signal_handler_may_abort_a_request_and_close_its_stream(llm, expected, monkeypatch, handler):
     ended = {}
     stream = llm.stream(PROMPTS, PARAMS)
-    first = min(llm._active)
+    first = min(llm._requests.active)
     handler(lambda: ended.setdefault("known", llm.abort(first)))
     with monkeypatch.context() as patch:
         during_a_step(patch, llm, 1, raise_signal)
@@ -242,19 +242,22 @@ def test_an_interruption_anywhere_in_a_step_leaves_no_text_with_a_hole(llm, expe
 
             return call
 
-    core, route, routed = llm._core, llm._route, iter(range(10**9))
+    loop = llm._loop
+    core, route, routed = loop.core, loop._route, iter(range(10**9))
 
-    def interrupted(events, chains):
+    def interrupted(events):
         if next(routed) == 2:
             raise KeyboardInterrupt
-        route(events, chains)
+        route(events)
 
     first, second = llm.stream(PROMPTS[0], PARAMS), llm.stream(PROMPTS[1], PARAMS)
     with monkeypatch.context() as patch:
         if where == "route":
-            patch.setattr(llm, "_route", interrupted)
+            patch.setattr(loop, "_route", interrupted)
         else:
-            patch.setattr(llm, "_core", Core())
+            interrupts = Core()
+            for part in (loop, loop.backend):
+                patch.setattr(part, "core", interrupts)
         with pytest.raises(KeyboardInterrupt):
             list(first)
     assert list(first) == []
@@ -272,7 +275,7 @@ def test_an_interruption_anywhere_in_a_step_leaves_no_text_with_a_hole(llm, expe
 
 
 def test_an_interruption_while_requests_are_handed_over_leaves_none_behind(llm, monkeypatch):
-    from dflash_rs import llm as module
+    from dflash_rs.engine import requests as module
 
     draw, calls = module.secrets.randbits, iter(range(10**9))
 
@@ -303,7 +306,7 @@ def test_a_finalizer_waits_for_no_step(llm):
     assert holds.wait(60)
     del stream, cycle
     gc.collect()
-    assert len(llm._active) == 3
+    assert len(llm._requests.active) == 3
     release.set()
     thread.join(60)
     assert idle(llm)

@@ -46,15 +46,15 @@ def test_a_tiny_model_that_cannot_be_exact_is_refused_by_name(kind):
 
 @pytest.mark.parametrize("fault", ["window", "softcap"])
 def test_the_sweep_sees_a_difference_that_loading_lets_through(monkeypatch, fault):
-    import dflash_rs.models.target as target
+    from dflash_rs.models.target import check, probe
 
-    monkeypatch.setattr(target._Check, "agrees", lambda self, made: True)
+    monkeypatch.setattr(check.Check, "agrees", lambda self, made: True)
     if fault == "window":
-        monkeypatch.setattr(target._Recorder, "_window_of", lambda self, mask, window, name: window)
+        monkeypatch.setattr(probe.Recorder, "_window_of", lambda self, mask, window, name: window)
     else:
-        real = target._Step.attend_layer
+        real = probe.Step.attend_layer
         monkeypatch.setattr(
-            target._Step, "attend_layer",
+            probe.Step, "attend_layer",
             lambda self, i, q, k, v, scale, window, softcap, *rest: real(self, i, q, k, v, scale, window, None, *rest),
         )  # fmt: skip
     result = examine("phimoe" if fault == "window" else "gemma2")

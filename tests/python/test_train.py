@@ -196,7 +196,7 @@ def test_the_soft_loss_is_the_expectation_of_the_hard_one(data, target):
     """Averaged over the target's own law of a slot, the cross-entropy on tokens is the cross-entropy with the law."""
     from transformers import AutoModelForCausalLM
 
-    from dflash_rs.models.draft import DFlashDraft
+    from dflash_rs.models.dflash import DFlashDraft
 
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     settings = replace(TINY_DRAFT, block_size=2, train_block_sizes="2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -62,7 +63,7 @@ def test_a_plugin_that_failed_is_noticed(registered, monkeypatch: pytest.MonkeyP
 
 
 def test_a_request_check_that_is_not_in_place_is_noticed(registered, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "REQUEST_CHECK", "sglang.srt.nowhere")
+    monkeypatch.setattr(compat.seams, "REQUEST_CHECK", "sglang.srt.nowhere")
     with pytest.raises(DflashError, match=r"sglang.srt.nowhere could not be hooked"):
         algorithm.require_registered()
 
@@ -74,9 +75,17 @@ def test_an_untested_version_is_refused_unless_allowed(monkeypatch: pytest.Monke
     compat.check(allow_untested=True)
 
 
+def test_an_untested_version_is_served_as_the_last_tested_one_before_it() -> None:
+    assert [compat.served_as(version) for version in compat.TESTED] == list(compat.TESTED)
+    oldest, newest = compat.TESTED[0], compat.TESTED[-1]
+    for version in (f"{newest}.post1", f"{newest}rc1", "0.6.0", "1.0", "0.5.1000"):
+        assert compat.served_as(version) == newest
+    assert compat.served_as("0.4.9") == compat.served_as(f"{oldest}.post1") == compat.served_as("0.5.20") == oldest
+
+
 def test_a_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compat.SEAMS, "_accept_block", ("candidates", "fate"))
-    monkeypatch.setitem(compat.SEAMS, "_gone", ())
+    monkeypatch.setitem(compat.seams.METHODS, "_accept_block", ("candidates", "fate"))
+    monkeypatch.setitem(compat.seams.METHODS, "_gone", ())
     assert compat.problems() == [
         "DFlashWorkerV2._accept_block: no parameter fate",
         "DFlashWorkerV2._gone: not there",
@@ -188,11 +197,6 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
             {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},
             "--speculative-num-draft-tokens: got 4, but --speculative-dflash-block-size is 8",
         ),
-        ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
-        (
-            {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
-            "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
-        ),
         (
             {"speculative_draft_window_size": 4},
             "--speculative-draft-window-size: got 4, expected at least the block, 8",
@@ -202,6 +206,25 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
 def test_contradictory_flags_are_named(changes: dict, named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         algorithm.fill_in(server_args(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"attn_dp_size": 2}, "--enable-dp-lm-head: not given, expected with --attn-dp-size 2"),
+        (
+            {"attn_dp_size": 2, "enable_dp_lm_head": True, "attn_cp_size": 2},
+            "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
+        ),
+        ({"attn_dp_size": 2, "enable_dp_lm_head": True}, None),
+        ({}, None),
+    ],
+)
+def test_data_parallel_attention_needs_the_head_whole(changes: dict, answer: str | None) -> None:
+    # Flags that 0.5.17 does not have.
+    from dflash_rs.sglang.compat import v0_5_23
+
+    assert v0_5_23.Version().refused(server_args(**changes)) == answer
 
 
 ATTENTION = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
@@ -228,10 +251,10 @@ def test_sglang_itself_passes_the_refusals_on(
 
     def resolve() -> None:
         args = prepare_server_args(arguments(**speculative(**changes)))
-        if not compat.is_oldest():
+        if compat.version() != "0.5.17":
             args.resolve_once()  # 0.5.17 does so at once
 
-    expected = oldest if compat.is_oldest() else newest
+    expected = oldest if compat.version() == "0.5.17" else newest
     if expected is None:
         resolve()
         return
@@ -659,6 +682,9 @@ def test_every_width_has_attention_backends_and_graphs_of_its_own(
     override = SimpleNamespace(override=lambda tag, **values: vars(spec).update(values))
     monkeypatch.setattr(context, "get_context", lambda: override)
 
+    monkeypatch.setattr(type(compat.installed()), "for_drafter", lambda self, worker: contextlib.nullcontext())
+    bound: list[str] = []
+
     def whole_hook() -> None:
         pass
 
@@ -668,6 +694,7 @@ def test_every_width_has_attention_backends_and_graphs_of_its_own(
             eager_runner="eager",
             capture_tail_hooks=[whole_hook],
             dtype=torch.float32,
+            kv_index_translator=SimpleNamespace(bind_and_verify_backends=bound.extend),
             _get_attention_backend=lambda init_new_workspace: f"backend for {spec.speculative_num_draft_tokens}",
         )
         made.decode_cuda_graph_runner = Graphs(made) if captured else "eager"
@@ -680,6 +707,7 @@ def test_every_width_has_attention_backends_and_graphs_of_its_own(
     shapes = Shapes(narrowed, [1, 4, 8])
     shapes.make_passes()
     assert [vars(part) for part in (narrowed, target, draft)] == before and spec.speculative_num_draft_tokens == 8
+    assert bound == ([] if compat.version() == "0.5.17" else ["backend for 4", "backend for 4", "backend for 1"])
     for width in (4, 1):
         with shapes.of(width):
             assert target.attn_backend == f"backend for {width}"
@@ -716,19 +744,19 @@ def test_where_only_whole_blocks_can_be_verified_the_reason_is_told(
 ) -> None:
     import sglang.srt.runtime_context as context
 
-    monkeypatch.setattr(compat, "resolved", lambda args: args)
-    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1))
+    monkeypatch.setattr(type(compat.installed()), "resolved", lambda self, args: args)
+    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1, attn_dp_enabled=False))
 
     def answer(asked: bool = False, **changes: Any) -> str | None:
-        return compat.only_whole_blocks(worker(**changes), SHAPED, asked)
+        return compat.installed().only_whole_blocks(worker(**changes), SHAPED, asked)
 
     assert answer(**changes) is None if reason is None else answer(**changes).startswith(reason)
     assert "other widths have not been run on cuda" in answer(device="cuda")
     assert answer(device="cuda", asked=True, **changes) == answer(**changes)
     lacking = worker()
     del lacking._accept_len_buf
-    assert compat.only_whole_blocks(lacking, SHAPED, False) == "SGLang's worker has no _accept_len_buf"
-    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=2))
+    assert compat.installed().only_whole_blocks(lacking, SHAPED, False) == "SGLang's worker has no _accept_len_buf"
+    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dp_size=2, attn_dp_enabled=True))
     assert "data-parallel attention" in answer()
 
 

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 
 class Oracle:
-    """In place of `DFlashDraft` in an `LLM`: drafts from a table of texts; one draft of four is a token off, by its position."""
+    """A `Drafter` for an `LLM`: drafts from a table of texts; one draft of four is a token off, by its position."""
 
     def __init__(self, target, block_size: int = 6):
-        self.config = types.SimpleNamespace(
-            target_layer_ids=(0,), block_size=block_size, head_dim=8, hidden_size=target.hidden_size
-        )
-        self.kv_bytes_per_token = 0
+        self.block_size, self.taps, self.branches, self.kv_bytes_per_token, self.key_dims = block_size, (0,), 1, 0, ()
+        self.hidden_size = target.hidden_size
         self.texts: list[Sequence[int]] = []
         self.vocab = target.vocab_size
         self.injected = 0
-        self._engine = types.SimpleNamespace(kernel=True, branches=1)
 
     def alloc_kv(self, num_slots: int) -> None:
         pass
 
+    def free(self) -> None:
+        pass
+
+    def on_device(self) -> None:
+        return None
+
     def inject(self, features, positions, slots, rows=None) -> None:
         rows = np.arange(len(positions)) if rows is None else rows
         taken = features[rows]
-        if taken.shape != (len(positions), self.config.hidden_size) or not bool(taken.isfinite().all()):
+        if taken.shape != (len(positions), self.hidden_size) or not bool(taken.isfinite().all()):
             raise AssertionError(f"features: got {tuple(taken.shape)} or values that are not finite")
         self.injected += len(positions)
 
     def candidates(
         self, anchors, lengths, page_table, row_ids=None, *, page_size, valid_from=None, block_size=None, k=None
     ):
-        size = block_size or self.config.block_size
+        size = block_size or self.block_size
         drafts = np.zeros((len(anchors), size - 1, 1), dtype=np.int64)
         for i, (anchor, at) in enumerate(zip(np.asarray(anchors).tolist(), np.asarray(lengths).tolist())):
             known = next((t for t in self.texts if len(t) > at and t[at] == anchor), ())

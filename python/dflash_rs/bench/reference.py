@@ -122,7 +122,9 @@ def run_reference(
             modes = [PLAIN, DFLASH] + ([REFERENCE] if reference else [])
             say(f"concurrency {concurrency}: {plan.repeat} x {len(prompts)} prompts, arms {', '.join(modes)}")
 
-            def once(mode: str, count: int, arms: tuple = (llm, reference, prompt_ids, params)) -> Timed:
+            def once(
+                mode: str, count: int, arms: tuple[Any, Any, Any, Any] = (llm, reference, prompt_ids, params)
+            ) -> Timed:
                 return _once(*arms, mode, count, plan.max_tokens)
 
             for mode in modes:

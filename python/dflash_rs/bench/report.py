@@ -134,7 +134,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         where = f"{row.mode}, batch {row.concurrency}, {COLUMNS[2][1](row)}"
         for one in row.divergences:
-            place = f"prompt {one.prompt}" + (f" ({one.source})" if one.source else "")
+            place = f"prompt {one.prompt + 1}" + (f" ({one.source})" if one.source else "")
             gap = "unknown" if one.logit_gap is None else f"{one.logit_gap:+.2e}"
             lines.append(
                 f"{where}: {place} differs at token {one.position}: {one.plain_token} became {one.other_token}, "
@@ -145,7 +145,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
             )
         drafted = row.drafts_per_pass
-        if drafted is not None and drafted < HARDLY_DRAFTED * row.most_drafts:
+        if drafted is not None and drafted < HARDLY_DRAFTED * (row.most_drafts or 0):
             why = "it was not expected to pay"
             if row.block_cost is not None:
                 why += f": by what steps took, one with a whole block costs {row.block_cost:.2f} plain ones here"

@@ -128,7 +128,7 @@ def timed(llm: Any, prompt_ids: list[list[int]], params: list[Any], draft: bool)
     seconds = time.perf_counter() - start
     for i, output in enumerate(outputs):
         if output.finish_reason not in ("stop", "length"):
-            raise DflashError(f"prompt {i} ended with {output.finish_reason!r}: nothing to compare")
+            raise DflashError(f"prompt {i + 1} ended with {output.finish_reason!r}: nothing to compare")
     return Pass(seconds, outputs)
 
 
@@ -278,8 +278,8 @@ def _measure(
                 break
         ids = [list(output.token_ids) for output in passes[mode][0].outputs]
         # Averages over the repeats; a step is one pass of the engine over all running requests, prefill included.
-        spent = {stage: total / plan.repeat for stage, total in stages[mode].items()} if plan.profile else None
-        engine_steps = spent.pop(STEPS) if spent else None
+        shares = {stage: total / plan.repeat for stage, total in stages[mode].items()} if plan.profile else None
+        engine_steps = shares.pop(STEPS) if shares else None
         row = Row(
             mode=mode,
             concurrency=concurrency,
@@ -293,7 +293,7 @@ def _measure(
             ngram_tau=lookup_tau(list(zip(prompt_ids, ids)), block_size),
             tokens_per_s_runs=rates[mode],
             divergences=divergences,
-            stage_seconds=spent,
+            stage_seconds=shares,
             engine_steps=engine_steps,
             **totals(passes[mode][0].outputs),
         )
@@ -309,7 +309,7 @@ def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
     planner = getattr(llm, "_planner", None)
     if planner is None:
         return None
-    target, draft = (tuple(zip(*points, strict=True)) for points in planner.costs)
+    target, draft = (np.asarray(points, float).T for points in planner.costs)
     plain = float(np.interp(requests, *target))
     rows = requests * block_size
     return (float(np.interp(rows, *target)) + float(np.interp(rows, *draft))) / plain if plain > 0 else None

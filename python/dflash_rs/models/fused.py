@@ -245,7 +245,6 @@ class HostRun:
         self, layers: list[FusedLayer], norm: Tensor, head: PackedLinear, embedding: Tensor, rotary: RotaryTable
     ):
         self.embedding, self.rotary = embedding, rotary
-        self.outputs = head.outputs
         self._decoder = _core.HostDecoder(norm.numpy(), head.host, layers[0].eps)
         for layer in layers:
             self._decoder.add_layer(
@@ -274,21 +273,6 @@ class HostRun:
         if any(product.host is None for product in (*products, head)):
             return None
         return cls(layers, norm, head, embedding, rotary)
-
-    def forward(self, positions, tokens, limit: int, attention, caches, logit_rows, taps=()):
-        """Logits [N, V] of `logit_rows`, and features [T, K*H] of the layers `taps` (None without).
-
-        positions, tokens [T] and logit_rows [N]: int64, host; every position is below `limit`.
-        """
-        width = self.embedding.shape[1]
-        logits = torch.empty(len(logit_rows), self.outputs)
-        features = torch.empty(len(tokens), len(taps) * width) if taps else None
-        self._decoder.forward(
-            attention.batch, tokens, positions, *self._tables(limit), addresses(caches), logit_rows,
-            (logits.data_ptr(), self.outputs, self.outputs), list(taps),
-            None if features is None else (features.data_ptr(), features.stride(0), width), torch.get_num_threads(),
-        )  # fmt: skip
-        return logits, features
 
     def draft(self, positions, tokens, limit: int, attention, caches, block: int, never: int | None, k: int):
         """The k likeliest tokens int64 [n, block-1, k] and their probabilities float32; positions and tokens int64 [n * block], host."""

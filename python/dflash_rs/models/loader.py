@@ -19,13 +19,16 @@ from ..errors import CheckpointError
 from ..weights import check_weights
 from . import checkpoint
 from .checkpoint import MOST_HEADS, MOST_POSITIONS, MOST_VOCAB, MOST_WIDTH, Stored, readable
-from .draft import FULL, SLIDING, DFlashDraft, DraftConfig
+from .dflash.config import FULL, SLIDING, DraftConfig
+from .dflash.model import DFlashDraft
+from .dflash2 import DFlash2Config, DFlash2Draft
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Published drafters have 16; a file that says a thousand is damaged.
 _MOST_BLOCK = 256
 _MOST_DRAFT_LAYERS, _MOST_TARGET_LAYERS = 1024, checkpoint.MOST_LAYERS
-_DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+# What a checkpoint may call itself, and what it then is.
+_KINDS: dict[str, type[DFlashDraft]] = {kind.config_type.architecture: kind for kind in (DFlashDraft, DFlash2Draft)}
 
 
 def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -80,7 +83,7 @@ def read_draft_config(path: str | Path) -> DraftConfig:
     file = Path(path) / "config.json"
     fields = _Fields(file, checkpoint.read_object(file, "the configuration of a DFlash checkpoint"))
 
-    second = _check_kind(fields)
+    kind = _check_kind(fields)
     hidden = fields.integer("hidden_size", 1, MOST_WIDTH)
     layers = fields.integer("num_hidden_layers", 1, _MOST_DRAFT_LAYERS)
     heads = fields.integer("num_attention_heads", 1, MOST_HEADS)
@@ -102,7 +105,7 @@ def read_draft_config(path: str | Path) -> DraftConfig:
     causal, window = _layer_kinds(fields, layers)
     softcap = fields.get("final_logit_softcapping")
 
-    return DraftConfig(
+    return kind.config_type(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -123,7 +126,7 @@ def read_draft_config(path: str | Path) -> DraftConfig:
         input_embedding_scale=fields.number("input_embedding_scale", 1.0, positive=False),
         output_multiplier=fields.number("output_multiplier", 1.0),
         final_logit_softcapping=None if not softcap else fields.number("final_logit_softcapping"),
-        **(_second(fields, hidden, vocab) if second else {}),
+        **_own_fields(fields, kind.config_type, hidden, vocab),
     )
 
 
@@ -134,34 +137,34 @@ def _epsilon(fields: _Fields) -> float:
     return value
 
 
-def _second(fields: _Fields, hidden: int, vocab: int) -> dict[str, int]:
-    """What only a DFlash 2 has."""
-    values = {key: fields.integer(key, 1, MOST_HEADS) for key in _DFLASH2_KEYS}
-    if hidden % values["conv_group_size"]:
+def _own_fields(fields: _Fields, config: type[DraftConfig], hidden: int, vocab: int) -> dict[str, int]:
+    """What only this kind of drafter has, all of it small positive numbers."""
+    values = {key: fields.integer(key, 1, MOST_HEADS) for key in config.own_fields}
+    if hidden % values.get("conv_group_size", 1):
         raise fields.fail("conv_group_size", f"a divisor of hidden_size {hidden}")
-    if values["selector_top_k"] >= vocab:
+    if values.get("selector_top_k", 1) >= vocab:
         raise fields.fail("selector_top_k", f"less than the {vocab} tokens of vocab_size")
     return values
 
 
-def _check_kind(fields: _Fields) -> bool:
-    """Whether it is a DFlash 2."""
+def _check_kind(fields: _Fields) -> type[DFlashDraft]:
+    """Which kind of drafter it is."""
     if fields.get("quantization_config") is not None:
         raise fields.fail("quantization_config", "nothing: a drafter's weights are read as they are stored")
-    names = fields.get("architectures", ["DFlashDraftModel"])
+    names = fields.get("architectures", [DraftConfig.architecture])
     if not isinstance(names, list) or not names:
         raise fields.fail("architectures", "a list of one class name")
-    if names not in (["DFlashDraftModel"], ["DFlash2DraftModel"]):
+    if len(names) > 1 or not isinstance(names[0], str) or names[0] not in _KINDS:
         raise fields.fail("architectures", "['DFlashDraftModel'] or ['DFlash2DraftModel']")
-    second = names == ["DFlash2DraftModel"]
-    for key in _DFLASH2_KEYS:
-        if not second and fields.get(key):
-            raise fields.fail(key, "nothing for a DFlashDraftModel; it belongs to DFlash 2 (DFlash2DraftModel)")
+    kind = _KINDS[names[0]]
+    for key in DFlash2Config.own_fields:
+        if key not in kind.config_type.own_fields and fields.get(key):
+            raise fields.fail(key, f"nothing for a {names[0]}; it belongs to DFlash 2 (DFlash2DraftModel)")
     for key in ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"):
         if fields.get(key) is not None:
             # Such exports count the embedding as 0, one more than a DFlash id for the same layer.
             raise fields.fail(key, "target_layer_ids instead, where id k is the output of target layer k")
-    return second
+    return kind
 
 
 def _layer_ids(fields: _Fields, target_layers: int, draft_layers: int) -> tuple[int, ...]:
@@ -367,6 +370,11 @@ def draft_folder(path: str | Path) -> Path:
         ) from error
 
 
+def build_draft(config: DraftConfig) -> DFlashDraft:
+    """A drafter of this configuration's kind, with fresh weights."""
+    return _KINDS[config.architecture](config)
+
+
 def load_draft(
     path: str | Path,
     target=None,
@@ -388,7 +396,7 @@ def load_draft(
         stored = stored_tensors(path)
         _check_layers(path, config, stored)
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-            draft = DFlashDraft(config)
+            draft = build_draft(config)
         _check_tensors(path, draft.state_dict(), stored)
         tensors = read_tensors(path)
         check_weights(path, tensors.items())
@@ -409,7 +417,7 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
     c = draft.config
     sliding = [window is not None for window in c.layer_window]
     config: dict[str, Any] = {
-        "architectures": ["DFlash2DraftModel" if c.is_second else "DFlashDraftModel"],
+        "architectures": [c.architecture],
         "model_type": "qwen3",
         "hidden_size": c.hidden_size,
         "num_hidden_layers": c.num_hidden_layers,
@@ -429,7 +437,7 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
         "dflash_config": {
             "mask_token_id": c.mask_token_id,
             "target_layer_ids": list(c.target_layer_ids),
-            **({key: getattr(c, key) for key in _DFLASH2_KEYS} if c.is_second else {}),
+            **{key: getattr(c, key) for key in c.own_fields},
         },
         "input_embedding_scale": c.input_embedding_scale,
         "output_multiplier": c.output_multiplier,

@@ -6,7 +6,7 @@ SGLang finds ``plugin.register`` through the entry point group ``sglang.srt.plug
                                     \\-> planning    KV room for the next step
                                     \\-> metrics     what was drafted and accepted
 
-``compat`` holds what depends on SGLang's version, ``config`` the options of ``DFLASH_RS_CONFIG``, ``requests`` what a request may
+``compat`` holds what depends on SGLang's version, one file for each, ``config`` the options of ``DFLASH_RS_CONFIG``, ``requests`` what a request may
 ask for, ``grammar`` where one ends it. Importing this package imports neither SGLang nor torch.
 """
 

@@ -128,11 +128,8 @@ def fill_in(args: Any) -> None:
         raise InvalidArgument(f"--disaggregation-mode: got {args.disaggregation_mode}, expected null with {ALGORITHM}")
     if args.pp_size != 1:
         raise InvalidArgument(f"--pp-size: got {args.pp_size}, expected 1 with {ALGORITHM}")
-    if (answer := compat.cannot_share_attention(args)) is not None:
+    if (answer := compat.installed().refused(args)) is not None:
         raise InvalidArgument(f"{answer} and {ALGORITHM}")
-    if args.enable_streaming_session and compat.is_oldest():
-        # That version counts the last token of a turn as cached before any pass has had it as its input.
-        raise InvalidArgument(f"--enable-streaming-session: got true, expected false with this SGLang and {ALGORITHM}")
 
     block, named = args.speculative_num_draft_tokens, args.speculative_dflash_block_size
     if block is not None and named is not None and int(block) != int(named):

@@ -59,8 +59,11 @@ class Options:
 
     def _check_widths(self) -> None:
         widths = self.widths
-        sound = isinstance(widths, list | tuple) and len(widths) > 0
-        if not sound or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
+        if (
+            not isinstance(widths, list | tuple)
+            or not widths
+            or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths)
+        ):
             raise _bad("widths", widths, "a list of integers of at least 1")
         if len(set(widths)) < len(widths):
             raise _bad("widths", widths, "each width once")

@@ -38,7 +38,7 @@ def _version(name: str) -> Check:
 def _seams(name: str) -> Check:
     if found := compat.problems():
         return Check(name, BROKEN, "; ".join(found), compat.INSTALL, needed=True)
-    return Check(name, OK, f"all {len(compat.SEAMS)} methods that are overridden look as expected", needed=True)
+    return Check(name, OK, f"all {len(compat.seams.METHODS)} methods that are overridden look as expected", needed=True)
 
 
 def _plugin(name: str) -> Check:

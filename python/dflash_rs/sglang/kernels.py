@@ -128,7 +128,7 @@ class ContextKv:
         cuda.kv_inject(kv, self.norms, self.cos_sin, positions, slots, self.caches, eps=self.eps)
 
 
-def _plain_rope() -> type:
+def _plain_rope() -> Any:
     from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 
     return RotaryEmbedding

@@ -14,12 +14,12 @@ from dflash_rs import serving
 from dflash_rs.sglang import compat
 
 
-class DraftInput(compat.draft_input_class()):
+class DraftInput(compat.installed().draft_input_class()):  # type: ignore[misc]  # SGLang's, known when it runs
     """What a step hands to the next one, and the room it makes for it."""
 
     def prepare_for_decode(self, batch: Any) -> None:
         """Reserves KV for the next block of every request; leaves SGLang's batch as its own draft input would."""
-        if not compat.lengths_in_kv():
+        if not compat.installed().lengths_in_kv:
             super().prepare_for_decode(batch)
             return
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode

@@ -29,7 +29,7 @@ def refusal(req: Any) -> str | None:
     answer = why_not(req, seeded=server.deterministic.enable_deterministic_inference)
     if answer is None and server.features.enable_custom_logit_processor:
         answer = unreadable(req.custom_logit_processor)
-    if answer is None and (answer := unknown_tokens(req)) is not None and compat.takes_media():
+    if answer is None and (answer := unknown_tokens(req)) is not None and compat.installed().takes_media():
         answer = None  # placeholders of images and the like, which SGLang replaces later
     if answer is not None:
         harmless(req)

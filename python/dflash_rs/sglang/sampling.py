@@ -248,7 +248,7 @@ class TargetSampler:
         if info.logit_bias is not None:
             logits.add_(info.logit_bias[:, None].to(logits.dtype))
         if info.has_custom_logit_processor:
-            for processor, indices in compat.processors(info):
+            for processor, indices in compat.installed().processors(info):
                 rows = torch.as_tensor(indices, device=logits.device)
                 params = [p for i in indices for p in self._places(reqs[i], info.custom_params[i], block[i], starts[i])]
                 result = processor(logits[rows].flatten(0, 1), params)
@@ -325,7 +325,7 @@ def _spread(info: Any, places: int) -> Any:
     return dataclasses.replace(
         bare(info),
         grammars=None,
-        **compat.no_sampling_mask(),
+        **compat.installed().no_sampling_mask(),
         **{
             name: None if (value := getattr(info, name)) is None else value.repeat_interleave(places, dim=0)
             for name in _PER_REQUEST

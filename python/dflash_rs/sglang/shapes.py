@@ -77,7 +77,7 @@ class Shapes:
         return {
             "block_size": width,
             "_block_pos_offsets": worker._block_pos_offsets[:width],
-            "_draft_block_spec_info": compat.block_spec(width, worker.device),
+            "_draft_block_spec_info": compat.installed().block_spec(width, worker.device),
             "_draft_sampler": None,
             "draft_model_runner": runner,
             **_ROOM,
@@ -88,11 +88,11 @@ class Shapes:
         target, draft = self.worker.model_runner, self.worker.draft_model_runner
         # The widest first: what it has room for the others share.
         for width in sorted(self.sets, reverse=True):
-            with self.of(width), compat.sized_for(width):
-                made = [(target, compat.own_pass(target, width))]
+            with self.of(width), compat.installed().sized_for(width):
+                made = [(target, compat.installed().own_pass(target, width))]
                 if width > 1:
-                    with compat.for_drafter(self.worker):
-                        made.append((draft, compat.own_pass(draft, width, self.worker)))
+                    with compat.installed().for_drafter(self.worker):
+                        made.append((draft, compat.installed().own_pass(draft, width, self.worker)))
             self.passes[width] = made
 
     @contextlib.contextmanager

@@ -34,7 +34,7 @@ from dflash_rs.sglang.widths import Widths, over
 logger = logging.getLogger(__name__)
 
 
-class DflashRsWorker(compat.worker_class()):
+class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  # SGLang's, known when it runs
     """``DFLASH_RS``: the tokens of SGLang without speculation, several per pass of the target."""
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, **kwargs: Any):
@@ -52,9 +52,7 @@ class DflashRsWorker(compat.worker_class()):
                 f"--speculative-num-draft-tokens: got {self.block_size}, expected at most {context // 2}, half of the context of {context} "
                 "tokens: a request reserves room for two blocks"
             )
-        if hasattr(self, "_selector_sampling_enabled"):
-            # A DFlash 2 drafts its likeliest path: drafts are followed only where the target draws the same.
-            self._selector_sampling_enabled = False
+        compat.installed().follow_all_drafts(self)
         self._targets: TargetSampler | None = None
         # The requests of the running call, their rows of the request pool and their sampling parameters.
         self._reqs: list[Any] = []
@@ -67,8 +65,10 @@ class DflashRsWorker(compat.worker_class()):
         self._widths = Widths([self.block_size])
         self._shapes = Shapes(self, [self.block_size])
         exporter = None
-        if self.options.metrics and compat.counts() and compat.metrics_enabled(server_args):
-            labels = {"model_name": compat.served_model_name(server_args)} | compat.data_parallel_rank(self)
+        if self.options.metrics and compat.installed().counts() and compat.installed().metrics_enabled(server_args):
+            labels = {
+                "model_name": compat.installed().served_model_name(server_args)
+            } | compat.installed().data_parallel_rank(self)
             exporter = Exporter(self.block_size, labels, widths=self.options.widths_of(self.block_size))
         self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
         if self._target_tp_rank == 0:
@@ -77,7 +77,7 @@ class DflashRsWorker(compat.worker_class()):
 
     def _check_drafter(self) -> None:
         remarks = drafter.check(
-            compat.draft_model_path(self.server_args),
+            compat.installed().draft_model_path(self.server_args),
             self.draft_model_runner.model_config.hf_config,
             self.model_runner.model_config.hf_config,
             self.draft_model,
@@ -92,9 +92,9 @@ class DflashRsWorker(compat.worker_class()):
             return
         widths = self.options.widths_of(self.block_size)
         asked = self.options.adaptive is not None or self.options.widths is not None
-        reason = compat.only_whole_blocks(self, SHAPED, asked)
+        reason = compat.installed().only_whole_blocks(self, SHAPED, asked)
         if reason is None:
-            group = compat.tensor_parallel_group()
+            group = compat.installed().tensor_parallel_group()
             several = group.world_size > 1
             self._widths = Widths(
                 widths,
@@ -184,7 +184,7 @@ class DflashRsWorker(compat.worker_class()):
 
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
         # SGLang's worker warns here that it cannot sample on this device. This one can.
-        compat.past_the_checks(self, batch)
+        compat.installed().past_the_checks(self, batch)
 
     def _accept_block(
         self,
@@ -204,9 +204,9 @@ class DflashRsWorker(compat.worker_class()):
                 next_token_logits, self._info, self._reqs, self._slots, candidates, prefix_lens.to(torch.int64)
             )
         # SGLang's own method sees to the tokens that were not drawn.
-        ours = (self._on_host or self._walk_kernel is not None) and not compat.simulates_acceptance()
+        ours = (self._on_host or self._walk_kernel is not None) and not compat.installed().simulates_acceptance()
         if drawn or ours:
-            target_predict = compat.same_on_all_ranks(self, target_predict, drawn)
+            target_predict = compat.installed().same_on_all_ranks(self, target_predict, drawn)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
         self._selector_sample = None
         if ours:

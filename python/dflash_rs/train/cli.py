@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from ..arguments import thread_count
 from ..errors import DflashError, InvalidArgument
 from .settings import DrafterTraining, ResponseSettings, TargetTraining
 
@@ -202,6 +203,8 @@ def _clear(run):
         for name, least in (("threads", 0), ("save_every", 1), ("count", 1), ("max_tokens", 1)):
             if (value := getattr(args, name, least)) < least:
                 raise InvalidArgument(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
+        if getattr(args, "threads", 0):
+            thread_count("--threads", args.threads)
         try:
             return run(args)
         except _USERS_MISTAKES as error:

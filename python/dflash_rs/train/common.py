@@ -70,7 +70,8 @@ class Optimizers:
     """
 
     def __init__(self, module: torch.nn.Module, lr: float, weight_decay: float, matrices_outside: tuple[str, ...]):
-        matrices, rest = [], []
+        matrices: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, p in module.named_parameters():
             if p.requires_grad:
                 is_matrix = p.ndim == 2 and not any(part in name for part in matrices_outside)

@@ -28,7 +28,7 @@ from .settings import DrafterTraining
 
 def draft_config(target_config, settings: DrafterTraining):
     """The drafter's shape: the target's own widths, `num_layers` full-attention layers."""
-    from ..models.draft import DraftConfig
+    from ..models.dflash import DraftConfig
 
     rope = dict(getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0})
     return DraftConfig(
@@ -108,8 +108,10 @@ def block_loss(
 
     tokens ``int64 [b, S]``, anchors ``int64 [b, A]`` with ``anchor + block <= S``. Weights ``exp(-(k-1)/gamma)``, normalised.
     """
+    from ..models.dflash.training import training_hidden
+
     features, last = teacher(tokens)
-    hidden = draft.training_hidden(features, tokens, anchors, block)[:, :, 1:]
+    hidden = training_hidden(draft, features, tokens, anchors, block)[:, :, 1:]
     logits = teacher.logits(hidden)
     where = anchors[..., None] + torch.arange(1, block, device=tokens.device)
     flat = where.flatten(1)
@@ -169,7 +171,7 @@ def train(
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report."""
     from ..models.checkpoint import load_causal_lm, readable
-    from ..models.draft import DFlashDraft
+    from ..models.dflash import DFlashDraft
     from ..models.loader import load_draft
 
     where = pick_device(device)

@@ -79,6 +79,18 @@ pub struct Tensor {
     pub strides: Vec<i64>,
 }
 
+impl Tensor {
+    /// Extent of a dimension; 0 for one that the tensor lacks, which the check of its shape refuses.
+    pub(super) fn extent(&self, dimension: usize) -> usize {
+        self.shape.get(dimension).copied().unwrap_or(0)
+    }
+
+    /// Stride of a dimension, in elements.
+    pub(super) fn stride(&self, dimension: usize) -> i64 {
+        self.strides.get(dimension).copied().unwrap_or(0)
+    }
+}
+
 /// What an extent has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {

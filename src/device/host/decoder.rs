@@ -6,7 +6,7 @@
 //! ```text
 //!   tokens -> embedding -> [ norm - q k v - head norm - rotate - attend - out (+) - norm - gate up - silu - down (+) ] x layers
 //!                                                                                              |
-//!                                                                  rows of the result -> norm -> head -> logits, or drafts
+//!                                                                  rows of the result -> norm -> head -> logits -> drafts
 //! ```
 //! Promise: a row's result depends on its own token, position and visible keys only, bit for bit. Products and attention
 //! promise it, and everything here works on one row at a time, in an order that is the same for every instruction set.
@@ -14,12 +14,12 @@
 use std::sync::Arc;
 
 use super::linear::PackedWeight;
-pub use super::rowwise::{Guess, candidates, guess};
+pub use super::rowwise::{Guess, candidates};
 use super::rowwise::{RotateHead, SwiGlu, rms_norm, rotate_head};
 use super::simd::{Lanes, Routine, dispatch};
 use super::view::{Layout, Rows, RowsMut};
-use super::{HostKernels, attention};
-use crate::device::{AttentionBatch, AttentionParams, AttentionTensors};
+use super::{AttentionBatch, AttentionTensors, HostKernels, attention};
+use crate::device::AttentionParams;
 use crate::error::{Error, Result, indices};
 
 /// Weights of one layer. `H` is the hidden size, `Hq` and `Hkv` the numbers of query and key heads of `D` elements.
@@ -180,16 +180,6 @@ impl Decoder {
         Ok(())
     }
 
-    /// Layers.
-    pub fn len(&self) -> usize {
-        self.layers.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.layers.is_empty()
-    }
-
     /// Width of the residual stream.
     pub fn hidden(&self) -> usize {
         self.hidden
@@ -200,7 +190,7 @@ impl Decoder {
         self.layers.iter().map(|(_, s)| (s.kv_heads, s.head_dim)).collect()
     }
 
-    /// Runs all layers and leaves the result in `scratch.x`. `tap(layer, x)` sees the output of every layer, `[T, H]`.
+    /// Runs all layers and leaves the result in `scratch.x`.
     ///
     /// Keys and values are written to the batch's slots, if it has any; otherwise they serve this pass only.
     ///
@@ -212,8 +202,29 @@ impl Decoder {
         batch: &AttentionBatch,
         inputs: DecoderInputs<'_>,
         scratch: &mut Scratch,
-        mut tap: impl FnMut(usize, &[f32]),
     ) -> Result<()> {
+        self.check(batch, &inputs)?;
+        let x = resized(&mut scratch.x, batch.tokens() * self.hidden);
+        for (row, &token) in x.chunks_exact_mut(self.hidden).zip(inputs.tokens) {
+            row.copy_from_slice(inputs.embedding.row(token as usize, 0));
+        }
+        for ((weights, shape), caches) in self.layers.iter().zip(inputs.caches) {
+            let layer = Layer {
+                weights,
+                shape,
+                hidden: self.hidden,
+                eps: self.eps,
+                rotary: &inputs.rotary,
+                positions: inputs.positions,
+            };
+            // The residual stream moves to `normed` and back: a product may not write what it reads.
+            layer.attend(kernels, batch, caches, scratch)?;
+            layer.feed_forward(kernels, scratch)?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, batch: &AttentionBatch, inputs: &DecoderInputs<'_>) -> Result<()> {
         let tokens = batch.tokens();
         check_len("token_ids", inputs.tokens.len(), tokens)?;
         check_len("positions", inputs.positions.len(), tokens)?;
@@ -237,103 +248,114 @@ impl Decoder {
         if let Some((_, shape)) = self.layers.iter().find(|(_, s)| s.head_dim != rotary.dim) {
             return invalid("rotary", format!("rows of {}", rotary.dim), shape.head_dim.to_string());
         }
-
-        let Scratch {
-            x,
-            normed,
-            qkv,
-            attended,
-            gate_up,
-            inner,
-        } = scratch;
-        let hidden = self.hidden;
-        let x = resized(x, tokens * hidden);
-        for (row, &token) in x.chunks_exact_mut(hidden).zip(inputs.tokens) {
-            row.copy_from_slice(inputs.embedding.row(token as usize, 0));
-        }
-        let normed = resized(normed, tokens * hidden);
-        let (isa, threads) = (kernels.isa, kernels.threads);
-        for (index, ((weights, shape), (k_cache, v_cache))) in self.layers.iter().zip(inputs.caches).enumerate() {
-            let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
-            let (width, attended_width) = ((heads + 2 * kv_heads) * dim, heads * dim);
-            let qkv = resized(qkv, tokens * width);
-            rms_norm(isa, x, &weights.attention_norm, self.eps, normed);
-            weights.qkv.product(
-                isa,
-                threads,
-                rows_of("x", normed, tokens, hidden)?,
-                None,
-                rows_mut_of("out", qkv, tokens, width)?,
-            )?;
-            dispatch(
-                isa,
-                Rotate {
-                    qkv,
-                    width,
-                    shape,
-                    norms: weights.head_norms.as_ref(),
-                    eps: self.eps,
-                    rotary: &inputs.rotary,
-                    positions: inputs.positions,
-                },
-            );
-            let attended = resized(attended, tokens * attended_width);
-            let part = |first: usize, heads: usize| {
-                let layout = Layout {
-                    rows: tokens,
-                    heads,
-                    dim,
-                    row_stride: width,
-                    head_stride: dim,
-                };
-                Rows::from_slice("qkv", &qkv[(first * dim).min(qkv.len())..], layout)
-            };
-            let out = Layout::contiguous(tokens, heads, dim);
-            attention::run(
-                isa,
-                threads,
-                batch,
-                &shape.attention,
-                AttentionTensors {
-                    q: part(0, heads)?,
-                    k: part(heads, kv_heads)?,
-                    v: part(heads + kv_heads, kv_heads)?,
-                    k_cache,
-                    v_cache,
-                    out: RowsMut::from_slice("attended", attended, out)?,
-                    sinks: None,
-                },
-            )?;
-            // The residual stream moves to `normed` and back: a product may not write what it reads.
-            weights.out.product(
-                isa,
-                threads,
-                rows_of("x", attended, tokens, attended_width)?,
-                Some(rows_of("residual", x, tokens, hidden)?),
-                rows_mut_of("out", normed, tokens, hidden)?,
-            )?;
-            rms_norm(isa, normed, &weights.mlp_norm, self.eps, x);
-            let width = weights.down.inputs();
-            let gate_up = resized(gate_up, tokens * 2 * width);
-            weights.gate_up.product(
-                isa,
-                threads,
-                rows_of("x", x, tokens, hidden)?,
-                None,
-                rows_mut_of("out", gate_up, tokens, 2 * width)?,
-            )?;
-            let inner = resized(inner, tokens * width);
-            dispatch(isa, SwiGlu { gate_up, width, inner });
-            weights.down.product(
-                isa,
-                threads,
-                rows_of("x", inner, tokens, width)?,
-                Some(rows_of("residual", normed, tokens, hidden)?),
-                rows_mut_of("out", x, tokens, hidden)?,
-            )?;
-            tap(index, x);
-        }
         Ok(())
+    }
+}
+
+/// One layer of one pass.
+struct Layer<'a> {
+    weights: &'a LayerWeights,
+    shape: &'a LayerShape,
+    hidden: usize,
+    eps: f32,
+    rotary: &'a Rows<'a, f32>,
+    positions: &'a [i64],
+}
+
+impl Layer<'_> {
+    /// `normed = x + out(attention(norm(x)))`.
+    fn attend(
+        &self,
+        kernels: HostKernels,
+        batch: &AttentionBatch,
+        (k_cache, v_cache): (RowsMut<'_, f32>, RowsMut<'_, f32>),
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Self {
+            weights, shape, hidden, ..
+        } = *self;
+        let (isa, threads, tokens) = (kernels.isa, kernels.threads, self.positions.len());
+        let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
+        let (width, attended_width) = ((heads + 2 * kv_heads) * dim, heads * dim);
+        let x = resized(&mut scratch.x, tokens * hidden);
+        let normed = resized(&mut scratch.normed, tokens * hidden);
+        let qkv = resized(&mut scratch.qkv, tokens * width);
+        rms_norm(isa, x, &weights.attention_norm, self.eps, normed);
+        weights.qkv.product(
+            isa,
+            threads,
+            rows_of("x", normed, tokens, hidden)?,
+            None,
+            rows_mut_of("out", qkv, tokens, width)?,
+        )?;
+        dispatch(
+            isa,
+            Rotate {
+                qkv,
+                width,
+                shape,
+                norms: weights.head_norms.as_ref(),
+                eps: self.eps,
+                rotary: self.rotary,
+                positions: self.positions,
+            },
+        );
+        let attended = resized(&mut scratch.attended, tokens * attended_width);
+        let part = |first: usize, heads: usize| {
+            let layout = Layout {
+                rows: tokens,
+                heads,
+                dim,
+                row_stride: width,
+                head_stride: dim,
+            };
+            Rows::from_slice("qkv", &qkv[(first * dim).min(qkv.len())..], layout)
+        };
+        let out = Layout::contiguous(tokens, heads, dim);
+        let tensors = AttentionTensors {
+            q: part(0, heads)?,
+            k: part(heads, kv_heads)?,
+            v: part(heads + kv_heads, kv_heads)?,
+            k_cache,
+            v_cache,
+            out: RowsMut::from_slice("attended", attended, out)?,
+            sinks: None,
+        };
+        attention::run(isa, threads, batch, &shape.attention, tensors)?;
+        weights.out.product(
+            isa,
+            threads,
+            rows_of("x", attended, tokens, attended_width)?,
+            Some(rows_of("residual", x, tokens, hidden)?),
+            rows_mut_of("out", normed, tokens, hidden)?,
+        )
+    }
+
+    /// `x = normed + down(silu(gate) * up)` of `norm(normed)`.
+    fn feed_forward(&self, kernels: HostKernels, scratch: &mut Scratch) -> Result<()> {
+        let Self { weights, hidden, .. } = *self;
+        let (isa, threads, tokens) = (kernels.isa, kernels.threads, self.positions.len());
+        let width = weights.down.inputs();
+        let x = resized(&mut scratch.x, tokens * hidden);
+        let normed = resized(&mut scratch.normed, tokens * hidden);
+        rms_norm(isa, normed, &weights.mlp_norm, self.eps, x);
+        let gate_up = resized(&mut scratch.gate_up, tokens * 2 * width);
+        weights.gate_up.product(
+            isa,
+            threads,
+            rows_of("x", x, tokens, hidden)?,
+            None,
+            rows_mut_of("out", gate_up, tokens, 2 * width)?,
+        )?;
+        let inner = resized(&mut scratch.inner, tokens * width);
+        dispatch(isa, SwiGlu { gate_up, width, inner });
+        weights.down.product(
+            isa,
+            threads,
+            rows_of("x", inner, tokens, width)?,
+            Some(rows_of("residual", normed, tokens, hidden)?),
+            rows_mut_of("out", x, tokens, hidden)?,
+        )
     }
 }
 
@@ -357,19 +379,12 @@ impl Head {
         check_weight("head", &self.weight, self.weight.outputs(), self.norm.len())
     }
 
-    /// Logits `[rows.len(), 1, V]` of the rows `rows` of what a [`Decoder`] left in `scratch.x`, which holds `tokens` rows.
+    /// Logits `[rows.len(), V]` of the rows `rows` of what a [`Decoder`] left in `scratch.x`, which holds `tokens` rows.
     ///
     /// # Errors
     /// `InvalidArgument` for a row beyond them.
-    pub fn logits(
-        &self,
-        kernels: HostKernels,
-        rows: &[i64],
-        tokens: usize,
-        scratch: &mut Scratch,
-        out: RowsMut<'_, f32>,
-    ) -> Result<()> {
-        let hidden = self.norm.len();
+    pub fn logits(&self, kernels: HostKernels, rows: &[i64], tokens: usize, scratch: &mut Scratch) -> Result<Vec<f32>> {
+        let (hidden, outputs) = (self.norm.len(), self.weight.outputs());
         let Scratch { x, normed, inner, .. } = scratch;
         let picked = resized(inner, rows.len() * hidden);
         for (to, &row) in picked.chunks_exact_mut(hidden).zip(rows) {
@@ -380,24 +395,10 @@ impl Head {
         }
         let normed = resized(normed, rows.len() * hidden);
         rms_norm(kernels.isa, picked, &self.norm, self.eps, normed);
+        let mut logits = vec![0.0; rows.len() * outputs];
         let x = rows_of("x", normed, rows.len(), hidden)?;
-        self.weight.product(kernels.isa, kernels.threads, x, None, out)
-    }
-
-    /// The same as an array of its own.
-    ///
-    /// # Errors
-    /// As [`Head::logits`].
-    pub fn all_logits(
-        &self,
-        kernels: HostKernels,
-        rows: &[i64],
-        tokens: usize,
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
-        let mut logits = vec![0.0; rows.len() * self.weight.outputs()];
-        let out = rows_mut_of("logits", &mut logits, rows.len(), self.weight.outputs())?;
-        self.logits(kernels, rows, tokens, scratch, out)?;
+        let out = rows_mut_of("logits", &mut logits, rows.len(), outputs)?;
+        self.weight.product(kernels.isa, kernels.threads, x, None, out)?;
         Ok(logits)
     }
 }

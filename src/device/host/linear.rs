@@ -14,9 +14,9 @@
 //!                  acc[8][2] += x[r][k] * panel[k][0..32]     16 sums and 2 weight vectors live in registers
 //! ```
 
-use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
+use super::simd::{Isa, Lanes, Routine, dispatch};
 use super::team;
-use super::view::{Bf16, Element, Rows, RowsMut};
+use super::view::{Bf16, Element, LANES, Rows, RowsMut};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -232,15 +232,15 @@ impl PackedWeight {
             x,
             rounded,
             residual,
-            out,
         };
         // Parts are runs of panels: every one needs all rows, so each weight is read by one thread only.
         let panels = self.outputs.div_ceil(PANEL);
         let work = rows * self.inputs * self.outputs;
         let parts = (work / WORK_PER_PART).clamp(1, 4 * threads.max(1)).min(panels);
         let each = panels.div_ceil(parts);
-        team::run(threads, panels.div_ceil(each), |part| {
-            job.run(isa, part * each..panels.min((part + 1) * each));
+        let parts = (0..).step_by(each).zip(out.split_columns(each * PANEL)).collect();
+        team::each(threads, parts, |(first, out): (usize, _)| {
+            job.run(isa, first..panels.min(first + each), out);
         });
         Ok(())
     }
@@ -285,33 +285,33 @@ fn pack_pairs(weight: &[f32], outputs: usize, inputs: usize) -> Vec<Pair> {
     panels
 }
 
-/// One call's arrays. Threads share it and take disjoint panels.
+/// What a call reads. Threads share it and take disjoint panels.
 struct Job<'a> {
     weight: &'a PackedWeight,
     x: Rows<'a, f32>,
     /// The rows of `x` in bfloat16, if the weight is stored in pairs.
     rounded: Vec<Bf16>,
     residual: Option<Rows<'a, f32>>,
-    out: RowsMut<'a, f32>,
 }
 
 impl Job<'_> {
-    /// All rows of the outputs in `panels`.
-    fn run(&self, isa: Isa, panels: Range<usize>) {
+    /// All rows of the outputs in `panels`, to `out`, which holds these columns.
+    fn run(&self, isa: Isa, panels: Range<usize>, out: RowsMut<'_, f32>) {
         match &self.weight.panels {
-            Panels::F32(all) => self.share(isa, all, panels),
-            Panels::Bf16(all) => self.share(isa, all, panels),
-            Panels::Pairs(all) => self.share(isa, all, panels),
+            Panels::F32(all) => self.share(isa, all, panels, out),
+            Panels::Bf16(all) => self.share(isa, all, panels, out),
+            Panels::Pairs(all) => self.share(isa, all, panels, out),
         }
     }
 
-    fn share<W: Weight>(&self, isa: Isa, all: &[W], panels: Range<usize>) {
+    fn share<W: Weight>(&self, isa: Isa, all: &[W], panels: Range<usize>, out: RowsMut<'_, f32>) {
         let size = all.len() / self.weight.outputs.div_ceil(PANEL);
         let share = Share {
             job: self,
             panels: &all[panels.start * size..panels.end * size],
             size,
             first: panels.start,
+            out,
         };
         dispatch(isa, share);
     }
@@ -324,6 +324,8 @@ struct Share<'a, W> {
     size: usize,
     /// Index of the first of them.
     first: usize,
+    /// Their outputs of all rows.
+    out: RowsMut<'a, f32>,
 }
 
 /// Rows that stay in cache while the weight passes by once.
@@ -331,7 +333,7 @@ const PASS: usize = 256;
 
 impl<W: Weight> Routine for Share<'_, W> {
     #[inline(always)]
-    fn run<L: Lanes>(self) {
+    fn run<L: Lanes>(mut self) {
         let rows = self.job.x.layout().rows;
         for begin in (0..rows).step_by(PASS) {
             let end = rows.min(begin + PASS);
@@ -360,7 +362,7 @@ impl<W: Weight> Share<'_, W> {
     /// `R` rows times one panel.
     #[inline(always)]
     #[allow(clippy::needless_range_loop, reason = "see the loops")]
-    fn block<L: Lanes, const R: usize>(&self, index: usize, panel: &[W], row: usize) {
+    fn block<L: Lanes, const R: usize>(&mut self, index: usize, panel: &[W], row: usize) {
         let mut acc = [[L::splat(0.0); VECTORS]; R];
         let weights = panel.as_chunks::<LANES>().0.as_chunks::<VECTORS>().0;
         let mut x = [&[][..]; R];
@@ -381,6 +383,7 @@ impl<W: Weight> Share<'_, W> {
         }
         let first = index * PANEL;
         let width = PANEL.min(self.job.weight.outputs - first);
+        let own = (index - self.first) * PANEL;
         for (r, sums) in acc.iter().enumerate() {
             let mut y = [[0.0; LANES]; VECTORS];
             for (y, sum) in y.iter_mut().zip(sums) {
@@ -393,9 +396,7 @@ impl<W: Weight> Share<'_, W> {
             if let Some(residual) = &self.job.residual {
                 add(y, &residual.row(row + r, 0)[first..first + width]);
             }
-            // SAFETY: a panel belongs to one share, one thread runs a share, and a panel's outputs are its own.
-            let out = unsafe { self.job.out.part(row + r, 0, first..first + width) };
-            out.copy_from_slice(y);
+            self.out.row_mut(row + r, 0)[own..own + width].copy_from_slice(y);
         }
     }
 }

@@ -3,7 +3,8 @@
 //! Promise: the same bits for every instruction set. Sums run in sixteen lanes and end in a tree; everything else is the same IEEE
 //! operations element by element.
 
-use super::simd::{Isa, LANES, Lanes, Routine, dispatch};
+use super::simd::{Isa, Lanes, Routine, dispatch};
+use super::view::LANES;
 
 /// What a drafter says about one position: its likeliest token (the lowest id among equals) and that token's probability.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,7 +16,7 @@ pub struct Guess {
 }
 
 /// The likeliest token of a row of logits other than `never`. NaN logits are passed over.
-pub fn guess(isa: Isa, logits: &mut [f32], never: Option<usize>) -> Guess {
+fn guess(isa: Isa, logits: &mut [f32], never: Option<usize>) -> Guess {
     if let Some(never) = never.filter(|&never| never < logits.len()) {
         logits[never] = f32::NEG_INFINITY;
     }
@@ -33,7 +34,7 @@ pub fn guess(isa: Isa, logits: &mut [f32], never: Option<usize>) -> Guess {
     found
 }
 
-/// The `k` likeliest tokens of a row of logits other than `never`, falling, the lowest id first among equals; the first is that of [`guess`].
+/// The `k` likeliest tokens of a row of logits other than `never`, falling, the lowest id first among equals; the first is its [`Guess`].
 /// Fewer where there are no more numbers above -inf.
 pub fn candidates(isa: Isa, logits: &mut [f32], never: Option<usize>, k: usize, into: &mut Vec<Guess>) {
     let first = guess(isa, logits, never);

@@ -203,6 +203,21 @@ pub(super) fn run(threads: usize, parts: usize, part: impl Fn(usize) + Sync) {
     assert!(!failed, "a helper thread panicked");
 }
 
+/// Calls `work` with every one of `items`, on up to `threads` threads, the caller's included.
+///
+/// # Panics
+/// As [`run`].
+pub(super) fn each<T: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) + Sync) {
+    if threads < 2 {
+        return items.into_iter().for_each(work);
+    }
+    let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    run(threads, items.len(), |part| {
+        let item = items[part].lock().map_or(None, |mut item| item.take());
+        item.into_iter().for_each(&work);
+    });
+}
+
 impl Team {
     /// `count` helpers; fewer when the system gives no more threads.
     fn of(&mut self, count: usize) -> &[(Arc<Helper>, Thread)] {

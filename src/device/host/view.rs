@@ -5,16 +5,18 @@
 //! - *In bounds.* [`Rows::from_slice`] and [`RowsMut::from_slice`] check the last element against the slice. `from_raw` takes the
 //!   extent on the caller's word: that is its contract, and the bindings pass sizes they read from the tensor itself.
 //!   Every access afterwards asserts `row < rows` and `head < heads`, and hands out exactly `dim` elements.
-//! - *Aliasing.* Inputs are read through shared references that live for one row. The one mutable access,
-//!   [`RowsMut::row`], is `unsafe`: its caller promises that nobody else holds that row. Distinct rows are disjoint because the
-//!   constructors refuse strides that make them overlap.
+//! - *Aliasing.* Inputs are read through shared references that live for one row. What is written is borrowed exclusively, whole or cut
+//!   into parts, or by [`RowsMut::row`], which is `unsafe`: its caller promises that nobody else holds that row. Distinct rows are
+//!   disjoint because the constructors refuse strides that make them overlap.
 //! - *Threads.* A view holds plain numbers; sending it is sound because of the two points above.
 //! - *Values.* `f32` and `u16` have no invalid bit patterns; memory that nobody wrote is read only where the caller's context
 //!   length says that it was written.
 
-use super::simd::LANES;
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
+
+/// Keys of a chunk, and lanes of a vector.
+pub(super) const LANES: usize = 16;
 
 /// How a value is stored. Arithmetic is f32 in every case.
 pub trait Element: Copy + Default + Send + Sync + 'static {
@@ -276,25 +278,6 @@ impl<'a, E: Element> RowsMut<'a, E> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref, reason = "rows are written from several threads, each its own")]
     pub(super) unsafe fn row(&self, row: usize, head: usize) -> &mut [E] {
-        // SAFETY: the caller's promise is for the whole head.
-        unsafe { self.part(row, head, 0..self.layout.dim) }
-    }
-
-    /// Copies `values` to one head of one row.
-    pub fn write(&mut self, row: usize, head: usize, values: &[E]) {
-        self.row_mut(row, head).copy_from_slice(values);
-    }
-
-    /// Elements `range` of one head of one row.
-    ///
-    /// # Safety
-    /// No other reference to these elements exists, on this thread or another.
-    #[inline(always)]
-    #[allow(
-        clippy::mut_from_ref,
-        reason = "rows are written from several threads, each its own part"
-    )]
-    pub(super) unsafe fn part(&self, row: usize, head: usize, range: std::ops::Range<usize>) -> &mut [E] {
         let Layout {
             rows,
             heads,
@@ -302,12 +285,37 @@ impl<'a, E: Element> RowsMut<'a, E> {
             row_stride,
             head_stride,
         } = self.layout;
-        assert!(row < rows && head < heads && range.start <= range.end && range.end <= dim);
+        assert!(row < rows && head < heads);
         // SAFETY: see the module, "In bounds" and "Aliasing".
-        unsafe {
-            let first = self.data.add(row * row_stride + head * head_stride + range.start);
-            std::slice::from_raw_parts_mut(first, range.len())
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * row_stride + head * head_stride), dim) }
+    }
+
+    /// The view cut into views of `rows` rows each, the last one shorter.
+    pub(super) fn split_rows(self, rows: usize) -> Vec<Self> {
+        let Self { data, layout, lifetime } = self;
+        let part = |first: usize| Self {
+            data: data.wrapping_add(first * layout.row_stride),
+            layout: Layout {
+                rows: rows.min(layout.rows - first),
+                ..layout
+            },
+            lifetime,
+        };
+        (0..layout.rows).step_by(rows.max(1)).map(part).collect()
+    }
+
+    /// The view cut into views of `columns` elements of every head each, the last one narrower.
+    pub(super) fn split_columns(self, columns: usize) -> Vec<Self> {
+        let Self { data, layout, lifetime } = self;
+        let part = |first: usize| Self {
+            data: data.wrapping_add(first),
+            layout: Layout {
+                dim: columns.min(layout.dim - first),
+                ..layout
+            },
+            lifetime,
+        };
+        (0..layout.dim).step_by(columns.max(1)).map(part).collect()
     }
 
     /// The elements of one head of one row, where the caller has the whole view to itself.

@@ -1,0 +1,215 @@
+"""`dflash-rs generate`: completes prompts and shows which tokens were drafted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from dflash_rs.cli import console, engine
+from dflash_rs.cli.arguments import EXIT_CODES, FORMATTER, add_debug, add_engine, positive
+from dflash_rs.cli.display import Ordered, Painter, Progress, output_json, split_delta, summary
+from dflash_rs.errors import InvalidArgument
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    generate = commands.add_parser(
+        "generate",
+        help="complete prompts and show which tokens were drafted",
+        description="Complete prompts with the bundled pair or with your own models.",
+        formatter_class=FORMATTER,
+        epilog="""examples:
+  dflash-rs generate 'def fibonacci(n):' --max-tokens 64
+  dflash-rs generate --example 3 --temperature 0.7 --seed 1
+  echo 'class Stack:' | dflash-rs generate - --json
+  dflash-rs generate --prompt-file prompts.txt --json --max-tokens 256 > answers.jsonl
+  dflash-rs generate --model Qwen/Qwen3-4B --draft path/to/Qwen3-4B-DFlash-b16 'Prove that 2 is prime.'
+
+"""
+        + EXIT_CODES,
+    )
+    generate.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="text to continue; - reads it from standard input; after -- it may begin with a dash",
+    )
+    generate.add_argument("--prompt-file", metavar="FILE", help="JSON list, JSON lines, or one prompt per line; UTF-8")
+    generate.add_argument("--example", type=positive, metavar="N", help="the N-th bundled held-out prompt")
+    group = add_engine(generate)
+    group.add_argument(
+        "--max-running", type=positive, metavar="N", help="prompts that are answered at a time; default: 32"
+    )
+    generate.add_argument("--no-draft", action="store_true", help="decode without speculation: the same text, slower")
+    _add_sampling(generate)
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per prompt and line, in the order of the prompts, each as soon as it and those before it are done",
+    )
+    generate.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: on a terminal unless NO_COLOR is set",
+    )
+    generate.add_argument("--quiet", action="store_true", help="no summary and no progress on standard error")
+    add_debug(generate)
+    generate.set_defaults(run=run)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (honoured exactly, with and without drafting)")
+    group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: 0")
+    group.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens; default: all")
+    group.add_argument("--top-p", type=float, metavar="P", help="the likeliest tokens that hold P together; default: 1")
+    group.add_argument("--min-p", type=float, metavar="P", help="tokens with P times the likeliest's share; default: 0")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1 against tokens of prompt and output"
+    )
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="taken off tokens of the output")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same for every time they occurred")
+    group.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be given repeatedly")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly; \\n means a new line")
+    group.add_argument(
+        "--stop-token-id",
+        type=int,
+        action="append",
+        dest="stop_token_ids",
+        metavar="ID",
+        help="may be given repeatedly",
+    )
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json only: log-probabilities, and the N likeliest tokens"
+    )
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected TOKEN_ID=BIAS, for example 42=-1.5") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """`dflash-rs generate`."""
+    if args.logprobs is not None and not args.json:
+        raise InvalidArgument(f"--logprobs: got {args.logprobs} without --json, which alone shows log-probabilities")
+    prompts = collect_prompts(args, sys.stdin)
+    params = sampling_from(args)
+    llm = engine.make_engine(args)
+    progress = Progress.choose(args, len(prompts))
+    try:
+        paint = None if args.json else Painter.choose(args.color, sys.stdout)
+        outputs = stream_outputs(llm, prompts, params, paint, progress)
+    finally:
+        progress.clear()
+        llm.close()
+    code = console.OK
+    for i, output in enumerate(outputs):
+        if output.finish_reason == "error":
+            code = console.complain(
+                f"{engine.called(i, prompts)}: {output.error or 'the engine gave no reason'}", console.FAILED
+            )
+        elif not args.quiet and not args.json:
+            console.say(summary(output))
+    return code
+
+
+def stream_outputs(
+    llm: Any, prompts: Sequence[Any], params: Any, paint: Painter | None, progress: Progress
+) -> list[Any]:
+    """Answers all prompts at once and writes them in order, text as it comes or, without `paint`, JSON as it is done; returns the
+    finished outputs."""
+
+    def write(text: str) -> None:
+        if text:
+            progress.clear()
+            console.emit(text)
+
+    # What cannot be taken is refused here, before anything is written.
+    events = engine.begin(llm, prompts, params)
+    ordered = Ordered(len(prompts), write)
+    finished: list[Any] = [None] * len(prompts)
+    if paint is not None:
+        write(paint.legend())
+        for i, prompt in enumerate(prompts):
+            ordered.add(i, paint("prompt", prompt.text))
+    done = tokens = 0
+    for event in events:
+        tokens += len(event.token_ids)
+        if paint is not None:
+            drafted, own = split_delta(event, llm.decode)
+            ordered.add(event.index, paint("draft", drafted) + paint("own", own))
+        if event.finish_reason is not None:
+            done += 1
+            finished[event.index] = event.output
+            if paint is None:
+                end = json.dumps(output_json(event.output, prompts[event.index])) + "\n"
+            else:
+                end = "\n\n" if len(prompts) > 1 else "\n"
+            ordered.add(event.index, end, done=True)
+        progress.show(done, tokens)
+    return finished
+
+
+def sampling_from(args: argparse.Namespace) -> Any:
+    """SamplingParams with the options that were given."""
+    from dflash_rs.sampling import SamplingParams
+
+    names = (
+        "max_tokens temperature top_k top_p min_p seed repetition_penalty presence_penalty frequency_penalty "
+        "stop_token_ids logprobs ignore_eos"
+    ).split()
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.logit_bias is not None:
+        options["logit_bias"] = dict(args.logit_bias)
+        if len(options["logit_bias"]) < len(args.logit_bias):
+            given = [token for token, _ in args.logit_bias]
+            twice = next(token for token in given if given.count(token) > 1)
+            raise InvalidArgument(f"--logit-bias: got token id {twice} {given.count(twice)} times, expected it once")
+    if args.stop is not None:
+        stops = [console.as_text("--stop", text) for text in args.stop]
+        options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stops]
+    return SamplingParams(**options)
+
+
+def collect_prompts(args: argparse.Namespace, stdin: TextIO) -> list[Any]:
+    """The prompts of `generate` in the order they will be answered."""
+    from dflash_rs.bench.workloads import Prompt, held_out_prompts, read_prompts
+
+    if args.prompts.count("-") > 1:
+        raise InvalidArgument(f"PROMPT: got - {args.prompts.count('-')} times, expected it once: it takes all there is")
+    prompts = []
+    for text in args.prompts:
+        where = ""
+        if text == "-":
+            where = "standard input"
+            if stdin.isatty() and not args.quiet:
+                console.say("Type the prompt; Ctrl-D on a line of its own ends it.")
+            text = console.read_all(stdin)
+            if not text:
+                raise InvalidArgument("PROMPT: got an empty standard input, expected at least one character")
+        text = console.as_text("PROMPT", text)
+        if not text:
+            raise InvalidArgument("PROMPT: got an empty text, expected at least one character")
+        prompts.append(Prompt(text, where=where))
+    if args.prompt_file is not None:
+        prompts += read_prompts(args.prompt_file)
+    if args.example is not None:
+        examples = held_out_prompts()
+        if args.example > len(examples):
+            raise InvalidArgument(f"--example: got {args.example}, expected 1 to {len(examples)}")
+        prompts.append(examples[args.example - 1])
+    if not prompts:
+        raise InvalidArgument("PROMPT: got none, expected a text, -, --prompt-file or --example N")
+    return prompts

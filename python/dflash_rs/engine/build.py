@@ -1,0 +1,225 @@
+"""From options to an engine: models are loaded, sizes chosen, memory taken, the backend picked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _core, cuda
+from ..arguments import integer
+from ..config import EngineConfig, StepCosts
+from ..errors import InvalidArgument, warn
+from ..models.checkpoint import load_tokenizer, readable
+from ..models.loader import load_draft
+from ..models.target import TargetModel
+from ..models.threads import while_loading
+from ..text import Detokenizer, token_bytes
+from .costs import measure
+from .device.step import DeviceBackend, serves
+from .host import HostBackend
+from .loop import Loop
+from .policy import Policy
+from .requests import Requests
+
+# Page tables beyond this are a mistake, not a plan.
+_MOST_TABLE_BYTES = 1 << 30
+_MOST_NODES = 1023
+# Copies of a target's state that the prefix cache may hold, for every request that may run.
+_COPIES_PER_REQUEST = 2
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target, a drafter that is bound to it (None decodes plainly), the target's tokenizer, and the bytes of each token (None where a
+    tokenizer's tokens have none of their own)."""
+
+    target: Any
+    draft: Any | None
+    tokenizer: Any
+    bytes: list[bytes] | None
+
+    @classmethod
+    def load(cls, model: Any, draft: Any | None, *, device: torch.device, dtype: torch.dtype, precision: str) -> Models:
+        """From folders or hub names."""
+        with while_loading():
+            target = TargetModel.load(model, device=str(device), dtype=dtype, matmul_precision=precision)
+            drafter = None if draft is None else load_draft(draft, target, matmul_precision=precision)
+        tokenizer = load_tokenizer(model)
+        with readable(model, "tokenizer"):
+            return cls(target, drafter, tokenizer, token_bytes(tokenizer, target.vocab_size))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an engine is built for: tokens of a block with its anchor, most drafts of a tree, most tokens of a request."""
+
+    block_size: int
+    tree_nodes: int
+    max_context: int
+
+    @classmethod
+    def choose(cls, models: Models, config: EngineConfig, block_size: int | None, tree_nodes: int) -> Sizes:
+        """Of what was asked for, within what the models take."""
+        plain = models.draft is None
+        expected = "0 without a drafter" if plain else None
+        block = _block(models.draft, block_size)
+        nodes = integer("tree_nodes", tree_nodes, 0, 0 if plain else _MOST_NODES, expected=expected)
+        if nodes and models.target.state is not None:
+            raise InvalidArgument(
+                f"tree_nodes: got {nodes}, expected 0 with a target that keeps state: a state runs over one path, not over a tree"
+            )
+        asked, limit = config.max_context, models.target.max_context
+        if asked > limit:
+            raise InvalidArgument(f"max_context: got {asked}, expected at most {limit}, the target's own limit")
+        return cls(block, nodes, asked or limit)
+
+    @property
+    def row(self) -> int:
+        """Most tokens of a decoding row."""
+        return max(self.block_size, self.tree_nodes + 1)
+
+
+def _block(draft: Any | None, asked: int | None) -> int:
+    if draft is None:
+        if asked is not None:
+            integer("block_size", asked, 1, 1, expected="None or 1 without a drafter")
+        return 1
+    own = draft.block_size
+    if asked is None:
+        return own
+    return integer("block_size", asked, 2, own, expected=f"2..{own} (the drafter was trained with {own})")
+
+
+def build(
+    models: Models,
+    config: EngineConfig,
+    sizes: Sizes,
+    *,
+    adaptive: bool,
+    costs: StepCosts | None,
+    graphs: bool,
+    overlap: bool | None,
+) -> Loop:
+    """An engine of `models`: takes the memory, and measures what steps cost unless `costs` says it or nobody asks (`adaptive`)."""
+    target, draft = models.target, models.draft
+    if draft is not None:
+        target.set_taps(draft.taps)
+    pages = _take_memory(models, config, sizes)
+    on_device = serves(target, draft)
+    overlap = _overlap(overlap, target, on_device)
+    # Where cached text may be gone on from, of a target that keeps state.
+    copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
+    core = _core.Engine(
+        num_pages=pages,
+        page_size=config.page_size,
+        max_running=config.max_running,
+        max_context=sizes.max_context,
+        block_size=sizes.row,
+        max_batch_tokens=max(config.max_batch_tokens, config.max_running),
+        vocab_size=target.vocab_size,
+        eos_ids=list(target.eos_token_ids),
+        prefix_cache=config.prefix_cache,
+        depth=int(overlap),
+        state_checkpoints=copies,
+        vocabulary=models.bytes,
+    )
+    if copies is not None:
+        target.state.alloc(core.page_table.shape[0], copies)
+    requests = Requests(core, lambda: Detokenizer(models.tokenizer, models.bytes))
+    device = None
+    if on_device:
+        device = DeviceBackend(
+            core,
+            target,
+            draft,
+            requests,
+            config,
+            block_size=sizes.block_size,
+            max_context=sizes.max_context,
+            tree_nodes=sizes.tree_nodes,
+            graphs=graphs,
+        )
+    adapts = draft is not None and adaptive
+    if adapts and costs is None:
+        found = measure(target, draft, sizes.block_size) if device is None else device.costs()
+    else:
+        found = costs if adapts else None
+    policy = Policy(
+        block_size=sizes.block_size,
+        tree_nodes=sizes.tree_nodes,
+        costs=found,
+        # Measured in a busy moment they are too high; what steps take corrects that. On a GPU the clock here sees launches only.
+        observes=adapts and costs is None and target.device.type == "cpu",
+        max_running=config.max_running,
+        max_batch_tokens=config.max_batch_tokens,
+        asks_host=device is None,
+        tiers=[] if device is None else device.tiers,
+    )
+    if device is not None:
+        return Loop(core, device, policy, requests, overlap=overlap)
+    draws_there = _kernels_here(models)
+    host = HostBackend(core, target, draft, policy, requests, page_size=config.page_size, draws_there=draws_there)
+    return Loop(core, host, policy, requests, overlap=overlap)
+
+
+def _overlap(asked: bool | None, target: Any, on_device: bool) -> bool:
+    """Whether steps are launched ahead."""
+    if target.state is not None:
+        if asked:
+            raise InvalidArgument(
+                "overlap: got True, expected None or False: this target keeps state that moves on with what is accepted"
+            )
+        return False
+    # A CPU computes one thing at a time: nothing would run beside the host's part.
+    return on_device if asked is None else asked
+
+
+def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:
+    """Allocates the KV of both models and returns the number of pages."""
+    target, draft, page = models.target, models.draft, config.page_size
+    table = config.max_running * -(-(sizes.max_context + sizes.row) // page) * 4
+    if table > _MOST_TABLE_BYTES:
+        raise InvalidArgument(
+            f"max_running: got {config.max_running}, expected at most {config.max_running * _MOST_TABLE_BYTES // table}: page tables of so "
+            f"many requests would take {table / 2**30:,.1f} GiB"
+        )
+    bytes_per_token = target.kv_bytes_per_token + (draft.kv_bytes_per_token if draft else 0)
+    pages = config.pages(bytes_per_token, sizes.max_context, sizes.row)
+    slots = pages * page
+    # A size that torch cannot even express, or that the system does not give.
+    too_much = InvalidArgument(
+        f"num_pages, page_size: got {pages} pages of {page} tokens, expected a cache that fits the memory; this one takes "
+        f"{slots * bytes_per_token / 2**30:,.1f} GiB"
+    )
+    if slots >= 2**31:
+        raise too_much
+    try:
+        target.alloc_kv(slots)
+        if draft is not None:
+            draft.alloc_kv(slots)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise too_much from error
+    return pages
+
+
+def _kernels_here(models: Models) -> bool:
+    """Whether at least the draws can be made on the GPU; on one, says why nothing else is."""
+    target, draft = models.target, models.draft
+    if target.device.type != "cuda":
+        return False
+    heads = {kv.key_dim for kv in target.kv_layers.values()}
+    heads |= set() if draft is None else set(draft.key_dims)
+    warn(
+        f"steps go through torch: got {target.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {target.device}, "
+        f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "
+        "(dflash-rs doctor tells)"
+    )
+    # Loading may allocate, which a captured graph must not.
+    found = cuda.available(target.device) and target.dtype in (torch.bfloat16, torch.float32)
+    if found:
+        cuda.load(target.device)
+    return found

@@ -1,0 +1,90 @@
+"""How long passes take here: what the planner weighs an extra row against."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from ..config import StepCosts
+from ..models.batch import StepBatch
+from ..models.drafter import Drafter
+from ..models.target import TargetModel
+
+# Enough rounds for each minimum to be near the truth even on a busy machine, and no more once a big model has taken this long.
+_ROUNDS = 12
+_PATIENCE_S = 1.0
+# A pass is flat where memory limits it, then a line: few points show where it turns.
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+# Requests that draft a whole block each.
+_REQUESTS = (1, 4, 8)
+
+
+def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
+    """Times passes of both models over numbers of rows, on empty context.
+
+    Uses the first slots of the caches, which hold nothing yet.
+    """
+    slots = target.num_slots
+    rows = [n for n in _ROWS if n <= slots]
+    blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
+    features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
+    first = np.zeros(1, dtype=np.int64)
+    passes = [lambda n=n: _verify(target, n) for n in rows]
+    passes += [lambda n=n, size=size: _propose(draft, n, size) for n, size in blocks]
+    passes.append(lambda: draft.inject(features, first, first))
+    times = _fastest(passes)
+    verify, propose, inject = times[: len(rows)], times[len(rows) : -1], times[-1]
+    # Every pass that drafts is followed by an injection.
+    drafting = sorted((n * size, time + inject) for (n, size), time in zip(blocks, propose, strict=True))
+    return StepCosts(rising(zip(rows, verify, strict=True)), rising(drafting))
+
+
+def rising(points) -> tuple[tuple[int, float], ...]:
+    """What was measured, without the falls that are noise, one point for each number of rows."""
+    curve: dict[int, float] = {}
+    last = 1e-9
+    for rows, taken in points:
+        last = max(last, taken)
+        curve.setdefault(rows, last)
+    return tuple(curve.items())
+
+
+def _verify(target: TargetModel, rows: int) -> None:
+    index = np.arange(rows)
+    batch = StepBatch.from_arrays(
+        token_ids=np.zeros(rows, dtype=np.int64),
+        positions=index,
+        slots=index,
+        query_starts=np.array([0, rows]),
+        context_lens=np.array([0]),
+        page_table=np.zeros((1, 1), dtype=np.int32),
+        row_ids=np.array([0]),
+        logit_rows=index,
+        page_size=rows,
+        device=target.device,
+    )
+    target.forward(batch)
+
+
+def _propose(draft: Drafter, requests: int, block: int) -> None:
+    anchors, table = np.zeros(requests, dtype=np.int64), np.zeros((requests, 1), dtype=np.int32)
+    draft.candidates(anchors, np.zeros(requests), table, page_size=1, block_size=block, k=1)
+
+
+def _fastest(passes) -> list[float]:
+    """Shortest time of each pass in seconds. They take turns, so that a busy moment does not single one out."""
+    times: list[list[float]] = [[] for _ in passes]
+    begun = time.perf_counter()
+    for turn in range(1 + _ROUNDS):
+        for run, taken in zip(passes, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        if turn > 0 and time.perf_counter() - begun > _PATIENCE_S:
+            break
+    # The first round warms up.
+    return [min(taken[1:]) for taken in times]

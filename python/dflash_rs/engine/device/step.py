@@ -1,0 +1,565 @@
+"""A step of the engine that stays on the GPU: one copy up, two graphs, one copy down.
+
+    plan ──> upload ──> [ prepare, drafter, argmax ] ──> [ prepare, target, draw, accept, inject ] ──> download ──> walk, commit
+    host                  drafting graph                   verifying graph                              the only wait
+
+Between upload and download the host is asked for nothing: anchors, drafts, drawn tokens, what was accepted and where its draft KV
+goes are read and written on the device. A step that is launched before the results of the last one are home finds where its rows
+start where that one left it (`_catch_up`); host arrays have two copies for it. A decoding step is padded to a bucket (requests to a power of two, every request to the
+longest block) and captured in a CUDA graph per bucket; a step with chunks of prompts differs every time and runs the same functions
+without a graph.
+
+Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
+to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
+
+Every input of a graph is a view of one block of memory that stays where it is, every output a view of another (`Arena`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import cuda
+from ...attention import CudaAttention
+from ...config import EngineConfig, StepCosts
+from ...models.drafter import Drafter
+from ...models.target import TargetModel
+from ..backend import Step
+from ..costs import rising
+from ..requests import Requests
+from ..timing import StageTimes, stage
+from .arena import Arena
+from .draws import Drawn, Draws
+from .graphs import Graphs
+
+_ROUNDS, _PATIENCE_S = 12, 2.0
+
+
+def serves(target: TargetModel, draft: Drafter | None) -> bool:
+    """Whether steps of these models can stay on the device: kernels for it, heads and a type that they take."""
+    if target.state is not None or not cuda.available(target.device):
+        return False
+    return target.kernel and (draft is None or draft.on_device() is not None)
+
+
+class _Wanted(NamedTuple):
+    """What a step is to give, the same for all its rows: whether any row filters its vocabulary, whether tokens are scored, how many of the
+    likeliest ones are named, whether draft KV is stored, and whether the drafts are trees."""
+
+    filters: bool
+    scored: bool
+    best: int
+    inject: bool
+    trees: bool = False
+
+
+def _bucket(count: int, most: int) -> int:
+    """The next power of two, at most `most`."""
+    return min(1 << max(count - 1, 0).bit_length(), most)
+
+
+def _tiers(most: int) -> list[int]:
+    """Numbers of drafts that trees of up to `most` come in, so that graphs are few: the tokens of a row are 2^i or 3 * 2^i."""
+    tokens = {m << i for i in range(10) for m in (2, 3)} | {most + 1}
+    return sorted(n - 1 for n in tokens if n - 1 <= most)
+
+
+def _splits(max_keys: int) -> int:
+    """Splits that a graph for requests of up to `max_keys` keys has room for: a power of two."""
+    return 1 << (-(-max_keys // cuda.SPLIT_KEYS) - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step on its way: tokens of its blocks or nodes of its trees, what it was asked for, and where its results arrive when `event` has
+    come (None: they are there): the output arena's arrays, and the likeliest tokens with their scores."""
+
+    step: Step
+    block: int
+    wanted: _Wanted
+    out: dict[str, np.ndarray]
+    tops: list[Tensor] | None
+    event: Any
+
+
+class DeviceBackend:
+    """Runs the steps of an engine on the device of its target. Both models have their KV allocated.
+
+    `graphs` captures decoding steps in CUDA graphs (only if the target's forward is the fused one: other code may do anything).
+    """
+
+    # What is drafted is verified: to ask the host would be to wait for the drafter.
+    asks_host = False
+
+    def __init__(
+        self,
+        core: Any,
+        target: TargetModel,
+        draft: Drafter | None,
+        requests: Requests,
+        config: EngineConfig,
+        *,
+        block_size: int,
+        max_context: int,
+        tree_nodes: int = 0,
+        graphs: bool = True,
+    ):
+        self.core, self.requests, self.times = core, requests, StageTimes()
+        self.target, self.draft = target, None if draft is None else draft.on_device()
+        self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
+        self.rows = config.max_running
+        self.tree_nodes, self.tiers = tree_nodes, _tiers(tree_nodes)
+        # Most tokens of a decoding row.
+        row = max(block_size, tree_nodes + 1)
+        # Positions that a block may reach past the last one of a text.
+        self.limit = max_context + block_size
+        cuda.load(self.device)
+        self.graphs = Graphs(self.device) if graphs else None
+        self._target_in_graph = target.path == "fused"
+        target.prepare(self.limit)
+        if self.draft is not None:
+            self.draft.prepare(self.limit)
+        r, n = self.rows, self.rows * row
+        # Row `r` is an empty request, for the padding of drafting batches.
+        self._in = Arena(
+            self.device,
+            {
+                "query_starts": ((r + 1,), np.int32),
+                # 0 where only the device knows, which then fills in what the host says.
+                "start_known": ((r + 1,), np.int32),
+                "anchor_known": ((r + 1,), np.int32),
+                "table_rows": ((r + 1,), np.int64),
+                "context_lens": ((r + 1,), np.int32),
+                "valid_from": ((r + 1,), np.int32),
+                "draft_rows": ((r,), np.int32),
+                "draft_rows64": ((r,), np.int64),
+                "anchors": ((r + 1,), np.int64),
+                "sampling": ((r,), cuda.SAMPLING_ROW),
+                "pages": ((r + 1, core.page_table.shape[1]), np.int32),
+            },
+        )
+        self._out = Arena(
+            self.device,
+            {
+                "tokens": ((n,), np.int64),
+                "drafts": (((r + 1) * row,), np.int64),
+                "parents": (((r + 1) * row if tree_nodes else 0,), np.int32),
+                "status": ((n,), np.int32),
+                "logprobs": ((n,), np.float32),
+                "accepted": ((r,), np.int32),
+            },
+        )
+        self._row_ids = torch.arange(r, dtype=torch.int32, device=self.device)
+        # Where each row of the page table stands after the last step that it was in; the last entry is nobody's.
+        rows = core.page_table.shape[0] + 1
+        self._lens = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._anchors = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        # Tokens that the last step's rows gained at most, beyond what the host counts on.
+        self._uncertain = 0
+        self._edits = self._edit_room(1024)
+        if tree_nodes:
+            self._make_room_for_trees(n)
+
+    def _make_room_for_trees(self, tokens: int) -> None:
+        """Room for trees of up to `tree_nodes` drafts, and where the target's KV lies."""
+        caches = list(self.target.caches.values())
+        self._target_kv = cuda.KvCaches([k for k, _ in caches], [v for _, v in caches])
+        # Which node of which tree a packed token is.
+        self._nodes = Arena(self.device, {"nodes": ((tokens,), np.int64)})
+        room = (self.rows + 1) * (self.tree_nodes + 1)
+        self._depths = torch.zeros(room, dtype=torch.int32, device=self.device)
+        self._masks = torch.zeros(room * -(-(self.tree_nodes + 1) // 64), dtype=torch.int64, device=self.device)
+
+    def _edit_room(self, entries: int) -> Arena:
+        parts = {name: ((entries,), np.int32) for name in ("history_tokens", "history_counts", "bias_tokens")}
+        return Arena(self.device, {**parts, "bias_values": ((entries,), np.float32)})
+
+    @property
+    def num_graphs(self) -> int:
+        return 0 if self.graphs is None else len(self.graphs)
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    @stage("verify")
+    def launch(self, step: Step) -> _Flight:
+        plan = step.plan
+        draws = [self.requests.draws(request) for request in plan.request_ids.tolist()]
+        histories = self.core.histories(plan) if any(d.penalises for d in draws) else None
+        batch, drafting = plan.context_lens.size, plan.draft_rows.size
+        prompts = bool(plan.is_prefill.any())
+        lens = plan.block_len
+        longest = int(lens.max())
+        bucket = batch if prompts else _bucket(batch, self.rows)
+        self._fill(plan, self.core.page_table, draws, histories, bucket)
+        unknown = ~plan.start_known
+        max_keys = int((plan.context_lens + lens + np.where(unknown, self._uncertain, 0)).max())
+        self._uncertain = longest - 1
+        if unknown.any() or (plan.token_ids[plan.query_starts[:-1]] < 0).any():
+            self._run(("catch up",), self._catch_up)
+        block = int(lens[plan.draft_rows].max()) if drafting else 1
+        tree_block = step.block if step.trees else None
+        if tree_block is not None:
+            self._fill_nodes(plan, bucket, longest)
+        if drafting:
+            self._draft_graph(_bucket(drafting, self.rows), block, max_keys, tree_block)
+        wanted = _Wanted(
+            any(d.filters for d in draws),
+            any(d.logprobs is not None for d in draws),
+            min(max((d.logprobs or 0 for d in draws), default=0), self.target.vocab_size),
+            step.inject,
+            step.trees,
+        )
+        tops = None
+        if prompts:
+            tops = self._mixed(plan, self._drafts(block), longest, max_keys, wanted)
+        elif wanted.best:
+            tops = self._verify(bucket, longest, max_keys, wanted)
+        else:
+            self._verify_graph(bucket, longest, max_keys, wanted)
+        self._out.turn()
+        out = self._out.download()
+        event = None
+        if self.device.type == "cuda":
+            if tops is not None:
+                tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        return _Flight(step, block, wanted, out, None if tops is None else list(tops), event)
+
+    def keep(self, step: Step, accepted: Any) -> None:
+        """Nothing: targets with state are not served here."""
+
+    def resolve(self, launched: _Flight) -> Any:
+        drawn = self._wait(launched)
+        accepted = self._walk(launched.step.plan, drawn)
+        drawn.check(accepted, launched.step.plan.is_prefill)
+        return accepted
+
+    @stage("verify")
+    def _wait(self, launched: _Flight) -> Drawn:
+        """The only wait of a step."""
+        plan, block, wanted, host = launched.step.plan, launched.block, launched.wanted, launched.out
+        batch, rows = plan.context_lens.size, plan.logit_rows.size
+        if launched.event is not None:
+            launched.event.synchronize()
+        tops = None if launched.tops is None else [t[:rows].numpy() for t in launched.tops]
+        proposed = parents = None
+        if plan.draft_rows.size:
+            full = host["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
+            proposed = full[plan.draft_rows]
+        if wanted.trees:
+            anchors = plan.token_ids[plan.query_starts[plan.draft_rows]]
+            proposed = np.concatenate((anchors[:, None], proposed), axis=1)
+            parents = host["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block)[plan.draft_rows]
+        return Drawn(
+            proposed,
+            parents,
+            host["tokens"][:rows].copy(),
+            host["status"][:rows].copy(),
+            host["logprobs"][:rows].copy() if wanted.scored else None,
+            None if tops is None else tops[0],
+            None if tops is None else tops[1],
+            host["accepted"][:batch].copy(),
+        )
+
+    @stage("accept")
+    def _walk(self, plan: Any, drawn: Drawn) -> Any:
+        if drawn.parents is not None:
+            plan.set_trees(drawn.drafts, drawn.parents, plan.block_len[plan.draft_rows])
+        elif drawn.drafts is not None:
+            plan.set_drafts(drawn.drafts)
+        return self.core.accept_sampled(
+            plan,
+            drawn.tokens,
+            drawn.logprobs,
+            status=drawn.status,
+            top_tokens=drawn.top_tokens,
+            top_logprobs=drawn.top_logprobs,
+        )
+
+    def _draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
+        """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`."""
+        splits, block = _splits(max_keys), tree_block or row
+
+        def work() -> None:
+            rows = self._draft_rows(requests, block, splits * cuda.SPLIT_KEYS)
+            if tree_block is None:
+                self._pick_chains(requests, block, *rows)
+            else:
+                self._grow_trees(requests, row, *rows)
+
+        self._run(("draft", requests, row, tree_block, splits), work)
+
+    def _verify_graph(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> None:
+        splits = _splits(max_keys)
+
+        def work() -> None:
+            self._verify(requests, block, splits * cuda.SPLIT_KEYS, wanted)
+
+        if self._target_in_graph:
+            self._run(("verify", requests, block, splits, wanted), work)
+        else:
+            work()
+
+    def _run(self, key: tuple, work: Callable[[], None]) -> None:
+        if self.graphs is None:
+            work()
+        else:
+            self.graphs.run(key, work)
+
+    def _drafts(self, block: int) -> Tensor:
+        """int64 [rows + 1, block - 1], packed: the kernel takes no gaps."""
+        return self._out.device["drafts"][: (self.rows + 1) * (block - 1)].view(self.rows + 1, block - 1)
+
+    def _fill(self, plan: Any, page_table: np.ndarray, draws: list[Draws], histories: Any, bucket: int) -> None:
+        self._in.turn()
+        host, batch, drafting = self._in.host, plan.context_lens.size, plan.draft_rows.size
+        host["query_starts"][: batch + 1] = plan.query_starts
+        host["query_starts"][batch + 1 : bucket + 1] = plan.query_starts[-1]
+        host["context_lens"][:batch] = plan.context_lens
+        host["context_lens"][batch:bucket] = 0
+        host["valid_from"][:batch] = plan.draft_valid_from
+        for name in ("draft_rows", "draft_rows64"):
+            host[name][:drafting] = plan.draft_rows
+            host[name][drafting:] = self.rows
+        host["anchors"][:batch] = plan.token_ids[plan.query_starts[:-1]]
+        host["start_known"][:batch] = plan.start_known
+        host["anchor_known"][:batch] = host["anchors"][:batch] >= 0
+        host["table_rows"][:batch] = plan.row_ids
+        for name, value in (("start_known", 1), ("anchor_known", 1), ("table_rows", self._lens.numel() - 1)):
+            host[name][batch:] = value
+        np.take(page_table, plan.row_ids, axis=0, out=host["pages"][:batch])
+        self._fill_sampling(draws, histories)
+        self._in.upload("pages", batch)
+
+    def _fill_nodes(self, plan: Any, bucket: int, row: int) -> None:
+        """Tells the packed tokens of a step of trees which nodes they are."""
+        self._nodes.turn()
+        nodes, lens = self._nodes.host["nodes"], plan.block_len
+        tokens = plan.token_ids.size
+        within = np.arange(tokens) - np.repeat(plan.query_starts[:-1], lens)
+        nodes[:tokens] = np.repeat(np.arange(lens.size), lens) * row + within
+        # Anchors are all alike, those of rows without a tree and of the padding, too: they borrow one that this step writes.
+        nodes[:tokens][within == 0] = nodes[tokens : bucket * row] = int(plan.draft_rows[0]) * row
+        self._nodes.upload("nodes", bucket * row)
+
+    def _fill_sampling(self, draws: list[Draws], histories: Any) -> None:
+        rows = self._in.host["sampling"]
+        rows[len(draws) :] = np.zeros((), dtype=cuda.SAMPLING_ROW)
+        used = bias = 0
+        for row, one in enumerate(draws):
+            rows[row] = one.row
+            rows["bias_start"][row] = bias
+            bias += one.bias_tokens.size
+            rows["bias_end"][row] = bias
+        if histories is not None:
+            starts, tokens, _ = histories
+            rows["history_start"][: len(draws)], rows["history_end"][: len(draws)] = starts[:-1], starts[1:]
+            used = tokens.size
+        room = self._edits.host["bias_tokens"].size
+        if max(used, bias) > room:
+            # Graphs know the old room's address; one may be running.
+            if self.graphs is not None:
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
+                self.graphs.forget()
+            while room < max(used, bias):
+                room *= 2
+            self._edits = self._edit_room(room)
+        if not used and not bias:
+            return
+        self._edits.turn()
+        edits = self._edits.host
+        if histories is not None:
+            edits["history_tokens"][:used], edits["history_counts"][:used] = histories[1], histories[2]
+        if bias:
+            edits["bias_tokens"][:bias] = np.concatenate([d.bias_tokens for d in draws])
+            edits["bias_values"][:bias] = np.concatenate([d.bias_values for d in draws])
+        self._edits.upload("bias_values")
+
+    # ---- what the graphs hold: no host values, the same tensors every time ----------------------------------------
+
+    def _catch_up(self) -> None:
+        """Fills in what only the device knows: where rows start, and their first tokens."""
+        inputs, rows = self._in.device, self._in.device["table_rows"]
+        lens, anchors = inputs["context_lens"], inputs["anchors"]
+        lens.copy_(torch.where(inputs["start_known"] > 0, lens, self._lens.index_select(0, rows)))
+        anchors.copy_(torch.where(inputs["anchor_known"] > 0, anchors, self._anchors.index_select(0, rows)))
+
+    def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H], logits
+        [requests, block - 1, V], and the anchors int64 [requests]."""
+        inputs, draft = self._in.device, self.draft
+        rows = inputs["draft_rows"][:requests]
+        starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
+        lens, anchors = (inputs[name].index_select(0, rows) for name in ("context_lens", "anchors"))
+        table = cuda.PageTable(inputs["pages"], rows, self.page_size)
+        token_ids, positions = (torch.empty(requests * block, dtype=torch.int64, device=self.device) for _ in range(2))
+        cuda.prepare_block(
+            query_starts=starts, context_lens=lens, anchors=anchors, table=table,
+            token_ids=token_ids, positions=positions, mask_token=draft.mask_token_id,
+        )  # fmt: skip
+        attention = CudaAttention(
+            query_starts=starts,
+            context_lens=lens,
+            table=table,
+            max_block_len=block,
+            max_keys=max_keys,
+            valid_from=inputs["valid_from"].index_select(0, rows),
+        )
+        return *draft.block(token_ids, positions, self.limit, attention, block), anchors
+
+    def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
+        """The likeliest chains, into `_drafts(block)`."""
+        rows64 = self._in.device["draft_rows64"][:requests]
+        self._drafts(block).index_copy_(0, rows64, self.draft.choose(hidden, logits, anchors))
+
+    def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
+        """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
+        rows64 = self._in.device["draft_rows64"][:requests]
+        trees = cuda.tree_build(anchors, *self.draft.branch(hidden, logits, anchors), row - 1)
+        self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
+        for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
+            room.index_copy_(0, rows64, values)
+
+    def _trees(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of trees of `row` nodes: parents and depths int32 [rows + 1, row], masks int64 [rows + 1, row, words]."""
+        count, words = (self.rows + 1) * row, -(-row // 64)
+        parents = self._out.device["parents"][:count].view(-1, row)
+        return parents, self._depths[:count].view(-1, row), self._masks[: count * words].view(-1, row, words)
+
+    def _verify(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> tuple[Tensor, Tensor] | None:
+        """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
+        inputs, tokens = self._in.device, requests * block
+        token_ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3))
+        table = self._table(requests)
+        tree = None
+        if wanted.trees:
+            nodes = self._nodes.device["nodes"][:tokens]
+            tree = tuple(part.flatten(0, 1).index_select(0, nodes) for part in self._trees(block))
+        cuda.prepare_block(
+            query_starts=inputs["query_starts"][: requests + 1], context_lens=inputs["context_lens"][:requests],
+            anchors=inputs["anchors"][:requests], table=table, token_ids=token_ids, positions=positions, slots=slots,
+            drafts=self._drafts(block)[:requests] if block > 1 else None, depths=None if tree is None else tree[1],
+        )  # fmt: skip
+        return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted, tree)
+
+    def _mixed(
+        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted
+    ) -> tuple[Tensor, Tensor] | None:
+        """A step with chunks of prompts: the host knows everything but the drafts."""
+        packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
+        token_ids, positions, slots = packed.view(3, -1)
+        numbers = np.concatenate((plan.logit_starts, plan.logit_rows))
+        starts, logit_rows = torch.from_numpy(numbers).to(self.device).split(
+            [plan.logit_starts.size, plan.logit_rows.size]
+        )  # fmt: skip
+        for row in plan.draft_rows.tolist():
+            first, end = int(plan.query_starts[row]) + 1, int(plan.query_starts[row + 1])
+            token_ids[first:end] = drafts[row, : end - first]
+        requests = plan.context_lens.size
+        return self._pass(requests, token_ids, positions, slots, starts, logit_rows, longest, max_keys, wanted)
+
+    def _table(self, requests: int) -> cuda.PageTable:
+        return cuda.PageTable(self._in.device["pages"], self._row_ids[:requests], self.page_size)
+
+    def _pass(
+        self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
+        logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted, tree: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Target, draw, accept, inject; returns the likeliest tokens per row with their scores. `tree`: parents, depths and masks of the
+        packed tokens."""
+        parents = None if tree is None else tree[0]
+        inputs, outputs, edits = self._in.device, self._out.device, self._edits.device
+        query_starts, lens = inputs["query_starts"][: requests + 1], inputs["context_lens"][:requests]
+        table = self._table(requests)
+        attention = CudaAttention(
+            query_starts=query_starts,
+            context_lens=lens,
+            table=table,
+            max_block_len=longest,
+            max_keys=max_keys,
+            slots=slots,
+            ancestors=None if tree is None else tree[2],
+        )
+        logits, features = self.target.run(token_ids, positions, self.limit, attention, logit_rows)
+        rows = logits.shape[0]
+        sampled = outputs["tokens"][:rows]
+        if rows:
+            sampling = cuda.SamplingRows(
+                inputs["sampling"][:requests], edits["history_tokens"], edits["history_counts"], edits["bias_tokens"],
+                edits["bias_values"], wanted.filters,
+            )  # fmt: skip
+            cuda.sample_rows(
+                logits, sampling, query_starts=query_starts, token_ids=token_ids, positions=positions, row_tokens=logit_rows,
+                parents=parents,
+                out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if wanted.scored else None),
+            )  # fmt: skip
+        room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
+        accepted = cuda.accept(
+            query_starts=query_starts, context_lens=lens, token_ids=token_ids, sampled=sampled, table=table,
+            max_nodes=longest, logit_starts=logit_starts, parents=parents,
+            # Nobody's tokens, the padding, are nobody's to write.
+            out=room._replace(accepted=outputs["accepted"][:requests], commit_slots=room.commit_slots.fill_(-1)),
+        )  # fmt: skip
+        rows64 = inputs["table_rows"][:requests]
+        self._lens.index_copy_(0, rows64, accepted.context_lens)
+        # A row that could not be drawn has no token; what is launched ahead for it goes on with any, and nobody hears of it.
+        self._anchors.index_copy_(0, rows64, accepted.next_anchors.clamp_min(0))
+        if tree is not None:
+            cuda.compact_kv(accepted.path, lens, self._target_kv, table)
+        if wanted.inject:
+            kv = self.draft.context(features)
+            self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
+        return cuda.tree_top_k(logits, wanted.best) if wanted.best and rows else None
+
+    # ---- costs ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def costs(self) -> StepCosts:
+        """What passes cost here, for the planner: the target's by rows, the drafter's with the injection that follows."""
+        shapes = sorted({(1, size) for size in (1, 2, (self.block_size + 2) // 2, self.block_size)})
+        shapes += [(n, self.block_size) for n in (2, 4, 8, 16, 32, 64) if n <= self.rows]
+        trees = [
+            (n, self.tree_nodes + 1) for n in (1, 4, 16, 64) if n <= self.rows and self.tree_nodes >= self.block_size
+        ]
+        shapes = sorted({*shapes, *trees}, key=lambda shape: shape[0] * shape[1])
+        host = self._in.host
+        for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
+            host[name][:] = np.zeros((), dtype=host[name].dtype)
+        host["draft_rows"][:] = host["draft_rows64"][:] = np.arange(self.rows)
+        target, drafting = [], []
+        for requests, block in shapes:
+            host["query_starts"][:] = np.minimum(np.arange(self.rows + 1), requests) * block
+            self._in.upload("pages")
+            passes = [
+                lambda r=requests, b=block, i=inject: self._verify_graph(r, b, 1, _Wanted(False, False, 0, i))
+                for inject in (False, True)
+            ]
+            plain = self._time(passes[0])
+            target.append((requests * block, plain))
+            if 1 < block <= self.block_size:
+                both = self._time(lambda r=requests, b=block, p=passes[1]: (self._draft_graph(r, b, 1), p()))
+                drafting.append((requests * block, max(both - plain, 0.0)))
+        return StepCosts(rising(target), rising(drafting))
+
+    def _time(self, work) -> float:
+        """Seconds of the shortest of some rounds; the first ones warm up."""
+        begun, best = time.perf_counter(), float("inf")
+        for turn in range(2 + _ROUNDS):
+            start = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            if turn > 1:
+                best = min(best, time.perf_counter() - start)
+                if time.perf_counter() - begun > _PATIENCE_S:
+                    break
+        return best

@@ -1,0 +1,150 @@
+"""Steps that torch takes layer by layer, with the core's kernels on a CPU: everything between two stages is an array of the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import cuda
+from ..models.batch import StepBatch
+from .backend import Step
+from .policy import Policy
+from .requests import Requests
+from .timing import StageTimes, stage
+
+
+class HostBackend:
+    """Drafts, asks the policy what of it pays, verifies, accepts and injects.
+
+    A CPU has no queue of its own, so a launched step waits for whoever wants its result. `draws_there`: the target's tokens are drawn
+    where its logits are, by a kernel, when all that a step's requests ask for is known to it.
+    """
+
+    asks_host = True
+    num_graphs = 0
+
+    def __init__(
+        self,
+        core: Any,
+        target: Any,
+        draft: Any,
+        policy: Policy,
+        requests: Requests,
+        *,
+        page_size: int,
+        draws_there: bool = False,
+    ):
+        self.core, self.target, self.draft, self.policy, self.requests = core, target, draft, policy, requests
+        self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
+
+    def launch(self, step: Step) -> Step:
+        return step
+
+    def resolve(self, launched: Step) -> Any:
+        step = launched
+        if step.plan.draft_rows.size:
+            self._propose(step)
+        rows, features = self._verify(step)
+        accepted = self._accept(step.plan, rows)
+        if step.inject:
+            self._inject(step.plan, features, accepted)
+        return accepted
+
+    @stage("draft")
+    def _propose(self, step: Step) -> None:
+        plan = step.plan
+        rows = plan.draft_rows
+        tokens, probabilities = self.draft.candidates(
+            plan.token_ids[plan.query_starts[rows]],
+            plan.context_lens[rows],
+            self.core.page_table,
+            plan.row_ids[rows],
+            page_size=self.page_size,
+            valid_from=plan.draft_valid_from[rows],
+            block_size=step.block,
+            k=None if step.trees else 1,
+        )
+        self.policy.admit(step, tokens, probabilities, self.requests)
+
+    @stage("verify")
+    def _verify(self, step: Step) -> tuple[np.ndarray, Any]:
+        """The target's logits float32 [N, V], or its tokens int64 [N] where they are drawn already; and the tapped features."""
+        plan = step.plan
+        batch = StepBatch.from_arrays(
+            token_ids=plan.token_ids,
+            positions=plan.positions,
+            slots=plan.slots,
+            query_starts=plan.query_starts,
+            context_lens=plan.context_lens,
+            page_table=self.core.page_table,
+            row_ids=plan.row_ids,
+            logit_rows=plan.logit_rows,
+            page_size=self.page_size,
+            ancestors=plan.ancestors.reshape(plan.token_ids.size, -1) if step.trees else None,
+            device=self.target.device,
+        )
+        if (state := self.target.state) is not None:
+            starting = plan.state_restore >= 0
+            state.restore(plan.row_ids[starting], plan.state_restore[starting])
+        logits, features = self.target.forward(batch)
+        sampled = self._draw_there(plan, batch, logits)
+        return logits.float().cpu().numpy() if sampled is None else sampled, features
+
+    @stage("accept")
+    def _accept(self, plan: Any, rows: np.ndarray) -> Any:
+        accepted = self.core.accept(plan, rows) if rows.ndim == 2 else self.core.accept_sampled(plan, rows)
+        if accepted.move_from.size:
+            self.target.move_kv(accepted.move_from, accepted.move_to)
+        if (state := self.target.state) is not None:
+            saved = plan.state_save >= 0
+            state.save(plan.row_ids[saved], plan.block_len[saved], plan.state_save[saved])
+        return accepted
+
+    def keep(self, step: Step, accepted: Any) -> None:
+        """Moves states over what was kept: chunks of prompts whole, of blocks the anchor and what was accepted."""
+        if (state := self.target.state) is not None:
+            plan = step.plan
+            state.keep(plan.row_ids, np.where(plan.is_prefill, plan.block_len, accepted.accepted + 1).astype(np.int32))
+
+    @stage("inject")
+    def _inject(self, plan: Any, features: Any, accepted: Any) -> None:
+        rows = accepted.commit_rows
+        self.draft.inject(features, plan.positions[rows], accepted.commit_slots, rows)
+
+    def _draw_there(self, plan: Any, batch: StepBatch, logits: Tensor) -> np.ndarray | None:
+        """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.
+
+        None when the host has to: no kernel for this device, penalties (their counts live in the core), log-probabilities
+        asked for, or a row that cannot be drawn, which the core explains.
+        """
+        if not self.draws_there or not logits.shape[0]:
+            return None
+        wanted = []
+        for request in plan.request_ids.tolist():
+            active = self.requests.active.get(request)
+            if active is None or active.logprobs is not None:
+                return None
+            o = active.params
+            if o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0:
+                return None
+            wanted.append(
+                {
+                    "seed": active.seed, "temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "min_p": o.min_p,
+                    "logit_bias": o.logit_bias,
+                }
+            )  # fmt: skip
+        device = logits.device
+        sampled = cuda.sample_rows(
+            logits,
+            cuda.sampling_rows(wanted, device),
+            query_starts=torch.from_numpy(plan.query_starts.copy()).to(device),
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            row_tokens=torch.from_numpy(plan.logit_rows.copy()).to(device),
+            parents=torch.from_numpy(plan.parents.copy()).to(device) if plan.parents.size else None,
+        )
+        tokens = sampled.tokens.cpu().numpy()
+        return None if (tokens < 0).any() else tokens

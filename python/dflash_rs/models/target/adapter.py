@@ -1,0 +1,286 @@
+"""A Hugging Face causal LM as a target: paged KV, packed ragged batches, tapped hidden states.
+
+    StepBatch --> embed --> decoder layers ------------------> norm, lm_head on logit_rows --> logits [N, V]
+                             |  attention reads and writes pages
+                             +-- output of layer k, k in taps --> features [T, K*H]
+
+The model's own code runs: attention is swapped through transformers' attention registry, and hidden states are tapped
+with hooks. For the plain Llama-shaped families a shorter path does the same sums with fewer operations
+(`FusedModel`). Both are compared with the ordinary forward on a small ragged batch when the model is loaded, and an
+architecture with state that pages do not hold is refused there. What only length shows is looked at without the length: the masks
+that the model asks for are evaluated at positions far apart, and one of the compared requests stands at the end of the context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...attention import kernel_serves, step_attention
+from ...errors import CheckpointError, InvalidArgument, UnsupportedModel
+from .. import checkpoint
+from ..batch import StepBatch
+from .check import Check
+from .fused import FusedModel
+from .load import check_finite, read_model
+from .probe import ATTENTION_NAME, STEP, LayerKV, Recorder, Step, check_architecture, named, probing, register
+
+
+class TargetModel:
+    """A causal LM that reads and writes a paged KV cache.
+
+    `model` is a transformers `...ForCausalLM`, put in eval mode and switched to our attention: it must not be used for
+    anything else afterwards. `path` names which forward runs: "fused" or "modules"; `path_reason` says why.
+    `kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
+    `matmul_precision`: "highest", or "medium", which multiplies in bfloat16 (sums stay float32); the latter needs the fused forward.
+    """
+
+    # Attention remembers in pages alone.
+    state = None
+
+    def __init__(
+        self, model: nn.Module, *, fused: bool = True, self_check: bool = True, matmul_precision: str = "highest"
+    ):
+        check_architecture(model.config)
+        if not type(model)._supports_attention_backend:
+            raise UnsupportedModel(f"{type(model).__name__} does not take its attention from the transformers registry")
+        register()
+        self.matmul_precision = matmul_precision
+        self.model = model.eval().requires_grad_(False)
+        # What a checkpoint says of the form of its answers is about nobody's forward but its own code's, which reads them by name.
+        model.config.return_dict = model.config.get_text_config().return_dict = True
+        self.config = model.config.get_text_config()
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.lm_head: nn.Module = model.get_output_embeddings()
+        self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
+        self.vocab_size = int(self.lm_head.weight.shape[0])
+        self.taps: tuple[int, ...] = ()
+        self._hooks: list = []
+        self._tapped: dict[int, Tensor] = {}
+        self.caches: dict[int, tuple[Tensor, Tensor]] = {}
+        self.num_slots = 0
+        with torch.inference_mode():
+            with named(model, "its own forward on a few tokens"):
+                check = Check(self) if self_check else None
+            self._fused, self.path_reason = None, "turned off"
+            model.set_attn_implementation(ATTENTION_NAME)
+            with named(model, "its forward with attention over pages"):
+                self.kv_layers, self.decoder_layers, self._layer_outputs = self._probe()
+            self._windows = {index: kv.window for index, kv in self.kv_layers.items()}
+            shapes = {(kv.key_dim, kv.value_dim) for kv in self.kv_layers.values()}
+            self.kernel = all(kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
+            if check is not None:
+                with named(model, "its forward with attention over pages"):
+                    check.compare(self, "modules")
+            if fused:
+                self._fused, self.path_reason = FusedModel.build(self)
+                if self._fused is not None and check is not None and not check.agrees(self):
+                    self._fused, self.path_reason = None, "the fused path differs from the model's own forward"
+        if self._fused is None and matmul_precision != "highest":
+            raise InvalidArgument(
+                f"matmul_precision: got {matmul_precision!r} for a {type(model).__name__}, expected 'highest': {self.path_reason}"
+            )
+        self.caches, self.num_slots = {}, 0
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu", **options
+    ) -> TargetModel:
+        """Loads a checkpoint folder or a hub name; see `read_model` for its errors and warnings. `options` go to the constructor."""
+        model = read_model(path, dtype)
+        with checkpoint.readable(path):
+            check_finite(path, model)
+            target = cls(model.to(device), **options)
+            # Said here, before anything is made of them.
+            target.eos_token_ids, target.max_context  # noqa: B018
+            return target
+
+    @property
+    def path(self) -> str:
+        """Which forward runs: "fused" or "modules"."""
+        return "modules" if self._fused is None else "fused"
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, from the generation configuration or else the model's; may be empty. Raises CheckpointError."""
+        for source in (getattr(self.model, "generation_config", None), self.config):
+            ids = getattr(source, "eos_token_id", None)
+            if ids is not None:
+                return checkpoint.check_eos(self._name, ids, self.vocab_size)
+        return ()
+
+    @property
+    def max_context(self) -> int:
+        """Positions the model was made for, prompt and output together."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= checkpoint.MOST_POSITIONS:
+            raise CheckpointError(
+                f"{self._name}: max_position_embeddings: got {checkpoint.short(limit)}, expected an integer in "
+                f"1..{checkpoint.MOST_POSITIONS}"
+            )
+        return limit
+
+    @property
+    def _name(self) -> str:
+        return f"target {getattr(self.model, 'name_or_path', '') or type(self.model).__name__}"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV one token takes over all layers."""
+        per_head = (layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.kv_layers.values())
+        return sum(per_head) * self.dtype.itemsize
+
+    def _find_layers(self, attention: dict[int, nn.Module]) -> nn.ModuleList:
+        """The list whose i-th entry holds the module that attended as layer i: a tower for pictures may be as deep."""
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
+                if all(any(part is attention[i] for part in layer.modules()) for i, layer in enumerate(module)):
+                    return module
+        raise UnsupportedModel(
+            f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers found (config num_hidden_layers)"
+        )
+
+    def _probe(self) -> tuple[dict[int, LayerKV], nn.ModuleList, list[tuple[int, ...]]]:
+        """How its layers attend, the layers, and the shape of what each puts out for one request of two tokens."""
+        recorder = Recorder(self.max_context)
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+        positions = torch.arange(2, device=self.device)[None]
+        shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+        def note(module, args, output):
+            shapes[module] = tuple((output[0] if isinstance(output, tuple) else output).shape)
+
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_layers]
+        hooks = [layer.register_forward_hook(note) for layers in lists for layer in layers]
+        probing.recorder = recorder
+        try:
+            self.model(input_ids=tokens, position_ids=positions, use_cache=False, **{STEP: recorder})
+        finally:
+            probing.recorder = None
+            for hook in hooks:
+                hook.remove()
+        layers = dict(sorted(recorder.layers.items()))
+        if sorted(layers) != list(range(self.num_layers)):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: attention ran in layers {sorted(layers)}, expected every one of the "
+                f"{self.num_layers}: a layer without paged attention keeps state that cannot be rolled back"
+            )
+        softcap = getattr(self.config, "attn_logit_softcapping", None)
+        for index, layer in layers.items():
+            if softcap and layer.softcap != softcap:
+                raise UnsupportedModel(
+                    f"layer {index}: attn_logit_softcapping is {softcap}, but {layer.softcap} reached the attention"
+                )
+            if isinstance(getattr(recorder.modules[index], "sinks", None), Tensor) and not layer.sinks:
+                raise UnsupportedModel(f"layer {index}: has sinks, but they did not reach the attention")
+        for index, kind in enumerate(getattr(self.config, "layer_types", None) or ()):
+            if kind == "sliding_attention" and layers[index].window is None:
+                raise UnsupportedModel(
+                    f"layer {index}: declared sliding_attention, but its window did not reach the attention"
+                )
+        decoder = self._find_layers(recorder.modules)
+        return layers, decoder, [shapes.get(layer, ()) for layer in decoder]
+
+    def set_taps(self, layer_ids) -> None:
+        """Tap the outputs of these layers (0-based, order kept) as features; empty for none.
+
+        The last layer is refused: some code hands out its output, some the normalised one.
+        """
+        layer_ids = tuple(int(k) for k in layer_ids)
+        for k in layer_ids:
+            if not 0 <= k < self.num_layers - 1:
+                raise InvalidArgument(
+                    f"target_layer_ids: got {k}, expected 0..{self.num_layers - 2}, below the last layer"
+                )
+            if self._layer_outputs[k] != (1, 2, self.hidden_size):
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__}: layer {k} puts out {list(self._layer_outputs[k])} for two tokens, expected "
+                    f"[1, 2, {self.hidden_size}]: there are no features for a drafter"
+                )
+        for hook in self._hooks:
+            hook.remove()
+        self.taps = layer_ids
+        self._hooks = [self.decoder_layers[k].register_forward_hook(self._keep(k)) for k in sorted(set(layer_ids))]
+
+    def _keep(self, index: int):
+        def hook(module, args, output):
+            self._tapped[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def alloc_kv(self, num_slots: int) -> None:
+        """Allocates zeroed KV for `num_slots` tokens, [num_slots, kv_heads, dim] per layer and kind."""
+        if num_slots < 1:
+            raise InvalidArgument(f"num_slots: got {num_slots}, expected at least 1")
+        self.num_slots = num_slots
+        self.caches = {
+            index: (
+                torch.zeros(num_slots, kv.kv_heads, kv.key_dim, dtype=self.dtype, device=self.device),
+                torch.zeros(num_slots, kv.kv_heads, kv.value_dim, dtype=self.dtype, device=self.device),
+            )
+            for index, kv in self.kv_layers.items()
+        }
+
+    def free(self) -> None:
+        """Gives the KV back."""
+        self.caches, self.num_slots = {}, 0
+
+    @contextlib.contextmanager
+    def scratch(self, num_slots: int) -> Iterator[None]:
+        """Within it, passes see KV of their own for `num_slots` tokens."""
+        kept = self.caches, self.num_slots
+        try:
+            self.alloc_kv(num_slots)
+            yield
+        finally:
+            self.caches, self.num_slots = kept
+
+    def move_kv(self, sources: np.ndarray, places: np.ndarray) -> None:
+        """Moves the KV of M tokens from slots `sources` to slots `places`, both int64 [M], in all layers. They may overlap: everything is
+        read before anything is written."""
+        with torch.inference_mode():
+            sources, places = (torch.from_numpy(x.copy()).to(self.device) for x in (sources, places))
+            for caches in self.caches.values():
+                for cache in caches:
+                    cache.index_copy_(0, places, cache.index_select(0, sources))
+
+    def forward(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
+        """One step: logits [N, V] of `batch.logit_rows`, and features [T, K*H] when taps are set.
+
+        Writes the KV of every token of the batch at its slot. Serves prefill chunks, plain decoding and block
+        verification alike; row i's features are the concatenated outputs of the tapped layers at token i.
+        """
+        if not self.caches:
+            raise InvalidArgument("cache: not allocated, call alloc_kv(num_slots) first")
+        with torch.inference_mode():
+            attention = step_attention(batch, num_slots=self.num_slots, write=True, kernel=self.kernel)
+            return self.run(batch.token_ids, batch.positions, batch.max_length, attention, batch.logit_rows)
+
+    def run(
+        self, token_ids: Tensor, positions: Tensor, limit: int, attention, logit_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pass of `forward` over tensors on the device, in inference mode: token_ids and positions int64 [T], positions below
+        `limit`; logit_rows int64 [N] (every row when None)."""
+        if self._fused is not None:
+            return self._fused.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
+        output = self.model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if logit_rows is None else logit_rows,
+            **{STEP: Step(attention, self.caches, self._windows)},
+        )
+        features = torch.cat([self._tapped[k][0] for k in self.taps], dim=-1) if self.taps else None
+        self._tapped.clear()
+        return output.logits[0], features
+
+    def prepare(self, limit: int) -> None:
+        """Makes what a pass over positions below `limit` would make when it is first needed, as a captured graph must not."""
+        if self._fused is not None:
+            self._fused.rotary.rows(limit, self.device)

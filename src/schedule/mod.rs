@@ -1,0 +1,609 @@
+//! Who runs this step: admission, chunked prefill, blocks, retraction.
+//!
+//! Promises:
+//! - First come, first served: running requests are older than waiting ones, nobody overtakes.
+//! - A request is let in when the allocator could serve it, by the same arithmetic; it then owns the pages of its whole
+//!   prompt. Growth is paid per step: a block if pages allow, else a plain step, else the youngest request gives way.
+//! - A request that could not finish alone in an empty pool is refused on arrival, so the oldest one always gets on.
+//! - A target with state that pages do not hold (`Config::state_checkpoints`) is told which rows start from a copy of it and which leave
+//!   one behind; a row at position 0 starts from nothing, any other goes on from where its last resolved step left it.
+//! - A retracted request resumes with its resolved tokens and says the same as if it had never been retracted.
+
+mod request;
+
+use std::collections::VecDeque;
+
+pub use request::{Finish, Params, Request, Vocabulary};
+
+use crate::error::{Error, Result, indices};
+use crate::kv::{Checkpoint, CheckpointId, Kv, Launched, RowKey, pages_for};
+use crate::types::{RequestId, SlotId, TokenId};
+
+/// Sizes of an engine. All are at least 1 unless said otherwise.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Pages of the KV pool.
+    pub num_pages: usize,
+    /// KV slots per page.
+    pub page_size: usize,
+    /// Most requests that run at a time.
+    pub max_running: usize,
+    /// Most tokens a request may have, prompt and output together.
+    pub max_context: usize,
+    /// Tokens of a block, the anchor counted; 1 never drafts.
+    pub block_size: usize,
+    /// Most tokens of a step, prefill and blocks together; at least `max_running`.
+    pub max_batch_tokens: usize,
+    /// Columns of the target's logits; token ids are below.
+    pub vocab_size: usize,
+    /// Tokens that end a text.
+    pub eos_ids: Vec<TokenId>,
+    /// Reuse the KV of equal prefixes.
+    pub prefix_cache: bool,
+    /// `None` for a target all of whose memory of a text is in pages. `Some(n)`: it keeps state per request, of which `n` copies may be
+    /// kept at the ends of cached pages; prefix hits end at these, so with 0 nothing is reused. Needs `depth` 0.
+    pub state_checkpoints: Option<usize>,
+    /// Steps that may be launched and unresolved while the next is planned: 0, or 1 for the overlapped pipeline.
+    pub depth: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            num_pages: 1024,
+            page_size: 16,
+            max_running: 16,
+            max_context: 2048,
+            block_size: 8,
+            max_batch_tokens: 2048,
+            vocab_size: 32_000,
+            eos_ids: Vec::new(),
+            prefix_cache: true,
+            state_checkpoints: None,
+            depth: 0,
+        }
+    }
+}
+
+impl Config {
+    fn validate(&self) -> Result<()> {
+        let most = i32::MAX as usize / 4;
+        for (name, got) in [
+            ("num_pages", self.num_pages),
+            ("page_size", self.page_size),
+            ("max_running", self.max_running),
+            ("max_context", self.max_context),
+            ("block_size", self.block_size),
+            ("max_batch_tokens", self.max_batch_tokens),
+            ("vocab_size", self.vocab_size),
+        ] {
+            if !(1..=most).contains(&got) {
+                let expected = format!("1..{most}");
+                return Err(Error::InvalidArgument {
+                    name,
+                    got: got.to_string(),
+                    expected,
+                });
+            }
+        }
+        if self.max_batch_tokens < self.max_running {
+            return Err(Error::InvalidArgument {
+                name: "max_batch_tokens",
+                got: self.max_batch_tokens.to_string(),
+                expected: format!("at least max_running = {}", self.max_running),
+            });
+        }
+        if let Some(copies) = self.state_checkpoints.filter(|&copies| copies > most) {
+            return Err(Error::InvalidArgument {
+                name: "state_checkpoints",
+                got: copies.to_string(),
+                expected: format!("0..{most}"),
+            });
+        }
+        if self.depth > 1 {
+            let got = self.depth.to_string();
+            return Err(Error::InvalidArgument {
+                name: "depth",
+                got,
+                expected: "0 or 1".into(),
+            });
+        }
+        if self.depth > 0 && self.state_checkpoints.is_some() {
+            // A step that is called off would have moved the states of the one launched after it.
+            return Err(Error::InvalidArgument {
+                name: "depth",
+                got: self.depth.to_string(),
+                expected: "0 with state_checkpoints".into(),
+            });
+        }
+        check_tokens("eos_ids", &self.eos_ids, self.vocab_size)
+    }
+
+    /// Slots a row may need: the whole context, what an unresolved step may have added, a block, and page rounding.
+    fn row_slots(&self) -> usize {
+        self.max_context + (self.depth + 1) * self.block_size + self.page_size - 1
+    }
+}
+
+/// Refuses token ids outside the vocabulary.
+pub(crate) fn check_tokens(name: &'static str, tokens: &[TokenId], vocab_size: usize) -> Result<()> {
+    match tokens.iter().find(|token| token.0 as usize >= vocab_size) {
+        None => Ok(()),
+        Some(token) => Err(Error::InvalidArgument {
+            name,
+            got: format!("token {}", token.0),
+            expected: format!("tokens in {}", indices(vocab_size)),
+        }),
+    }
+}
+
+/// A running request and what is known about where the device is.
+#[derive(Debug)]
+pub struct Running {
+    /// Its row.
+    pub key: RowKey,
+    /// The request.
+    pub request: Request,
+    /// First position from which on draft K/V are valid.
+    pub draft_valid_from: u32,
+    /// The device has at least this many tokens committed once every launched step is through.
+    lo: u32,
+    /// And at most this many.
+    hi: u32,
+    /// Tokens to prefill on this residence: prompt, and output of an earlier one.
+    prefill_end: u32,
+    /// Launched steps whose results still count.
+    unresolved: u32,
+    /// The copy of the target's state that its first pass starts from.
+    restore: Option<CheckpointId>,
+    /// Where its text leaves all that are cached, if the copy lies before that: worth a copy for those who come after.
+    branch: u32,
+    /// Changes when launched steps are called off; results of an older epoch do not count.
+    epoch: u32,
+}
+
+/// What a row does in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Tokens whose KV is missing; `last` when the final one asks for the next token.
+    Prefill {
+        /// Whether this chunk reaches the end.
+        last: bool,
+    },
+    /// An anchor and drafts.
+    Decode,
+}
+
+/// One row of a step: pages reserved, bounds moved, ready to be laid out.
+#[derive(Debug)]
+pub struct Scheduled {
+    /// The row's part in the step, to be committed or cancelled.
+    pub launched: Launched,
+    /// What it does.
+    pub work: Work,
+    /// Lower bound of the first position; the position itself when `start_known`.
+    pub first: u32,
+    /// Tokens.
+    pub len: u32,
+    /// Whether the host knows where the row starts.
+    pub start_known: bool,
+    /// Whether the host knows the token it starts with.
+    pub anchor_known: bool,
+    /// The copy of the target's state that the row starts from, instead of where it left off.
+    pub restore: Option<CheckpointId>,
+    /// Where the target's state after this row's last token is to be copied.
+    pub save: Option<Checkpoint>,
+    epoch: u32,
+}
+
+impl Scheduled {
+    // Tokens the step commits at least.
+    fn least(&self) -> u32 {
+        match self.work {
+            Work::Prefill { .. } => self.len,
+            Work::Decode => 1,
+        }
+    }
+}
+
+/// Waiting and running requests with their pages.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: Config,
+    kv: Kv,
+    waiting: VecDeque<Request>,
+    rows: Vec<Option<Running>>,
+    /// Rows of running requests, oldest request first.
+    order: Vec<SlotId>,
+    retractions: u64,
+}
+
+impl Scheduler {
+    /// Nothing waits, nothing runs.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the size that is out of range.
+    pub fn new(config: Config) -> Result<Self> {
+        config.validate()?;
+        // A request that has left keeps its row until its launched steps are home; with spare rows nobody waits for that.
+        let rows = config.max_running * (1 + config.depth);
+        let kv = Kv::new(
+            config.num_pages,
+            config.page_size,
+            rows,
+            config.row_slots(),
+            config.prefix_cache,
+        )?;
+        let kv = match config.state_checkpoints {
+            Some(copies) => kv.with_checkpoints(copies),
+            None => kv,
+        };
+        Ok(Self {
+            kv,
+            waiting: VecDeque::new(),
+            rows: (0..rows).map(|_| None).collect(),
+            order: Vec::with_capacity(config.max_running),
+            retractions: 0,
+            config,
+        })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Pages and tables.
+    pub fn kv(&self) -> &Kv {
+        &self.kv
+    }
+
+    /// Pages and tables.
+    pub fn kv_mut(&mut self) -> &mut Kv {
+        &mut self.kv
+    }
+
+    /// Requests that wait, oldest first.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Request> {
+        self.waiting.iter()
+    }
+
+    /// Requests that run, oldest first.
+    pub fn running(&self) -> impl Iterator<Item = &Running> {
+        self.order.iter().filter_map(|slot| self.rows[slot.0 as usize].as_ref())
+    }
+
+    /// How many requests run.
+    pub fn num_running(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Times a running request had to give way.
+    pub fn retractions(&self) -> u64 {
+        self.retractions
+    }
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// `OutOfPages` when its longest output would not fit an empty pool.
+    pub fn enqueue(&mut self, request: Request) -> Result<()> {
+        let needed = pages_for(request.max_total as usize - 1, self.config.page_size);
+        if needed > self.config.num_pages {
+            return Err(Error::OutOfPages {
+                prompt: request.prompt_len,
+                max_tokens: request.max_total as usize - request.prompt_len,
+                needed,
+                page_size: self.config.page_size,
+                total: self.config.num_pages,
+            });
+        }
+        self.waiting.push_back(request);
+        Ok(())
+    }
+
+    /// Whether the next step can be launched before the results of the last one are there: nothing of a prompt is left to compute and
+    /// nobody waits to be let in, so that a plan of decoding rows leaves nothing out; and no request's draws depend on what those results say.
+    pub fn only_decodes(&self) -> bool {
+        let someone_enters = !self.waiting.is_empty() && self.order.len() < self.config.max_running;
+        !someone_enters
+            && self
+                .running()
+                .all(|running| running.lo >= running.prefill_end && !running.request.params.sampling.penalises())
+    }
+
+    /// Chooses rows for a step of blocks of at most `max_block` tokens, and launches them into `step`.
+    ///
+    /// # Errors
+    /// None in a consistent state.
+    pub fn schedule(&mut self, max_block: usize, step: &mut Vec<Scheduled>) -> Result<()> {
+        let mut budget = self.config.max_batch_tokens;
+        let waits = !self.waiting.is_empty() && self.order.len() < self.config.max_running;
+        let (mut decoding, mut prefilling) = (0, waits);
+        for running in self.running() {
+            decoding += usize::from(running.can_decode());
+            prefilling |= running.lo < running.prefill_end;
+        }
+        // Every decoding row has its one token for certain; drafts leave a quarter of the step to prompts that wait.
+        let kept_for_prompts = if prefilling { budget / 4 } else { 0 };
+        let mut drafts = budget.saturating_sub(decoding + kept_for_prompts);
+        let mut retracted = false;
+        let mut at = 0;
+        while let Some(&slot) = self.order.get(at) {
+            match self.decode(slot, max_block.min(drafts + 1), step)? {
+                Decoded::Launched(len) => {
+                    budget -= len;
+                    drafts -= len - 1;
+                    at += 1;
+                }
+                Decoded::NothingToDo => at += 1,
+                Decoded::NoPages => {
+                    let youngest = *self.order.last().unwrap_or(&slot);
+                    self.retract(youngest)?;
+                    retracted = true;
+                }
+            }
+        }
+        for at in 0..self.order.len() {
+            budget -= self.prefill(self.order[at], budget, step)?;
+        }
+        // Whoever has just given way would otherwise be let in again at once.
+        while !retracted && budget > 0 && self.order.len() < self.config.max_running {
+            let Some(slot) = self.admit()? else { break };
+            budget -= self.prefill(slot, budget, step)?;
+        }
+        Ok(())
+    }
+
+    fn decode(&mut self, slot: SlotId, max_block: usize, step: &mut Vec<Scheduled>) -> Result<Decoded> {
+        let Some(running) = self.rows[slot.0 as usize]
+            .as_mut()
+            .filter(|running| running.can_decode())
+        else {
+            return Ok(Decoded::NothingToDo);
+        };
+        let block = if running.request.params.draft {
+            max_block as u32
+        } else {
+            1
+        };
+        let wanted = block.min(running.request.max_total - running.lo - 1);
+        let mut len = wanted;
+        let mut reserved = self.kv.reserve(running.key, running.hi + len, len)?;
+        if reserved.is_none() && len > 1 {
+            len = 1;
+            reserved = self.kv.reserve(running.key, running.hi + len, len)?;
+        }
+        let Some(reservation) = reserved else {
+            // A result under way narrows the bounds, or ends the request: cheaper to wait than to throw work away.
+            return Ok(if running.unresolved > 0 {
+                Decoded::NothingToDo
+            } else {
+                Decoded::NoPages
+            });
+        };
+        let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
+        step.push(Scheduled {
+            launched,
+            work: Work::Decode,
+            first: running.lo,
+            len,
+            start_known: running.lo == running.hi,
+            anchor_known: running.unresolved == 0,
+            restore: None,
+            save: None,
+            epoch: running.epoch,
+        });
+        running.lo += 1;
+        running.hi += len;
+        running.unresolved += 1;
+        Ok(Decoded::Launched(len as usize))
+    }
+
+    fn prefill(&mut self, slot: SlotId, budget: usize, step: &mut Vec<Scheduled>) -> Result<usize> {
+        let Some(running) = self.rows[slot.0 as usize].as_mut() else {
+            return Ok(0);
+        };
+        let len = running.prefill_end.saturating_sub(running.lo).min(budget as u32);
+        if len == 0 {
+            return Ok(0);
+        }
+        let len = if self.kv.keeps_checkpoints() {
+            running.up_to_a_copy(len, self.config.page_size as u32)
+        } else {
+            len
+        };
+        // Owned since admission, so this cannot run short.
+        let Some(reservation) = self.kv.reserve(running.key, running.lo + len, len)? else {
+            return Ok(0);
+        };
+        let launched = reservation.launch(self.kv.table_mut()).map_err(|failed| failed.error)?;
+        let ends_a_page = (running.lo + len).is_multiple_of(self.config.page_size as u32);
+        let save = if ends_a_page { self.kv.take_checkpoint() } else { None };
+        step.push(Scheduled {
+            launched,
+            work: Work::Prefill {
+                last: running.lo + len == running.prefill_end,
+            },
+            first: running.lo,
+            len,
+            start_known: true,
+            anchor_known: true,
+            restore: running.restore.filter(|_| running.lo == running.request.cached_tokens),
+            save,
+            epoch: running.epoch,
+        });
+        running.lo += len;
+        running.hi += len;
+        running.unresolved += 1;
+        Ok(len as usize)
+    }
+
+    fn admit(&mut self) -> Result<Option<SlotId>> {
+        let Some(request) = self.waiting.front() else {
+            return Ok(None);
+        };
+        // A page for each row that runs already, or the newcomer would have to give way at the next page boundary.
+        let Some(admitted) = self.kv.admit(&request.tokens, self.order.len(), request.params.draft)? else {
+            return Ok(None);
+        };
+        let Some(mut request) = self.waiting.pop_front() else {
+            return Ok(None);
+        };
+        request.cached_tokens = admitted.cached_tokens;
+        let slot = admitted.key.slot;
+        self.rows[slot.0 as usize] = Some(Running {
+            key: admitted.key,
+            prefill_end: request.tokens.len() as u32,
+            request,
+            draft_valid_from: admitted.draft_valid_from,
+            lo: admitted.cached_tokens,
+            hi: admitted.cached_tokens,
+            unresolved: 0,
+            restore: admitted.restore,
+            branch: admitted.known_tokens,
+            epoch: 0,
+        });
+        self.order.push(slot);
+        Ok(Some(slot))
+    }
+
+    /// Sends a running request back to the head of the queue. Results of launched steps no longer count for it.
+    fn retract(&mut self, slot: SlotId) -> Result<()> {
+        if let Some(request) = self.leave(slot)? {
+            self.waiting.push_front(request);
+            self.retractions += 1;
+        }
+        Ok(())
+    }
+
+    /// Ends a running request's residence. The one place where a request gives up its row and pages.
+    pub fn leave(&mut self, slot: SlotId) -> Result<Option<Request>> {
+        let Some(running) = self.rows[slot.0 as usize].take() else {
+            return Ok(None);
+        };
+        self.order.retain(|&other| other != slot);
+        let valid = self.kv.table().committed(running.key)?;
+        self.kv
+            .share(running.key, &running.request.tokens, valid, running.draft_valid_from)?;
+        self.kv.release(running.key)?;
+        Ok(Some(running.request))
+    }
+
+    /// Removes a request, waiting or running; `false` when there is none of that number.
+    pub fn remove(&mut self, id: RequestId) -> Result<bool> {
+        if let Some(at) = self.waiting.iter().position(|request| request.id == id) {
+            self.waiting.remove(at);
+            return Ok(true);
+        }
+        let slot = self
+            .running()
+            .find(|running| running.request.id == id)
+            .map(|running| running.key.slot);
+        match slot {
+            Some(slot) => Ok(self.leave(slot)?.is_some()),
+            None => Ok(false),
+        }
+    }
+
+    /// The request a scheduled row was launched for, unless it has left or the launch was called off.
+    pub fn tenant(&self, row: &Scheduled) -> Option<&Running> {
+        let key = row.launched.key();
+        let running = self.rows[key.slot.0 as usize].as_ref()?;
+        (running.key == key && running.epoch == row.epoch).then_some(running)
+    }
+
+    /// Resolves a row: its first `keep` tokens have KV now, draft K/V too if `injected`. `None`: nobody is left to tell.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted` when `keep` is more than the row had.
+    pub fn resolve(&mut self, row: Scheduled, keep: u32, injected: bool) -> Result<Option<&mut Running>> {
+        if self.tenant(&row).is_none() {
+            self.let_go(row);
+            return Ok(None);
+        }
+        let (least, most, work) = (row.least(), row.len, row.work);
+        let key = row.launched.key();
+        if keep > most
+            && let Some(save) = row.save
+        {
+            // The commit below refuses it.
+            self.kv.give_back(save);
+            return row.launched.commit(self.kv.table_mut(), keep).map(|_| None);
+        }
+        row.launched.commit(self.kv.table_mut(), keep)?;
+        let committed = self.kv.table().committed(key)?;
+        let Some(running) = self.rows[key.slot.0 as usize].as_mut() else {
+            return Ok(None);
+        };
+        running.unresolved -= 1;
+        running.lo = running.lo + keep - least;
+        running.hi = running.hi + keep - most;
+        if !injected {
+            running.draft_valid_from = committed;
+        }
+        if let Work::Prefill { .. } = work {
+            self.kv
+                .share(key, &running.request.tokens, committed, running.draft_valid_from)?;
+            if let Some(save) = row.save {
+                self.kv.attach(key, committed, save)?;
+            }
+        }
+        Ok(Some(running))
+    }
+
+    fn let_go(&mut self, row: Scheduled) {
+        row.launched.cancel(self.kv.table_mut());
+        if let Some(save) = row.save {
+            self.kv.give_back(save);
+        }
+    }
+
+    /// Calls a launched row off: its request goes on from its last resolved token.
+    ///
+    /// # Errors
+    /// None in a consistent state.
+    pub fn call_off(&mut self, row: Scheduled) -> Result<()> {
+        let counts = self.tenant(&row).is_some();
+        let key = row.launched.key();
+        self.let_go(row);
+        if counts && let Some(running) = self.rows[key.slot.0 as usize].as_mut() {
+            let committed = self.kv.table().committed(key)?;
+            running.lo = committed;
+            running.hi = committed;
+            running.unresolved = 0;
+            running.epoch += 1;
+        }
+        Ok(())
+    }
+}
+
+enum Decoded {
+    Launched(usize),
+    NothingToDo,
+    NoPages,
+}
+
+impl Running {
+    fn can_decode(&self) -> bool {
+        self.lo >= self.prefill_end && self.lo + 1 < self.request.max_total
+    }
+
+    /// How many of the next `len` tokens of prompt to compute, so that they end where a copy of the target's state is worth its place: where
+    /// the text leaves those that are cached, at the last whole page of the prompt, and else, when the step has no more room, at any page.
+    fn up_to_a_copy(&self, len: u32, page_size: u32) -> u32 {
+        let last = (self.prefill_end - 1) / page_size * page_size;
+        let cuts = [self.branch, last].into_iter().filter(|&cut| cut > self.lo);
+        let wanted = cuts.min().map_or(len, |cut| cut - self.lo);
+        if wanted <= len {
+            return wanted;
+        }
+        let end = (self.lo + len) / page_size * page_size;
+        if end > self.lo { end - self.lo } else { len }
+    }
+
+    /// The device's committed tokens after all launched steps, as far as the host knows: at least, at most.
+    pub fn bounds(&self) -> (u32, u32) {
+        (self.lo, self.hi)
+    }
+}
