@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "target" / "mutants"
 TOOLS = ROOT / "target" / "tools"
 
-RUST_TESTS = "kv engine engine_model rounds lossless ratio rng sampling stats tree".split()
+RUST_TESTS = "kv engine engine_model rounds lossless ratio rng sampling stats tree draft drawn draws".split()
 CUDA_TESTS = ["cuda_host"]
 COPIED = "src tests cuda benches docs/architecture.md build.rs Cargo.toml Cargo.lock rust-toolchain.toml".split()
 NONE, RECORD = 2**32 - 1, 2**32 - 2

@@ -87,3 +87,99 @@ fn gather(row: Tempered, threshold: f32, packed: &mut Vec<u64>) -> u64 {
     }
     gathered
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::math::scan;
+
+    /// By sorting everything: among the first `top_k`, and the weight before it below the limit, and not below the floor.
+    fn sorted(row: &[f32], scale: f32, top_k: usize, top_p: f32, floor: f32) -> Vec<u32> {
+        let tempered: Vec<f32> = row.iter().map(|x| x * scale).collect();
+        let top = tempered.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut order: Vec<usize> = (0..row.len()).collect();
+        order.sort_by(|&a, &b| tempered[b].total_cmp(&tempered[a]).then(a.cmp(&b)));
+        let weights: Vec<u64> = tempered.iter().map(|t| weight(t - top)).collect();
+        let limit = (f64::from(top_p) * weights.iter().sum::<u64>() as f64).ceil() as u64;
+        let mut before = 0;
+        let mut kept = Vec::new();
+        for (rank, &id) in order.iter().enumerate() {
+            let within = (top_k == 0 || rank < top_k) && (top_p >= 1.0 || before < limit);
+            if within && tempered[id] > f32::NEG_INFINITY && tempered[id] - top >= floor {
+                kept.push(id as u32);
+            }
+            before += weights[id];
+        }
+        kept.sort_unstable();
+        kept
+    }
+
+    fn selected(row: &[f32], scale: f32, top_k: usize, top_p: f32, floor: f32) -> Vec<u32> {
+        let mut maxima = Vec::new();
+        let top = scan(row, &mut maxima).unwrap() * scale;
+        let tempered = Tempered {
+            row,
+            maxima: &maxima,
+            scale,
+            top,
+        };
+        let (mut packed, mut kept) = (Vec::new(), vec![7; 3]);
+        keep(tempered, top_k, top_p, floor, &mut packed, &mut kept);
+        kept.sort_unstable();
+        kept
+    }
+
+    /// As much weight around 4, 6 and 8 nats below the top as at it, the columns mixed and the last block not full.
+    fn deep() -> Vec<f32> {
+        let count = 1 + 55 + 403 + 2981;
+        (0..count)
+            .map(|at| {
+                let at = at * 1009 % count;
+                let spread = (at % 97) as f32 / 200.0;
+                match at {
+                    0 => 0.0,
+                    1..56 => -4.0 - spread,
+                    56..459 => -6.0 - spread,
+                    _ => -8.0 - spread,
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_kept_without_sorting_is_what_is_kept_by_sorting() {
+        let shifted = |by: f32| deep().iter().map(|x| x + by).collect::<Vec<f32>>();
+        let ties: Vec<f32> = deep().iter().map(|x| (x / 2.0).round() * 2.0).collect();
+        let holes: Vec<f32> = (deep().iter().enumerate())
+            .map(|(i, &x)| if i % 3 == 1 { f32::NEG_INFINITY } else { x })
+            .collect();
+        for row in [deep(), shifted(20.0), shifted(-500.0), ties, holes] {
+            for scale in [1.0, 0.4] {
+                for top_k in [0, 1, 40, 63, 64, 65, 300, 1000, row.len(), row.len() + 1] {
+                    for top_p in [1.0, 0.01, 0.3, 0.45, 0.6, 0.9, 0.999] {
+                        let floor = if top_k % 2 == 0 { f32::NEG_INFINITY } else { -6.25 };
+                        assert_eq!(
+                            selected(&row, scale, top_k, top_p, floor),
+                            sorted(&row, scale, top_k, top_p, floor),
+                            "scale {scale}, top-k {top_k}, top-p {top_p}, from {}",
+                            row[0]
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_looked_into_by_their_distance_from_the_top() {
+        // A small top and blocks below zero: their quotient says nothing.
+        let mut row = vec![-2.0f32; 5 * BLOCK + 3];
+        row[70] = 0.5;
+        assert_eq!(selected(&row, 1.0, row.len(), 1.0, -2.75).len(), row.len());
+        assert_eq!(
+            selected(&row, 1.0, 0, 0.99, f32::NEG_INFINITY),
+            sorted(&row, 1.0, 0, 0.99, f32::NEG_INFINITY)
+        );
+        assert_eq!(selected(&row, 1.0, row.len(), 1.0, -2.25), [70]);
+    }
+}

@@ -117,6 +117,56 @@ fn the_best_columns_are_those_of_the_reference() {
 }
 
 #[test]
+fn columns_that_are_no_numbers_count_as_impossible() {
+    let mut numbers = Numbers(15);
+    let kernels = [
+        dflash_host_tree_top_k_f32 as unsafe extern "C" fn(*const TreeTopKParams),
+        dflash_emulated_tree_top_k_f32,
+    ];
+    for (kernel, cases) in kernels.into_iter().zip([60, 4]) {
+        for case in 0..cases {
+            let (vocab, k, normalise) = (numbers.within(2, 2600), numbers.within(1, 40), case % 2 == 1);
+            let k = k.min(vocab);
+            let share = if case < 2 { 1.0 } else { 0.3 };
+            let mut clean = row(&mut numbers, vocab);
+            let mut values = clean.clone();
+            for (value, clean) in values.iter_mut().zip(&mut clean) {
+                if numbers.chance(share) {
+                    *value = numbers.pick(&[f32::NAN, -f32::NAN, f32::INFINITY]);
+                    *clean = f32::NEG_INFINITY;
+                }
+            }
+            let (mut tokens, mut log_probs) = (vec![-9i64; k], vec![f32::NAN; k]);
+            let params = TreeTopKParams {
+                values: address(&values),
+                tokens: address_mut(&mut tokens),
+                log_probs: address_mut(&mut log_probs),
+                row_stride: vocab as i64,
+                num_rows: 1,
+                vocab: vocab as i32,
+                k: k as i32,
+                normalise: i32::from(normalise),
+            };
+            // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
+            unsafe { kernel(&raw const params) };
+            let (ids, best) = top_k(&clean, vocab, k).unwrap();
+            for i in 0..k {
+                let expected = if normalise && best[i] > f32::NEG_INFINITY {
+                    Sampler::new().logprob(&clean, ids[i]).unwrap().min(0.0)
+                } else {
+                    best[i]
+                };
+                assert_eq!(
+                    (tokens[i] as u32, log_probs[i]),
+                    (ids[i].0, expected),
+                    "column {i} of {k}, {vocab}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn trees_are_those_of_the_reference() {
     build(&mut Numbers(14), 1_000_000, dflash_host_tree_build);
     build(&mut Numbers(114), 3_000, dflash_emulated_tree_build);
