@@ -453,12 +453,17 @@ fn the_history_of_a_penalised_row_is_its_distinct_tokens_in_order() {
     let mut plan = engine.plan(1).unwrap().unwrap();
     let accepted = engine.accept_sampled(&plan, &[1, 19, 0], &[]).unwrap();
     engine.commit(&mut plan, &accepted, true).unwrap();
-    assert!(matches!(engine.histories(&plan), Err(Error::OutOfTurn { step: 1, .. })));
+    assert!(matches!(
+        engine.device_sampling(&plan),
+        Err(Error::OutOfTurn { step: 1, .. })
+    ));
     let plan = engine.plan(1).unwrap().unwrap();
-    let histories = engine.histories(&plan).unwrap();
-    assert_eq!(histories.starts, [0, 2, 2, 7]);
-    assert_eq!(histories.tokens, [0, 1, 0, 2, 3, 4, 5]);
-    assert_eq!(histories.counts, [0, 2, 1, 0, 1, 0, 0]);
+    let sampling = engine.device_sampling(&plan).unwrap();
+    let arrays = sampling.arrays();
+    let spans = arrays.rows.iter().map(|row| (row.history_start, row.history_end));
+    assert_eq!(spans.collect::<Vec<_>>(), [(0, 2), (2, 2), (2, 7)]);
+    assert_eq!(arrays.history_tokens, [0, 1, 0, 2, 3, 4, 5]);
+    assert_eq!(arrays.history_counts, [0, 2, 1, 0, 1, 0, 0]);
 }
 
 #[test]

@@ -318,7 +318,7 @@ fn a_request_says_whether_it_edits_logits_and_needs_counts() {
         ),
     ] {
         assert_eq!(
-            (sampling.penalises(), sampling.edits_logits()),
+            (sampling.needs_history(), sampling.edits_logits(0)),
             (penalises, edits),
             "{sampling:?}"
         );
@@ -331,7 +331,7 @@ fn a_history_counts_the_output_and_knows_the_prompt() {
     for token in [1, 4, 4, 4] {
         history.push(TokenId(token));
     }
-    assert_eq!(history.counts(), [(TokenId(3), 0), (TokenId(1), 1), (TokenId(4), 3)]);
+    assert_eq!(history.counts(), [(TokenId(1), 1), (TokenId(3), 0), (TokenId(4), 3)]);
     for (token, count) in [(3, 0), (1, 1), (4, 3), (9, 0)] {
         assert_eq!(history.output_count(TokenId(token)), count);
     }

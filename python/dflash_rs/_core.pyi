@@ -846,6 +846,7 @@ class Planner:
     def exponent(self, temperature: float = 1.0) -> float:
         """What makes a chance of acceptance of the drafter's probability, ``probability ** exponent``, for requests at this temperature."""
 
+@final
 class WidthPlanner:
     """Chooses one block length for a whole batch: most expected tokens per second, judged by what steps were seen to take.
 

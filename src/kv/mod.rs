@@ -156,7 +156,7 @@ impl Kv {
     pub fn attach(&mut self, key: RowKey, tokens: u32, checkpoint: Checkpoint) -> Result<bool> {
         let page = self.table.row(key).and_then(|row| {
             let last = (tokens as usize / self.page_size).checked_sub(1);
-            let ends = tokens as usize % self.page_size == 0 && tokens <= row.committed;
+            let ends = (tokens as usize).is_multiple_of(self.page_size) && tokens <= row.committed;
             let page = last.filter(|_| ends).and_then(|last| row.pages.get(last));
             page.copied().ok_or(Error::SlotsNotOwned {
                 end: tokens,

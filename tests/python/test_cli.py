@@ -158,7 +158,7 @@ def test_every_sampling_option_reaches_the_engine():
 
 
 def test_nothing_given_is_what_sampling_params_mean_by_nothing():
-    assert cli.sampling_from(cli.build_parser().parse_args(["generate", "x"])) == SamplingParams()
+    assert cli.generate.sampling_from(cli.build_parser().parse_args(["generate", "x"])) == SamplingParams()
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ impl HostKernels {
     }
 
     /// Writes this step's K and V to the batch's slots, if it has any, and attends: for every token and head
-    /// `softmax(scale * q . K^T) V` over the keys that [`Mask`] and window leave visible, with soft cap and sinks where there are any.
+    /// `softmax(scale * q . K^T) V` over the keys that [`Mask`](crate::device::Mask) and window leave visible, with soft cap and sinks where there are any.
     ///
     /// A row's result depends on its own query and its visible keys and values in order, bit for bit: not on the other requests, on the
     /// length of its block, on where a key lives, or on the number of threads.
