@@ -25,7 +25,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
-  sglang-demo sglang-install bench-core bench-demo bench-trees bench-reference bench-sglang soak mutants mutants-tools
+  sglang-demo sglang-install bench-core bench-demo bench-trees bench-host bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -140,7 +140,7 @@ $(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VE
 	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --target $(SGLANG_VENV)/sglang-0.5.17 -r $<
 	touch $@
 
-bench: bench-core bench-demo bench-trees bench-reference bench-sglang
+bench: bench-core bench-demo bench-trees bench-host bench-reference bench-sglang
 
 bench-core: install venv
 	cargo bench --locked
@@ -151,6 +151,9 @@ bench-core: install venv
 bench-demo: install venv
 	$(BIN)/dflash-rs bench --suite demo --concurrency 1,2,4,8 --profile \
 	  --json benchmarks/results/demo.json --plot docs/img/demo.png
+
+bench-host: install venv
+	$(BIN)/python benchmarks/host_step.py --json benchmarks/results/host_step.json
 
 bench-trees: install venv
 	$(BIN)/python benchmarks/trees.py --json benchmarks/results/trees.json

@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from dflash_rs import LLM, SamplingParams, StepCosts, cuda
 from dflash_rs.bench.report import cpu_model, version
+from dflash_rs.config import assets
+from dflash_rs.engine.build import Models
 from dflash_rs.engine.device.step import DeviceBackend
 
 TOKEN = 100
@@ -27,12 +31,12 @@ TOKEN = 100
 SHARE = 0.25
 
 
-def engine(requests: int, overlap: bool) -> LLM:
+def engine(models: Models, requests: int, overlap: bool) -> LLM:
     """An engine whose graphs do nothing and whose rows all say `TOKEN`."""
     costs = StepCosts.lines(1.0, 0.0, 0.1, 0.0)
-    made = LLM(
-        device="cpu", dtype="bfloat16", max_running=requests, max_context=1024, page_size=16, max_batch_tokens=4096, costs=costs,
-        num_pages=requests * 65, overlap=overlap,
+    made = LLM.from_parts(
+        models.target, models.draft, tokenizer=models.tokenizer, token_bytes=models.bytes, max_running=requests, max_context=1024,
+        max_batch_tokens=4096, costs=costs, num_pages=requests * 65, overlap=overlap,
     )  # fmt: skip
     backend = made._loop.backend
     assert isinstance(backend, DeviceBackend)
@@ -44,9 +48,9 @@ def engine(requests: int, overlap: bool) -> LLM:
     return made
 
 
-def measure(requests: int, overlap: bool, steps: int, params: dict[str, Any]) -> dict[str, Any]:
+def measure(models: Models, requests: int, overlap: bool, steps: int, params: dict[str, Any]) -> dict[str, Any]:
     """Microseconds of a step of `requests` requests, in all and by stage."""
-    with engine(requests, overlap) as made:
+    with engine(models, requests, overlap) as made:
         loop = made._loop
         prompts = [[TOKEN] * 32 for _ in range(requests)]
         each = [SamplingParams(max_tokens=960, ignore_eos=True, seed=i, **params) for i in range(requests)]
@@ -80,13 +84,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
+    # Loading compares the target with itself, which takes kernels that work.
+    folder = assets()
+    models = Models.load(
+        folder / "target", folder / "draft", device=torch.device("cpu"), dtype=torch.bfloat16, precision="highest"
+    )
     with (
         mock.patch.object(cuda, "available", lambda device="cuda": True),
         mock.patch.object(cuda, "load", lambda device="cuda": None),
     ):
         for requests in map(int, args.requests.split(",")):
             for overlap in (False, True):
-                row = measure(requests, overlap, args.steps, {"temperature": 0.8, "top_p": 0.95})
+                row = measure(models, requests, overlap, args.steps, {"temperature": 0.8, "top_p": 0.95})
                 rows.append(row)
                 parts = ", ".join(f"{name} {us}" for name, us in row["us_by_stage"].items())
                 print(f"{requests:4} requests, overlap {overlap!s:5}: {row['us']:8.1f} us a step ({parts})", flush=True)
