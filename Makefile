@@ -79,6 +79,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	VENV=$(VENV) scripts/format_cuda.sh --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --lib --features python -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet

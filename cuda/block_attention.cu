@@ -25,7 +25,7 @@ __device__ void attend(const BlockAttentionParams& p) {
     if (p.slots && blockIdx.y == 0 && blockIdx.z == 0) store_keys<D>(p, t, thread, THREADS);
 
     uint16_t* queries = reinterpret_cast<uint16_t*>(dynamic_shared);
-    uint16_t* stages = queries + ATTENTION_ROWS * D; // [2][keys, values][KEYS][D]
+    uint16_t* stages = queries + ATTENTION_ROWS * D;                      // [2][keys, values][KEYS][D]
     int64_t* sources = reinterpret_cast<int64_t*>(stages + 4 * KEYS * D); // [2][KEYS]
     int32_t tiles = t.end > t.begin ? (t.end - t.begin + KEYS - 1) / KEYS : 0;
 
@@ -51,8 +51,7 @@ __device__ void attend(const BlockAttentionParams& p) {
         wait_copies<1>();
         __syncthreads();
         const uint16_t* from = stages + now * 2 * KEYS * D;
-        if (busy)
-            warp_attend<DeviceWarp, D, KEYS>(p, t, warp, t.begin + i * KEYS, queries, from, from + KEYS * D, state);
+        if (busy) warp_attend<DeviceWarp, D, KEYS>(p, t, warp, t.begin + i * KEYS, queries, from, from + KEYS * D, state);
         // sources[now] were last read for tile i, before the barrier above.
         if (thread < KEYS) sources[now * KEYS + thread] = source;
         __syncthreads();
@@ -70,13 +69,13 @@ __device__ void combine(const BlockAttentionParams& p) {
 } // namespace
 } // namespace dflash
 
-#define ATTENTION_KERNELS(dim)                                                                                              \
+#define ATTENTION_KERNELS(dim)                                                                                                \
     extern "C" __global__ void __launch_bounds__(128) block_attention_##dim(const __grid_constant__ BlockAttentionParams p) { \
-        dflash::attend<dim>(p);                                                                                             \
-    }                                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) block_attention_combine_##dim(                                        \
-        const __grid_constant__ BlockAttentionParams p) {                                                                   \
-        dflash::combine<dim>(p);                                                                                            \
+        dflash::attend<dim>(p);                                                                                               \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128)                                                                         \
+        block_attention_combine_##dim(const __grid_constant__ BlockAttentionParams p) {                                       \
+        dflash::combine<dim>(p);                                                                                              \
     }
 
 ATTENTION_KERNELS(64)

@@ -182,8 +182,8 @@ struct DeviceWarp {
         for (uint32_t matrix = 0; matrix < 4; ++matrix) {
             const uint16_t* first = emulation::exchange(rows.v, matrix * 8 + (transposed ? t : g));
             const uint16_t* second = emulation::exchange(rows.v, matrix * 8 + (transposed ? t + 1 : g));
-            out[matrix].v = transposed ? uint32_t(first[g]) | uint32_t(second[g]) << 16
-                                       : uint32_t(first[t]) | uint32_t(second[t + 1]) << 16;
+            out[matrix].v =
+                transposed ? uint32_t(first[g]) | uint32_t(second[g]) << 16 : uint32_t(first[t]) | uint32_t(second[t + 1]) << 16;
         }
     }
 

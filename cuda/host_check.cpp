@@ -96,8 +96,8 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
             load_parts<E>(p, index, first, thread, x);
             merge(state, scan_thread(p, scratch, row, index, path, bits.data(), first, thread, x));
         }
-        scratch.chunks[int64_t(index) * scratch.num_chunks + chunk]
-            = {0, state.top.score, state.top.id, state.raw_top, state.bad, state.draw.score, state.draw.id};
+        scratch.chunks[int64_t(index) * scratch.num_chunks + chunk] = {0,         state.top.score,  state.top.id, state.raw_top,
+                                                                       state.bad, state.draw.score, state.draw.id};
     }
     RowTop top = row_top(row, merged(scratch, index));
     bool select = selects(row.s), ok = top.status == ROW_OK;
@@ -308,7 +308,8 @@ void top_k(const TreeTopKParams& p) {
                 prefix |= uint64_t(top_choose(counts, rank)) << shift;
             }
             count = 0;
-            for (int32_t thread = 0; thread < TOP_THREADS; ++thread) top_gather(row, prefix, top, false, list.data(), &count, thread);
+            for (int32_t thread = 0; thread < TOP_THREADS; ++thread)
+                top_gather(row, prefix, top, false, list.data(), &count, thread);
         }
         int32_t n = power_of_two(int32_t(count));
         for (int32_t i = int32_t(count); i < n; ++i) list[i] = 0;
@@ -481,7 +482,8 @@ void dflash_emulated_sample_f32(const SampleRowsParams* p) {
 }
 
 void dflash_emulated_sample_bf16(const SampleRowsParams* p) {
-    for (auto kernel : {sample_scan_bf16, sample_mass_bf16, sample_pick_bf16}) emulation::run(kernel, *p, sample_chunk_launch(*p));
+    for (auto kernel : {sample_scan_bf16, sample_mass_bf16, sample_pick_bf16})
+        emulation::run(kernel, *p, sample_chunk_launch(*p));
     emulation::run(sample_finish_bf16, *p, sample_finish_launch(*p));
 }
 #endif

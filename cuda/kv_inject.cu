@@ -26,9 +26,9 @@ __device__ void inject(const KvInjectParams& p) {
 } // namespace
 } // namespace dflash
 
-#define INJECT_KERNEL(dim)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) kv_inject_##dim(const __grid_constant__ KvInjectParams p) {       \
-        dflash::inject<dim>(p);                                                                                         \
+#define INJECT_KERNEL(dim)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) kv_inject_##dim(const __grid_constant__ KvInjectParams p) { \
+        dflash::inject<dim>(p);                                                                                   \
     }
 
 INJECT_KERNEL(64)

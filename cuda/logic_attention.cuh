@@ -48,9 +48,10 @@ struct DeviceWarp {
 
     // c += a b: a 16 x 16, b 16 x 8.
     static __device__ __forceinline__ void multiply(Reg<float>* c, const Reg<uint32_t>* a, const Reg<uint32_t>* b) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(c[0].v), "+f"(c[1].v), "+f"(c[2].v), "+f"(c[3].v)
-                     : "r"(a[0].v), "r"(a[1].v), "r"(a[2].v), "r"(a[3].v), "r"(b[0].v), "r"(b[1].v));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0].v), "+f"(c[1].v), "+f"(c[2].v), "+f"(c[3].v)
+            : "r"(a[0].v), "r"(a[1].v), "r"(a[2].v), "r"(a[3].v), "r"(b[0].v), "r"(b[1].v));
     }
 
     static __device__ __forceinline__ Reg<float> exchange(const Reg<float>& x, int32_t mask) {
@@ -86,7 +87,7 @@ struct AttentionTile {
     int32_t context;     // keys in the cache
     int32_t valid_from;
     int32_t first_query, num_queries;
-    int32_t begin, end;  // keys of this block; begin is a multiple of the key tile's width
+    int32_t begin, end;    // keys of this block; begin is a multiple of the key tile's width
     int32_t unmasked_from; // every row sees the context's keys from here on
     int32_t split;
     int32_t splits; // of the request
@@ -212,7 +213,8 @@ DFLASH_HD void copy16(uint16_t* to, const uint16_t* from, bool exists) {
 }
 
 template <int D>
-DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread, int32_t threads) {
+DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread,
+                            int32_t threads) {
     constexpr int32_t CHUNKS = D / 8;
     for (int32_t i = thread; i < ATTENTION_ROWS * CHUNKS; i += threads) {
         int32_t row = i / CHUNKS, chunk = i % CHUNKS, local = row / t.group;

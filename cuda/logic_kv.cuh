@@ -31,9 +31,7 @@ DFLASH_HD void store8(uint16_t* at, const Vec8& x) {
 #endif
 }
 
-DFLASH_HD float element(const Vec8& x, int32_t i) {
-    return float_of(i & 1 ? x.w[i / 2] & 0xffff0000u : x.w[i / 2] << 16);
-}
+DFLASH_HD float element(const Vec8& x, int32_t i) { return float_of(i & 1 ? x.w[i / 2] & 0xffff0000u : x.w[i / 2] << 16); }
 
 DFLASH_HD uint32_t pack2(float low, float high) { return uint32_t(bf16_of_float(low)) | uint32_t(bf16_of_float(high)) << 16; }
 
@@ -73,7 +71,8 @@ DFLASH_HD InjectUnit inject_unit(const KvInjectParams& p, int64_t unit) {
 template <int D>
 DFLASH_HD Vec8 inject_load(const KvInjectParams& p, const InjectUnit& u, int32_t lane) {
     if (!u.active) return {{0, 0, 0, 0}};
-    return load8(p.kv + u.source * p.row_stride + u.layer * p.layer_stride + (u.is_v ? p.v_offset : 0) + int64_t(u.head) * D + 8 * lane);
+    return load8(p.kv + u.source * p.row_stride + u.layer * p.layer_stride + (u.is_v ? p.v_offset : 0) + int64_t(u.head) * D
+                 + 8 * lane);
 }
 
 DFLASH_HD float sum_of_squares(const Vec8& x) {

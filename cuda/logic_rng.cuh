@@ -31,8 +31,11 @@ struct Stream {
     uint32_t key0, key1, position0, position1, domain;
 
     DFLASH_HD Stream(uint64_t seed, uint64_t position, Domain of)
-        : key0(uint32_t(seed)), key1(uint32_t(seed >> 32)), position0(uint32_t(position)),
-          position1(uint32_t(position >> 32)), domain(of) {}
+        : key0(uint32_t(seed)),
+          key1(uint32_t(seed >> 32)),
+          position0(uint32_t(position)),
+          position1(uint32_t(position >> 32)),
+          domain(of) {}
 
     // Words of columns first .. first + 4, `first` a multiple of four.
     DFLASH_HD Words words(uint32_t first) const {
@@ -57,7 +60,7 @@ struct Stream {
 
 // The constants are the f32 nearest to the decimals of src/rng.rs.
 DFLASH_HD float log1p_reduced(float r) {
-    const float c[9] = {-0.5f,          0.3333321f,    -0.24999507f, 0.20010792f, -0.1668955f,
+    const float c[9] = {-0.5f,       0.3333321f,   -0.24999507f, 0.20010792f, -0.1668955f,
                         0.14000371f, -0.12077453f, 0.14008936f,  -0.1331497f};
     float p = c[8];
     DFLASH_UNROLL

@@ -418,8 +418,8 @@ DFLASH_HD RowTop row_top(const OpenRow& row, const ScanState& all) {
     r.raw_top = all.raw_top;
     r.top = mul(all.top.score, row.scale);
     r.top_id = all.top.id;
-    r.status = all.bad ? ROW_BAD_LOGIT
-        : all.top.score == -infinity() ? ROW_EMPTY
+    r.status = all.bad                                                      ? ROW_BAD_LOGIT
+        : all.top.score == -infinity()                                      ? ROW_EMPTY
         : !is_greedy(row.s) && !(r.top > -infinity() && r.top < infinity()) ? ROW_OVERFLOW
                                                                             : ROW_OK;
     return r;

@@ -51,7 +51,8 @@ DFLASH_HD uint64_t top_largest(const TopRow<E>& row, int32_t thread) {
 // Lists the thread's candidates from `least` up, `count` going on beyond what the list holds. Returns the mass of its columns
 // relative to `top` if `mass` asks for it.
 template <typename E>
-DFLASH_HD uint64_t top_gather(const TopRow<E>& row, uint64_t least, float top, bool mass, uint64_t* list, uint32_t* count, int32_t thread) {
+DFLASH_HD uint64_t top_gather(const TopRow<E>& row, uint64_t least, float top, bool mass, uint64_t* list, uint32_t* count,
+                              int32_t thread) {
     uint64_t sum = 0;
 #ifdef __CUDACC__
 #pragma unroll 4
@@ -113,8 +114,8 @@ DFLASH_HD void sort_step(uint64_t* a, int32_t n, int32_t size, int32_t stride, i
 }
 
 template <typename E>
-DFLASH_HD void top_write(const TreeTopKParams& p, const TopRow<E>& row, int32_t index, const uint64_t* sorted, int32_t count, float top,
-                         uint64_t mass, int32_t thread, int32_t threads) {
+DFLASH_HD void top_write(const TreeTopKParams& p, const TopRow<E>& row, int32_t index, const uint64_t* sorted, int32_t count,
+                         float top, uint64_t mass, int32_t thread, int32_t threads) {
     for (int32_t i = thread; i < p.k; i += threads) {
         int64_t at = int64_t(index) * p.k + i;
         bool exists = i < count;
@@ -178,7 +179,8 @@ DFLASH_HD TreeBest tree_best(const TreeNodes& t, int32_t slots, int32_t lane) {
     return best;
 }
 
-DFLASH_HD void tree_offer(const TreeBuildParams& p, TreeNodes& t, const float* log_probs, int32_t slot, int32_t parent, int32_t rank) {
+DFLASH_HD void tree_offer(const TreeBuildParams& p, TreeNodes& t, const float* log_probs, int32_t slot, int32_t parent,
+                          int32_t rank) {
     t.keys[slot] = 0;
     int32_t depth = t.depths[parent];
     if (rank >= p.k || depth >= p.max_depth) return;
@@ -221,9 +223,8 @@ DFLASH_HD void tree_write(const TreeBuildParams& p, const TreeNodes& t, int32_t 
         int64_t at = int64_t(request) * nodes + i;
         bool exists = i < count, drafted = exists && i > 0;
         int32_t parent = exists ? t.parents[i] : 0;
-        p.tokens[at] = drafted
-            ? p.top_tokens[(int64_t(request) * p.max_depth + t.depths[i] - 1) * p.k + t.ranks[i]]
-            : p.anchors[request];
+        p.tokens[at] =
+            drafted ? p.top_tokens[(int64_t(request) * p.max_depth + t.depths[i] - 1) * p.k + t.ranks[i]] : p.anchors[request];
         p.parents[at] = parent;
         p.depths[at] = exists ? t.depths[i] : 1;
         if (p.scores) p.scores[at] = exists ? t.scores[i] : -infinity();

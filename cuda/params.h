@@ -75,13 +75,13 @@ struct PrepareBlockParams {
 //   rotary_dim is a multiple of 16, at most D. Computed in f32, rounded once to bfloat16.
 struct KvInjectParams {
     const uint16_t* kv;
-    const uint16_t* k_norm;     // [layers, D]
-    const float* cos_sin;       // [>= largest position + 1, rotary_dim]
-    const int64_t* rows;        // nullable, [max_rows]
-    const int64_t* positions;   // [max_rows]
-    const int64_t* slots;       // [max_rows]
-    const uint64_t* k_caches;   // [layers] device addresses of [num_slots, heads, D]
-    const uint64_t* v_caches;   // [layers]
+    const uint16_t* k_norm;   // [layers, D]
+    const float* cos_sin;     // [>= largest position + 1, rotary_dim]
+    const int64_t* rows;      // nullable, [max_rows]
+    const int64_t* positions; // [max_rows]
+    const int64_t* slots;     // [max_rows]
+    const uint64_t* k_caches; // [layers] device addresses of [num_slots, heads, D]
+    const uint64_t* v_caches; // [layers]
     int64_t row_stride;
     int64_t layer_stride;
     int64_t v_offset;
@@ -158,27 +158,28 @@ struct SamplingRow { // one per request
     float frequency_penalty;
     int32_t history_start, history_end; // into history_*: tokens of prompt and output, distinct and ascending
     int32_t bias_start, bias_end;       // into bias_*: distinct and ascending
-    int32_t mask_end;    // bias_tokens[bias_end .. mask_end], distinct and ascending, cannot be drawn for positions below mask_before
-    int32_t mask_before; // the values beside them are not read
-    int32_t anchor; // node behind which its drafts begin: 0, or the last token of a chunk of prompt, whose tokens are no drafts
+    // bias_tokens[bias_end .. mask_end], distinct and ascending, cannot be drawn for positions below mask_before; their values are not read.
+    int32_t mask_end, mask_before;
+    // Node behind which its drafts begin: 0, or the last token of a chunk of prompt, whose tokens are no drafts.
+    int32_t anchor;
 };
 
 struct SampleRowsParams {
-    const void* logits;                // [rows, row_stride]
+    const void* logits;                 // [rows, row_stride]
     const struct SamplingRow* sampling; // [R]
-    const int32_t* query_starts;       // [R + 1]
-    const int32_t* row_tokens;         // nullable, [rows]
-    const int64_t* token_ids;          // [T]
-    const int64_t* positions;          // [T]
-    const int32_t* parents;            // nullable (chain), [T] node index of the parent within the request
+    const int32_t* query_starts;        // [R + 1]
+    const int32_t* row_tokens;          // nullable, [rows]
+    const int64_t* token_ids;           // [T]
+    const int64_t* positions;           // [T]
+    const int32_t* parents;             // nullable (chain), [T] node index of the parent within the request
     const int32_t* history_tokens;
     const int32_t* history_counts; // occurrences in the output; 0: in the prompt alone
     const int32_t* bias_tokens;
     const float* bias_values;
-    int64_t* tokens;  // [rows]
-    float* logprobs;  // nullable, [rows] log-softmax of the raw logits, nats; NaN where the row failed
-    int32_t* status;  // [rows] RowStatus
-    void* scratch;    // sample_scratch_bytes(rows, vocab), 16-byte aligned, any content
+    int64_t* tokens; // [rows]
+    float* logprobs; // nullable, [rows] log-softmax of the raw logits, nats; NaN where the row failed
+    int32_t* status; // [rows] RowStatus
+    void* scratch;   // sample_scratch_bytes(rows, vocab), 16-byte aligned, any content
     int64_t row_stride;
     int32_t num_rows;
     int32_t num_requests;
@@ -342,19 +343,19 @@ DFLASH_GEOMETRY Launch sample_finish_launch(const SampleRowsParams& p) {
 
 // One per row and chunk.
 struct SampleChunk {
-    uint64_t mass;      // of the raw row, units of 2^-40 of its likeliest token
-    float top;          // largest logit after the edits
-    uint32_t top_id;    // its lowest column
-    float raw_top;      // largest logit before
-    uint32_t bad;       // a NaN or +inf was seen
-    float best;         // largest score of the draw
-    uint32_t best_id;   // its lowest column
+    uint64_t mass;    // of the raw row, units of 2^-40 of its likeliest token
+    float top;        // largest logit after the edits
+    uint32_t top_id;  // its lowest column
+    float raw_top;    // largest logit before
+    uint32_t bad;     // a NaN or +inf was seen
+    float best;       // largest score of the draw
+    uint32_t best_id; // its lowest column
 };
 
 // Scratch, in this order: chunks, bin masses, candidates, bin counts, candidate counts, block maxima.
 DFLASH_GEOMETRY uint64_t sample_scratch_bytes(int64_t rows, int64_t vocab) {
-    uint64_t per_row = uint64_t(ceil_div(vocab, SAMPLE_CHUNK)) * sizeof(SampleChunk) + SAMPLE_BINS * 12 + SAMPLE_CANDIDATES * 8 + 16
-        + uint64_t(ceil_div(vocab, SAMPLE_CHUNK)) * (SAMPLE_CHUNK / SAMPLE_BLOCK) * 4;
+    uint64_t per_row = uint64_t(ceil_div(vocab, SAMPLE_CHUNK)) * sizeof(SampleChunk) + SAMPLE_BINS * 12 + SAMPLE_CANDIDATES * 8
+        + 16 + uint64_t(ceil_div(vocab, SAMPLE_CHUNK)) * (SAMPLE_CHUNK / SAMPLE_BLOCK) * 4;
     return uint64_t(rows) * per_row;
 }
 
@@ -364,9 +365,7 @@ DFLASH_GEOMETRY Launch accept_launch(const AcceptParams& p) {
 }
 
 // tree_top_k: a block per row.
-DFLASH_GEOMETRY Launch tree_top_k_launch(const TreeTopKParams& p) {
-    return {{p.k > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 512, 0};
-}
+DFLASH_GEOMETRY Launch tree_top_k_launch(const TreeTopKParams& p) { return {{p.k > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 512, 0}; }
 // tree_build: a warp per request; nodes in shared memory.
 DFLASH_GEOMETRY Launch tree_build_launch(const TreeBuildParams& p) {
     uint32_t nodes = uint32_t(p.max_nodes) + 1;

@@ -2,6 +2,6 @@
 
 extern "C" __global__ void probe(int* arch) {
 #ifdef __CUDA_ARCH__
-  *arch = __CUDA_ARCH__;
+    *arch = __CUDA_ARCH__;
 #endif
 }

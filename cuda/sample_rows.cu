@@ -47,8 +47,8 @@ __device__ Best shuffle(const Best& b, int offset) {
 // All threads get the merged state.
 __device__ ScanState merge_block(RowShared& s, ScanState state) {
     for (int offset = 16; offset > 0; offset /= 2) {
-        ScanState other = {shuffle(state.top, offset), shuffle(state.draw, offset),
-                           __shfl_xor_sync(ALL, state.raw_top, offset), __shfl_xor_sync(ALL, state.bad, offset)};
+        ScanState other = {shuffle(state.top, offset), shuffle(state.draw, offset), __shfl_xor_sync(ALL, state.raw_top, offset),
+                           __shfl_xor_sync(ALL, state.bad, offset)};
         merge(state, other);
     }
     __syncthreads(); // earlier readers of s.states are done
@@ -282,9 +282,10 @@ __device__ void finish(const SampleRowsParams& p) {
 } // namespace
 } // namespace dflash
 
-#define SAMPLE_KERNEL(stage, suffix, type, blocks)                                                                       \
-    extern "C" __global__ void __launch_bounds__(256, blocks) sample_##stage##_##suffix(const __grid_constant__ SampleRowsParams p) { \
-        dflash::stage<type>(p);                                                                                          \
+#define SAMPLE_KERNEL(stage, suffix, type, blocks)                              \
+    extern "C" __global__ void __launch_bounds__(256, blocks)                   \
+        sample_##stage##_##suffix(const __grid_constant__ SampleRowsParams p) { \
+        dflash::stage<type>(p);                                                 \
     }
 
 SAMPLE_KERNEL(scan, f32, float, 4)

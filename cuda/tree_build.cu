@@ -91,7 +91,9 @@ __device__ void build(const TreeBuildParams& p) {
 } // namespace
 } // namespace dflash
 
-extern "C" __global__ void __launch_bounds__(512) tree_top_k_f32(const __grid_constant__ TreeTopKParams p) { dflash::top_k<float>(p); }
+extern "C" __global__ void __launch_bounds__(512) tree_top_k_f32(const __grid_constant__ TreeTopKParams p) {
+    dflash::top_k<float>(p);
+}
 extern "C" __global__ void __launch_bounds__(512) tree_top_k_bf16(const __grid_constant__ TreeTopKParams p) {
     dflash::top_k<uint16_t>(p);
 }

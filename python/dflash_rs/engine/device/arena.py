@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ class Arena:
         self.memory = torch.zeros(max(at, 16), dtype=torch.uint8, device=device)
         self._staging = [torch.zeros(max(at, 16), dtype=torch.uint8, pin_memory=pinned) for _ in range(_COPIES)]
         self._hosts: list[dict[str, np.ndarray]] = [{} for _ in range(_COPIES)]
+        # When the last copy to or from each of them is through; on a CPU it is at once.
+        self._copied: list[Any] = [None] * _COPIES
         self._turn = 0
         self.device: dict[str, Tensor] = {}
         for name, (shape, dtype) in parts.items():
@@ -43,19 +47,34 @@ class Arena:
         return self._hosts[self._turn]
 
     def turn(self) -> None:
-        """A new step: the arrays of the last one stay as they are until the one after this."""
+        """A new step: the arrays of the last one stay as they are until the one after this. Waits where these are still being copied, as those
+        of a step that was called off may be."""
         self._turn = (self._turn + 1) % _COPIES
+        if self._copied[self._turn] is not None:
+            self._copied[self._turn].synchronize()
 
     def upload(self, last: str, rows: int | None = None) -> None:
         """Everything up to `last`, of which only the first `rows`."""
         array = self.host[last]
         end = self._ends[last] - array.nbytes + array[:rows].nbytes
         self.memory[:end].copy_(self._staging[self._turn][:end], non_blocking=True)
+        self._record()
 
     def download(self) -> dict[str, np.ndarray]:
-        """Everything, into arrays that are there when the device has come this far."""
+        """Everything, into arrays that are there when `copied` has come."""
         self._staging[self._turn].copy_(self.memory, non_blocking=True)
+        self._record()
         return self.host
+
+    @property
+    def copied(self) -> Any:
+        """The event after the last copy, a `torch.cuda.Event`; None on a CPU, where it is through."""
+        return self._copied[self._turn]
+
+    def _record(self) -> None:
+        if self.memory.device.type == "cuda":
+            event = self._copied[self._turn] = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.memory.device))
 
 
 _TORCH = {

@@ -222,15 +222,12 @@ class DeviceBackend:
             tops = self._verify(bucket, longest, max_keys, wanted)
         else:
             self._verify_graph(bucket, longest, max_keys, wanted)
+        if tops is not None and self.device.type == "cuda":
+            tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
         self._out.turn()
+        # The last copy of the step.
         out = self._out.download()
-        event = None
-        if self.device.type == "cuda":
-            if tops is not None:
-                tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-        return _Flight(step, block, wanted, out, None if tops is None else list(tops), event)
+        return _Flight(step, block, wanted, out, None if tops is None else list(tops), self._out.copied)
 
     def keep(self, step: Step, accepted: Any) -> None:
         """Nothing: targets with state are not served here."""
