@@ -118,7 +118,8 @@ def test_measured_costs_are_times():
         times = [time for _, time in curve]
         assert times[0] > 0 and times == sorted(times)
     # What the planner is made of takes them as they are.
-    assert 1 <= costs.planner(6).block(1) <= 6
+    width, block, trees = costs.planner(6).decide(np.zeros(1, dtype=np.float32))
+    assert 1 <= width <= block <= 6 and not trees
 
 
 def test_a_cache_of_a_few_slots_is_measured_as_far_as_it_goes():

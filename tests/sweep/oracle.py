@@ -52,11 +52,11 @@ class Oracle:
 @contextlib.contextmanager
 def drafting() -> Iterator[None]:
     """Within it, `LLM(..., draft="oracle")` gets an `Oracle`."""
-    from dflash_rs.models import loader
+    from dflash_rs.engine import build
 
-    real = loader.load_draft
-    loader.load_draft = lambda path, target, **_: Oracle(target)
+    real = build.load_draft
+    build.load_draft = lambda path, target, **_: Oracle(target)
     try:
         yield
     finally:
-        loader.load_draft = real
+        build.load_draft = real
