@@ -217,12 +217,11 @@ def test_sampled_tokens_are_the_cores(gpu, rng, vocab, dtype, name):
         logits.to(gpu), sampling, query_starts=starts, token_ids=ids_, positions=positions_, logprobs=True, out=out,
         scratch=poisoned(size, dtype=torch.uint8, device=gpu),
     )  # fmt: skip
-    core = {key: value for key, value in options.items() if key != "logit_bias"}
     for r, n in enumerate(lens):
         rows = slice(batch.query_starts[r], batch.query_starts[r + 1])
         tokens, logprobs = _core.sample_rows(
             logits[rows].float().numpy(), (positions[rows] + 1).astype(np.uint64), np.full(n, seeds[r], dtype=np.uint64),
-            **core, logit_bias=list(options.get("logit_bias", {}).items()),
+            options,
             prompt=[t for t, count in history[r].items() if count == 0],
             output=[t for t, count in history[r].items() for _ in range(count)],
             paths=[ids[rows][1 : i + 1].tolist() for i in range(n)],
