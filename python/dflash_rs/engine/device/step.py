@@ -29,6 +29,7 @@ from torch import Tensor
 from ... import cuda
 from ...attention import CudaAttention
 from ...config import EngineConfig, StepCosts
+from ...errors import DflashError
 from ...models.drafter import Drafter
 from ...models.target import TargetModel
 from ..backend import Step
@@ -191,6 +192,10 @@ class DeviceBackend:
     def launch(self, step: Step) -> _Flight:
         plan = step.plan
         sampling = self.core.device_sampling(plan)
+        if sampling.unresolved:
+            raise DflashError(
+                "a step was launched ahead although its draws count tokens that are not known; this is a defect"
+            )
         batch, drafting = plan.context_lens.size, plan.draft_rows.size
         prompts = bool(plan.is_prefill.any())
         lens = plan.block_len
