@@ -116,7 +116,18 @@ class HostBackend:
     @stage("inject")
     def _inject(self, plan: Any, features: Any, accepted: Any) -> None:
         rows = accepted.commit_rows
-        self.draft.inject(features, plan.positions[rows], accepted.commit_slots, rows)
+        told = {}
+        if self.draft.reads_tokens:
+            told = {"token_ids": plan.token_ids[rows], "before": self._before(plan, rows)}
+        self.draft.inject(features, plan.positions[rows], accepted.commit_slots, rows, **told)
+
+    def _before(self, plan: Any, rows: np.ndarray) -> np.ndarray:
+        """Slots int64 [M] of the tokens before those at `rows`; -1 at the begin of a text, and where the drafter was not told of them."""
+        requests = np.searchsorted(plan.query_starts, rows, side="right") - 1
+        places = plan.positions[rows] - 1
+        pages, within = np.divmod(np.maximum(places, 0), self.page_size)
+        slots = self.core.page_table[plan.row_ids[requests], pages].astype(np.int64) * self.page_size + within
+        return np.where((places < 0) | (places < plan.draft_valid_from[requests]), -1, slots)
 
     def _draw_there(self, plan: Any, batch: StepBatch, logits: Tensor) -> np.ndarray | None:
         """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.

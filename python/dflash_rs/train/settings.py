@@ -120,3 +120,33 @@ class DrafterTraining:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
         if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
             raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
+
+
+@dataclass(frozen=True)
+class MtpTraining:
+    """Everything that determines the training of an MTP head; lengths in tokens. It is unrolled `block_size - 1` times."""
+
+    block_size: int = 8
+    steps: int = 4000
+    batch_size: int = 8
+    anchors: int = 64
+    own_text: float = 0.75
+    soft_labels: float = 1.0
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.04
+    gamma: float = 4.0
+    seed: int = 2
+    init_from: str = ""
+
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that cannot work."""
+        if self.block_size < 2:
+            raise ValueError(f"block_size: got {self.block_size}, expected at least 2")
+        for name in ("steps", "batch_size", "anchors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma: got {self.gamma}, expected a positive number")
+        if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
+            raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
