@@ -145,12 +145,22 @@ class Teacher:
         self._seen.clear()
         return features, last
 
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the target's head makes of hidden states, in its own dtype."""
+        head = self.target.get_output_embeddings()
+        return head(hidden.to(head.weight.dtype))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the target's head, the mask token excluded: it is an input, never a prediction."""
-        head = self.target.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype)).float()
+        logits = self.scores(hidden).float()
         logits[..., self.mask] = -math.inf
         return logits
+
+    def law(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The target's own probabilities, float32, the mask token excluded."""
+        scores = self.scores(hidden)
+        scores[..., self.mask] = -math.inf
+        return scores.softmax(-1, dtype=torch.float32)
 
     def keeps_documents_apart(self, device: torch.device) -> bool:
         """Whether two documents in a row leave each other alone: those of a target with recurrent state do not."""
@@ -188,19 +198,29 @@ def head_loss(teacher: Teacher, hidden: torch.Tensor, labelled: Labelled, soft: 
         before, truth, weight = (part[span] for part in labelled)
         leaf = hidden[span].detach().requires_grad_(hidden.requires_grad)
         with torch.set_grad_enabled(hidden.requires_grad):
-            logits = teacher.logits(leaf)
-        with torch.no_grad():
-            logs = F.log_softmax(logits, dim=-1)
-            right[span] = logs.argmax(-1) == truth
-            label = teacher.logits(before).softmax(-1).mul_(soft) if soft > 0 else torch.zeros_like(logs)
-            label.scatter_add_(1, truth[:, None], torch.full_like(label[:, :1], 1 - soft))
-            probabilities = logs.exp()
-            # 0 * -inf at the mask column is nan: the label is zero there, so the term is dropped.
-            entropy = -(label * logs.masked_fill_(logs == -math.inf, 0.0)).sum(-1)
-            loss += (entropy * weight).sum()
+            scores = teacher.scores(leaf)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            # As few passes over rows of a whole vocabulary as there can be: on a CPU they take longer than the products.
+            logits = scores.float()
+            logits[:, teacher.mask] = -math.inf
+            largest, likeliest = logits.max(-1)
+            probabilities = logits.softmax(-1)
+            total = largest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
+            right[span] = likeliest == truth
+            logits[:, teacher.mask] = 0.0
+            if soft > 0:
+                label = teacher.law(before)
+                if soft < 1:
+                    label.mul_(soft).scatter_add_(1, truth[:, None], torch.full_like(largest, 1 - soft)[:, None])
+                probabilities.sub_(label)
+                expected = label.mul_(logits).sum(-1)
+            else:
+                expected = logits.gather(1, truth[:, None])[:, 0]
+                probabilities.scatter_add_(1, truth[:, None], -torch.ones_like(truth, dtype=probabilities.dtype)[:, None])
+            loss += ((total - expected) * weight).sum()
         if hidden.requires_grad:
-            slope = (probabilities - label) * weight[:, None]
-            (gradient[span],) = torch.autograd.grad(logits, leaf, slope)
+            slope = probabilities.mul_(weight[:, None]).to(scores.dtype)
+            (gradient[span],) = torch.autograd.grad(scores, leaf, slope)
     return _WithGradient.apply(hidden, loss, gradient), right
 
 
