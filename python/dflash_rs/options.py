@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
+from . import _core, known_models
 from .arguments import bad, is_list, shown
 from .config import StepCosts, assets
 from .errors import DflashError, InvalidArgument, MissingPackage
@@ -154,7 +154,7 @@ def pick_precision(name: str, device: Any, dtype: Any) -> str:
 
 def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
     """Where the two models are: folders or hub names."""
-    expected = "a model's folder or hub name, or None for the bundled one"
+    expected = "a model's folder, GGUF file or hub name, the name of a known model, or None for the bundled one"
     if model is None:
         model = assets() / "target"
         draft = assets() / "draft" if isinstance(draft, str) and draft == "auto" else draft
@@ -162,6 +162,9 @@ def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
         raise bad("model", model, expected)
     elif not str(model) or "\0" in str(model):
         raise bad("model", model, expected)
+    elif isinstance(draft, str) and draft == "auto" and (known := known_models.find(model)) is not None:
+        # Where there is no drafter for it, the model is missing rather than its drafter: loading says so, or decodes plainly.
+        draft = known.drafter
     elif isinstance(draft, str) and draft == "auto":
         raise InvalidArgument(
             "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, or None to decode plainly"

@@ -19,9 +19,7 @@ from dflash_rs.train import drafter as drafter_training  # noqa: E402
 from dflash_rs.train.documents import Documents, Rows, rows_of  # noqa: E402
 from dflash_rs.train.settings import DrafterTraining, ResponseSettings  # noqa: E402
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
 
 class Words:
@@ -57,7 +55,9 @@ class Parrot:
             text = f"says {len(prompt)} things"
             asks = bool(p.stop_token_ids)
             ids = [ord(c) for c in text + ";"][: p.max_tokens]
-            outputs.append(type("Output", (), {"text": text, "token_ids": ids, "finish_reason": "stop" if asks else "length"})())
+            outputs.append(
+                type("Output", (), {"text": text, "token_ids": ids, "finish_reason": "stop" if asks else "length"})()
+            )
         return outputs
 
 
@@ -84,7 +84,9 @@ def test_a_target_writes_its_own_prompts_and_every_category_has_its_share():
 
 def test_every_turn_of_a_chat_is_answered_and_only_answers_are_marked(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"category": "talk", "turns": ["one", "two"]}) + "\n" + json.dumps({"prompt": "single"}) + "\n\n")
+    file.write_text(
+        json.dumps({"category": "talk", "turns": ["one", "two"]}) + "\n" + json.dumps({"prompt": "single"}) + "\n\n"
+    )
     found = write(Parrot(), responses.from_file(file))
     by_text = {text(found, i): own_text(found, i) for i in range(len(found))}
     long = "<u>one;<a>says 10 things;<u>two;<a>says 35 things;"
@@ -137,7 +139,9 @@ def test_a_target_without_a_template_cannot_chat():
 def documents(*lengths, vocab=64, seed=0):
     """Texts of these lengths; the first three tokens of each are a prompt."""
     rng = np.random.default_rng(seed)
-    texts = [(rng.integers(2, vocab, n), np.arange(n) >= 3, "even" if i % 2 == 0 else "odd") for i, n in enumerate(lengths)]
+    texts = [
+        (rng.integers(2, vocab, n), np.arange(n) >= 3, "even" if i % 2 == 0 else "odd") for i, n in enumerate(lengths)
+    ]
     return Documents.of(texts)
 
 
@@ -157,7 +161,9 @@ def test_what_is_held_out_hangs_on_the_prompt_alone():
     many = documents(*[12] * 400)
     train, kept = many.split()
     assert 0 < len(kept) < 40 and len(train) + len(kept) == 400
-    other_answers = Documents.of([(np.r_[kept.tokens_of(i)[:3], [5, 6]], np.arange(5) >= 3, "") for i in range(len(kept))])
+    other_answers = Documents.of(
+        [(np.r_[kept.tokens_of(i)[:3], [5, 6]], np.arange(5) >= 3, "") for i in range(len(kept))]
+    )
     assert all(other_answers.held_out(i) for i in range(len(kept)))
 
 
@@ -223,12 +229,16 @@ def test_documents_in_one_row_give_the_loss_they_have_alone(pair):
         parts = (rows.tokens, rows.document, rows.position, rows.own, places)
         return drafter_training.Batch(*(torch.from_numpy(part) for part in parts), 4)
 
-    both, _ = drafter_training.block_loss(draft, teacher, batch(together, np.r_[anchors[0], anchors[1] + 17][None]), settings)
+    both, _ = drafter_training.block_loss(
+        draft, teacher, batch(together, np.r_[anchors[0], anchors[1] + 17][None]), settings
+    )
     sums = weights = 0.0
     for text_of, places in zip(texts, anchors, strict=True):
         rows = Rows.of([[text_of]], len(text_of[0]))
         alone, _ = drafter_training.block_loss(draft, teacher, batch(rows, places[None]), settings)
-        inside = [sum(np.exp(-k / settings.gamma) for k in range(3) if place + 1 + k < len(text_of[0])) for place in places]
+        inside = [
+            sum(np.exp(-k / settings.gamma) for k in range(3) if place + 1 + k < len(text_of[0])) for place in places
+        ]
         sums, weights = sums + float(alone) * sum(inside), weights + sum(inside)
     assert float(both) == pytest.approx(sums / weights, rel=1e-5)
 
@@ -273,5 +283,7 @@ def test_a_target_with_memory_of_what_came_before_has_one_document_a_row():
     model.base_model.layers[0].register_forward_hook(teacher._keep(0))
     forward = model.base_model.forward
     # It takes no positions at all.
-    model.base_model.forward = lambda input_ids, position_ids=None, use_cache=False: forward(input_ids, use_cache=use_cache)
+    model.base_model.forward = lambda input_ids, position_ids=None, use_cache=False: forward(
+        input_ids, use_cache=use_cache
+    )
     assert not teacher.keeps_documents_apart(torch.device("cpu"))

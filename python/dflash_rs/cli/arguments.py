@@ -39,8 +39,16 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> Any:
     """Adds what `engine.make_engine` takes, and returns the group."""
     group = parser.add_argument_group("models and engine")
-    group.add_argument("--model", metavar="PATH", help="target: folder or Hugging Face id; default: the bundled pair")
-    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        help="target: folder, GGUF file, Hugging Face id, or a name of `dflash-rs models list`; default: the bundled pair",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="PATH",
+        help="its DFlash drafter: folder or Hugging Face id; default: what comes with a known model",
+    )
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
     group.add_argument(

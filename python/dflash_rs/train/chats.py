@@ -29,10 +29,14 @@ class Template:
         self._tokenizer = tokenizer
         rendered = self._render([{"role": "user", "content": _MARK}], False)
         if rendered.count(_MARK) != 1:
-            raise InvalidArgument(f"target: the chat template of {name} shows a user's message {rendered.count(_MARK)} times, expected once")
+            raise InvalidArgument(
+                f"target: the chat template of {name} shows a user's message {rendered.count(_MARK)} times, expected once"
+            )
         behind = self._ids(rendered.partition(_MARK)[2])
         if not behind:
-            raise InvalidArgument(f"target: the chat template of {name} puts nothing behind a user's message: its end could not be seen")
+            raise InvalidArgument(
+                f"target: the chat template of {name} puts nothing behind a user's message: its end could not be seen"
+            )
         self.turn_end = behind[0]
 
     def _render(self, messages: Sequence[Message], answer: bool) -> str:
@@ -96,7 +100,9 @@ def read_prompts(path: Path) -> list[Conversation]:
             turns = [entry["prompt"]] if "prompt" in entry else entry["turns"]
             if not isinstance(turns, list) or not turns:
                 raise InvalidArgument(f"{where}: turns: got {turns!r:.60}, expected a list of user's messages")
-            asked = [_text(where, f"turns[{i}]" if "turns" in entry else "prompt", turn) for i, turn in enumerate(turns)]
+            asked = [
+                _text(where, f"turns[{i}]" if "turns" in entry else "prompt", turn) for i, turn in enumerate(turns)
+            ]
             found.append(Conversation(category, [{"role": "user", "content": asked[0]}], asked[1:]))
     return found
 
@@ -112,7 +118,9 @@ def _messages(where: str, value: Any) -> list[Message]:
         raise InvalidArgument(f"{where}: messages: got {value!r:.60}, expected a list of objects with role and content")
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            raise InvalidArgument(f"{where}: messages[{i}]: got {message!r:.60}, expected an object with role and content")
+            raise InvalidArgument(
+                f"{where}: messages[{i}]: got {message!r:.60}, expected an object with role and content"
+            )
         for key in ("role", "content"):
             _text(where, f"messages[{i}].{key}", message.get(key))
     if value[-1]["role"] == "assistant":
@@ -136,7 +144,9 @@ def _lines(name: str, path: Path, keys: set[str]) -> list[tuple[str, dict[str, A
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{where}: not JSON ({error})") from None
         if not isinstance(entry, dict) or len(keys & entry.keys()) != 1:
-            raise InvalidArgument(f"{where}: got {line!r:.60}, expected an object with one of {', '.join(sorted(keys))}")
+            raise InvalidArgument(
+                f"{where}: got {line!r:.60}, expected an object with one of {', '.join(sorted(keys))}"
+            )
         if len(keys) == 1 and not isinstance(entry[next(iter(keys))], str):
             raise InvalidArgument(f"{where}: {next(iter(keys))}: got {entry[next(iter(keys))]!r:.60}, expected a text")
         entry.setdefault("category", "")

@@ -89,7 +89,9 @@ def _corpus(parser: argparse.ArgumentParser, required: bool = True, purpose: str
 
 
 def _target(parser: argparse.ArgumentParser, purpose: str) -> None:
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"{purpose}: folder, hub name or name of a known model")
+    parser.add_argument(
+        "--target", required=True, metavar="MODEL", help=f"{purpose}: folder, hub name or name of a known model"
+    )
 
 
 def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
@@ -144,7 +146,10 @@ def add_parsers(subparsers) -> None:
     prompts_from = own.add_mutually_exclusive_group(required=True)
     prompts_from.add_argument("--corpus", type=Path, metavar="DIR", help="continue windows of a prepared corpus")
     prompts_from.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="answer these: JSON lines with prompt, turns, messages or text, and category"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="answer these: JSON lines with prompt, turns, messages or text, and category",
     )
     prompts_from.add_argument(
         "--own-prompts", action="store_true", help="answer what the target writes as the user of its chat template"
@@ -153,7 +158,10 @@ def add_parsers(subparsers) -> None:
     own.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 keeps torch's choice")
     own.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default)")
     own.add_argument(
-        "--dtype", default="auto", metavar="NAME", help="as for LLM; bfloat16 is by far the fastest with AMX; default: auto"
+        "--dtype",
+        default="auto",
+        metavar="NAME",
+        help="as for LLM; bfloat16 is by far the fastest with AMX; default: auto",
     )
     own.add_argument(
         "--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work, from 0; default: 0/1"

@@ -76,7 +76,11 @@ class Documents:
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "wb") as file:
             np.savez_compressed(
-                file, tokens=self.tokens, starts=self.starts, own=self.own, categories=np.array(self.categories, dtype="U")
+                file,
+                tokens=self.tokens,
+                starts=self.starts,
+                own=self.own,
+                categories=np.array(self.categories, dtype="U"),
             )
         os.replace(temporary, path)
 
@@ -164,7 +168,9 @@ class Rows:
         return np.stack(chosen)
 
 
-def rows_of(documents: Documents, length: int, seed: int, whole_rows: bool) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+def rows_of(
+    documents: Documents, length: int, seed: int, whole_rows: bool
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Endless rows of at most `length` tokens, every epoch in another order; longer documents are cut. With `whole_rows` a document has
     its row for itself."""
     if not len(documents):

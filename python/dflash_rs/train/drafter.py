@@ -82,7 +82,9 @@ def warm_start(draft, target, sample: torch.Tensor) -> None:
         missing, _ = layer.load_state_dict(_matching(layer, source), strict=False)
         strange = [name for name in missing if not name.endswith(("q_norm.weight", "k_norm.weight"))]
         if strange:
-            raise ValueError(f"target: its layers have no {strange[0]} that fits a drafter's, so a drafter cannot begin from them")
+            raise ValueError(
+                f"target: its layers have no {strange[0]} that fits a drafter's, so a drafter cannot begin from them"
+            )
         for name in ("q", "k"):
             if found := sizes.get(f"{i}.{name}"):
                 getattr(layer.self_attn, f"{name}_norm").weight.fill_(sum(found) / len(found))
@@ -98,7 +100,9 @@ def warm_start(draft, target, sample: torch.Tensor) -> None:
 def _matching(layer, source) -> dict[str, torch.Tensor]:
     """The tensors of a target's layer that a drafter's layer has, too. Biases that a drafter has no place for are left out."""
     own = layer.state_dict()
-    return {name: value for name, value in source.state_dict().items() if name in own and own[name].shape == value.shape}
+    return {
+        name: value for name, value in source.state_dict().items() if name in own and own[name].shape == value.shape
+    }
 
 
 def _keep_size(sizes: dict[str, list[float]], name: str, head_dim: int):
@@ -185,7 +189,9 @@ class Labelled(NamedTuple):
     weight: torch.Tensor
 
 
-def head_loss(teacher: Teacher, hidden: torch.Tensor, labelled: Labelled, soft: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_loss(
+    teacher: Teacher, hidden: torch.Tensor, labelled: Labelled, soft: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the slots' weighted losses, differentiable in `hidden` [n, H], and whether each slot's likeliest token came, bool [n].
 
     Logits of all slots never exist at once, forward or backward: the head is frozen, so the gradient of every group of rows is taken while
@@ -216,7 +222,9 @@ def head_loss(teacher: Teacher, hidden: torch.Tensor, labelled: Labelled, soft: 
                 expected = label.mul_(logits).sum(-1)
             else:
                 expected = logits.gather(1, truth[:, None])[:, 0]
-                probabilities.scatter_add_(1, truth[:, None], -torch.ones_like(truth, dtype=probabilities.dtype)[:, None])
+                probabilities.scatter_add_(
+                    1, truth[:, None], -torch.ones_like(truth, dtype=probabilities.dtype)[:, None]
+                )
             loss += ((total - expected) * weight).sum()
         if hidden.requires_grad:
             slope = probabilities.mul_(weight[:, None]).to(scores.dtype)
@@ -252,7 +260,9 @@ class Batch(NamedTuple):
     def whole(cls, tokens: torch.Tensor, anchors: torch.Tensor, block: int) -> Batch:
         """Of rows that are one document each, all of it the target's own."""
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return cls(tokens, torch.zeros_like(tokens), position, torch.ones_like(tokens, dtype=torch.bool), anchors, block)
+        return cls(
+            tokens, torch.zeros_like(tokens), position, torch.ones_like(tokens, dtype=torch.bool), anchors, block
+        )
 
     def on(self, group: Group, device: torch.device) -> Batch:
         """This process's share, on its device."""
@@ -292,7 +302,9 @@ def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining)
     return loss / weights.sum().clamp(min=1e-9), 1 + float(accepted.mean()) if len(accepted) else math.nan
 
 
-def _batches(own: Documents, corpus: np.ndarray | None, settings: DrafterTraining, whole_rows: bool, start: int) -> Iterator[Batch]:
+def _batches(
+    own: Documents, corpus: np.ndarray | None, settings: DrafterTraining, whole_rows: bool, start: int
+) -> Iterator[Batch]:
     """Endless global batches: `own_text` of the rows from the target's responses, the rest true text out of the corpus (if there is one)."""
     length = settings.seq_len
     source = rows_of(own, length, settings.seed, whole_rows)
@@ -314,16 +326,28 @@ def _batch(chosen: list, length: int, block: int, anchors: int, rng: np.random.G
 
 
 @torch.no_grad()
-def held_out_report(draft, teacher: Teacher, kept: Documents, settings: DrafterTraining, whole_rows: bool, where, autocast: bool):
+def held_out_report(
+    draft, teacher: Teacher, kept: Documents, settings: DrafterTraining, whole_rows: bool, where, autocast: bool
+):
     """Loss and tau at random anchors of texts that nothing is trained on, by category. Tau in the loop is lower: `train report`."""
     report = {}
     for category in sorted(set(kept.categories)):
         own = kept.only([i for i, c in enumerate(kept.categories) if c == category])
         source = rows_of(own, settings.seq_len, settings.seed, whole_rows)
-        wanted = min(_HELD_OUT_ROWS, len(own)) if whole_rows else min(_HELD_OUT_ROWS, 1 + int(own.lengths().sum()) // settings.seq_len)
+        wanted = (
+            min(_HELD_OUT_ROWS, len(own))
+            if whole_rows
+            else min(_HELD_OUT_ROWS, 1 + int(own.lengths().sum()) // settings.seq_len)
+        )
         losses, taus = [], []
         for r in range(wanted):
-            batch = _batch([next(source)], settings.seq_len, settings.block_size, settings.anchors, np.random.default_rng((settings.seed, r)))
+            batch = _batch(
+                [next(source)],
+                settings.seq_len,
+                settings.block_size,
+                settings.anchors,
+                np.random.default_rng((settings.seed, r)),
+            )
             with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
                 loss, tau = block_loss(draft, teacher, batch.on(Group(), where), settings)
             losses.append(float(loss))
@@ -357,7 +381,9 @@ def train(
     settings.check(config.num_hidden_layers, config.vocab_size)
     own, kept = responses.load(own_path).split()
     if len(own) and int(own.tokens.max()) >= config.vocab_size:
-        raise ValueError(f"responses: {own_path} holds token {int(own.tokens.max())}, expected 0..{config.vocab_size - 1}, those of the target")
+        raise ValueError(
+            f"responses: {own_path} holds token {int(own.tokens.max())}, expected 0..{config.vocab_size - 1}, those of the target"
+        )
     corpus_tokens = None if data is None else np.load(data / "train.npy")
 
     torch.manual_seed(settings.seed)

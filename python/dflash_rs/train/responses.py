@@ -148,7 +148,9 @@ def write_shard(llm: Any, source: Source, settings: ResponseSettings, shard: int
         for c in given:
             c.messages.append({"role": "user", "content": c.asked.pop(0)})
         more = [c for c in chats if not any(c is g for g in given)] if turn < settings.turns else []
-        running = given + (_ask(llm, Template(llm.tokenizer, llm.model_dir), settings, rng, more, [""] * len(more)) if more else [])
+        running = given + (
+            _ask(llm, Template(llm.tokenizer, llm.model_dir), settings, rng, more, [""] * len(more)) if more else []
+        )
         if not running:
             break
     # A chat stands there once for every turn; it is the same object, with all of its turns.

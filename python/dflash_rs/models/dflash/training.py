@@ -64,7 +64,9 @@ def training_hidden(
         q = attention.query(normed, cos_block, sin_block)
         k_block, v_block = attention.key_value(normed, cos_block, sin_block)
         k_context, v_context = attention.key_value(context, cos_context, sin_context)
-        attended = _packed_attention(c, index, q, k_context, v_context, k_block, v_block, anchor_idx, unseen, block_size)
+        attended = _packed_attention(
+            c, index, q, k_context, v_context, k_block, v_block, anchor_idx, unseen, block_size
+        )
         hidden = layer.close(hidden, attended, kept, block_size)
     return draft.norm(hidden).view(batch, anchors, block_size, c.hidden_size)
 
