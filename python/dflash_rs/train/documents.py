@@ -59,7 +59,7 @@ class Documents:
         return int.from_bytes(self.beginning(i)[:8], "little") % HELD_OUT_ONE_IN == 0
 
     @classmethod
-    def of(cls, texts: Sequence[tuple[Sequence[int], Sequence[bool], str]]) -> Documents:
+    def of(cls, texts: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray, str]]) -> Documents:
         """From (tokens, own, category) each."""
         lengths = [len(tokens) for tokens, _, _ in texts]
         flat = [np.asarray(tokens, dtype=np.int32) for tokens, _, _ in texts]

@@ -265,7 +265,8 @@ class Batch(NamedTuple):
 
     def on(self, group: Group, device: torch.device) -> Batch:
         """This process's share, on its device."""
-        return Batch(*(group.share(part).to(device) for part in self[:-1]), self.block)
+        tokens, document, position, own, anchors = (group.share(part).to(device) for part in self[:-1])
+        return Batch(tokens, document, position, own, anchors, self.block)
 
 
 def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining):
@@ -320,8 +321,9 @@ def _batches(
 
 def _batch(chosen: list, length: int, block: int, anchors: int, rng: np.random.Generator) -> Batch:
     rows = Rows.of(chosen, length)
-    parts = (rows.tokens, rows.document, rows.position, rows.own, rows.anchors(anchors, rng))
-    return Batch(*(torch.from_numpy(part) for part in parts), block)
+    arrays = (rows.tokens, rows.document, rows.position, rows.own, rows.anchors(anchors, rng))
+    tokens, document, position, own, places = (torch.from_numpy(array) for array in arrays)
+    return Batch(tokens, document, position, own, places, block)
 
 
 @torch.no_grad()
