@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import bad, flag, integer, thread_count
+from .chat import Chats
 from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .engine.requests import Active
 
 
-class LLM:
+class LLM(Chats):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
     - `model`: folder or hub name of a Hugging Face causal LM, a GGUF file of a Llama- or Qwen-shaped one (converted once, see

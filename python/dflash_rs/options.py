@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _core, known_models
 from .arguments import bad, is_list, shown
+from .chat import Rendered
 from .config import StepCosts, assets
 from .errors import DflashError, InvalidArgument, MissingPackage
 from .outputs import Prompt
@@ -28,13 +29,22 @@ class Asked:
     # ``params[2].`` where each prompt has its own, else nothing.
     option: str
 
+    # What messages call the prompt, where that is not its place in the call.
+    called: str | None = None
+
     @property
     def name(self) -> str:
-        return f"prompts[{self.index}]"
+        return self.called or f"prompts[{self.index}]"
 
     def check(self, encode: Callable[[str, str], list[int]], vocab_size: int, has_bytes: bool) -> list[int]:
         """The prompt's tokens. Token ids in arrays and the like become a plain list."""
-        if isinstance(self.prompt, str):
+        if isinstance(self.prompt, Rendered):
+            rendered, self.prompt = self.prompt, self.prompt.ids
+            self.called = rendered.name
+            if rendered.error is not None:
+                raise InvalidArgument(rendered.error)
+            tokens = rendered.ids
+        elif isinstance(self.prompt, str):
             tokens = encode(self.name, self.prompt)
         else:
             tokens = self.prompt = token_list(self.name, self.prompt, "a string or a list of token ids")
