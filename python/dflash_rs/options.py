@@ -177,10 +177,10 @@ def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
         draft = known.drafter
     elif isinstance(draft, str) and draft == "auto":
         raise InvalidArgument(
-            "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, or None to decode plainly"
+            "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, 'lookup', or None to decode plainly"
         )
     if draft is not None and (not isinstance(draft, str | Path) or not str(draft) or "\0" in str(draft)):
-        raise bad("draft", draft, "a drafter's folder or hub name, or None to decode plainly")
+        raise bad("draft", draft, "a drafter's folder or hub name, 'lookup', or None to decode plainly")
     return model, draft
 
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::draft::{Guess, Lookup};
 use crate::error::{Error, Result};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
@@ -130,6 +131,10 @@ pub struct Request {
     pub stats: Stats,
     /// Prompt tokens found in the prefix cache when it last entered.
     pub cached_tokens: u32,
+    /// What looks up what its text may go on with; nothing is kept before it is first asked.
+    pub(crate) lookup: Lookup,
+    /// What was looked up for the step at hand.
+    pub(crate) guesses: Vec<Guess>,
     watch: Option<Watch>,
 }
 
@@ -163,6 +168,8 @@ impl Request {
             max_total,
             stats: Stats::new(),
             cached_tokens: 0,
+            lookup: Lookup::new(),
+            guesses: Vec::new(),
             watch,
         }
     }

@@ -15,15 +15,18 @@
 //! A failure belongs to one request: its rows give no token, it ends with an error that names it, the others go on.
 
 mod accept;
+mod lookup;
 mod sampling;
 mod values;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+pub use lookup::LookedUp;
 pub use sampling::DeviceSampling;
 pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays, StepPlan};
 
+use crate::draft::LookupRates;
 use crate::error::{Error, Result};
 use crate::kv::{Checkpoint, CheckpointId};
 use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
@@ -49,6 +52,7 @@ pub struct Engine {
     sampler: Sampler,
     drafts: Vec<TokenId>,
     stats: Stats,
+    lookups: LookupRates,
     vocabulary: Option<Arc<Vocabulary>>,
     eos: Vec<TokenId>,
     next_request: u64,
@@ -103,6 +107,7 @@ impl Engine {
             sampler: Sampler::default(),
             drafts: Vec::new(),
             stats: Stats::new(),
+            lookups: LookupRates::new(),
             vocabulary: vocabulary.map(Arc::new),
             next_request: 0,
             next_step: 0,
@@ -428,6 +433,9 @@ impl Engine {
         out.text_ends.push(request.text_end().map_or(-1, |end| end as i64));
         out.cached_tokens.push(request.cached_tokens as i32);
         if work == Work::Decode {
+            self.lookups
+                .record(&request.guesses, verified as usize, drafts_accepted as usize);
+            request.guesses.clear();
             let committed = (at - first) as u32;
             for stats in [&mut request.stats, &mut self.stats] {
                 stats.record_tree(verified, drafted, drafts_accepted as u32, committed)?;

@@ -36,8 +36,8 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_engine(parser: argparse.ArgumentParser) -> Any:
-    """Adds what `engine.make_engine` takes, and returns the group."""
+def add_engine(parser: argparse.ArgumentParser, *, drafters: bool = False) -> Any:
+    """Adds what `engine.make_engine` takes, and returns the group. With `drafters`, `--draft` may be given several times: a list."""
     group = parser.add_argument_group("models and engine")
     group.add_argument(
         "--model",
@@ -47,7 +47,10 @@ def add_engine(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--draft",
         metavar="PATH",
-        help="its DFlash drafter: folder or Hugging Face id; default: what comes with a known model",
+        action="append" if drafters else "store",
+        help="its drafter (DFlash, MTP): folder or Hugging Face id; lookup: drafts from the text itself, for any target; default: what "
+        "comes with a known model"
+        + ("; may be repeated, each is measured beside plain decoding of its own" if drafters else ""),
     )
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")

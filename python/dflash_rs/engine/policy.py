@@ -27,6 +27,7 @@ class Policy:
 
     By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `tiers`: whether the drafter's probabilities are seen
     before verifying; where they are not, trees come in these numbers of drafts. `observes`: the costs come down to what steps take.
+    `from_text`: drafts are looked up and cost nothing, so as many as there are are looked at before it is decided what of them pays.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Policy:
         max_batch_tokens: int,
         asks_host: bool,
         tiers: list[int],
+        from_text: bool = False,
     ):
         self.costs, self._observes = costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
+        self._from_text, self._block = from_text, block_size
         self._widths = [] if asks_host or not tree_nodes else [drafts + 1 for drafts in tiers]
         self.planner = (
             _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
@@ -53,12 +56,16 @@ class Policy:
     def decide(self, requests: Requests) -> Decision:
         """For the next step of whoever runs."""
         temperatures, others = requests.drafting(self._max_running)
-        return Decision(*self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens))
+        decided = self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens)
+        if self._from_text:
+            return Decision(self._block, self._block, False)
+        return Decision(*decided)
 
     def shape(self, plan: Any, decision: Decision, requests: Requests) -> Step:
         """What the planned step is to do."""
         # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
-        inject = requests.any_drafts(plan.request_ids)
+        # A look-up has no KV that could be missing.
+        inject = self._from_text or requests.any_drafts(plan.request_ids)
         # Prompts take their share of a step: what drafts beside them drafts chains.
         trees = bool(decision.trees and plan.draft_rows.size > 0 and not plan.is_prefill.any())
         if decision.trees and not trees:
@@ -69,10 +76,20 @@ class Policy:
 
     # ---- between drafting and verifying --------------------------------------------------------------------------
 
-    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, requests: Requests) -> None:
-        """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`."""
+    def admit(
+        self,
+        step: Step,
+        tokens: np.ndarray,
+        probabilities: np.ndarray,
+        requests: Requests,
+        found: np.ndarray | None = None,
+    ) -> None:
+        """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`. `found` int32 [n]: how many places have any
+        (None: all of them)."""
         plan, rows = step.plan, step.plan.draft_rows
         temperatures, most = requests.temperatures(plan.request_ids[rows]), plan.block_len[rows]
+        if found is not None:
+            most = np.minimum(most, found + 1)
         others = plan.token_ids.size - int(most.sum())
         if step.trees:
             anchors = plan.token_ids[plan.query_starts[rows]]
