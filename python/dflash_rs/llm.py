@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import bad, flag, integer, thread_count
+from .chat import Chats
 from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
     from .engine.requests import Active
 
 
-class LLM:
+class LLM(Chats):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
-    - `model`: folder or hub name of a Hugging Face causal LM; None is the bundled pair. `draft`: folder or hub name of a DFlash checkpoint;
-      None decodes plainly; "auto" is the bundled drafter, and only goes with the bundled model; "lookup" drafts what the text said before,
-      with any model (a folder of that name is ``Path("lookup")`` or "./lookup").
+    - `model`: folder or hub name of a Hugging Face causal LM, a GGUF file of a Llama- or Qwen-shaped one (converted once, see
+      `dflash_rs.models.gguf`), or the name of a known model that was fetched (``dflash-rs models list``); None is the bundled pair. `draft`:
+      folder or hub name of a DFlash checkpoint; None decodes plainly; "auto" is the drafter that comes with this package, and only goes
+      with the bundled model and known ones; "lookup" drafts what the text said before, with any model (a folder of that name is
+      ``Path("lookup")`` or "./lookup").
     - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
       GPU). float32 makes rounding differences between block sizes as rare as they can be.
     - `matmul_precision`: "highest"; "medium", which multiplies bfloat16 values and adds up in float32 (what torch calls medium, too; for

@@ -52,7 +52,7 @@ def test_help_answers_without_loading_torch():
     assert "examples:" in done.stdout and "exit codes:" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "train", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "train", "doctor"])
 def test_every_command_explains_itself(command, capsys):
     parser = cli.build_parser()
     with pytest.raises(SystemExit) as end:
@@ -352,7 +352,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_is_explained():
-    assert len(list(parsers())) == 10
+    assert len(list(parsers())) == 16
     for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dflash_rs import known_models
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument, OutOfPages
 
@@ -30,7 +31,8 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
         raise InvalidArgument("--draft: got a drafter without --model; a drafter belongs to one target")
     if args.draft is not None and plain:
         raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
-    if args.model is not None and args.draft is None and not plain:
+    known = None if args.model is None else known_models.find(args.model)
+    if args.model is not None and args.draft is None and not plain and (known is None or known.drafter is None):
         raise InvalidArgument(
             "--model: got a target without a drafter, expected --draft PATH, --draft lookup or --no-draft, too"
         )
