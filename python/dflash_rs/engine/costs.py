@@ -38,7 +38,8 @@ def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
     first = np.zeros(1, dtype=np.int64)
     passes = [lambda n=n: _verify(target, n) for n in rows]
     passes += [lambda n=n, size=size: _propose(draft, n, size) for n, size in blocks]
-    passes.append(lambda: draft.inject(features, first, first, token_ids=first, before=first - 1))
+    told = {"token_ids": first, "before": first - 1} if draft.reads_tokens else {}
+    passes.append(lambda: draft.inject(features, first, first, **told))
     times = _fastest(passes)
     verify, propose, inject = times[: len(rows)], times[len(rows) : -1], times[-1]
     # Every pass that drafts is followed by an injection.

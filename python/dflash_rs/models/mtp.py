@@ -354,11 +354,23 @@ class Runtime:
         return step_attention(batch, num_slots=self.num_slots, write=False, kernel=self.kernel, valid_from=seen_from)
 
 
-def unrolled_hidden(draft: MtpDraft, hidden: Tensor, tokens: Tensor, anchors: Tensor, steps: int) -> Tensor:
+def unrolled_hidden(
+    draft: MtpDraft,
+    hidden: Tensor,
+    tokens: Tensor,
+    anchors: Tensor,
+    steps: int,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
     """The head unrolled from many anchors of a sequence in one differentiable pass, fed with the true tokens and its own states.
 
-    hidden [b, S, H]: the target's states at every position; tokens int64 [b, S]; anchors int64 [b, A] in 1..S-steps: positions of the
-    anchors. Gives [b, A, steps, H], ready for the head; row j predicts the token at anchor + 1 + j.
+    hidden [b, S, H]: the target's states at every position; tokens int64 [b, S]; anchors int64 [b, A] in 0..S-1: positions of the
+    anchors. Gives [b, A, steps, H], ready for the head; row j predicts the token at anchor + 1 + j. Rows may reach past S; what they give is
+    of no use.
+
+    Where a row holds several documents behind each other, `document` [b, S] int64 numbers them and `position` [b, S] int64 counts from the
+    beginning of each: an unrolling then sees its own document only.
 
     A row sees the context strictly before its anchor, without the first token, and the rows of its own unrolling up to itself: what it will
     see when it drafts and all drafts so far are right.
@@ -370,24 +382,30 @@ def unrolled_hidden(draft: MtpDraft, hidden: Tensor, tokens: Tensor, anchors: Te
     kv, dim = c.num_key_value_heads, c.head_dim
     group = c.num_attention_heads // kv
 
-    # The context: position q of the states before, 0 of the first token, which nobody sees.
-    before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+    column = torch.arange(length, device=device)
+    if position is None:
+        position = column.expand(batch, length)
+    if document is None:
+        document = torch.zeros_like(position)
+    # The context: at every place the state before it and its token. A first token has no state before it, and nobody sees it.
+    begins = position == 0
+    before = F.pad(hidden[:, :-1], (0, 0, 1, 0)).masked_fill(begins[..., None], 0.0).to(draft.fc.weight.dtype)
     context = layer.input_layernorm(draft.join(tokens, before))
     dtype = torch.promote_types(context.dtype, torch.float32)
-    keys, values = attention.key_value(context, *draft.cos_sin(torch.arange(length, device=device), dtype))
+    keys, values = attention.key_value(context, *draft.cos_sin(position, dtype))
     keys, values = keys.permute(0, 2, 3, 1), values.permute(0, 2, 1, 3)  # [b, kv, d, S], [b, kv, S, d]
-    column = torch.arange(length, device=device)
-    unseen = ((column >= anchors[..., None]) | (column == 0)).view(batch, 1, count, 1, length)
+    strange = document[:, None, :] != document.gather(1, anchors)[..., None]
+    unseen = (strange | begins[:, None, :] | (column >= anchors[..., None])).view(batch, 1, count, 1, length)
+    first = position.gather(1, anchors)
 
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     outputs = []
     state = before.gather(1, anchors[..., None].expand(-1, -1, before.shape[-1]))
     for step in range(steps):
-        positions = anchors + step
-        x = draft.join(tokens.gather(1, positions), state)
+        x = draft.join(tokens.gather(1, (anchors + step).clamp(max=length - 1)), state)
         normed = layer.input_layernorm(x)
-        cos, sin = draft.cos_sin(positions, dtype)
+        cos, sin = draft.cos_sin(first + step, dtype)
         q = attention.query(normed, cos, sin) * dim**-0.5
         key, value = attention.key_value(normed, cos, sin)
         own_keys.append(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class MtpTraining:
     anchors: int = 64
     own_text: float = 0.75
     soft_labels: float = 1.0
+    seq_len: int = 256
     lr: float = 2e-3
     weight_decay: float = 0.0
     warmup: float = 0.04
@@ -146,7 +148,15 @@ class MtpTraining:
     seed: int = 2
     init_from: str = ""
 
-    def check(self) -> None:
+    # What a drafter's training asks of its settings and a head has none of: taps below the target's last state, and a token that masks.
+    tap_ids: ClassVar[tuple[int, ...]] = ()
+    mask_token_id: ClassVar[None] = None
+
+    @property
+    def block_sizes(self) -> list[int]:
+        return [self.block_size]
+
+    def check(self, num_target_layers: int, vocab_size: int) -> None:
         """Raises ValueError naming the first setting that cannot work."""
         if self.block_size < 2:
             raise ValueError(f"block_size: got {self.block_size}, expected at least 2")
