@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-FINAL = -1
-"""Among `taps`: what the target's head reads, its hidden states after the last norm."""
+FINAL = 2**31 - 1
+"""Among `taps`: what the target's head reads, its hidden states after the last norm. No layer has this number."""
 
 
 class DeviceDrafter(Protocol):
