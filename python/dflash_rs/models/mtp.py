@@ -31,13 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import kernel_serves, step_attention
+from .. import _core
+from ..attention import HostAttention, kernel_serves, step_attention
 from ..config import BRANCHES
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .dflash.layers import DraftLayer, RMSNorm, rope_frequencies
 from .drafter import FINAL
-from .fused import FusedLayer, PackedLinear, RotaryTable, rotate_rows
+from .fused import FusedLayer, PackedLinear, RotaryTable, addresses, rotate_rows
 
 
 @dataclass(frozen=True)
@@ -236,12 +237,25 @@ class Runtime:
         shape = (num_slots, c.num_key_value_heads, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
         self.states = torch.zeros(num_slots, c.hidden_size, dtype=self.dtype, device=self.device)
+        self.injector = None
+        on_host = self.kernel and self.device.type == "cpu" and self.dtype == torch.float32
+        if on_host and self.fc.host is not None and self.context_kv.host is not None and self.layer.k_norm is not None:
+            # A drafter's injector with other features: what `fc` gets, in one call from there on.
+            self.injector = _core.HostInjector(
+                fc=self.fc.host,
+                norm=self.layer.norm1.numpy(),
+                key_values=self.context_kv.host,
+                key_norms=[self.layer.k_norm.numpy()],
+                kv_heads=c.num_key_value_heads,
+                head_dim=c.head_dim,
+                eps=self.eps,
+            )
 
-    def join(self, tokens: Tensor, states: Tensor) -> Tensor:
-        """See `MtpDraft.join`: tokens int64 [M], states [M, H]."""
+    def both(self, tokens: Tensor, states: Tensor) -> Tensor:
+        """What `fc` gets, [M, 2 H]: tokens int64 [M], states [M, H]."""
         embedded = torch.rms_norm(F.embedding(tokens, self.embedding), self.width, self.norm_embedding, self.eps)
         states = torch.rms_norm(states, self.width, self.norm_hidden, self.eps)
-        return self.fc(torch.cat((embedded, states), dim=-1))
+        return torch.cat((embedded, states), dim=-1)
 
     def inject(self, features: Tensor, positions, slots, rows, token_ids, before) -> None:
         c = self.config
@@ -254,17 +268,25 @@ class Runtime:
                 raise InvalidArgument(f"{name}: got {got}, expected [{count}] (features)")
         if count == 0:
             return
+        given = positions, slots
         positions, slots, rows, tokens, before = map(self._tensor, (positions, slots, rows, token_ids, before))
         states = (features if rows is None else features[rows]).to(self.dtype)
         # First all, then those before: most of a step's tokens follow another one of it.
         self.states.index_copy_(0, slots, states)
-        x = self.join(tokens, self._states_at(before))
-        kv = self.context_kv(torch.rms_norm(x, self.width, self.layer.norm1, self.eps))
+        both, limit = self.both(tokens, self._states_at(before)), int(positions.max()) + 1
+        if self.injector is not None and self.kernel:
+            places, where = (np.ascontiguousarray(values, dtype=np.int64) for values in given)
+            self.injector.inject(
+                (both.data_ptr(), both.stride(0), both.shape[1]), count, np.arange(count), places, where,
+                self.rotary.address(limit), addresses([(self.keys, self.values)]), self.num_slots, torch.get_num_threads(),
+            )  # fmt: skip
+            return
+        kv = self.context_kv(torch.rms_norm(self.fc(both), self.width, self.layer.norm1, self.eps))
         kv = kv.view(-1, 2, c.num_key_value_heads, c.head_dim)
         keys = kv[:, 0]
         if self.layer.k_norm is not None:
             keys = torch.rms_norm(keys, (c.head_dim,), self.layer.k_norm, self.eps)
-        cos, sin = self.rotary.lookup(positions, int(positions.max()) + 1)
+        cos, sin = self.rotary.lookup(positions, limit)
         self.keys.index_copy_(0, slots, rotate_rows(keys.contiguous(), cos, sin))
         self.values.index_copy_(0, slots, kv[:, 1])
 
@@ -297,16 +319,15 @@ class Runtime:
         seen_from = np.minimum(first + 1, lengths).astype(np.int32)
 
         tokens, steps = self._tensor(anchors), size - 1
-        limit = int(lengths.max()) + size
-        starts = self._tensor(lengths)
+        places = self._tensor((lengths[:, None] + np.arange(steps)).T.reshape(-1))
+        angles = [part.view(steps, n, 1, -1) for part in self.rotary.lookup(places, int(lengths.max()) + size)]
         shapes = ((self.layer.heads, c.head_dim), (self.layer.kv_heads, c.head_dim), (self.layer.kv_heads, c.head_dim))
         block = [torch.empty(n, steps, *shape, dtype=self.dtype, device=self.device) for shape in shapes]
         picked, chances = [], []
         for step in range(steps):
-            x = self.join(tokens, states)
+            x = self.fc(self.both(tokens, states))
             normed = torch.rms_norm(x, self.width, self.layer.norm1, self.eps)
-            cos, sin = self.rotary.lookup(starts + step, limit)
-            for rows, new in zip(block, self._heads(normed, cos, sin)):
+            for rows, new in zip(block, self._heads(normed, *(part[step] for part in angles))):
                 rows[:, step] = new
             # Earlier rows of the block attend again, for the sake of one kernel; their products are not repeated.
             q, keys, values = (rows[:, : step + 1].flatten(0, 1) for rows in block)
@@ -339,6 +360,12 @@ class Runtime:
 
     def _attention(self, n: int, rows: int, lengths, page_table, row_ids, page_size: int, seen_from):
         """Attention of blocks of `rows` tokens over their contexts."""
+        if self.kernel and self.device.type == "cpu":
+            return HostAttention(
+                slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(),
+                query_starts=np.arange(n + 1, dtype=np.int32) * rows, context_lens=lengths, page_table=page_table, row_ids=row_ids,
+                page_size=page_size, valid_from=seen_from, ancestors=None,
+            )  # fmt: skip
         batch = StepBatch.from_arrays(
             token_ids=np.zeros(n * rows, dtype=np.int64),
             positions=np.zeros(n * rows, dtype=np.int64),
