@@ -746,7 +746,7 @@ class HostInjector:
         fc: PackedWeight,
         norm: NDArray[np.float32],
         key_values: PackedWeight,
-        key_norms: Sequence[NDArray[np.float32]],
+        key_norms: Sequence[NDArray[np.float32] | None],
         kv_heads: int,
         head_dim: int,
         eps: float,

@@ -238,12 +238,14 @@ impl HostInjector {
         fc: &PackedWeight,
         norm: PyReadonlyArray1<'_, f32>,
         key_values: &PackedWeight,
-        key_norms: Vec<PyReadonlyArray1<'_, f32>>,
+        key_norms: Vec<Option<PyReadonlyArray1<'_, f32>>>,
         #[pyo3(from_py_with = size)] kv_heads: usize,
         #[pyo3(from_py_with = size)] head_dim: usize,
         #[pyo3(from_py_with = number)] eps: f32,
     ) -> PyResult<Self> {
-        let key_norms = key_norms.iter().map(|norm| floats("key_norms", norm));
+        let key_norms = key_norms
+            .iter()
+            .map(|norm| norm.as_ref().map(|norm| floats("key_norms", norm)).transpose());
         let injector = Injector {
             fc: fc.weight.clone(),
             norm: floats("norm", &norm)?,

@@ -239,13 +239,13 @@ class Runtime:
         self.states = torch.zeros(num_slots, c.hidden_size, dtype=self.dtype, device=self.device)
         self.injector = None
         on_host = self.kernel and self.device.type == "cpu" and self.dtype == torch.float32
-        if on_host and self.fc.host is not None and self.context_kv.host is not None and self.layer.k_norm is not None:
+        if on_host and self.fc.host is not None and self.context_kv.host is not None:
             # A drafter's injector with other features: what `fc` gets, in one call from there on.
             self.injector = _core.HostInjector(
                 fc=self.fc.host,
                 norm=self.layer.norm1.numpy(),
                 key_values=self.context_kv.host,
-                key_norms=[self.layer.k_norm.numpy()],
+                key_norms=[None if self.layer.k_norm is None else self.layer.k_norm.numpy()],
                 kv_heads=c.num_key_value_heads,
                 head_dim=c.head_dim,
                 eps=self.eps,

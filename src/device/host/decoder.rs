@@ -414,8 +414,8 @@ pub struct Injector {
     pub norm: Vec<f32>,
     /// `[layers * 2 * Hkv * D, H]`: keys, then values, layer after layer.
     pub key_values: Arc<PackedWeight>,
-    /// `[layers][D]` scale of every key head.
-    pub key_norms: Vec<Vec<f32>>,
+    /// `[layers][D]` scale of the norm of every key head; `None` for a layer without one.
+    pub key_norms: Vec<Option<Vec<f32>>>,
     /// Key heads.
     pub kv_heads: usize,
     /// Elements per head.
@@ -434,7 +434,7 @@ impl Injector {
         check_weight("fc", &self.fc, hidden, self.fc.inputs())?;
         let outputs = self.key_norms.len() * 2 * self.kv_heads * self.head_dim;
         check_weight("key_values", &self.key_values, outputs, hidden)?;
-        for norm in &self.key_norms {
+        for norm in self.key_norms.iter().flatten() {
             check_len("key_norm", norm.len(), self.head_dim)?;
         }
         Ok(())
@@ -522,7 +522,7 @@ impl Injector {
                         isa,
                         RotateHead {
                             head: key,
-                            norm: Some(norm),
+                            norm: norm.as_deref(),
                             eps: self.eps,
                             cos,
                             sin,
