@@ -220,11 +220,8 @@ class LLM:
         comes an `Output` without tokens, with ``finish_reason="error"`` and that message as its `error`; what is wrong with the call
         as a whole raises all the same. A request that fails later always comes back with ``finish_reason="error"``.
         """
-        outputs: dict[int, Output] = {}
         with self.stream(prompts, params, draft=draft, on_error=on_error) as events:
-            for event in events:
-                if event.output is not None:
-                    outputs[event.index] = event.output
+            outputs = events._outputs()
         return [outputs[i] for i in range(len(outputs))]
 
     def stream(
@@ -294,22 +291,24 @@ class LLM:
         """Hands over what can run. All or nothing if `strict`, else what the core refuses becomes an event of the stream."""
         self._check_open()
         refuse: Callable[[StreamEvent], None] | None = None if strict else stream._events.append
-        stream._waiting.update(self._requests.submit(taken, drafts, refuse))
+        stream._waiting.update(self._requests.submit(taken, drafts, refuse, stream._ended))
 
     def _ready(self, waiting: dict[int, Active]) -> list[StreamEvent]:
         """What is new for these requests, after a step if nothing is. Finished requests leave `waiting`."""
         return self._turns.take(lambda: self._next(waiting), self._settle)
 
     def _next(self, waiting: dict[int, Active]) -> list[StreamEvent]:
-        if not any(a.events for a in waiting.values()):
+        from .engine.requests import read
+
+        events = read(waiting)
+        if not events:
             self._loop.step()
-        ready = []
-        for request, active in list(waiting.items()):
-            ready.extend(active.events)
-            active.events.clear()
-            if active.output is not None:
-                del waiting[request]
-        return ready
+            events = read(waiting)
+        return events
+
+    def _advance(self, ended: deque[Active]) -> None:
+        """Takes a step, unless there is somebody who has ended."""
+        self._turns.take(lambda: None if ended else self._loop.step(), self._settle)
 
     # ---- looking inside ------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 //! A request's own state, and the rules that end it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::record::Record;
 use crate::error::{Error, Result};
-use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
 use crate::verify::{History, Params};
 
@@ -21,6 +21,8 @@ pub enum Finish {
     Length = 3,
     /// A stage failed for it; the message comes with the event.
     Error = 4,
+    /// It was aborted; there is no event for that.
+    Abort = 5,
 }
 
 /// The bytes of every token, for stop strings.
@@ -59,7 +61,7 @@ impl Vocabulary {
         self.ends.is_empty()
     }
 
-    fn of(&self, token: TokenId) -> &[u8] {
+    pub(super) fn of(&self, token: TokenId) -> &[u8] {
         let at = token.0 as usize;
         let start = if at == 0 { 0 } else { self.ends[at - 1] as usize };
         &self.bytes[start..self.ends[at] as usize]
@@ -126,8 +128,8 @@ pub struct Request {
     pub history: History,
     /// Most tokens prompt and output may have together.
     pub max_total: u32,
-    /// Acceptance so far.
-    pub stats: Stats,
+    /// What it was given, shared with whoever looks.
+    pub record: Arc<Mutex<Record>>,
     /// Prompt tokens found in the prefix cache when it last entered.
     pub cached_tokens: u32,
     watch: Option<Watch>,
@@ -161,10 +163,16 @@ impl Request {
             params,
             history,
             max_total,
-            stats: Stats::new(),
+            record: Arc::new(Mutex::new(Record::new(vocabulary))),
             cached_tokens: 0,
             watch,
         }
+    }
+
+    /// What it was given.
+    pub fn record(&self) -> MutexGuard<'_, Record> {
+        // Whole at every moment: a reader that fell has not changed what is written.
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Appends a committed token; says whether the request ends with it.

@@ -1,7 +1,8 @@
 //! What a step keeps: the target's tokens, drawn here or on a device, and the walk along the drafts.
 
 use super::Engine;
-use super::values::{Accepted, DrawnRows, StepPlan};
+use super::step_plan::StepPlan;
+use super::values::{Accepted, DrawnRows};
 use crate::error::{Error, Result, indices};
 use crate::schedule::Work;
 use crate::types::TokenId;

@@ -15,18 +15,24 @@
 //! A failure belongs to one request: its rows give no token, it ends with an error that names it, the others go on.
 
 mod accept;
+mod device;
 mod sampling;
+mod step_plan;
 mod values;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+pub use device::{DeviceInputs, DeviceOutputs};
 pub use sampling::DeviceSampling;
-pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays, StepPlan};
+pub use step_plan::{Outline, StepPlan};
+pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays};
 
 use crate::error::{Error, Result};
 use crate::kv::{Checkpoint, CheckpointId};
-use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
+use crate::schedule::{
+    Config, Finish, Gain, Params, Record, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens,
+};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
 use crate::verify::Sampler;
@@ -173,6 +179,38 @@ impl Engine {
         Ok(id)
     }
 
+    /// What an unfinished request is given, to be looked at while it runs and afterwards; `None` when there is none of that number.
+    pub fn record(&self, id: RequestId) -> Option<Arc<Mutex<Record>>> {
+        // The newest request is the likeliest to be asked for.
+        let waiting = self.scheduler.waiting().rev();
+        let running = self.scheduler.running().map(|running| &running.request);
+        let mut all = waiting.chain(running);
+        all.find(|request| request.id == id)
+            .map(|request| Arc::clone(&request.record))
+    }
+
+    /// Of the `most` oldest requests: the temperatures of those that draft, and how many do not.
+    pub fn drafting(&self, most: usize) -> (Vec<f32>, usize) {
+        let running = self.scheduler.running().map(|running| &running.request);
+        let oldest = running.chain(self.scheduler.waiting()).take(most);
+        let mut others = 0;
+        let mut temperatures = Vec::with_capacity(self.scheduler.num_running());
+        for request in oldest {
+            if request.params.draft {
+                temperatures.push(request.params.sampling.temperature);
+            } else {
+                others += 1;
+            }
+        }
+        (temperatures, others)
+    }
+
+    /// Whether any request that a launched step is for is still there.
+    pub fn is_wanted(&self, plan: &StepPlan) -> bool {
+        let flight = self.in_flight.iter().find(|flight| flight.step == plan.step());
+        flight.is_some_and(|flight| flight.rows.iter().any(|row| self.scheduler.tenant(row).is_some()))
+    }
+
     /// Ends a request, waiting, running or in flight; there is no event for it. `false`: it had ended already.
     ///
     /// # Errors
@@ -215,6 +253,10 @@ impl Engine {
         }
         arrays.query_starts.push(arrays.token_ids.len() as i32);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
+        let drafts = rows
+            .iter()
+            .filter_map(|row| self.scheduler.tenant(row))
+            .any(|running| running.request.params.draft);
         let step = self.next_step;
         self.next_step += 1;
         self.in_flight.push_back(Flight { step, rows });
@@ -222,6 +264,7 @@ impl Engine {
             step,
             self.scheduler.config().vocab_size,
             arrays,
+            drafts,
             &self.shared,
         )))
     }
@@ -293,6 +336,7 @@ impl Engine {
         arrays.is_prefill.push(row.work != Work::Decode);
         arrays.draft_valid_from.push(running.draft_valid_from as i32);
         arrays.start_known.push(row.start_known);
+        arrays.temperatures.push(running.request.params.sampling.temperature);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
         match row.work {
             Work::Prefill { last } => {
@@ -349,7 +393,8 @@ impl Engine {
         let (Some(ticket), Some(mut flight)) = (plan.redeem(), self.in_flight.pop_front()) else {
             return Err(closed(plan.step()));
         };
-        ticket.spend();
+        // The flight is no longer there to be called off.
+        drop(ticket);
         let mut events = self.shared.events(plan.step());
         let mut failed = accepted.failed().iter().peekable();
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
@@ -429,10 +474,31 @@ impl Engine {
         out.cached_tokens.push(request.cached_tokens as i32);
         if work == Work::Decode {
             let committed = (at - first) as u32;
-            for stats in [&mut request.stats, &mut self.stats] {
-                stats.record_tree(verified, drafted, drafts_accepted as u32, committed)?;
-            }
+            self.stats
+                .record_tree(verified, drafted, drafts_accepted as u32, committed)?;
         }
+        let mut record = request.record();
+        if request.params.scores() {
+            let starts = &accepted.top_starts[first..=at];
+            record.score(
+                &accepted.logprobs[first..at],
+                starts,
+                &accepted.top_tokens,
+                &accepted.top_logprobs,
+            );
+        }
+        record.push(
+            &Gain {
+                tokens: &accepted.tokens[first..at],
+                drafted,
+                verified,
+                accepted: drafts_accepted as u32,
+                text_end: request.text_end(),
+                finish,
+            },
+            request.cached_tokens,
+        )?;
+        drop(record);
         if finish != Finish::Running {
             self.scheduler.leave(slot)?;
         }
@@ -444,7 +510,11 @@ impl Engine {
             return self.scheduler.call_off(scheduled);
         };
         let (slot, id, cached) = (running.key.slot, running.request.id.0, running.request.cached_tokens);
-        let text_end = running.request.text_end().map_or(-1, |end| end as i64);
+        let text_end = running.request.text_end();
+        if let Some(error) = error {
+            let message = format!("request {id}: {error}");
+            running.request.record().fail(message, text_end, cached);
+        }
         let out = events.arrays_mut();
         out.request_ids.push(id);
         out.token_starts.push(out.tokens.len() as i32);
@@ -452,7 +522,7 @@ impl Engine {
         out.verified.push(0);
         out.accepted.push(0);
         out.finish.push(Finish::Error as u8);
-        out.text_ends.push(text_end);
+        out.text_ends.push(text_end.map_or(-1, |end| end as i64));
         out.cached_tokens.push(cached as i32);
         events.errors.extend(error.map(|error| (id, error.clone())));
         self.scheduler.call_off(scheduled)?;

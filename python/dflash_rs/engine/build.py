@@ -127,14 +127,13 @@ def build(
     )
     if copies is not None:
         target.state.alloc(core.page_table.shape[0], copies)
-    requests = Requests(core, lambda: Detokenizer(models.tokenizer, models.bytes))
+    requests = Requests(core, None if models.bytes is not None else lambda: Detokenizer(models.tokenizer, None))
     device = None
     if on_device:
         device = DeviceBackend(
             core,
             target,
             draft,
-            requests,
             config,
             block_size=sizes.block_size,
             max_context=sizes.max_context,
@@ -147,6 +146,7 @@ def build(
     else:
         found = costs if adapts else None
     policy = Policy(
+        core,
         block_size=sizes.block_size,
         tree_nodes=sizes.tree_nodes,
         costs=found,
@@ -160,7 +160,7 @@ def build(
     if device is not None:
         return Loop(core, device, policy, requests, overlap=overlap)
     draws_there = _kernels_here(models)
-    host = HostBackend(core, target, draft, policy, requests, page_size=config.page_size, draws_there=draws_there)
+    host = HostBackend(core, target, draft, policy, page_size=config.page_size, draws_there=draws_there)
     return Loop(core, host, policy, requests, overlap=overlap)
 
 

@@ -12,7 +12,6 @@ from .. import cuda
 from ..models.batch import StepBatch
 from .backend import Step
 from .policy import Policy
-from .requests import Requests
 from .timing import StageTimes, stage
 
 
@@ -32,12 +31,11 @@ class HostBackend:
         target: Any,
         draft: Any,
         policy: Policy,
-        requests: Requests,
         *,
         page_size: int,
         draws_there: bool = False,
     ):
-        self.core, self.target, self.draft, self.policy, self.requests = core, target, draft, policy, requests
+        self.core, self.target, self.draft, self.policy = core, target, draft, policy
         self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
 
     def launch(self, step: Step) -> Step:
@@ -67,7 +65,7 @@ class HostBackend:
             block_size=step.block,
             k=None if step.trees else 1,
         )
-        self.policy.admit(step, tokens, probabilities, self.requests)
+        self.policy.admit(step, tokens, probabilities)
 
     @stage("verify")
     def _verify(self, step: Step) -> tuple[np.ndarray, Any]:

@@ -34,9 +34,9 @@ class Loop:
         self._ahead: Flight | None = None
 
     def step(self) -> None:
-        """One step, up to everyone's text."""
+        """One step, up to everyone's record."""
         self.times.begin()
-        if self._ahead is not None and not self.requests.any_active(self._ahead.step.plan.request_ids):
+        if self._ahead is not None and not self.core.is_wanted(self._ahead.step.plan):
             self.drop()
         flight, self._ahead = self._ahead, None
         try:
@@ -62,13 +62,13 @@ class Loop:
 
     @stage("plan")
     def _plan(self) -> Step:
-        decision = self.policy.decide(self.requests)
+        decision = self.policy.decide()
         plan = self.core.plan(decision.row)
         if plan is None:
             raise DflashError(
                 f"nothing can run although {len(self.requests)} requests are unfinished; this is a defect"
             )
-        return self.policy.shape(plan, decision, self.requests)
+        return self.policy.shape(plan, decision)
 
     def _launch(self, step: Step) -> Flight:
         return Flight(step, self.backend.launch(step))
@@ -83,9 +83,9 @@ class Loop:
 
     @stage("plan")
     def _plan_ahead(self) -> Step | None:
-        decision = self.policy.decide(self.requests)
+        decision = self.policy.decide()
         plan = self.core.plan_ahead(decision.row)
-        return None if plan is None else self.policy.shape(plan, decision, self.requests)
+        return None if plan is None else self.policy.shape(plan, decision)
 
     def _resolve(self, flight: Flight) -> Any:
         step, launched = flight
@@ -98,7 +98,7 @@ class Loop:
     def _commit(self, step: Step, accepted: Any) -> Any:
         events = self.core.commit(step.plan, accepted, injected=step.inject)
         self.backend.keep(step, accepted)
-        self.policy.learn(step, accepted, self.requests)
+        self.policy.learn(step, accepted)
         return events
 
     @stage("text")

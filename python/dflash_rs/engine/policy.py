@@ -9,7 +9,6 @@ import numpy as np
 from .. import _core
 from ..config import StepCosts
 from .backend import Step
-from .requests import Requests
 from .timing import StageTimes
 
 
@@ -31,6 +30,7 @@ class Policy:
 
     def __init__(
         self,
+        core: Any,
         *,
         block_size: int,
         tree_nodes: int,
@@ -41,7 +41,7 @@ class Policy:
         asks_host: bool,
         tiers: list[int],
     ):
-        self.costs, self._observes = costs, observes
+        self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
         self._widths = [] if asks_host or not tree_nodes else [drafts + 1 for drafts in tiers]
         self.planner = (
@@ -50,29 +50,29 @@ class Policy:
 
     # ---- before a step -------------------------------------------------------------------------------------------
 
-    def decide(self, requests: Requests) -> Decision:
+    def decide(self) -> Decision:
         """For the next step of whoever runs."""
-        temperatures, others = requests.drafting(self._max_running)
+        temperatures, others = self.core.drafting(self._max_running)
         return Decision(*self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens))
 
-    def shape(self, plan: Any, decision: Decision, requests: Requests) -> Step:
+    def shape(self, plan: Any, decision: Decision) -> Step:
         """What the planned step is to do."""
-        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
-        inject = requests.any_drafts(plan.request_ids)
+        *_, drafting, _, longest, prompts = plan.outline
         # Prompts take their share of a step: what drafts beside them drafts chains.
-        trees = bool(decision.trees and plan.draft_rows.size > 0 and not plan.is_prefill.any())
-        if decision.trees and not trees:
+        trees = bool(decision.trees and drafting and not prompts)
+        if decision.trees and drafting and not trees:
             plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block) - 1)
-        longest = int(plan.block_len[plan.draft_rows].max(initial=0))
+            *_, drafting, _, longest, _ = plan.outline
         block = decision.block if trees else min(decision.block, longest)
-        return Step(plan, block, trees, inject, int(plan.draft_rows.size) * block)
+        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
+        return Step(plan, block, trees, plan.drafts, drafting * block)
 
     # ---- between drafting and verifying --------------------------------------------------------------------------
 
-    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, requests: Requests) -> None:
+    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray) -> None:
         """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`."""
         plan, rows = step.plan, step.plan.draft_rows
-        temperatures, most = requests.temperatures(plan.request_ids[rows]), plan.block_len[rows]
+        temperatures, most = plan.temperatures[rows], plan.block_len[rows]
         others = plan.token_ids.size - int(most.sum())
         if step.trees:
             anchors = plan.token_ids[plan.query_starts[rows]]
@@ -85,10 +85,10 @@ class Policy:
 
     # ---- after a step --------------------------------------------------------------------------------------------
 
-    def learn(self, step: Step, accepted: Any, requests: Requests) -> None:
+    def learn(self, step: Step, accepted: Any) -> None:
         """Remembers what was accepted."""
-        if step.plan.draft_rows.size:
-            self.planner.record_step(step.plan, accepted, requests.temperatures(step.plan.request_ids))
+        if step.drafted_rows:
+            self.planner.record_step(step.plan, accepted)
 
     def observe(self, step: Step, times: StageTimes) -> None:
         """Sees what a step took."""
