@@ -347,6 +347,16 @@ class Engine:
         Raises ``DflashError`` when the core keeps something else.
         """
 
+    def look_up(
+        self, plan: StepPlan, block_size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
+        """Drafts from the requests' own texts: what followed the longest ending that occurred before.
+
+        For blocks of ``block_size`` tokens: tokens and chances ``[len(draft_rows), block_size - 1]``, 0 behind what was found, and how many
+        were found ``[len(draft_rows)]``. A chance is that of a draft when all before it are right, learnt from earlier ones.
+        Raises ``DflashError`` when an earlier step is unresolved: there is no text to look anything up in then.
+        """
+
     def commit(self, plan: StepPlan, accepted: Accepted, injected: bool = True) -> Events:
         """Resolves a step: books KV, appends tokens up to each request's stop, releases what is finished.
 
@@ -986,6 +996,23 @@ class WidthPlanner:
     @property
     def acceptance(self) -> list[float]:
         """Chance that the draft at each position is accepted when all before it were."""
+
+@final
+class Lookup:
+    """A text that grows, and drafts looked up in it: see ``LLM(draft="lookup")``, which keeps one for each request."""
+
+    def __new__(cls) -> Lookup: ...
+    def extend(self, tokens: Sequence[int] | NDArray[np.integer]) -> None:
+        """Appends tokens."""
+
+    def propose(self, count: int) -> NDArray[np.int64]:
+        """Up to ``count`` tokens that followed the latest earlier occurrence of the longest ending of the text; none without one."""
+
+    @property
+    def matched(self) -> int:
+        """Tokens of the longest ending of the text that occurred before."""
+
+    def __len__(self) -> int: ...
 
 @final
 class PagePool:

@@ -12,6 +12,8 @@ from ._core import Planner
 from .arguments import bad, flag, integer, real
 from .errors import InvalidArgument
 
+# What `draft` is called that is no checkpoint: a `str` of this and nothing else.
+LOOKUP = "lookup"
 # Candidates per position that a tree is made of. With the bundled pair the target's token is among the first four in 0.91 of the cases
 # in which it is among the first eight at temperature 0, in 0.85 at 0.7, in 0.81 at 1.
 BRANCHES = 4

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import bad, flag, integer, thread_count
+from .chat import Chats
 from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
@@ -36,11 +37,14 @@ if TYPE_CHECKING:
     from .engine.requests import Active
 
 
-class LLM:
+class LLM(Chats):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
-    - `model`: folder or hub name of a Hugging Face causal LM; None is the bundled pair. `draft`: folder or hub name of a DFlash checkpoint;
-      None decodes plainly; "auto" is the bundled drafter, and only goes with the bundled model.
+    - `model`: folder or hub name of a Hugging Face causal LM, a GGUF file of a Llama- or Qwen-shaped one (converted once, see
+      `dflash_rs.models.gguf`), or the name of a known model that was fetched (``dflash-rs models list``); None is the bundled pair. `draft`:
+      folder or hub name of a DFlash checkpoint; None decodes plainly; "auto" is the drafter that comes with this package, and only goes
+      with the bundled model and known ones; "lookup" drafts what the text said before, with any model (a folder of that name is
+      ``Path("lookup")`` or "./lookup").
     - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
       GPU). float32 makes rounding differences between block sizes as rare as they can be.
     - `matmul_precision`: "highest"; "medium", which multiplies bfloat16 values and adds up in float32 (what torch calls medium, too; for
@@ -177,6 +181,7 @@ class LLM:
         sizes = Sizes.choose(models, self.config, block_size, tree_nodes)
         self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
         self._target, self._draft = models.target, models.draft
+        self.draft_kind = None if models.draft is None else models.draft.kind
         self.tokenizer, self._bytes = models.tokenizer, models.bytes
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
         self._loop = build(models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=graphs, overlap=overlap)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
+from . import _core, known_models
 from .arguments import bad, is_list, shown
+from .chat import Rendered
 from .config import StepCosts, assets
 from .errors import DflashError, InvalidArgument, MissingPackage
 from .outputs import Prompt
@@ -28,13 +29,22 @@ class Asked:
     # ``params[2].`` where each prompt has its own, else nothing.
     option: str
 
+    # What messages call the prompt, where that is not its place in the call.
+    called: str | None = None
+
     @property
     def name(self) -> str:
-        return f"prompts[{self.index}]"
+        return self.called or f"prompts[{self.index}]"
 
     def check(self, encode: Callable[[str, str], list[int]], vocab_size: int, has_bytes: bool) -> list[int]:
         """The prompt's tokens. Token ids in arrays and the like become a plain list."""
-        if isinstance(self.prompt, str):
+        if isinstance(self.prompt, Rendered):
+            rendered, self.prompt = self.prompt, self.prompt.ids
+            self.called = rendered.name
+            if rendered.error is not None:
+                raise InvalidArgument(rendered.error)
+            tokens = rendered.ids
+        elif isinstance(self.prompt, str):
             tokens = encode(self.name, self.prompt)
         else:
             tokens = self.prompt = token_list(self.name, self.prompt, "a string or a list of token ids")
@@ -154,7 +164,7 @@ def pick_precision(name: str, device: Any, dtype: Any) -> str:
 
 def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
     """Where the two models are: folders or hub names."""
-    expected = "a model's folder or hub name, or None for the bundled one"
+    expected = "a model's folder, GGUF file or hub name, the name of a known model, or None for the bundled one"
     if model is None:
         model = assets() / "target"
         draft = assets() / "draft" if isinstance(draft, str) and draft == "auto" else draft
@@ -162,12 +172,15 @@ def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
         raise bad("model", model, expected)
     elif not str(model) or "\0" in str(model):
         raise bad("model", model, expected)
+    elif isinstance(draft, str) and draft == "auto" and (known := known_models.find(model)) is not None:
+        # Where there is no drafter for it, the model is missing rather than its drafter: loading says so, or decodes plainly.
+        draft = known.drafter
     elif isinstance(draft, str) and draft == "auto":
         raise InvalidArgument(
-            "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, or None to decode plainly"
+            "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, 'lookup', or None to decode plainly"
         )
     if draft is not None and (not isinstance(draft, str | Path) or not str(draft) or "\0" in str(draft)):
-        raise bad("draft", draft, "a drafter's folder or hub name, or None to decode plainly")
+        raise bad("draft", draft, "a drafter's folder or hub name, 'lookup', or None to decode plainly")
     return model, draft
 
 

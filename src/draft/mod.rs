@@ -6,12 +6,14 @@
 //!           └─ a ──── cat                  mask row = the node itself and its ancestors, one bit per node
 //! ```
 //!
-//! A chain is the tree in which every node has one child: the same code path, bit for bit.
+//! A chain is the tree in which every node has one child: the same code path, bit for bit. Who has no drafter looks up (`lookup`).
 
 mod best_first;
 mod build;
+mod lookup;
 mod tree;
 
 pub(crate) use best_first::{BestFirst, Place};
 pub use build::{ChildSource, TopK, top_k};
+pub use lookup::{Guess, Lookup, LookupRates};
 pub use tree::{DraftTree, NO_NODE};

@@ -11,6 +11,7 @@ mod engine;
 mod errors;
 #[allow(unsafe_code, reason = "addresses of torch tensors become rows")]
 mod host;
+mod lookup;
 #[allow(unsafe_code, reason = "arrays of a step are shown in place, as `buffers` says")]
 mod params;
 mod plan;
@@ -33,6 +34,8 @@ mod _core {
     use super::engine::{Accepted, Engine, Events, Record, StepPlan, read_records};
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
+    #[pymodule_export]
+    use super::lookup::Lookup;
     #[pymodule_export]
     use super::params::{DeviceSampling, pack_sampling};
     #[pymodule_export]

@@ -521,6 +521,12 @@ impl Scheduler {
         (running.key == key && running.epoch == row.epoch).then_some(running)
     }
 
+    /// The same, to be changed.
+    pub fn tenant_mut(&mut self, row: &Scheduled) -> Option<&mut Running> {
+        self.tenant(row)?;
+        self.rows[row.launched.key().slot.0 as usize].as_mut()
+    }
+
     /// Resolves a row: its first `keep` tokens have KV now, draft K/V too if `injected`. `None`: nobody is left to tell.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::record::Record;
+use crate::draft::{Guess, Lookup};
 use crate::error::{Error, Result};
 use crate::types::{RequestId, TokenId};
 use crate::verify::{History, Params};
@@ -132,6 +133,10 @@ pub struct Request {
     pub record: Arc<Mutex<Record>>,
     /// Prompt tokens found in the prefix cache when it last entered.
     pub cached_tokens: u32,
+    /// What looks up what its text may go on with; nothing is kept before it is first asked.
+    pub(crate) lookup: Lookup,
+    /// What was looked up for the step at hand.
+    pub(crate) guesses: Vec<Guess>,
     watch: Option<Watch>,
 }
 
@@ -165,6 +170,8 @@ impl Request {
             max_total,
             record: Arc::new(Mutex::new(Record::new(vocabulary))),
             cached_tokens: 0,
+            lookup: Lookup::new(),
+            guesses: Vec::new(),
             watch,
         }
     }

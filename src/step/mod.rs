@@ -16,6 +16,7 @@
 
 mod accept;
 mod device;
+mod lookup;
 mod sampling;
 mod step_plan;
 mod values;
@@ -24,10 +25,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 pub use device::{DeviceInputs, DeviceOutputs};
+pub use lookup::LookedUp;
 pub use sampling::DeviceSampling;
 pub use step_plan::{Outline, StepPlan};
 pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays};
 
+use crate::draft::LookupRates;
 use crate::error::{Error, Result};
 use crate::kv::{Checkpoint, CheckpointId};
 use crate::schedule::{
@@ -55,6 +58,7 @@ pub struct Engine {
     sampler: Sampler,
     drafts: Vec<TokenId>,
     stats: Stats,
+    lookups: LookupRates,
     vocabulary: Option<Arc<Vocabulary>>,
     eos: Vec<TokenId>,
     next_request: u64,
@@ -109,6 +113,7 @@ impl Engine {
             sampler: Sampler::default(),
             drafts: Vec::new(),
             stats: Stats::new(),
+            lookups: LookupRates::new(),
             vocabulary: vocabulary.map(Arc::new),
             next_request: 0,
             next_step: 0,
@@ -473,6 +478,9 @@ impl Engine {
         out.text_ends.push(request.text_end().map_or(-1, |end| end as i64));
         out.cached_tokens.push(request.cached_tokens as i32);
         if work == Work::Decode {
+            self.lookups
+                .record(&request.guesses, verified as usize, drafts_accepted as usize);
+            request.guesses.clear();
             let committed = (at - first) as u32;
             self.stats
                 .record_tree(verified, drafted, drafts_accepted as u32, committed)?;

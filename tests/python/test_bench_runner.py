@@ -187,6 +187,23 @@ def test_the_plot_is_a_png_of_some_size(tmp_path):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
+def test_rows_are_called_after_the_drafter_and_a_look_up_is_not_held_against_itself(tmp_path):
+    def make(concurrency: int) -> FakeLLM:
+        llm = FakeLLM(max_running=concurrency)
+        llm.draft_kind = "lookup"
+        return llm
+
+    looked = run_demo(make, PROMPTS, Plan((GREEDY,), repeat=1, max_tokens=10))
+    assert [row.mode for row in looked] == ["plain", "lookup"]
+    looked[1].ngram_tau, looked[1].drafts_per_pass, looked[1].most_drafts = looked[1].tau + 1, 0.1, 15
+    assert not report.remarks(looked)
+    rows = demo(Plan((GREEDY,), repeat=1, max_tokens=10))[0] + looked
+    assert [line.split()[0] for line in report.table(rows).splitlines()[2:]] == ["plain", "dflash", "plain", "lookup"]
+    pytest.importorskip("matplotlib")
+    report.plot(str(tmp_path / "both.png"), report.header(["bench"]), rows)
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
 def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     from dflash_rs import cli
@@ -211,9 +228,9 @@ def test_where_nothing_can_be_written_is_known_before_anything_is_measured(tmp_p
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_plot_without_a_dflash_row_is_refused(tmp_path):
+def test_a_plot_without_a_drafted_row_is_refused(tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(DflashError, match="no DFlash row"):
+    with pytest.raises(DflashError, match="no drafted row"):
         report.plot(str(tmp_path / "x.png"), {}, [])
 
 

@@ -52,7 +52,7 @@ def test_help_answers_without_loading_torch():
     assert "examples:" in done.stdout and "exit codes:" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "train", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "train", "doctor"])
 def test_every_command_explains_itself(command, capsys):
     parser = cli.build_parser()
     with pytest.raises(SystemExit) as end:
@@ -191,6 +191,8 @@ def test_a_word_that_cannot_be_understood_ends_with_code_2(words, named, capsys)
         (["generate", "x", "--max-tokens", "3", "--min-tokens", "4"], "min_tokens: got 4, expected an integer in 0..3"),
         (["generate", "x", "--logit-bias", "5=1", "--logit-bias", "5=2"], "--logit-bias: got token id 5 2 times"),
         (["generate", "x", "--temperature", "-1"], "temperature: got -1.0"),
+        (["bench", "--suite", "reference", "--draft", "lookup"], "--draft: got lookup, expected one DFlash drafter"),
+        (["bench", "--suite", "reference", "--draft", "auto", "--draft", "x"], "--draft: got auto, x, expected one"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_no_traceback(words, message, fake, capsys):
@@ -277,6 +279,27 @@ def test_bench_json_on_standard_output_is_only_json(fake, tmp_path, capsys):
     assert "speed-up" in captured.err
 
 
+def test_bench_measures_every_drafter_it_is_given(fake, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    words = [
+        "bench",
+        "--prompt-file",
+        str(prompts),
+        "--repeat",
+        "1",
+        "--max-tokens",
+        "6",
+        "--temperature",
+        "0",
+        "--json",
+        "-",
+    ]
+    assert cli.main([*words, "--draft", "auto", "--draft", "lookup"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+    assert [engine.options["draft"] for engine in fake] == ["auto", "lookup"]
+
+
 def test_bench_fails_when_a_float32_text_differs(monkeypatch, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
@@ -329,7 +352,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_is_explained():
-    assert len(list(parsers())) == 10
+    assert len(list(parsers())) == 16
     for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)

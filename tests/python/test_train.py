@@ -24,7 +24,7 @@ TINY = target_training.TargetTraining(
     tokens=8 * 4 * 32, seq_len=32, batch_size=4, warmup_steps=2, max_position_embeddings=128,
 )  # fmt: skip
 TINY_DRAFT = drafter_training.DrafterTraining(
-    taps="0,1,2", num_layers=1, block_size=4, train_block_sizes="4", steps=6, batch_size=4, anchors=6
+    taps="0,1,2", num_layers=1, block_size=4, train_block_sizes="4", steps=6, batch_size=4, anchors=6, seq_len=32
 )
 
 
@@ -55,7 +55,7 @@ def target(data, tmp_path_factory):
 def own(data, target, tmp_path_factory):
     out = tmp_path_factory.mktemp("own")
     settings = responses.ResponseSettings(sequences=8, seq_len=32, min_prompt=4, max_prompt=8, batch_size=4)
-    responses.generate(target, data, out, settings)
+    responses.generate(target, responses.from_corpus(data), out, settings)
     return out
 
 
@@ -146,14 +146,16 @@ def test_a_target_setting_that_cannot_work_is_named(change, message):
 
 
 def test_responses_continue_their_prompts_and_depend_on_the_seed_only(data, target, own, tmp_path):
-    rows = responses.load(own)
-    assert rows.shape == (8, 32) and rows.max() < 300
+    written = responses.load(own)
+    assert len(written) == 8 and written.lengths().tolist() == [32] * 8 and written.tokens.max() < 300
+    assert 4 <= (~written.own_of(0)).sum() <= 8 and not written.own_of(0)[:4].any() and written.own_of(0)[8:].all()
     settings = responses.ResponseSettings(sequences=8, seq_len=32, min_prompt=4, max_prompt=8, batch_size=4)
-    (tmp_path / "again").mkdir()
-    responses.generate(target, data, tmp_path / "again", settings)
-    assert (responses.load(tmp_path / "again") == rows).all()
+    source = responses.from_corpus(data)
+    responses.generate(target, source, tmp_path / "again", settings)
+    again = responses.load(tmp_path / "again")
+    assert (again.tokens == written.tokens).all() and (again.own == written.own).all()
     with pytest.raises(ValueError, match="other settings"):
-        responses.generate(target, data, own, replace(settings, seed=5))
+        responses.generate(target, source, own, replace(settings, seed=5))
     with pytest.raises(ValueError, match="temperatures"):
         replace(settings, temperatures="0,1").check()
 
@@ -205,15 +207,14 @@ def test_the_soft_loss_is_the_expectation_of_the_hard_one(data, target):
     draft.bind_target(model.get_input_embeddings(), model.get_output_embeddings())
     teacher = drafter_training.Teacher(model, settings.tap_ids, settings.mask_token_id)
     tokens, anchors = torch.randint(2, 300, (1, 20)), torch.tensor([[11]])
-    soft, _ = drafter_training.block_loss(draft, teacher, tokens, anchors, 2, settings)
+    soft, _ = drafter_training.block_loss(draft, teacher, drafter_training.Batch.whole(tokens, anchors, 2), settings)
     law = teacher.logits(teacher(tokens)[1])[0, 11].softmax(-1)
     hard = torch.zeros(())
     for token in range(300):
         if law[token] > 0:
             tokens[0, 12] = token
-            loss, _ = drafter_training.block_loss(
-                draft, teacher, tokens, anchors, 2, replace(settings, soft_labels=0.0)
-            )
+            batch = drafter_training.Batch.whole(tokens, anchors, 2)
+            loss, _ = drafter_training.block_loss(draft, teacher, batch, replace(settings, soft_labels=0.0))
             hard = hard + law[token] * loss
     torch.testing.assert_close(soft, hard, rtol=1e-4, atol=1e-5)
 

@@ -4,13 +4,15 @@ Speculative decoding looks brilliant on text that repeats itself, because then a
 package reports therefore stands beside the share of repeated 4-grams in the same outputs and beside the tau of
 prompt look-up, the cheapest drafter there is. A trained drafter that does not beat the look-up shows nothing.
 
-Pure functions on lists of token ids; nothing here imports torch.
+Functions of lists of token ids, with the look-up of ``LLM(draft="lookup")`` itself; nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from dflash_rs._core import Lookup
 
 
 def repeated_ngram_share(token_ids: Sequence[int], n: int = 4) -> float:
@@ -34,41 +36,6 @@ def repeated_ngram_share(token_ids: Sequence[int], n: int = 4) -> float:
     return repeated / total
 
 
-class NgramIndex:
-    """The text so far, with the latest place where every n-gram of 1..max_n tokens was followed by something."""
-
-    def __init__(self, max_n: int) -> None:
-        if max_n < 1:
-            raise ValueError(f"max_n: got {max_n}, expected at least 1")
-        self.max_n = max_n
-        self.tokens: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Appends tokens. An n-gram is entered once its successor is known, so the suffix never matches itself."""
-        for token in token_ids:
-            end = len(self.tokens)
-            for n in range(1, min(self.max_n, end) + 1):
-                self._follows[tuple(self.tokens[end - n : end])] = end
-            self.tokens.append(token)
-
-    def propose(self, count: int) -> list[int]:
-        """`count` tokens that followed the latest earlier occurrence of the longest matching suffix; [] without one.
-
-        Where the text ends, the copy goes on through its own beginning: a loop shorter than the block is drafted in
-        whole blocks, which makes the yardstick as strong as a look-up can be.
-        """
-        end = len(self.tokens)
-        for n in range(min(self.max_n, end), 0, -1):
-            start = self._follows.get(tuple(self.tokens[end - n : end]))
-            if start is not None:
-                drafts: list[int] = []
-                for i in range(start, start + count):
-                    drafts.append(self.tokens[i] if i < end else drafts[i - end])
-                return drafts
-        return []
-
-
 @dataclass(frozen=True)
 class LookupRun:
     """What a look-up drafter does on one finished output: `tokens` committed in `steps` target passes."""
@@ -82,33 +49,32 @@ class LookupRun:
         return self.tokens / self.steps if self.steps else 0.0
 
 
-def simulate_lookup(prompt: Sequence[int], output: Sequence[int], block_size: int, max_n: int = 3) -> LookupRun:
-    """Replays `output` as if prompt look-up (suffixes of `max_n`..1 tokens) had drafted it.
+def simulate_lookup(prompt: Sequence[int], output: Sequence[int], block_size: int) -> LookupRun:
+    """Replays `output` as if ``LLM(draft="lookup", adaptive=False)`` with blocks of `block_size` had written it.
 
     Accounting is the engine's: the first output token comes from the prefill and belongs to no decode pass; a pass
     verifies at most `block_size - 1` drafts and commits the matching prefix and one token of the model's own.
     """
     if block_size < 2:
         raise ValueError(f"block_size: got {block_size}, expected at least 2 (one anchor and one draft)")
-    index = NgramIndex(max_n)
-    index.extend(prompt)
-    index.extend(output[:1])
+    index = Lookup()
+    index.extend([*prompt, *output[:1]])
     position, steps = 1, 0
     while position < len(output):
         # The last token of an output is always the model's own, so at most `remaining - 1` drafts can be kept.
         room = min(block_size - 1, len(output) - position - 1)
-        drafts = index.propose(room) if room > 0 else []
+        drafts = index.propose(room).tolist() if room > 0 else []
         accepted = 0
         while accepted < len(drafts) and drafts[accepted] == output[position + accepted]:
             accepted += 1
-        index.extend(output[position : position + accepted + 1])
+        index.extend(list(output[position : position + accepted + 1]))
         position += accepted + 1
         steps += 1
     return LookupRun(tokens=max(len(output) - 1, 0), steps=steps)
 
 
-def lookup_tau(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], block_size: int, max_n: int = 3) -> float:
+def lookup_tau(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], block_size: int) -> float:
     """Tau of prompt look-up over (prompt, output) pairs: all tokens over all passes, 0.0 without any pass."""
-    runs = [simulate_lookup(prompt, output, block_size, max_n) for prompt, output in pairs]
+    runs = [simulate_lookup(prompt, output, block_size) for prompt, output in pairs]
     steps = sum(run.steps for run in runs)
     return sum(run.tokens for run in runs) / steps if steps else 0.0

@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dflash_rs.bench.runner import DFLASH, PLAIN, REFERENCE, Row
+from dflash_rs.bench.runner import PLAIN, REFERENCE, Row
+from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
 
 REPEATS_ITSELF = 0.30
@@ -145,7 +146,10 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
             )
         drafted = row.drafts_per_pass
-        if drafted is not None and drafted < HARDLY_DRAFTED * (row.most_drafts or 0):
+        if row.mode in (PLAIN, REFERENCE, LOOKUP):
+            # What is not found is not drafted, and its tau is a look-up's anyway.
+            pass
+        elif drafted is not None and drafted < HARDLY_DRAFTED * (row.most_drafts or 0):
             why = "it was not expected to pay"
             if row.block_cost is not None:
                 why += f": by what steps took, one with a whole block costs {row.block_cost:.2f} plain ones here"
@@ -153,7 +157,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 f"{where}: {drafted:.1f} of {row.most_drafts} drafts were made per pass, since {why}; this tau says little of the "
                 "drafter (--no-adaptive drafts whatever it costs)"
             )
-        elif row.mode == DFLASH and row.ngram_tau >= row.tau:
+        elif row.ngram_tau >= row.tau:
             lines.append(f"{where}: a look-up drafter would reach tau {row.ngram_tau:.2f}, the drafter {row.tau:.2f}")
         if row.vs_reference is not None:
             lines.append(f"{where}: {row.vs_reference:.2f}x the tokens/s of the {REFERENCE} loop in the same run")
@@ -229,21 +233,28 @@ def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = [row for row in rows if row.mode == DFLASH]
+    drawn = [row for row in rows if row.mode not in (PLAIN, REFERENCE)]
     if not drawn:
-        raise DflashError("--plot: there is no DFlash row to draw")
-    settings = sorted({row.temperature for row in drawn})
-    colours = dict(zip(settings, ("#2563a8", "#d1741f", "#3a8a4d", "#7a4fa3", "#a33b3b")))
+        raise DflashError("--plot: there is no drafted row to draw")
+    modes = list(dict.fromkeys(row.mode for row in drawn))
+    settings = sorted({(modes.index(row.mode), row.temperature) for row in drawn})
+    colours = dict(
+        zip(settings, ("#2563a8", "#d1741f", "#3a8a4d", "#7a4fa3", "#a33b3b", "#6b8e23", "#c2185b", "#455a64"))
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 
     levels = sorted({row.concurrency for row in drawn})
     place = {level: i for i, level in enumerate(levels)}
     width = 0.8 / len(settings)
-    for i, temperature in enumerate(settings):
+    for i, (mode, temperature) in enumerate(settings):
         name = "greedy" if temperature == 0 else f"T={temperature:g}, seeded"
-        mine = [row for row in drawn if row.temperature == temperature]
+        if len(modes) > 1:
+            name = f"{modes[mode]}, {name}"
+        mine = [row for row in drawn if (row.mode, row.temperature) == (modes[mode], temperature)]
         xs = [place[row.concurrency] + (i - (len(settings) - 1) / 2) * width for row in mine]
-        bars = left.bar(xs, [row.speedup for row in mine], width * 0.92, color=colours.get(temperature), label=name)
+        bars = left.bar(
+            xs, [row.speedup for row in mine], width * 0.92, color=colours.get((mode, temperature)), label=name
+        )
         left.bar_label(bars, [f"{row.speedup:.2f}x" for row in mine], padding=2, fontsize=8)
         # One histogram per setting, from the smallest batch: the drafts do not depend on the batch.
         counts = mine[0].accept_histogram
@@ -254,7 +265,7 @@ def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
                 xs,
                 [100 * count / total for count in counts],
                 width * 0.92,
-                color=colours.get(temperature),
+                color=colours.get((mode, temperature)),
                 label=f"{name}: tau {mine[0].tau:.2f} (look-up {mine[0].ngram_tau:.2f})",
             )
     title = "Speed-up, same text" if all(row.identical_to_plain for row in drawn) else "Speed-up (texts differ)"

@@ -1,7 +1,7 @@
 """How a benchmark is timed.
 
 Promises:
-- An arm is never compared with a number from another run: plain and DFlash share one engine, one set of prompts and
+- An arm is never compared with a number from another run: plain and drafted decoding share one engine, one set of prompts and
   one process, and take turns (the order flips every repeat), so that a machine that slows down slows both.
 - Every pass over the prompts is one `generate` call; tokens/s counts all output tokens over the whole call, prefill
   and scheduling included. Reported is the median over the repeats.
@@ -206,7 +206,7 @@ def run_demo(
     plan: Plan,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Plain against DFlash on the same engine.
+    """Plain decoding against the engine's drafter, on the same engine; the rows of the drafter are called by its kind.
 
     `make_engine(concurrency)` gives an engine that runs that many requests at once; it is closed here.
     """
@@ -245,16 +245,17 @@ def _measure(
     concurrency: int,
 ) -> list[tuple[Row, list[list[int]]]]:
     params = sampling_params(setting, len(prompts), plan.max_tokens)
-    passes: dict[str, list[Pass]] = {PLAIN: [], DFLASH: []}
-    stages: dict[str, dict[str, float]] = {PLAIN: {}, DFLASH: {}}
+    drafted = getattr(llm, "draft_kind", None) or DFLASH
+    passes: dict[str, list[Pass]] = {PLAIN: [], drafted: []}
+    stages: dict[str, dict[str, float]] = {PLAIN: {}, drafted: {}}
     counts = {name: 0 for name in ("passes", "drafted")}
     for turn in range(plan.repeat):
-        order = (PLAIN, DFLASH) if turn % 2 == 0 else (DFLASH, PLAIN)
+        order = (PLAIN, drafted) if turn % 2 == 0 else (drafted, PLAIN)
         for mode in order:
             before = _stage_seconds(llm) if plan.profile else {}
             start = llm.stats()
-            passes[mode].append(timed(llm, prompt_ids, params, draft=mode == DFLASH))
-            if mode == DFLASH:
+            passes[mode].append(timed(llm, prompt_ids, params, draft=mode == drafted))
+            if mode == drafted:
                 end = llm.stats()
                 counts = {name: counts[name] + end.get(name, 0) - start.get(name, 0) for name in counts}
             if plan.profile:
@@ -268,7 +269,7 @@ def _measure(
     gap = logit_gap(llm, prompt_ids, plain_ids)
     block_size = getattr(llm, "block_size", 8) or 8
     result = []
-    for mode in (PLAIN, DFLASH):
+    for mode in (PLAIN, drafted):
         rate = statistics.median(rates[mode])
         # Every repeat has to say the same, not only the first one.
         divergences: list[Divergence] = []
@@ -297,7 +298,7 @@ def _measure(
             engine_steps=engine_steps,
             **totals(passes[mode][0].outputs),
         )
-        if mode == DFLASH and counts["passes"]:
+        if mode == drafted and counts["passes"]:
             row.drafts_per_pass, row.most_drafts = counts["drafted"] / counts["passes"], block_size - 1
             row.block_cost = _block_cost(llm, block_size, min(concurrency, len(prompts)))
         result.append((row, ids))

@@ -36,11 +36,22 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_engine(parser: argparse.ArgumentParser) -> Any:
-    """Adds what `engine.make_engine` takes, and returns the group."""
+def add_engine(parser: argparse.ArgumentParser, *, drafters: bool = False) -> Any:
+    """Adds what `engine.make_engine` takes, and returns the group. With `drafters`, `--draft` may be given several times: a list."""
     group = parser.add_argument_group("models and engine")
-    group.add_argument("--model", metavar="PATH", help="target: folder or Hugging Face id; default: the bundled pair")
-    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: folder or Hugging Face id")
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        help="target: folder, GGUF file, Hugging Face id, or a name of `dflash-rs models list`; default: the bundled pair",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="PATH",
+        action="append" if drafters else "store",
+        help="its drafter (DFlash, MTP): folder or Hugging Face id; lookup: drafts from the text itself, for any target; default: what "
+        "comes with a known model"
+        + ("; may be repeated, each is measured beside plain decoding of its own" if drafters else ""),
+    )
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")
     group.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: auto")
     group.add_argument(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from typing import Any
 
 from dflash_rs.cli import console, engine
 from dflash_rs.cli.arguments import EXIT_CODES, FORMATTER, add_debug, add_engine, integers, positive, seed
+from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument
 
 
@@ -15,7 +17,7 @@ def add(commands: Any) -> None:
     """Adds the command."""
     bench = commands.add_parser(
         "bench",
-        help="measure DFlash against plain decoding",
+        help="measure drafters against plain decoding",
         description=(
             "Measure tokens/s with and without drafting on the same engine in one run, and check that the texts agree.\n"
             "Beside each tau stand the tau of a prompt look-up on the same outputs and their share of repeated 4-grams."
@@ -25,6 +27,7 @@ def add(commands: Any) -> None:
   dflash-rs bench --suite demo
   dflash-rs bench --suite demo --concurrency 1,2,4,8 --json results.json --plot speedup.png
   dflash-rs bench --suite demo --profile --temperature 0
+  dflash-rs bench --draft auto --draft lookup --temperature 0
   dflash-rs bench --suite reference --json -      (needs: pip install --no-deps dflash==0.1.0)
 
 """
@@ -49,7 +52,7 @@ def add(commands: Any) -> None:
         help="your prompts instead of the bundled held-out ones: JSON list, JSON lines, or one per line; UTF-8",
     )
     bench.add_argument("--max-tokens", type=positive, default=96, metavar="N", help="per prompt; default: 96")
-    add_engine(bench)
+    add_engine(bench, drafters=True)
     bench.add_argument("--json", metavar="PATH", help="write header and rows; - writes to standard output")
     bench.add_argument("--plot", metavar="FILE.png", help="draw speed-up over concurrency and the acceptance histogram")
     bench.add_argument("--profile", action="store_true", help="show where the step's time goes")
@@ -77,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     temperatures = args.temperature or default
     settings = tuple(Setting(t, args.seed if t > 0 else None) for t in temperatures)
     plan = Plan(settings, args.concurrency, args.repeat, args.max_tokens, args.profile)
+    drafts = args.draft or [None]
+    if args.suite == "reference" and (len(drafts) > 1 or LOOKUP in drafts):
+        raise InvalidArgument(f"--draft: got {', '.join(drafts)}, expected one DFlash drafter for --suite reference")
     if args.plot is not None and args.json is not None and os.path.realpath(args.plot) == os.path.realpath(args.json):
         raise InvalidArgument(f"--plot: got {args.plot}, expected another file than --json")
     prompts = read_prompts(args.prompt_file, args.prompts) if args.prompt_file else held_out_prompts(args.prompts)
@@ -88,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
 
     heads: list[dict[str, Any]] = []
 
-    def engine_for(concurrency: int) -> Any:
+    def engine_for(concurrency: int, draft: str | None = drafts[0]) -> Any:
         # Without prefix reuse: every run computes its prompts itself, whichever arm ran before.
-        llm = engine.make_engine(args, max_running=concurrency, prefix_cache=False)
+        one = argparse.Namespace(**{**vars(args), "draft": draft})
+        llm = engine.make_engine(one, max_running=concurrency, prefix_cache=False)
         if not heads:
             try:
                 engine.begin(llm, prompts, SamplingParams(max_tokens=args.max_tokens)).close()
@@ -106,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
         ReferenceLoop.require()
         rows = run_reference(engine_for, ReferenceLoop.beside, prompts, plan, console.say)
     else:
-        rows = run_demo(engine_for, prompts, plan, console.say)
+        rows = []
+        for draft in drafts:
+            rows += run_demo(functools.partial(engine_for, draft=draft), prompts, plan, console.say)
 
     lines = [report.table(rows), report.machine(heads[0]), *report.remarks(rows)]
     if args.profile:

@@ -106,17 +106,34 @@ def as_text(name: str, text: str) -> str:
         raise InvalidArgument(f"{name}: got bytes that are not UTF-8 (byte {error.start}), expected text") from None
 
 
-def read_all(stdin: TextIO) -> str:
-    """The text on standard input; in the locale's encoding, where that is more than ASCII, else UTF-8."""
+def decoding(stdin: TextIO) -> None:
+    """Has standard input read in the locale's encoding, where that is more than ASCII, else as UTF-8."""
     if isinstance(stdin, io.TextIOWrapper):
         own = codecs.lookup(stdin.encoding).name
         stdin.reconfigure(encoding="utf-8" if own == "ascii" else own, errors="strict")
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
-        return stdin.read().removeprefix("\ufeff")
+        yield
     except UnicodeDecodeError as error:
         kind = error.encoding.upper()
         raise InvalidArgument(
-            f"PROMPT: got standard input that is not {kind} (byte {error.start}), expected text"
+            f"{name}: got standard input that is not {kind} (byte {error.start}), expected text"
         ) from None
     except OSError as error:  # a folder, for example
-        raise InvalidArgument(f"PROMPT: standard input cannot be read: {error.strerror or error}") from None
+        raise InvalidArgument(f"{name}: standard input cannot be read: {error.strerror or error}") from None
+
+
+def read_all(stdin: TextIO) -> str:
+    """The text on standard input; in the locale's encoding, where that is more than ASCII, else UTF-8."""
+    decoding(stdin)
+    with _reading("PROMPT"):
+        return stdin.read().removeprefix("\ufeff")
+
+
+def read_line(stdin: TextIO) -> str:
+    """The next line of standard input with its end, in the same encoding; empty when there is none."""
+    with _reading("message"):
+        return stdin.readline()

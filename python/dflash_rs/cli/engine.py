@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dflash_rs import known_models
+from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument, OutOfPages
 
 
@@ -25,12 +27,15 @@ def prepare_libraries() -> None:
 def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     """`dflash_rs.LLM` with the options that were given; its own defaults hold for the others."""
     plain = getattr(args, "no_draft", False)
-    if args.draft is not None and args.model is None:
+    if args.draft not in (None, "auto", LOOKUP) and args.model is None:
         raise InvalidArgument("--draft: got a drafter without --model; a drafter belongs to one target")
     if args.draft is not None and plain:
         raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
-    if args.model is not None and args.draft is None and not plain:
-        raise InvalidArgument("--model: got a target without a drafter, expected --draft PATH or --no-draft, too")
+    known = None if args.model is None else known_models.find(args.model)
+    if args.model is not None and args.draft is None and not plain and (known is None or known.drafter is None):
+        raise InvalidArgument(
+            "--model: got a target without a drafter, expected --draft PATH, --draft lookup or --no-draft, too"
+        )
     from dflash_rs.llm import LLM
 
     names = (

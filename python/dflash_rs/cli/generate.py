@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
         "--max-running", type=positive, metavar="N", help="prompts that are answered at a time; default: 32"
     )
     generate.add_argument("--no-draft", action="store_true", help="decode without speculation: the same text, slower")
-    _add_sampling(generate)
+    add_sampling(generate)
     generate.add_argument(
         "--json",
         action="store_true",
@@ -74,11 +74,14 @@ _READS: dict[str, dict[str, Any]] = {
 }
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Adds the options of SamplingParams, but those named in `without`."""
     from dflash_rs.sampling import SamplingParams
 
     group = parser.add_argument_group("sampling (honoured exactly, with and without drafting)")
     for option in fields(SamplingParams):
+        if option.name in without or str(option.type) not in _READS:
+            continue
         reads = dict(_READS[str(option.type)])
         if option.metadata["metavar"] is not None:
             reads["metavar"] = option.metadata["metavar"]
@@ -163,7 +166,7 @@ def sampling_from(args: argparse.Namespace) -> Any:
     """SamplingParams with the options that were given."""
     from dflash_rs.sampling import SamplingParams
 
-    given = {option.name: getattr(args, option.name) for option in fields(SamplingParams)}
+    given = {option.name: getattr(args, option.name, None) for option in fields(SamplingParams)}
     options = {name: value for name, value in given.items() if value is not None}
     if args.logit_bias is not None:
         options["logit_bias"] = dict(args.logit_bias)

@@ -9,10 +9,11 @@ import torch
 
 from .. import _core, cuda
 from ..arguments import integer
-from ..config import EngineConfig, StepCosts
+from ..config import LOOKUP, EngineConfig, StepCosts
 from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
 from ..models.loader import load_draft
+from ..models.lookup import LookUp
 from ..models.target import TargetModel
 from ..models.threads import while_loading
 from ..text import Detokenizer, token_bytes
@@ -42,10 +43,14 @@ class Models:
 
     @classmethod
     def load(cls, model: Any, draft: Any | None, *, device: torch.device, dtype: torch.dtype, precision: str) -> Models:
-        """From folders or hub names."""
+        """From folders or hub names; a `draft` of LOOKUP has neither."""
         with while_loading():
             target = TargetModel.load(model, device=str(device), dtype=dtype, matmul_precision=precision)
-            drafter = None if draft is None else load_draft(draft, target, matmul_precision=precision)
+            drafter: Any = None
+            if draft == LOOKUP:
+                drafter = LookUp()
+            elif draft is not None:
+                drafter = load_draft(draft, target, matmul_precision=precision)
         tokenizer = load_tokenizer(model)
         with readable(model, "tokenizer"):
             return cls(target, drafter, tokenizer, token_bytes(tokenizer, target.vocab_size))
@@ -65,7 +70,10 @@ class Sizes:
         plain = models.draft is None
         expected = "0 without a drafter" if plain else None
         block = _block(models.draft, block_size)
-        nodes = integer("tree_nodes", tree_nodes, 0, 0 if plain else _MOST_NODES, expected=expected)
+        chains = plain or models.draft.from_text
+        if chains and not plain:
+            expected = "0 with a look-up, which drafts chains"
+        nodes = integer("tree_nodes", tree_nodes, 0, 0 if chains else _MOST_NODES, expected=expected)
         if nodes and models.target.state is not None:
             raise InvalidArgument(
                 f"tree_nodes: got {nodes}, expected 0 with a target that keeps state: a state runs over one path, not over a tree"
@@ -89,7 +97,8 @@ def _block(draft: Any | None, asked: int | None) -> int:
     own = draft.block_size
     if asked is None:
         return own
-    return integer("block_size", asked, 2, own, expected=f"2..{own} (the drafter was trained with {own})")
+    why = "of a look-up" if draft.from_text else f"the drafter was trained with {own}"
+    return integer("block_size", asked, 2, own, expected=f"2..{own} ({why})")
 
 
 def build(
@@ -108,7 +117,7 @@ def build(
         target.set_taps(draft.taps)
     pages = _take_memory(models, config, sizes)
     on_device = serves(target, draft)
-    overlap = _overlap(overlap, target, on_device)
+    overlap = _overlap(overlap, target, draft, on_device)
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
     core = _core.Engine(
@@ -156,6 +165,7 @@ def build(
         max_batch_tokens=config.max_batch_tokens,
         asks_host=device is None,
         tiers=[] if device is None else device.tiers,
+        from_text=draft is not None and draft.from_text,
     )
     if device is not None:
         return Loop(core, device, policy, requests, overlap=overlap)
@@ -164,12 +174,18 @@ def build(
     return Loop(core, host, policy, requests, overlap=overlap)
 
 
-def _overlap(asked: bool | None, target: Any, on_device: bool) -> bool:
+def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bool:
     """Whether steps are launched ahead."""
     if target.state is not None:
         if asked:
             raise InvalidArgument(
                 "overlap: got True, expected None or False: this target keeps state that moves on with what is accepted"
+            )
+        return False
+    if draft is not None and draft.from_text:
+        if asked:
+            raise InvalidArgument(
+                "overlap: got True, expected None or False: what is looked up hangs on the tokens of the step before"
             )
         return False
     # A CPU computes one thing at a time: nothing would run beside the host's part.
@@ -213,6 +229,12 @@ def _kernels_here(models: Models) -> bool:
         return False
     heads = {kv.key_dim for kv in target.kv_layers.values()}
     heads |= set() if draft is None else set(draft.key_dims)
+    if draft is not None and draft.on_device() is None and serves(target, None):
+        warn(
+            f"steps go through torch: got a drafter of the kind {draft.kind}, which has no part in steps that stay on the GPU"
+        )
+        cuda.load(target.device)
+        return True
     warn(
         f"steps go through torch: got {target.dtype}, key heads of {', '.join(map(str, sorted(heads)))} elements and {target.device}, "
         f"expected bfloat16, heads of {', '.join(map(str, cuda.HEAD_DIMS))} in both models and a build with kernels for this GPU "

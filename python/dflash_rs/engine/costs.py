@@ -28,6 +28,9 @@ def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
     """
     slots = target.num_slots
     rows = [n for n in _ROWS if n <= slots]
+    if draft.from_text:
+        times = _fastest([lambda n=n: _verify(target, n) for n in rows])
+        return StepCosts(rising(zip(rows, times, strict=True)))
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
     features = None
     if draft.taps:

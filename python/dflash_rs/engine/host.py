@@ -47,13 +47,17 @@ class HostBackend:
             self._propose(step)
         rows, features = self._verify(step)
         accepted = self._accept(step.plan, rows)
-        if step.inject:
+        if step.inject and not self.draft.from_text:
             self._inject(step.plan, features, accepted)
         return accepted
 
     @stage("draft")
     def _propose(self, step: Step) -> None:
         plan = step.plan
+        if self.draft.from_text:
+            tokens, chances, found = self.core.look_up(plan, step.block)
+            self.policy.admit(step, tokens[:, :, None], chances[:, :, None], found)
+            return
         rows = plan.draft_rows
         tokens, probabilities = self.draft.candidates(
             plan.token_ids[plan.query_starts[rows]],

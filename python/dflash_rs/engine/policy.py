@@ -26,6 +26,7 @@ class Policy:
 
     By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `tiers`: whether the drafter's probabilities are seen
     before verifying; where they are not, trees come in these numbers of drafts. `observes`: the costs come down to what steps take.
+    `from_text`: drafts are looked up and cost nothing, so as many as there are are looked at before it is decided what of them pays.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Policy:
         max_batch_tokens: int,
         asks_host: bool,
         tiers: list[int],
+        from_text: bool = False,
     ):
         self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
+        self._from_text, self._block = from_text, block_size
         self._widths = [] if asks_host or not tree_nodes else [drafts + 1 for drafts in tiers]
         self.planner = (
             _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
@@ -53,7 +56,10 @@ class Policy:
     def decide(self) -> Decision:
         """For the next step of whoever runs."""
         temperatures, others = self.core.drafting(self._max_running)
-        return Decision(*self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens))
+        decided = self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens)
+        if self._from_text:
+            return Decision(self._block, self._block, False)
+        return Decision(*decided)
 
     def shape(self, plan: Any, decision: Decision) -> Step:
         """What the planned step is to do."""
@@ -64,15 +70,18 @@ class Policy:
             plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block) - 1)
             *_, drafting, _, longest, _ = plan.outline
         block = decision.block if trees else min(decision.block, longest)
-        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
-        return Step(plan, block, trees, plan.drafts, drafting * block)
+        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen. A look-up has no KV that could be missing.
+        return Step(plan, block, trees, self._from_text or plan.drafts, drafting * block)
 
     # ---- between drafting and verifying --------------------------------------------------------------------------
 
-    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray) -> None:
-        """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`."""
+    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, found: np.ndarray | None = None) -> None:
+        """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`. `found` int32 [n]: how many places have any
+        (None: all of them)."""
         plan, rows = step.plan, step.plan.draft_rows
         temperatures, most = plan.temperatures[rows], plan.block_len[rows]
+        if found is not None:
+            most = np.minimum(most, found + 1)
         others = plan.token_ids.size - int(most.sum())
         if step.trees:
             anchors = plan.token_ids[plan.query_starts[rows]]

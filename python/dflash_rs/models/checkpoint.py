@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import known_models
 from ..errors import CheckpointError, DflashError, InvalidArgument
 
 # Indices of the largest checkpoints have some ten megabytes, tokenizers some thirty.
@@ -113,6 +115,8 @@ def readable(path: str | Path, what: str = "target") -> Iterator[None]:
 
 def is_hub_name(path: str | Path) -> bool:
     """Whether `path` is no folder here and reads as a name at the hub: `name` or `owner/name`."""
+    if known_models.find(path) is not None:
+        return False
     text = path.as_posix() if isinstance(path, Path) else path
     return not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) is not None
 
@@ -125,6 +129,10 @@ def target_folder(path: str | Path, what: str = "target", weights: bool = True) 
         folder = Path(path)
         if str(path) and folder.is_dir():
             return folder
+        if known := known_models.find(path):
+            return known_models.folder_of(known)
+        if folder.suffix == ".gguf" and folder.is_file():
+            return known_models.converted(folder, lambda text: print(text, file=sys.stderr))
         if str(path) and folder.exists():
             raise CheckpointError(f"{what} {path}: got a file, expected a folder with {_CONFIG} and weights")
         if not is_hub_name(path):

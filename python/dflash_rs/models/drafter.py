@@ -55,18 +55,22 @@ class DeviceDrafter(Protocol):
 class Drafter(Protocol):
     """A drafter as the engine knows it.
 
+    - `kind`: what tables call it, a word.
     - `block_size`: tokens of the block it was made for, the anchor counted; shorter ones it takes as well.
     - `taps`: target layers whose outputs `inject` gets, in this order; empty when it reads none.
     - `branches`: candidates per place at most that draft trees are made of.
     - `kv_bytes_per_token`: bytes of its own KV per token of context, 0 without.
     - `key_dims`: widths of its attention's key heads, for saying why a device cannot serve it; empty without attention.
+    - `from_text`: its drafts are looked up in the requests' texts by the core, chains only. It is asked neither for `candidates` nor to `inject`.
     """
 
+    kind: str
     block_size: int
     taps: tuple[int, ...]
     branches: int
     kv_bytes_per_token: int
     key_dims: tuple[int, ...]
+    from_text: bool
 
     def alloc_kv(self, num_slots: int) -> None:
         """Makes room for the context of `num_slots` tokens (the target's slot ids), empty, and gets ready to draft."""

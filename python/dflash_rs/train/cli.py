@@ -23,14 +23,16 @@ _HELP = {
     "init_from": "folder of a model to go on from",
     "intermediate_size": "width of the MLP",
     "lr": "peak learning rate",
+    "openings": "JSON lines with category and opening: how user's messages begin that the target writes",
+    "turns": "answers of a chat, where the target writes its prompts",
     "mask_token_id": "token that stands for what is to be predicted",
     "max_position_embeddings": "positions the model declares",
-    "max_prompt": "longest prompt, tokens",
-    "min_prompt": "shortest prompt, tokens",
+    "max_prompt": "longest prompt out of a corpus, longest user's message, tokens",
+    "min_prompt": "shortest prompt out of a corpus, tokens",
     "num_heads": "query heads",
     "num_kv_heads": "key heads",
     "num_layers": "layers",
-    "own_text": "share of the target's own text in a batch, the rest is true text",
+    "own_text": "with --corpus: share of the target's own text in a batch, the rest is true text",
     "seed": "of everything random",
     "seq_len": "tokens of a sequence",
     "sequences": "sequences to write",
@@ -82,8 +84,14 @@ def _add_run(parser: argparse.ArgumentParser, save_every: int) -> None:
     )
 
 
-def _corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", type=Path, required=True, metavar="DIR", help="the prepared corpus")
+def _corpus(parser: argparse.ArgumentParser, required: bool = True, purpose: str = "the prepared corpus") -> None:
+    parser.add_argument("--corpus", type=Path, required=required, metavar="DIR", help=purpose)
+
+
+def _target(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--target", required=True, metavar="MODEL", help=f"{purpose}: folder, hub name or name of a known model"
+    )
 
 
 def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
@@ -128,14 +136,33 @@ def add_parsers(subparsers) -> None:
     own = _add(
         subparsers,
         "responses",
-        "let the target write the sequences its drafter is trained on",
+        "let the target write the texts its drafter is trained on",
         "dflash-rs train responses --target runs/target --corpus runs/corpus --out runs/responses",
+        "dflash-rs train responses --target smollm2 --own-prompts --seq-len 512 --max-prompt 96 --out runs/responses",
+        "dflash-rs train responses --target Qwen/Qwen3-8B --prompts prompts.jsonl --seq-len 2048 --out runs/responses",
         "dflash-rs train responses --target runs/target --corpus runs/corpus --out runs/responses --part 0/2 --threads 1",
     )
-    own.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model that writes")
-    _corpus(own)
+    _target(own, "the model that writes")
+    prompts_from = own.add_mutually_exclusive_group(required=True)
+    prompts_from.add_argument("--corpus", type=Path, metavar="DIR", help="continue windows of a prepared corpus")
+    prompts_from.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="answer these: JSON lines with prompt, turns, messages or text, and category",
+    )
+    prompts_from.add_argument(
+        "--own-prompts", action="store_true", help="answer what the target writes as the user of its chat template"
+    )
     own.add_argument("--out", type=Path, required=True, metavar="DIR", help="shards of sequences; resumable")
     own.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 keeps torch's choice")
+    own.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default)")
+    own.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="NAME",
+        help="as for LLM; bfloat16 is by far the fastest with AMX; default: auto",
+    )
     own.add_argument(
         "--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work, from 0; default: 0/1"
     )
@@ -147,10 +174,11 @@ def add_parsers(subparsers) -> None:
         "drafter",
         "train a DFlash drafter for a target",
         "dflash-rs train drafter --target runs/target --responses runs/responses --corpus runs/corpus --out runs/draft",
+        "dflash-rs train drafter --target smollm2 --responses runs/responses --seq-len 512 --taps 2,8,15,21,27 --mask-token-id 16 --out runs/draft",
     )
-    drafter.add_argument("--target", type=Path, required=True, metavar="DIR", help="the model to draft for")
+    _target(drafter, "the model to draft for")
     drafter.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
-    _corpus(drafter)
+    _corpus(drafter, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(drafter, save_every=250)
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
@@ -235,13 +263,17 @@ def _train_target(args: argparse.Namespace) -> int:
 
 
 def _responses(args: argparse.Namespace) -> int:
-    from .responses import ResponseSettings, generate
+    from .responses import ResponseSettings, from_corpus, from_file, from_target, generate
 
     _threads(args)
     part = args.part.split("/")
     if len(part) != 2 or not all(p.isdigit() for p in part):
         raise ValueError(f"part: got {args.part!r}, expected K/N, for example 0/2")
-    generate(args.target, args.corpus, args.out, _settings(args, ResponseSettings), (int(part[0]), int(part[1])))
+    source = from_corpus(args.corpus) if args.corpus else from_file(args.prompts) if args.prompts else from_target()
+    settings = _settings(args, ResponseSettings)
+    generate(
+        args.target, source, args.out, settings, (int(part[0]), int(part[1])), dtype=args.dtype, device=args.device
+    )
     return 0
 
 

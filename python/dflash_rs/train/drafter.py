@@ -12,18 +12,25 @@ Two choices differ from the paper and are stated in the model card:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from . import responses
 from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
+from .documents import Documents, Rows, rows_of
 from .settings import DrafterTraining
+
+# Rows per category that a report on held-out texts looks at.
+_HELD_OUT_ROWS = 6
 
 
 def draft_config(target_config, settings: DrafterTraining):
@@ -50,24 +57,68 @@ def draft_config(target_config, settings: DrafterTraining):
 
 
 @torch.no_grad()
-def warm_start(draft, target, settings: DrafterTraining) -> None:
+def warm_start(draft, target, sample: torch.Tensor) -> None:
     """Starts the drafter from the target's last layers and norm, with `fc` the mean of the taps.
 
-    A cold drafter under a tied head predicts MASK itself and spends its first thousand steps unlearning that.
+    A cold drafter under a tied head predicts MASK itself and spends its first thousand steps unlearning that. A drafter normalises queries
+    and keys; where the target does not, the norms' weights give them the size they have in the target on `sample`, int64 [b, S].
     """
-    layers = target.model.layers
+    layers = base_layers(target)
+    sizes: dict[str, list[float]] = {}
+    hooks = []
+    for i in range(len(draft.layers)):
+        source = layers[len(layers) - len(draft.layers) + i]
+        for name in ("q", "k"):
+            if not hasattr(source.self_attn, f"{name}_norm"):
+                projection = getattr(source.self_attn, f"{name}_proj")
+                hooks.append(projection.register_forward_hook(_keep_size(sizes, f"{i}.{name}", draft.config.head_dim)))
+    if hooks:
+        target.base_model(input_ids=sample, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     for i, layer in enumerate(draft.layers):
-        source = layers[len(layers) - len(draft.layers) + i].state_dict()
-        missing, unexpected = layer.load_state_dict(source, strict=False)
-        if missing or unexpected:
-            raise ValueError(f"warm start: the target's layers do not match a drafter layer ({missing or unexpected})")
-    draft.norm.weight.copy_(target.model.norm.weight)
+        source = layers[len(layers) - len(draft.layers) + i]
+        missing, _ = layer.load_state_dict(_matching(layer, source), strict=False)
+        strange = [name for name in missing if not name.endswith(("q_norm.weight", "k_norm.weight"))]
+        if strange:
+            raise ValueError(
+                f"target: its layers have no {strange[0]} that fits a drafter's, so a drafter cannot begin from them"
+            )
+        for name in ("q", "k"):
+            if found := sizes.get(f"{i}.{name}"):
+                getattr(layer.self_attn, f"{name}_norm").weight.fill_(sum(found) / len(found))
+    draft.norm.weight.copy_(target.base_model.norm.weight)
     width = draft.config.hidden_size
     taps = len(draft.config.target_layer_ids)
     draft.fc.weight.copy_(
         torch.eye(width).repeat(1, taps) / taps + 0.02 / math.sqrt(width) * torch.randn(width, width * taps)
     )
     draft.hidden_norm.weight.copy_(layers[-1].input_layernorm.weight)
+
+
+def _matching(layer, source) -> dict[str, torch.Tensor]:
+    """The tensors of a target's layer that a drafter's layer has, too. Biases that a drafter has no place for are left out."""
+    own = layer.state_dict()
+    return {
+        name: value for name, value in source.state_dict().items() if name in own and own[name].shape == value.shape
+    }
+
+
+def _keep_size(sizes: dict[str, list[float]], name: str, head_dim: int):
+    def hook(module, args, output):
+        heads = output.float().unflatten(-1, (-1, head_dim))
+        sizes.setdefault(name, []).append(float(heads.square().mean(-1).sqrt().mean()))
+
+    return hook
+
+
+def base_layers(target):
+    """The decoder layers of a transformers model. Raises ValueError where they are not where they usually are."""
+    base = target.base_model
+    layers = getattr(base, "layers", None)
+    if layers is None or not hasattr(base, "norm"):
+        raise ValueError(f"target: {type(target).__name__} has no model.layers and model.norm, which training looks at")
+    return layers
 
 
 class Teacher:
@@ -78,7 +129,7 @@ class Teacher:
         self.taps, self.mask = taps, mask_token_id
         self._seen: dict[int, torch.Tensor] = {}
         for k in taps:
-            target.model.layers[k].register_forward_hook(self._keep(k))
+            base_layers(target)[k].register_forward_hook(self._keep(k))
 
     def _keep(self, k: int):
         def hook(module, args, output):
@@ -87,83 +138,232 @@ class Teacher:
         return hook
 
     @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens ``int64 [b, S]`` -> features ``[b, S, K*H]`` and hidden states before the head ``[b, S, H]``."""
-        last = self.target.model(input_ids=tokens, use_cache=False).last_hidden_state
+    def __call__(self, tokens: torch.Tensor, position: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens ``int64 [b, S]`` -> features ``[b, S, K*H]`` and hidden states before the head ``[b, S, H]``.
+
+        With `position` ``[b, S]``, a row holds several documents, each of which begins at position 0 and sees itself only.
+        """
+        last = self.target.base_model(input_ids=tokens, position_ids=position, use_cache=False).last_hidden_state
         features = torch.cat([self._seen[k] for k in self.taps], dim=-1)
         self._seen.clear()
         return features, last
 
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the target's head makes of hidden states, in its own dtype."""
+        head = self.target.get_output_embeddings()
+        return head(hidden.to(head.weight.dtype))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the target's head, the mask token excluded: it is an input, never a prediction."""
-        logits = self.target.lm_head(hidden).float()
+        logits = self.scores(hidden).float()
         logits[..., self.mask] = -math.inf
         return logits
 
+    def law(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The target's own probabilities, float32, the mask token excluded."""
+        scores = self.scores(hidden)
+        scores[..., self.mask] = -math.inf
+        return scores.softmax(-1, dtype=torch.float32)
 
-def block_loss(
-    draft, teacher: Teacher, tokens: torch.Tensor, anchors: torch.Tensor, block: int, settings: DrafterTraining
-):
+    def keeps_documents_apart(self, device: torch.device) -> bool:
+        """Whether two documents in a row leave each other alone: those of a target with recurrent state do not."""
+        size = 24
+        tokens = torch.randint(0, self.target.config.get_text_config().vocab_size, (1, 2 * size), device=device)
+        position = torch.arange(size, device=device).repeat(2)[None]
+        _, together = self(tokens, position)
+        _, alone = self(tokens[:, size:])
+        difference = (together[:, size:].float() - alone.float()).norm() / alone.float().norm()
+        return bool(difference < 2e-2)
+
+
+# Rows whose logits exist at a time: a few hundred rows of a large vocabulary are a few hundred megabytes.
+_ROWS_AT_A_TIME = 256
+
+
+class Labelled(NamedTuple):
+    """What n slots should predict: the target's hidden states there [n, H], the tokens that came [n], and what a slot weighs [n]."""
+
+    before: torch.Tensor
+    truth: torch.Tensor
+    weight: torch.Tensor
+
+
+def head_loss(
+    teacher: Teacher, hidden: torch.Tensor, labelled: Labelled, soft: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the slots' weighted losses, differentiable in `hidden` [n, H], and whether each slot's likeliest token came, bool [n].
+
+    Logits of all slots never exist at once, forward or backward: the head is frozen, so the gradient of every group of rows is taken while
+    its logits are there. `soft` is the weight of the target's own law as label, the rest is on the token.
+    """
+    loss = torch.zeros((), device=hidden.device)
+    gradient, right = torch.zeros_like(hidden), torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    for begin in range(0, len(hidden), _ROWS_AT_A_TIME):
+        span = slice(begin, begin + _ROWS_AT_A_TIME)
+        before, truth, weight = (part[span] for part in labelled)
+        leaf = hidden[span].detach().requires_grad_(hidden.requires_grad)
+        with torch.set_grad_enabled(hidden.requires_grad):
+            scores = teacher.scores(leaf)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            # As few passes over rows of a whole vocabulary as there can be: on a CPU they take longer than the products.
+            logits = scores.float()
+            logits[:, teacher.mask] = -math.inf
+            largest, likeliest = logits.max(-1)
+            probabilities = logits.softmax(-1)
+            total = largest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
+            right[span] = likeliest == truth
+            logits[:, teacher.mask] = 0.0
+            if soft > 0:
+                label = teacher.law(before)
+                if soft < 1:
+                    label.mul_(soft).scatter_add_(1, truth[:, None], torch.full_like(largest, 1 - soft)[:, None])
+                probabilities.sub_(label)
+                expected = label.mul_(logits).sum(-1)
+            else:
+                expected = logits.gather(1, truth[:, None])[:, 0]
+                probabilities.scatter_add_(
+                    1, truth[:, None], -torch.ones_like(truth, dtype=probabilities.dtype)[:, None]
+                )
+            loss += ((total - expected) * weight).sum()
+        if hidden.requires_grad:
+            slope = probabilities.mul_(weight[:, None]).to(scores.dtype)
+            (gradient[span],) = torch.autograd.grad(scores, leaf, slope)
+    return _WithGradient.apply(hidden, loss, gradient), right
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx, hidden, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        (gradient,) = ctx.saved_tensors
+        return gradient * slope, None, None
+
+
+class Batch(NamedTuple):
+    """What one step trains on: `document`, `position` and `own` as in `documents.Rows`, anchors int64 [b, A], and the block size."""
+
+    tokens: torch.Tensor
+    document: torch.Tensor
+    position: torch.Tensor
+    own: torch.Tensor
+    anchors: torch.Tensor
+    block: int
+
+    @classmethod
+    def whole(cls, tokens: torch.Tensor, anchors: torch.Tensor, block: int) -> Batch:
+        """Of rows that are one document each, all of it the target's own."""
+        position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return cls(
+            tokens, torch.zeros_like(tokens), position, torch.ones_like(tokens, dtype=torch.bool), anchors, block
+        )
+
+    def on(self, group: Group, device: torch.device) -> Batch:
+        """This process's share, on its device."""
+        tokens, document, position, own, anchors = (group.share(part).to(device) for part in self[:-1])
+        return Batch(tokens, document, position, own, anchors, self.block)
+
+
+def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining):
     """Weighted loss of all blocks of a batch and the mean accepted length they would have had on the true text.
 
-    tokens ``int64 [b, S]``, anchors ``int64 [b, A]`` with ``anchor + block <= S``. Weights ``exp(-(k-1)/gamma)``, normalised.
+    Slot k weighs ``exp(-(k-1)/gamma)``, and nothing where the document is over or the token is not the target's own; normalised.
     """
     from ..models.dflash.training import training_hidden
 
-    features, last = teacher(tokens)
-    hidden = training_hidden(draft, features, tokens, anchors, block)[:, :, 1:]
-    logits = teacher.logits(hidden)
-    where = anchors[..., None] + torch.arange(1, block, device=tokens.device)
-    flat = where.flatten(1)
-    truth = tokens.gather(1, flat).view_as(where)
-    logs = F.log_softmax(logits, dim=-1)
-    hard = -logs.gather(-1, truth[..., None])[..., 0]
-    loss = (1 - settings.soft_labels) * hard if settings.soft_labels < 1 else 0.0
-    if settings.soft_labels > 0:
-        with torch.no_grad():
-            before = last.gather(1, (flat - 1)[..., None].expand(-1, -1, last.shape[-1]))
-            law = teacher.logits(before).softmax(-1).view_as(logits)
-        # 0 * -inf at the mask column is nan: the law is zero there, so the term is dropped.
-        loss = loss - settings.soft_labels * (law * logs.masked_fill(logs == -math.inf, 0.0)).sum(-1)
-    weights = torch.exp(-torch.arange(block - 1, device=tokens.device) / settings.gamma)
+    tokens, anchors, block = batch.tokens, batch.anchors, batch.block
+    features, last = teacher(tokens, batch.position)
+    hidden = training_hidden(draft, features, tokens, anchors, block, batch.document, batch.position)[:, :, 1:]
+    length = tokens.shape[1]
+    where = anchors[..., None] + torch.arange(1, block, device=tokens.device)  # [b, A, B-1]
+    flat = where.clamp(max=length - 1).flatten(1)
+
+    def at(values: torch.Tensor) -> torch.Tensor:
+        return values.gather(1, flat).view_as(where)
+
+    document = batch.document.gather(1, anchors)[..., None]
+    counts = (where < length) & (at(batch.document) == document) & (document >= 0) & at(batch.own)
+    # A slot behind one that does not count is never reached.
+    counts = counts.int().cumprod(-1).bool()
+    weights = torch.exp(-torch.arange(block - 1, device=tokens.device) / settings.gamma) * counts
+    before = last.gather(1, (flat - 1)[..., None].expand(-1, -1, last.shape[-1]))
+    chosen = counts.flatten()
+    labelled = Labelled(before.flatten(0, 1)[chosen], at(tokens).flatten()[chosen], weights.flatten()[chosen])
+    loss, right = head_loss(teacher, hidden.flatten(0, 2)[chosen], labelled, settings.soft_labels)
     with torch.no_grad():
-        right = logits.argmax(-1) == truth
-        accepted = right.int().cumprod(-1).sum(-1).float().mean()
-    return (loss * weights).sum(-1).mean() / weights.sum(), 1 + float(accepted)
+        hits = torch.zeros_like(chosen).masked_scatter(chosen, right).view_as(where)
+        whole = counts.all(-1)
+        accepted = hits.int().cumprod(-1).sum(-1)[whole].float()
+    return loss / weights.sum().clamp(min=1e-9), 1 + float(accepted.mean()) if len(accepted) else math.nan
 
 
-def _sequences(own: np.ndarray, corpus: np.ndarray, settings: DrafterTraining, start: int):
-    """Endless global batches ``int64 [batch_size, S]``: `own_text` from the target's responses, the rest true text."""
-    length = own.shape[1]
-    epochs: dict[int, np.ndarray] = {}
-    used = 0
-    per_batch = round(settings.batch_size * settings.own_text)
-    step = 0
-    while True:
+def _batches(
+    own: Documents, corpus: np.ndarray | None, settings: DrafterTraining, whole_rows: bool, start: int
+) -> Iterator[Batch]:
+    """Endless global batches: `own_text` of the rows from the target's responses, the rest true text out of the corpus (if there is one)."""
+    length = settings.seq_len
+    source = rows_of(own, length, settings.seed, whole_rows)
+    per_batch = settings.batch_size if corpus is None else round(settings.batch_size * settings.own_text)
+    for step in itertools.count():
         rng = np.random.default_rng((settings.seed, 7, step))
-        rows = []
-        for _ in range(per_batch):
-            epoch, index = divmod(used, len(own))
-            if epoch not in epochs:
-                epochs = {epoch: np.random.default_rng((settings.seed, 11, epoch)).permutation(len(own))}
-            rows.append(own[epochs[epoch][index]])
-            used += 1
-        for begin in rng.integers(0, corpus.size - length, settings.batch_size - per_batch):
-            rows.append(corpus[begin : begin + length])
+        chosen = [next(source) for _ in range(per_batch)]
+        if corpus is not None:
+            for begin in rng.integers(0, corpus.size - length, settings.batch_size - per_batch):
+                chosen.append([(corpus[begin : begin + length], np.ones(length, dtype=bool))])
         if step >= start:
-            batch = torch.from_numpy(np.stack(rows).astype(np.int64))
-            block = int(rng.choice(settings.block_sizes))
-            last = length - block
-            anchors = np.stack([np.sort(rng.permutation(last - 1)[: settings.anchors]) + 1 for _ in rows])
-            yield batch, torch.from_numpy(anchors), block
-        step += 1
+            yield _batch(chosen, length, int(rng.choice(settings.block_sizes)), settings.anchors, rng)
+
+
+def _batch(chosen: list, length: int, block: int, anchors: int, rng: np.random.Generator) -> Batch:
+    rows = Rows.of(chosen, length)
+    arrays = (rows.tokens, rows.document, rows.position, rows.own, rows.anchors(anchors, rng))
+    tokens, document, position, own, places = (torch.from_numpy(array) for array in arrays)
+    return Batch(tokens, document, position, own, places, block)
+
+
+@torch.no_grad()
+def held_out_report(
+    draft, teacher: Teacher, kept: Documents, settings: DrafterTraining, whole_rows: bool, where, autocast: bool
+):
+    """Loss and tau at random anchors of texts that nothing is trained on, by category. Tau in the loop is lower: `train report`."""
+    report = {}
+    for category in sorted(set(kept.categories)):
+        own = kept.only([i for i, c in enumerate(kept.categories) if c == category])
+        source = rows_of(own, settings.seq_len, settings.seed, whole_rows)
+        wanted = (
+            min(_HELD_OUT_ROWS, len(own))
+            if whole_rows
+            else min(_HELD_OUT_ROWS, 1 + int(own.lengths().sum()) // settings.seq_len)
+        )
+        losses, taus = [], []
+        for r in range(wanted):
+            batch = _batch(
+                [next(source)],
+                settings.seq_len,
+                settings.block_size,
+                settings.anchors,
+                np.random.default_rng((settings.seed, r)),
+            )
+            with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
+                loss, tau = block_loss(draft, teacher, batch.on(Group(), where), settings)
+            losses.append(float(loss))
+            taus += [] if math.isnan(tau) else [tau]
+        report[category or "all"] = {
+            "texts": len(own), "loss": float(np.mean(losses)), "random_anchor_tau": float(np.mean(taus)) if taus else None
+        }  # fmt: skip
+    return report
 
 
 def train(
     settings: DrafterTraining,
-    target_path: Path,
+    target_path: str | Path,
     own_path: Path,
-    data: Path,
+    data: Path | None,
     out: Path,
     device: str = "auto",
     save_every: int = 250,
@@ -177,20 +377,29 @@ def train(
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast
-    target = load_causal_lm(target_path, torch.float32)[0].to(where)
-    settings.check(target.config.num_hidden_layers, target.config.vocab_size)
-    own = responses.load(own_path)
-    corpus_tokens = np.load(data / "train.npy")
+    target = load_causal_lm(target_path, torch.bfloat16 if autocast else torch.float32)[0]
+    config = target.config.get_text_config()
+    settings.check(config.num_hidden_layers, config.vocab_size)
+    own, kept = responses.load(own_path).split()
+    if len(own) and int(own.tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"responses: {own_path} holds token {int(own.tokens.max())}, expected 0..{config.vocab_size - 1}, those of the target"
+        )
+    corpus_tokens = None if data is None else np.load(data / "train.npy")
 
     torch.manual_seed(settings.seed)
-    draft = DFlashDraft(draft_config(target.config, settings))
-    warm_start(draft, target.cpu(), settings)
+    draft = DFlashDraft(draft_config(config, settings))
+    sample = next(_batches(own, corpus_tokens, settings, True, 0)).tokens[:4]
+    warm_start(draft, target, sample)
     target.to(where)
     if settings.init_from:
         with readable(settings.init_from, "init_from"):
             draft.load_state_dict(load_draft(settings.init_from).state_dict())
     draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
     teacher = Teacher(target, settings.tap_ids, settings.mask_token_id)
+    whole_rows = not teacher.keeps_documents_apart(where)
+    if whole_rows and group.leads:
+        print("documents in one row would disturb each other in this target: every row holds one", file=sys.stderr)
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
 
     path = out / "checkpoint.pt"
@@ -205,14 +414,12 @@ def train(
 
     progress = Progress(settings.steps, "steps")
     warmup = max(1, int(settings.steps * settings.warmup))
-    source = _sequences(own, corpus_tokens, settings, step)
+    source = _batches(own, corpus_tokens, settings, whole_rows, step)
     mean_loss, mean_tau, begun = None, None, step
     while step < settings.steps:
-        tokens, anchors, block = next(source)
+        batch = next(source).on(group, where)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
-            loss, tau = block_loss(
-                draft, teacher, group.share(tokens).to(where), group.share(anchors).to(where), block, settings
-            )
+            loss, tau = block_loss(draft, teacher, batch, settings)
         loss.backward()
         group.average_gradients(draft)
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
@@ -222,9 +429,10 @@ def train(
         if not math.isfinite(value):
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
         mean_loss = smooth(mean_loss, value, step - begun)
-        mean_tau = smooth(mean_tau, tau, step - begun)
+        mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
         if group.leads and (step % save_every == 0 or step == settings.steps):
-            history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau})
+            held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast)
+            history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
             save_checkpoint(
                 path,
                 {
@@ -236,7 +444,7 @@ def train(
                 },
             )
         if group.leads:
-            text = f"loss {mean_loss:.3f}  random-anchor tau {mean_tau:.2f}"
+            text = f"loss {mean_loss:.3f}  random-anchor tau {mean_tau or math.nan:.2f}"
             progress.show(step, text, force=step % save_every == 0)
 
     report = {"steps": settings.steps, "sequences": settings.steps * settings.batch_size, "history": history}

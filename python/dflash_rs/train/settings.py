@@ -55,7 +55,8 @@ class TargetTraining:
 
 @dataclass(frozen=True)
 class ResponseSettings:
-    """How many sequences, how long (tokens, prompt included), and how they are sampled."""
+    """How many sequences, how long (tokens, prompt included), and how they are sampled. `turns` are answers of a chat whose user is the
+    target, too; `openings` names a file of beginnings of user's messages."""
 
     sequences: int = 20_000
     seq_len: int = 256
@@ -63,6 +64,8 @@ class ResponseSettings:
     max_prompt: int = 64
     temperatures: str = "0.4,0.6,0.8,1.0"
     batch_size: int = 128
+    turns: int = 1
+    openings: str = ""
     seed: int = 1
 
     def check(self) -> None:
@@ -71,6 +74,9 @@ class ResponseSettings:
                 f"min_prompt, max_prompt: got {self.min_prompt}, {self.max_prompt}, "
                 f"expected 1 <= min_prompt <= max_prompt < seq_len={self.seq_len}"
             )
+        for name in ("sequences", "batch_size", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if not all(t > 0 for t in self.temperature_list):
             raise ValueError(f"temperatures: got {self.temperatures!r}, expected values above 0")
 
@@ -93,6 +99,7 @@ class DrafterTraining:
     anchors: int = 64
     own_text: float = 0.75
     soft_labels: float = 1.0
+    seq_len: int = 256
     lr: float = 2e-3
     weight_decay: float = 0.0
     warmup: float = 0.04

@@ -7,13 +7,16 @@ use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::ndarray::{Dimension, Ix1, Ix2};
-use numpy::{Element, PyArray1, PyArray2, PyReadonlyArray, PyReadwriteArrayDyn, PyUntypedArrayMethods};
+use numpy::{
+    Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray, PyReadwriteArrayDyn,
+    PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::py::arrays::{Count, Flag, Given, array, array_mut, shaped};
 use crate::py::buffers::{bytes, table_view};
-use crate::py::errors::token_ids;
+use crate::py::errors::{invalid, token_ids};
 use crate::py::params::{self, DeviceSampling};
 use crate::schedule::{Config, Vocabulary};
 use crate::step;
@@ -54,6 +57,13 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic inside the core is a bug; going on with what it left beats a second, unrelated exception.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Tokens, chances, how many there are.
+type Looked<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray2<f32>>,
+    Bound<'py, PyArray1<i32>>,
+);
 
 type MaybeArray<'py, T, D> = Option<PyReadonlyArray<'py, T, D>>;
 
@@ -361,6 +371,30 @@ impl Engine {
         };
         let accepted = self.with(py, |engine| engine.accept_outputs(&mut locked(&plan.plan), &outputs))?;
         Ok(Accepted { accepted })
+    }
+
+    /// Drafts from the requests' own texts, for blocks of `block_size` tokens: tokens i64 and chances f32 `[len(draft_rows), block_size - 1]`,
+    /// and how many were found, i32 `[len(draft_rows)]`.
+    fn look_up<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        block_size: Count,
+    ) -> PyResult<Looked<'py>> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        let block: usize = block_size.count("block_size")?;
+        let most = self.with(py, |engine| engine.config().block_size);
+        if !(1..=most).contains(&block) {
+            return Err(invalid("block_size", block.to_string(), format!("1..{most}")));
+        }
+        let looked = self.with(py, |engine| engine.look_up(&locked(&plan.plan), block - 1))?;
+        let shape = [looked.found.len(), looked.width];
+        Ok((
+            looked.tokens.into_pyarray(py).reshape(shape)?,
+            looked.chances.into_pyarray(py).reshape(shape)?,
+            looked.found.into_pyarray(py),
+        ))
     }
 
     /// Resolves a step. `injected`: draft K/V were computed for `accepted.commit_rows`.

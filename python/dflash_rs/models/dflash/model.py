@@ -42,6 +42,9 @@ class DFlashDraft(nn.Module):
     config_type: ClassVar[type[DraftConfig]] = DraftConfig
     layer_type: ClassVar[type[DraftLayer]] = DraftLayer
     runtime_type: ClassVar[type[Runtime]] = Runtime
+    # See `Drafter`.
+    kind: ClassVar[str] = "dflash"
+    from_text: ClassVar[bool] = False
 
     def __init__(self, config: DraftConfig):
         super().__init__()

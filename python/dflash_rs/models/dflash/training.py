@@ -11,12 +11,23 @@ from .config import DraftConfig
 from .model import DFlashDraft
 
 
-def training_hidden(draft: DFlashDraft, feats: Tensor, tokens: Tensor, anchor_idx: Tensor, block_size: int) -> Tensor:
+def training_hidden(
+    draft: DFlashDraft,
+    feats: Tensor,
+    tokens: Tensor,
+    anchor_idx: Tensor,
+    block_size: int,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
     """Hidden states of many blocks per sequence in one differentiable pass.
 
     feats [b, S, K*H] float: target features of every position. tokens [b, S] int64. anchor_idx [b, A] int64 in
     0..S-1: the index (= position) of each block's real anchor; any order, repeats allowed. Returns
     [b, A, B, H], normalised and ready for lm_head; row i of a block predicts the token at anchor + i.
+
+    Where a row holds several documents behind each other, `document` [b, S] int64 numbers them and `position` [b, S] int64 counts from the
+    beginning of each: a block then sees its own document only.
 
     A query of block a sees the context strictly before anchor a and its own block, nothing else; the block part is
     bidirectional unless the layer is causal (section 4.2 of the paper). Blocks may reach past S: positions continue.
@@ -27,16 +38,25 @@ def training_hidden(draft: DFlashDraft, feats: Tensor, tokens: Tensor, anchor_id
     c = draft.config
     device = feats.device
     offsets = torch.arange(block_size, device=device)
-    block_positions = anchor_idx[..., None] + offsets  # [b, A, B]
+    if position is None:
+        position = torch.arange(length, device=device)
+        block_positions = anchor_idx[..., None] + offsets  # [b, A, B]
+    else:
+        block_positions = position.gather(1, anchor_idx)[..., None] + offsets
+    # Context that a block does not see: from its anchor on, and other documents. [b, A, S]
+    unseen = torch.arange(length, device=device) >= anchor_idx[..., None]
+    if document is not None:
+        unseen = unseen | (document[:, None, :] != document.gather(1, anchor_idx)[..., None])
 
     block_tokens = torch.full((batch, anchors, block_size), c.mask_token_id, dtype=torch.int64, device=device)
     block_tokens[..., 0] = tokens.gather(1, anchor_idx)
-    hidden = draft.embed(block_tokens).view(batch, anchors * block_size, c.hidden_size)
+    # The target may be kept in fewer bits; what the drafter adds up is kept in its own.
+    hidden = draft.embed(block_tokens).view(batch, anchors * block_size, c.hidden_size).to(draft.fc.weight.dtype)
     context = draft.project_features(feats)
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     cos_block, sin_block = draft.cos_sin(block_positions.view(batch, -1), dtype)
-    cos_context, sin_context = draft.cos_sin(torch.arange(length, device=device), dtype)
+    cos_context, sin_context = draft.cos_sin(position, dtype)
 
     for index, layer in enumerate(draft.layers):
         attention = layer.self_attn
@@ -44,13 +64,15 @@ def training_hidden(draft: DFlashDraft, feats: Tensor, tokens: Tensor, anchor_id
         q = attention.query(normed, cos_block, sin_block)
         k_block, v_block = attention.key_value(normed, cos_block, sin_block)
         k_context, v_context = attention.key_value(context, cos_context, sin_context)
-        attended = _packed_attention(c, index, q, k_context, v_context, k_block, v_block, anchor_idx, block_size)
+        attended = _packed_attention(
+            c, index, q, k_context, v_context, k_block, v_block, anchor_idx, unseen, block_size
+        )
         hidden = layer.close(hidden, attended, kept, block_size)
     return draft.norm(hidden).view(batch, anchors, block_size, c.hidden_size)
 
 
 def _packed_attention(
-    c: DraftConfig, index, q, k_context, v_context, k_block, v_block, anchor_idx, block_size
+    c: DraftConfig, index, q, k_context, v_context, k_block, v_block, anchor_idx, unseen, block_size
 ) -> Tensor:
     """Attention of [b, A*B] queries over their context prefix and own block -> [b, A*B, heads*head_dim].
 
@@ -73,12 +95,13 @@ def _packed_attention(
     scores_own = q.reshape(batch, kv, anchors, block_size * group, dim) @ k_own
 
     causal, window = c.layer_causal[index], c.layer_window[index]
-    column = torch.arange(length, device=q.device)
+    column = torch.arange(length, device=q.device)  # [S]
     if window is None:
-        hidden_context = (column >= anchor_idx[..., None]).view(batch, 1, anchors, 1, length)
+        hidden_context = unseen.view(batch, 1, anchors, 1, length)
     else:
-        position = anchor_idx[..., None] + torch.arange(block_size, device=q.device)  # [b, A, B]
-        hidden_context = (column >= anchor_idx[..., None, None]) | (position[..., None] - column >= window)
+        # Within a document places differ as positions do.
+        place = anchor_idx[..., None] + torch.arange(block_size, device=q.device)  # [b, A, B]
+        hidden_context = unseen[:, :, None, :] | (place[..., None] - column >= window)
         hidden_context = hidden_context.repeat_interleave(group, dim=2).view(batch, 1, anchors, -1, length)
     scores_context = scores_context.view(batch, kv, anchors, block_size * group, length)
     scores_context = scores_context.masked_fill(hidden_context, -math.inf)

@@ -1,0 +1,201 @@
+//! Look-up drafts against a search through the whole text, and what it learns of its own drafts.
+
+use dflash_rs::draft::{Guess, Lookup, LookupRates};
+use dflash_rs::types::TokenId;
+use proptest::prelude::*;
+
+fn ids(tokens: &[u32]) -> Vec<TokenId> {
+    tokens.iter().copied().map(TokenId).collect()
+}
+
+/// Length of the longest ending that occurred before, and where its occurrences ended, by looking everywhere.
+fn searched(text: &[TokenId]) -> (usize, Vec<usize>) {
+    let n = text.len();
+    let same = |end: usize| {
+        (0..end)
+            .take_while(|back| text[end - 1 - back] == text[n - 1 - back])
+            .count()
+    };
+    let longest = (1..n).map(same).max().unwrap_or(0);
+    let ends = (1..n).filter(|&end| longest > 0 && same(end) == longest);
+    (longest, ends.collect())
+}
+
+/// What follows an occurrence that ended before `from`, going on through itself.
+fn copied(text: &[TokenId], from: usize, count: usize) -> Vec<TokenId> {
+    let mut all = text.to_vec();
+    for at in 0..count {
+        all.push(all[from + at]);
+    }
+    all.split_off(text.len())
+}
+
+fn followers(text: &[TokenId], ending: &[TokenId]) -> Vec<TokenId> {
+    let mut found: Vec<TokenId> = text
+        .windows(ending.len() + 1)
+        .filter(|window| window[..ending.len()] == *ending)
+        .map(|window| window[ending.len()])
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+fn check(text: &[TokenId], index: &Lookup, count: usize, latest: bool) {
+    let (longest, ends) = searched(text);
+    assert_eq!(index.matched(), longest, "{text:?}");
+    let mut guesses = Vec::new();
+    index.propose(text, count, &mut guesses);
+    let tokens: Vec<TokenId> = guesses.iter().map(|guess| guess.token).collect();
+    let Some(&last) = ends.last() else {
+        assert!(guesses.is_empty());
+        return;
+    };
+    if latest {
+        assert_eq!(tokens, copied(text, last, count), "{text:?}");
+    } else {
+        assert!(ends.iter().any(|&end| tokens == copied(text, end, count)), "{text:?}");
+    }
+    for (at, guess) in guesses.iter().enumerate() {
+        assert_eq!(guess.matched as usize, longest + at);
+    }
+    if let Some(first) = guesses.first() {
+        let alone = followers(text, &text[text.len() - longest..]).len() == 1;
+        assert_eq!(first.unanimous, alone, "{text:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_longest_ending_is_found_and_copied_from_its_latest_occurrence(
+        tokens in prop::collection::vec(0u32..4, 0..90), count in 0usize..12
+    ) {
+        let (text, mut index) = (ids(&tokens), Lookup::new());
+        for end in 0..=text.len() {
+            index.extend(&text[..end]);
+            prop_assert_eq!(index.len(), end);
+            // Too few tokens for a place where so many endings recur that the shortest ones keep an older occurrence.
+            check(&text[..end], &index, count, end <= 32);
+            check(&text[..end], &index, count, false);
+        }
+    }
+
+    #[test]
+    fn repeated_passages_of_a_large_vocabulary_are_copied_from_the_latest(
+        passages in prop::collection::vec(prop::collection::vec(0u32..50_000, 1..12), 1..6),
+        order in prop::collection::vec(0usize..6, 1..14),
+    ) {
+        let text: Vec<TokenId> = order.iter().flat_map(|&at| ids(&passages[at % passages.len()])).collect();
+        let mut index = Lookup::new();
+        for end in 1..=text.len() {
+            index.extend(&text[..end]);
+            check(&text[..end], &index, 5, false);
+        }
+        // Passages of distinct tokens share few endings: nothing is left behind.
+        check(&text, &index, 5, (1..=text.len()).all(|end| searched(&text[..end]).0 < 30));
+    }
+
+    #[test]
+    fn reading_in_pieces_and_at_once_give_the_same(
+        tokens in prop::collection::vec(0u32..3, 1..60), cuts in prop::collection::vec(0usize..60, 0..5)
+    ) {
+        let text = ids(&tokens);
+        let (mut whole, mut pieces) = (Lookup::new(), Lookup::new());
+        whole.extend(&text);
+        let mut cuts = cuts;
+        cuts.sort_unstable();
+        for cut in cuts {
+            pieces.extend(&text[..cut.min(text.len()).max(pieces.len())]);
+        }
+        pieces.extend(&text);
+        let (mut left, mut right) = (Vec::new(), Vec::new());
+        whole.propose(&text, 9, &mut left);
+        pieces.propose(&text, 9, &mut right);
+        prop_assert_eq!(left, right);
+    }
+}
+
+#[test]
+fn a_loop_is_drafted_beyond_the_end_of_the_text() {
+    let text = ids(&[7, 8, 9, 8, 9]);
+    let mut index = Lookup::new();
+    index.extend(&text);
+    let mut guesses = Vec::new();
+    index.propose(&text, 6, &mut guesses);
+    let tokens: Vec<u32> = guesses.iter().map(|guess| guess.token.0).collect();
+    assert_eq!(tokens, [8, 9, 8, 9, 8, 9]);
+}
+
+#[test]
+fn a_text_that_never_repeats_itself_is_not_drafted_and_one_that_was_not_read_neither() {
+    let text = ids(&[5, 4, 3, 2, 1]);
+    let mut index = Lookup::new();
+    assert!(index.is_empty() && index.matched() == 0);
+    let mut guesses = vec![Guess {
+        token: TokenId(1),
+        matched: 1,
+        unanimous: true,
+    }];
+    index.extend(&text);
+    index.propose(&text, 4, &mut guesses);
+    assert!(guesses.is_empty());
+    let longer = ids(&[5, 4, 3, 2, 1, 5]);
+    index.propose(&longer, 4, &mut guesses);
+    assert!(guesses.is_empty(), "the last token was not read");
+}
+
+#[test]
+fn a_token_takes_at_most_192_bytes_whatever_the_text() {
+    // The texts with most states and most edges a token, a random one, and a loop.
+    let most_states: Vec<u32> = std::iter::once(0).chain(std::iter::repeat_n(1, 20_000)).collect();
+    let most_edges: Vec<u32> = std::iter::once(0)
+        .chain(std::iter::repeat_n(1, 20_000))
+        .chain([2])
+        .collect();
+    let random: Vec<u32> = (0..40_000u32).map(|i| i.wrapping_mul(2_654_435_761) >> 20).collect();
+    let few: Vec<u32> = (0..40_000u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 16) & 1)
+        .collect();
+    let round: Vec<u32> = (0..40_000u32).map(|i| i % 7).collect();
+    for tokens in [most_states, most_edges, random, few, round] {
+        let text = ids(&tokens);
+        let mut index = Lookup::new();
+        index.extend(&text);
+        let most = 192 * text.len() + 256;
+        assert!(
+            index.bytes() <= most,
+            "{} bytes for {} tokens",
+            index.bytes(),
+            text.len()
+        );
+    }
+}
+
+#[test]
+fn longer_matches_promise_more_until_something_else_is_seen() {
+    let guess = |matched, unanimous| Guess {
+        token: TokenId(0),
+        matched,
+        unanimous,
+    };
+    let mut rates = LookupRates::new();
+    for matched in 1..40 {
+        let (sure, unsure) = (
+            rates.chance(&guess(matched, true)),
+            rates.chance(&guess(matched, false)),
+        );
+        assert!(unsure < sure && sure < 1.0 && unsure > 0.0);
+        assert!(rates.chance(&guess(matched + 1, true)) >= sure);
+    }
+    let drafts = [guess(2, true), guess(3, true), guess(4, true)];
+    let untouched = rates.chance(&drafts[2]);
+    for _ in 0..300 {
+        // The first was right, the second not, the third never reached.
+        rates.record(&drafts, 3, 1);
+    }
+    assert!(rates.chance(&drafts[0]) > 0.97 && rates.chance(&drafts[1]) < 0.03);
+    assert_eq!(rates.chance(&drafts[2]), untouched);
+    let before = rates.chance(&drafts[0]);
+    rates.record(&drafts, 0, 0);
+    assert_eq!(rates.chance(&drafts[0]), before, "nothing was verified");
+}
