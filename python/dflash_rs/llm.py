@@ -17,11 +17,11 @@ from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
     Asked,
+    StepOptions,
     asked,
     encodable,
     import_torch,
     known_tokens,
-    pick_costs,
     pick_device,
     pick_dtype,
     pick_models,
@@ -99,11 +99,7 @@ class LLM(Chats):
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         model, draft = pick_models(model, draft)
-        flag("adaptive", adaptive)
-        flag("cuda_graphs", cuda_graphs)
-        if overlap is not None:
-            flag("overlap", overlap)
-        costs = pick_costs(costs)
+        options = StepOptions(block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap).check()
         if threads is not None:
             torch.set_num_threads(thread_count("threads", threads))
         self.device = pick_device(torch, device)
@@ -112,15 +108,7 @@ class LLM(Chats):
 
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
         models = Models.load(model, draft, device=self.device, dtype=self.dtype, precision=self.matmul_precision)
-        self._begin(
-            models,
-            block_size=block_size,
-            adaptive=adaptive,
-            costs=costs,
-            tree_nodes=tree_nodes,
-            graphs=cuda_graphs,
-            overlap=overlap,
-        )
+        self._begin(models, options)
 
     @classmethod
     def from_parts(
@@ -143,55 +131,32 @@ class LLM(Chats):
         from .engine.build import Models
 
         import_torch()
-        flag("adaptive", adaptive)
-        flag("cuda_graphs", cuda_graphs)
-        if overlap is not None:
-            flag("overlap", overlap)
+        options = StepOptions(block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap).check()
         llm = cls.__new__(cls)
         llm.config = EngineConfig(**sizes)
         llm.device, llm.dtype = target.device, target.dtype
         llm.model_dir, llm.draft_dir = type(target).__name__, None if draft is None else type(draft).__name__
         llm.matmul_precision = getattr(target, "matmul_precision", "highest")
-        models = Models(target, draft, tokenizer, token_bytes)
-        costs = pick_costs(costs)
-        llm._begin(
-            models,
-            block_size=block_size,
-            adaptive=adaptive,
-            costs=costs,
-            tree_nodes=tree_nodes,
-            graphs=cuda_graphs,
-            overlap=overlap,
-        )
+        llm._begin(Models(target, draft, tokenizer, token_bytes), options)
         return llm
 
-    def _begin(
-        self,
-        models: Any,
-        *,
-        block_size: int | None,
-        adaptive: bool,
-        costs: StepCosts | None,
-        tree_nodes: int,
-        graphs: bool,
-        overlap: bool | None,
-    ) -> None:
+    def _begin(self, models: Any, options: StepOptions) -> None:
         from .engine.build import Sizes, build
 
-        sizes = Sizes.choose(models, self.config, block_size, tree_nodes)
+        sizes = Sizes.choose(models, self.config, options.block_size, options.tree_nodes)
         self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
         self._target, self._draft = models.target, models.draft
         self.draft_kind = None if models.draft is None else models.draft.kind
         self.tokenizer, self._bytes = models.tokenizer, models.bytes
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
-        self._loop = build(models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=graphs, overlap=overlap)
+        self._loop = build(models, self.config, sizes, options)
         self._requests = self._loop.requests
         self.costs = self._loop.policy.costs
         self._closed = False
         self._turns = Turns()
         _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
-        self._leaving: deque[int] = deque()
+        self._leaving: deque[int | None] = deque()
 
     # ---- requests ------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class Stream(Iterator[StreamEvent]):
 
     def __next__(self) -> StreamEvent:
         self._llm._turns.check()
-        if self._turn._is_owned():
+        if self._turn._is_owned():  # type: ignore[attr-defined]  # every RLock has it, typeshed does not
             raise DflashError(
                 "stream: got next() in the middle of another one of the same thread, expected one at a time"
             )

@@ -15,7 +15,7 @@ mod request;
 use std::collections::VecDeque;
 
 pub(crate) use record::Gain;
-pub use record::{Reading, Record, Scores};
+pub use record::{Ledger, Reading, Record, RecordHandle, Scores};
 pub use request::{Finish, Request, Vocabulary};
 
 use crate::error::{Error, Result, indices};
@@ -498,7 +498,7 @@ impl Scheduler {
     pub fn remove(&mut self, id: RequestId) -> Result<bool> {
         if let Some(at) = self.waiting.iter().position(|request| request.id == id) {
             if let Some(request) = self.waiting.remove(at) {
-                request.record().abort();
+                request.record.with(Record::abort);
             }
             return Ok(true);
         }
@@ -509,7 +509,7 @@ impl Scheduler {
         let Some(slot) = slot else { return Ok(false) };
         let request = self.leave(slot)?;
         if let Some(request) = &request {
-            request.record().abort();
+            request.record.with(Record::abort);
         }
         Ok(request.is_some())
     }

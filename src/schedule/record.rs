@@ -4,11 +4,12 @@
 //!   commit ──> push(tokens)   a piece per step: numbers only, no text
 //!   reader ──> read()         the pieces that nobody has read: their text is made now, from the bytes of their tokens
 //! ```
-//! A record is shared by the engine, which writes it, and a reader, which may outlive the request. Text never shows half a character: bytes
+//! A record is shared by the engine, which writes it, and readers, who may outlive the request. One lock is for all records of an engine: a
+//! step writes all of them, and to lock each by itself would take longer than to write it. Text never shows half a character: bytes
 //! that may still become one wait for the next piece, and so do bytes that may still become a stop string. Bytes that are no UTF-8 become
 //! U+FFFD, one for each longest front of a character, as the decoders of Python and of the web do it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::request::{Finish, Vocabulary};
@@ -16,16 +17,45 @@ use crate::error::Result;
 use crate::stats::Stats;
 use crate::types::TokenId;
 
-/// What one step added to an output.
+/// What one step added to an output. Small, because every step writes one for everybody.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     /// Output tokens up to its end.
     end: u32,
-    /// Drafts accepted, the first of its tokens.
-    accepted: u32,
-    /// Output bytes that are certain to be text; `None`: all.
-    text_end: Option<usize>,
+    /// Output bytes that are certain to be text; `ALL_TEXT`: all.
+    text_end: u32,
+    /// Drafts accepted, positions drafted, drafts verified.
+    accepted: u16,
+    drafted: u16,
+    verified: u16,
     finish: Finish,
+}
+
+const ALL_TEXT: u32 = u32::MAX;
+
+impl Piece {
+    fn new(end: usize, text_end: Option<usize>, finish: Finish) -> Self {
+        Self {
+            end: end as u32,
+            text_end: text_end.map_or(ALL_TEXT, |end| end as u32),
+            accepted: 0,
+            drafted: 0,
+            verified: 0,
+            finish,
+        }
+    }
+
+    fn text_end(&self) -> usize {
+        if self.text_end == ALL_TEXT {
+            return usize::MAX;
+        }
+        self.text_end as usize
+    }
+}
+
+/// Blocks are far shorter than this.
+fn small(count: u32) -> u16 {
+    u16::try_from(count).unwrap_or(u16::MAX)
 }
 
 /// A piece as its reader gets it.
@@ -73,7 +103,6 @@ pub struct Record {
     tokens: Vec<TokenId>,
     pieces: Vec<Piece>,
     scores: Scores,
-    stats: Stats,
     cached_tokens: u32,
     begun: Instant,
     first: Option<Instant>,
@@ -85,13 +114,101 @@ pub struct Record {
     text: Option<Text>,
 }
 
+/// The records of an engine's requests.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    entries: Vec<Option<Entry>>,
+    free: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    record: Record,
+    handles: usize,
+}
+
+impl Ledger {
+    /// Locks it. Nobody drops or clones a handle while they have the lock.
+    pub(crate) fn lock(ledger: &Mutex<Self>) -> MutexGuard<'_, Self> {
+        // Whole at every moment: a reader that fell has not changed what is written.
+        ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn of(&mut self, handle: &RecordHandle) -> Option<&mut Record> {
+        self.entry(handle.at).map(|entry| &mut entry.record)
+    }
+
+    fn entry(&mut self, at: usize) -> Option<&mut Entry> {
+        self.entries.get_mut(at)?.as_mut()
+    }
+}
+
+/// A record, for as long as anybody has one of these.
+#[derive(Debug)]
+pub struct RecordHandle {
+    ledger: Arc<Mutex<Ledger>>,
+    at: usize,
+}
+
+impl RecordHandle {
+    pub(super) fn new(ledger: &Arc<Mutex<Ledger>>, record: Record) -> Self {
+        let mut locked = Ledger::lock(ledger);
+        let entry = Some(Entry { record, handles: 1 });
+        let at = match locked.free.pop() {
+            Some(at) => at,
+            None => {
+                locked.entries.push(None);
+                locked.entries.len() - 1
+            }
+        };
+        locked.entries[at] = entry;
+        drop(locked);
+        Self {
+            ledger: Arc::clone(ledger),
+            at,
+        }
+    }
+
+    /// Looks at the record, or changes it.
+    ///
+    /// # Panics
+    /// Never: a handle keeps its record.
+    pub fn with<R>(&self, look: impl FnOnce(&mut Record) -> R) -> R {
+        let mut ledger = Ledger::lock(&self.ledger);
+        look(ledger.of(self).expect("a handle keeps its record"))
+    }
+}
+
+impl Clone for RecordHandle {
+    fn clone(&self) -> Self {
+        if let Some(entry) = Ledger::lock(&self.ledger).entry(self.at) {
+            entry.handles += 1;
+        }
+        Self {
+            ledger: Arc::clone(&self.ledger),
+            at: self.at,
+        }
+    }
+}
+
+impl Drop for RecordHandle {
+    fn drop(&mut self) {
+        let mut ledger = Ledger::lock(&self.ledger);
+        let Some(entry) = ledger.entry(self.at) else { return };
+        entry.handles -= 1;
+        if entry.handles == 0 {
+            ledger.entries[self.at] = None;
+            ledger.free.push(self.at);
+        }
+    }
+}
+
 impl Record {
     pub(super) fn new(vocabulary: Option<&Arc<Vocabulary>>) -> Self {
         Self {
             tokens: Vec::new(),
             pieces: Vec::new(),
             scores: Scores::default(),
-            stats: Stats::new(),
             cached_tokens: 0,
             begun: Instant::now(),
             first: None,
@@ -104,34 +221,24 @@ impl Record {
     }
 
     /// Books a committed step.
-    ///
-    /// # Errors
-    /// As [`Stats::record_tree`].
-    pub(crate) fn push(&mut self, gain: &Gain<'_>, cached_tokens: u32) -> Result<()> {
-        let new = gain.tokens.len() as u32;
+    pub(crate) fn push(&mut self, gain: &Gain<'_>, cached_tokens: u32) {
         self.cached_tokens = cached_tokens;
-        if new > 0 && self.tokens.is_empty() {
-            // The pass over the prompt is none of those that drafting could save.
+        if self.tokens.is_empty() && !gain.tokens.is_empty() {
             self.first = Some(Instant::now());
-        } else if new > 0 {
-            self.stats
-                .record_tree(gain.verified, gain.drafted, gain.accepted, new)?;
         }
         self.tokens
             .extend(gain.tokens.iter().map(|&token| TokenId(token as u32)));
-        if new > 0 || gain.finish != Finish::Running {
+        if !gain.tokens.is_empty() || gain.finish != Finish::Running {
             self.pieces.push(Piece {
-                end: self.tokens.len() as u32,
-                // The accepted drafts come first; a stop may have cut the block short.
-                accepted: gain.accepted.min(new),
-                text_end: gain.text_end,
-                finish: gain.finish,
+                accepted: small(gain.accepted),
+                drafted: small(gain.drafted),
+                verified: small(gain.verified),
+                ..Piece::new(self.tokens.len(), gain.text_end, gain.finish)
             });
         }
         if gain.finish != Finish::Running {
             self.end(gain.finish);
         }
-        Ok(())
     }
 
     /// Books the scores of the tokens that are pushed next. `top_starts` has one entry more than there are tokens.
@@ -150,23 +257,13 @@ impl Record {
     pub(crate) fn fail(&mut self, error: String, text_end: Option<usize>, cached_tokens: u32) {
         self.error = Some(error);
         self.cached_tokens = cached_tokens;
-        self.pieces.push(Piece {
-            end: self.tokens.len() as u32,
-            accepted: 0,
-            text_end,
-            finish: Finish::Error,
-        });
+        self.pieces.push(Piece::new(self.tokens.len(), text_end, Finish::Error));
         self.end(Finish::Error);
     }
 
     /// Ends it where it is. What was held back is not shown.
     pub(crate) fn abort(&mut self) {
-        self.pieces.push(Piece {
-            end: self.tokens.len() as u32,
-            accepted: 0,
-            text_end: Some(0),
-            finish: Finish::Abort,
-        });
+        self.pieces.push(Piece::new(self.tokens.len(), Some(0), Finish::Abort));
         self.end(Finish::Abort);
     }
 
@@ -188,9 +285,10 @@ impl Record {
             text: self
                 .text
                 .as_mut()
-                .map(|text| text.push(tokens, piece.text_end, piece.finish)),
+                .map(|text| text.push(tokens, piece.text_end(), piece.finish)),
             tokens: tokens.to_vec(),
-            accepted: piece.accepted,
+            // The accepted drafts come first; a stop may have cut the block short.
+            accepted: u32::from(piece.accepted).min(tokens.len() as u32),
             finish: piece.finish,
         })
     }
@@ -208,7 +306,7 @@ impl Record {
             .checked_sub(1)
             .map_or(0, |last| self.pieces[last].end as usize);
         for piece in &self.pieces[self.read..] {
-            text.push(&self.tokens[begin..piece.end as usize], piece.text_end, piece.finish);
+            text.push(&self.tokens[begin..piece.end as usize], piece.text_end(), piece.finish);
             begin = piece.end as usize;
         }
         self.read = self.pieces.len();
@@ -220,9 +318,20 @@ impl Record {
         &self.scores
     }
 
-    /// Acceptance over the passes after the first token.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
+    /// Acceptance over the passes after the first token: the pass over the prompt is none of those that drafting could save.
+    ///
+    /// # Errors
+    /// None for a record that a step has written.
+    pub fn stats(&self) -> Result<Stats> {
+        let mut stats = Stats::new();
+        for pair in self.pieces.windows(2) {
+            let (before, piece) = (pair[0].end, pair[1]);
+            if before > 0 && piece.end > before {
+                let (verified, drafted) = (u32::from(piece.verified), u32::from(piece.drafted));
+                stats.record_tree(verified, drafted, u32::from(piece.accepted), piece.end - before)?;
+            }
+        }
+        Ok(stats)
     }
 
     /// Prompt tokens found in the prefix cache when it last entered.
@@ -272,14 +381,14 @@ impl Text {
     }
 
     /// Takes tokens; `text_end` bytes of the output are known to be text. Returns what that makes visible.
-    fn push(&mut self, tokens: &[TokenId], text_end: Option<usize>, finish: Finish) -> String {
+    fn push(&mut self, tokens: &[TokenId], text_end: usize, finish: Finish) -> String {
         for &token in tokens {
             self.rest.extend_from_slice(self.vocabulary.of(token));
         }
         if finish == Finish::Abort {
             return String::new();
         }
-        let end = text_end.map_or(usize::MAX, |end| end).min(self.at + self.rest.len());
+        let end = text_end.min(self.at + self.rest.len());
         self.certain = self.certain.max(end);
         let begun = self.shown.len();
         let taken = decode(

@@ -34,7 +34,7 @@ use crate::draft::LookupRates;
 use crate::error::{Error, Result};
 use crate::kv::{Checkpoint, CheckpointId};
 use crate::schedule::{
-    Config, Finish, Gain, Params, Record, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens,
+    Config, Finish, Gain, Ledger, Params, RecordHandle, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens,
 };
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
@@ -60,6 +60,7 @@ pub struct Engine {
     stats: Stats,
     lookups: LookupRates,
     vocabulary: Option<Arc<Vocabulary>>,
+    ledger: Arc<Mutex<Ledger>>,
     eos: Vec<TokenId>,
     next_request: u64,
     next_step: u64,
@@ -115,6 +116,7 @@ impl Engine {
             stats: Stats::new(),
             lookups: LookupRates::new(),
             vocabulary: vocabulary.map(Arc::new),
+            ledger: Arc::default(),
             next_request: 0,
             next_step: 0,
         })
@@ -178,20 +180,20 @@ impl Engine {
         params.settle(prompt.len(), &self.eos);
         let max_total = (prompt.len() + params.max_tokens as usize).min(config.max_context) as u32;
         let id = RequestId(self.next_request);
-        let request = Request::new(id, prompt, params, max_total, self.vocabulary.as_ref());
+        let request = Request::new(id, prompt, params, max_total, self.vocabulary.as_ref(), &self.ledger);
         self.scheduler.enqueue(request)?;
         self.next_request += 1;
         Ok(id)
     }
 
     /// What an unfinished request is given, to be looked at while it runs and afterwards; `None` when there is none of that number.
-    pub fn record(&self, id: RequestId) -> Option<Arc<Mutex<Record>>> {
+    pub fn record(&self, id: RequestId) -> Option<RecordHandle> {
         // The newest request is the likeliest to be asked for.
         let waiting = self.scheduler.waiting().rev();
         let running = self.scheduler.running().map(|running| &running.request);
         let mut all = waiting.chain(running);
         all.find(|request| request.id == id)
-            .map(|request| Arc::clone(&request.record))
+            .map(|request| request.record.clone())
     }
 
     /// Of the `most` oldest requests: the temperatures of those that draft, and how many do not.
@@ -401,14 +403,20 @@ impl Engine {
         // The flight is no longer there to be called off.
         drop(ticket);
         let mut events = self.shared.events(plan.step());
+        let ledger = Arc::clone(&self.ledger);
+        let mut records = Ledger::lock(&ledger);
+        // Dropped when the records are no longer locked.
+        let mut left = Vec::new();
         let mut failed = accepted.failed().iter().peekable();
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
             let error = failed.next_if(|(at, _)| *at == row).map(|(_, error)| error);
             // A narrowed plan verified fewer drafts than were scheduled.
             let verified = plan.arrays().block_len[row] as u32 - 1;
             let drafts = (plan.drafted(row), verified);
-            self.resolve_row(row, scheduled, drafts, accepted.arrays(), injected, error, &mut events)?;
+            let step = (accepted.arrays(), injected);
+            left.extend(self.resolve_row(row, scheduled, drafts, step, error, &mut records, &mut events)?);
         }
+        drop(records);
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
         out.top_starts.resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
@@ -422,23 +430,23 @@ impl Engine {
         row: usize,
         scheduled: Scheduled,
         (drafted, verified): (u32, u32),
-        accepted: &AcceptedArrays,
-        injected: bool,
+        (accepted, injected): (&AcceptedArrays, bool),
         error: Option<&Error>,
+        records: &mut Ledger,
         events: &mut Events,
-    ) -> Result<()> {
+    ) -> Result<Option<Request>> {
         let (work, len) = (scheduled.work, scheduled.len);
         let drafts_accepted = accepted.accepted[row];
         let keep = match work {
-            _ if error.is_some() => return self.fail_row(scheduled, error, events),
+            _ if error.is_some() => return self.fail_row(scheduled, error, records, events),
             Work::Prefill { .. } => len,
             Work::Decode => drafts_accepted as u32 + 1,
         };
         let Some(running) = self.scheduler.resolve(scheduled, keep, injected)? else {
-            return Ok(());
+            return Ok(None);
         };
         if work == (Work::Prefill { last: false }) {
-            return Ok(());
+            return Ok(None);
         }
         let slot = running.key.slot;
         let request = &mut running.request;
@@ -449,12 +457,8 @@ impl Engine {
             accepted.token_starts[row] as usize,
             accepted.token_starts[row + 1] as usize,
         );
-        let mut finish = Finish::Running;
-        let mut at = first;
-        while at < end && finish == Finish::Running {
-            finish = request.push(TokenId(accepted.tokens[at] as u32), &self.eos);
-            at += 1;
-        }
+        let (taken, finish) = request.extend(&accepted.tokens[first..end], &self.eos);
+        let at = first + taken;
         out.tokens.extend_from_slice(&accepted.tokens[first..at]);
         out.logprobs.extend_from_slice(&accepted.logprobs[first..at]);
         if !accepted.top_tokens.is_empty() {
@@ -485,7 +489,9 @@ impl Engine {
             self.stats
                 .record_tree(verified, drafted, drafts_accepted as u32, committed)?;
         }
-        let mut record = request.record();
+        let Some(record) = records.of(&request.record) else {
+            return Ok(None);
+        };
         if request.params.scores() {
             let starts = &accepted.top_starts[first..=at];
             record.score(
@@ -505,23 +511,27 @@ impl Engine {
                 finish,
             },
             request.cached_tokens,
-        )?;
-        drop(record);
-        if finish != Finish::Running {
-            self.scheduler.leave(slot)?;
+        );
+        if finish == Finish::Running {
+            return Ok(None);
         }
-        Ok(())
+        self.scheduler.leave(slot)
     }
 
-    fn fail_row(&mut self, scheduled: Scheduled, error: Option<&Error>, events: &mut Events) -> Result<()> {
+    fn fail_row(
+        &mut self,
+        scheduled: Scheduled,
+        error: Option<&Error>,
+        records: &mut Ledger,
+        events: &mut Events,
+    ) -> Result<Option<Request>> {
         let Some(running) = self.scheduler.tenant(&scheduled) else {
-            return self.scheduler.call_off(scheduled);
+            return self.scheduler.call_off(scheduled).map(|()| None);
         };
         let (slot, id, cached) = (running.key.slot, running.request.id.0, running.request.cached_tokens);
         let text_end = running.request.text_end();
-        if let Some(error) = error {
-            let message = format!("request {id}: {error}");
-            running.request.record().fail(message, text_end, cached);
+        if let (Some(error), Some(record)) = (error, records.of(&running.request.record)) {
+            record.fail(format!("request {id}: {error}"), text_end, cached);
         }
         let out = events.arrays_mut();
         out.request_ids.push(id);
@@ -534,8 +544,7 @@ impl Engine {
         out.cached_tokens.push(cached as i32);
         events.errors.extend(error.map(|error| (id, error.clone())));
         self.scheduler.call_off(scheduled)?;
-        self.scheduler.leave(slot)?;
-        Ok(())
+        self.scheduler.leave(slot)
     }
 
     /// Calls a step off: its requests go on from their last resolved token. Steps launched after it lose the rows they

@@ -9,13 +9,14 @@ import torch
 
 from .. import _core, cuda
 from ..arguments import integer
-from ..config import LOOKUP, EngineConfig, StepCosts
+from ..config import LOOKUP, EngineConfig
 from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
 from ..models.loader import load_draft
 from ..models.lookup import LookUp
 from ..models.target import TargetModel
 from ..models.threads import while_loading
+from ..options import StepOptions
 from ..text import Detokenizer, token_bytes
 from .costs import measure
 from .device.step import DeviceBackend, serves
@@ -67,10 +68,10 @@ class Sizes:
     @classmethod
     def choose(cls, models: Models, config: EngineConfig, block_size: int | None, tree_nodes: int) -> Sizes:
         """Of what was asked for, within what the models take."""
-        plain = models.draft is None
+        plain, draft = models.draft is None, models.draft
         expected = "0 without a drafter" if plain else None
-        block = _block(models.draft, block_size)
-        chains = plain or models.draft.from_text
+        block = _block(draft, block_size)
+        chains = draft is None or draft.from_text
         if chains and not plain:
             expected = "0 with a look-up, which drafts chains"
         nodes = integer("tree_nodes", tree_nodes, 0, 0 if chains else _MOST_NODES, expected=expected)
@@ -105,19 +106,15 @@ def build(
     models: Models,
     config: EngineConfig,
     sizes: Sizes,
-    *,
-    adaptive: bool,
-    costs: StepCosts | None,
-    graphs: bool,
-    overlap: bool | None,
+    options: StepOptions,
 ) -> Loop:
-    """An engine of `models`: takes the memory, and measures what steps cost unless `costs` says it or nobody asks (`adaptive`)."""
-    target, draft = models.target, models.draft
+    """An engine of `models`: takes the memory, and measures what steps cost unless the options say it or nobody asks (`adaptive`)."""
+    target, draft, costs = models.target, models.draft, options.costs
     if draft is not None:
         target.set_taps(draft.taps)
     pages = _take_memory(models, config, sizes)
     on_device = serves(target, draft)
-    overlap = _overlap(overlap, target, draft, on_device)
+    overlap = _overlap(options.overlap, target, draft, on_device)
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
     core = _core.Engine(
@@ -147,10 +144,10 @@ def build(
             block_size=sizes.block_size,
             max_context=sizes.max_context,
             tree_nodes=sizes.tree_nodes,
-            graphs=graphs,
+            graphs=options.cuda_graphs,
         )
-    adapts = draft is not None and adaptive
-    if adapts and costs is None:
+    adapts = draft is not None and options.adaptive
+    if draft is not None and adapts and costs is None:
         found = measure(target, draft, sizes.block_size) if device is None else device.costs()
     else:
         found = costs if adapts else None

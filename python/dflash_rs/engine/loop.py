@@ -106,9 +106,10 @@ class Loop:
         self.requests.route(events)
 
     def _call_off(self, flight: Flight | None) -> None:
-        committed = flight is not None and not self.core.cancel(flight.step.plan)
+        committed = (
+            [] if flight is None or self.core.cancel(flight.step.plan) else flight.step.plan.request_ids.tolist()
+        )
         self.core.cancel_all()
-        if committed:
-            # Somebody's tokens did not arrive: nobody gets a text with a hole.
-            for request in flight.step.plan.request_ids.tolist():
-                self.requests.abort(request)
+        # What follows a commit was left out: the target's states may lag behind.
+        for request in committed:
+            self.requests.abort(request)

@@ -137,10 +137,9 @@ class Requests:
                 self.active.pop(request, None)
             raise
 
-    def abort(self, request: int) -> bool:
+    def abort(self, request: int | None) -> bool:
         """Ends a request wherever it is; False when it is unknown or finished."""
-        active = self.active.get(request)
-        if active is None:
+        if request is None or request not in self.active:
             return False
         self.core.abort(request)
         self._end(request)

@@ -1,16 +1,15 @@
 //! `dflash_rs._core.Record`: what a request was given, for whoever looks.
 
-use std::sync::{Arc, Mutex};
-
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::locked;
 use crate::schedule;
 use crate::types::TokenId;
 
 /// A piece: its text or None, its tokens, how many of them were drafts, and why the request ended with it (0: it goes on).
 type Piece = (Option<String>, Vec<u32>, u32, u8);
+/// The same, behind its record's place.
+type PlacedPiece = (usize, Option<String>, Vec<u32>, u32, u8);
 /// A token, its log-probability, and the likeliest tokens with theirs.
 type Score = (u32, f32, Vec<(i64, f32)>);
 
@@ -21,17 +20,14 @@ fn ids(tokens: &[TokenId]) -> Vec<u32> {
 /// What a request was given: by pieces, one for each step that gave it tokens or ended it, or as a whole.
 #[pyclass(frozen, module = "dflash_rs._core")]
 pub struct Record {
-    pub(super) record: Arc<Mutex<schedule::Record>>,
+    pub(super) record: schedule::RecordHandle,
 }
 
 impl Record {
     fn pieces(&self) -> Vec<Piece> {
-        let mut record = locked(&self.record);
-        let mut pieces = Vec::new();
-        while let Some(piece) = record.read() {
-            pieces.push((piece.text, ids(&piece.tokens), piece.accepted, piece.finish as u8));
-        }
-        pieces
+        let read = |record: &mut schedule::Record| std::iter::from_fn(|| record.read()).collect::<Vec<_>>();
+        let shown = |piece: schedule::Reading| (piece.text, ids(&piece.tokens), piece.accepted, piece.finish as u8);
+        self.record.with(read).into_iter().map(shown).collect()
     }
 }
 
@@ -45,21 +41,22 @@ impl Record {
 
     /// The text of all pieces, which count as read then; None for an engine without a vocabulary.
     fn text(&self) -> Option<String> {
-        locked(&self.record).text().map(str::to_owned)
+        self.record.with(|record| record.text().map(str::to_owned))
     }
 
     /// Output tokens.
     fn tokens(&self) -> Vec<u32> {
-        ids(locked(&self.record).tokens())
+        self.record.with(|record| ids(record.tokens()))
     }
 
     /// Each token with its log-probability and the likeliest tokens; empty unless the request asked for them.
     fn scores(&self) -> Vec<Score> {
-        let record = locked(&self.record);
-        let scores = record.scores();
+        let (tokens, scores) = self
+            .record
+            .with(|record| (record.tokens().to_vec(), record.scores().clone()));
         let mut begin = 0;
         let mut all = Vec::with_capacity(scores.logprobs.len());
-        for ((&token, &logprob), &end) in record.tokens().iter().zip(&scores.logprobs).zip(&scores.top_ends) {
+        for ((&token, &logprob), &end) in tokens.iter().zip(&scores.logprobs).zip(&scores.top_ends) {
             let top = begin..end as usize;
             let likeliest = scores.top_tokens[top.clone()].iter().zip(&scores.top_logprobs[top]);
             all.push((
@@ -75,24 +72,23 @@ impl Record {
     /// Why it ended, as in `read`; 0 while it has not.
     #[getter]
     fn finish(&self) -> u8 {
-        locked(&self.record).finish() as u8
+        self.record.with(|record| record.finish()) as u8
     }
 
     /// The message of the failure it ended with.
     #[getter]
     fn error(&self) -> Option<String> {
-        locked(&self.record).error().map(str::to_owned)
+        self.record.with(|record| record.error().map(str::to_owned))
     }
 
     /// Numbers: cached_prompt_tokens, output_tokens, steps (target passes after the first token), drafted_steps, tau (0 before the first of them),
     /// accepted_per_position, accept_histogram, ttft_s and total_s since its arrival.
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (cached, tokens, stats, times) = {
-            let record = locked(&self.record);
+        let (cached, tokens, stats, times) = self.record.with(|record| {
             let tokens = record.tokens().len();
-            (record.cached_tokens(), tokens, record.stats().clone(), record.times())
-        };
-        let dict = PyDict::new(py);
+            (record.cached_tokens(), tokens, record.stats(), record.times())
+        });
+        let (stats, dict) = (stats?, PyDict::new(py));
         dict.set_item("cached_prompt_tokens", cached)?;
         dict.set_item("output_tokens", tokens)?;
         dict.set_item("steps", stats.passes())?;
@@ -106,14 +102,14 @@ impl Record {
     }
 
     fn __repr__(&self) -> String {
-        let record = locked(&self.record);
-        format!("Record({} tokens, {:?})", record.tokens().len(), record.finish())
+        self.record
+            .with(|record| format!("Record({} tokens, {:?})", record.tokens().len(), record.finish()))
     }
 }
 
 /// The pieces of many requests that were not read, each with its request's place in `records`, in their order.
 #[pyfunction]
-pub fn read_records(records: Vec<PyRef<'_, Record>>) -> Vec<(usize, Option<String>, Vec<u32>, u32, u8)> {
+pub fn read_records(records: Vec<PyRef<'_, Record>>) -> Vec<PlacedPiece> {
     let mut all = Vec::new();
     for (place, record) in records.iter().enumerate() {
         for (text, tokens, accepted, finish) in record.pieces() {

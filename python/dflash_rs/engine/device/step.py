@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from ... import cuda
 from ...attention import CudaAttention
 from ...config import EngineConfig, StepCosts
 from ...errors import DflashError
-from ...models.drafter import Drafter
+from ...models.drafter import DeviceDrafter, Drafter
 from ...models.target import TargetModel
 from ..backend import Step
 from ..costs import rising
@@ -178,6 +179,12 @@ class DeviceBackend:
         return Arena(self.device, {**parts, "bias_values": ((entries,), np.float32)})
 
     @property
+    def _drafter(self) -> DeviceDrafter:
+        """Only of steps that draft, or store draft KV."""
+        assert self.draft is not None
+        return self.draft
+
+    @property
     def num_graphs(self) -> int:
         return 0 if self.graphs is None else len(self.graphs)
 
@@ -212,19 +219,20 @@ class DeviceBackend:
             step.inject,
             step.trees,
         )
-        tops = None
+        best = None
         if prompts:
-            tops = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted)
+            best = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted)
         elif wanted.best:
-            tops = self._verify(bucket, longest, max_keys, wanted)
+            best = self._verify(bucket, longest, max_keys, wanted)
         else:
             self._verify_graph(bucket, longest, max_keys, wanted)
+        tops = None if best is None else list(best)
         if tops is not None and self.device.type == "cuda":
             tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
         self._out.turn()
         # The last copy of the step.
         out = self._out.download()
-        return _Flight(step, block, wanted, out, None if tops is None else list(tops), self._out.copied)
+        return _Flight(step, block, wanted, out, tops, self._out.copied)
 
     def keep(self, step: Step, accepted: Any) -> None:
         """Nothing: targets with state are not served here."""
@@ -252,10 +260,11 @@ class DeviceBackend:
         batch, _, rows, drafting, *_ = plan.outline
         drafts = None
         if drafting:
-            drafts = out["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
-        if drafting and wanted.trees:
-            self._set_trees(plan, drafts, out["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block))
-            drafts = None
+            chains = out["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
+            if wanted.trees:
+                self._set_trees(plan, chains, out["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block))
+            else:
+                drafts = chains
         return self.core.accept_outputs(
             plan,
             out["tokens"][:rows],
@@ -350,7 +359,7 @@ class DeviceBackend:
     def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H], logits
         [requests, block - 1, V], and the anchors int64 [requests]."""
-        inputs, draft = self._in.device, self.draft
+        inputs, draft = self._in.device, self._drafter
         rows = inputs["draft_rows"][:requests]
         starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
         lens, anchors = (inputs[name].index_select(0, rows) for name in ("context_lens", "anchors"))
@@ -373,12 +382,13 @@ class DeviceBackend:
     def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
         """The likeliest chains, into `_drafts(block)`."""
         rows64 = self._in.device["draft_rows64"][:requests]
-        self._drafts(block).index_copy_(0, rows64, self.draft.choose(hidden, logits, anchors))
+        self._drafts(block).index_copy_(0, rows64, self._drafter.choose(hidden, logits, anchors))
 
     def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
         """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
         rows64 = self._in.device["draft_rows64"][:requests]
-        trees = cuda.tree_build(anchors, *self.draft.branch(hidden, logits, anchors), row - 1)
+        tokens, chances = self._drafter.branch(hidden, logits, anchors)
+        trees = cuda.tree_build(anchors, tokens, chances, row - 1)
         self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
         for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
             room.index_copy_(0, rows64, values)
@@ -457,6 +467,7 @@ class DeviceBackend:
                 out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if wanted.scored else None),
             )  # fmt: skip
         room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
+        assert room.commit_slots is not None
         accepted = cuda.accept(
             query_starts=query_starts, context_lens=lens, token_ids=token_ids, sampled=sampled, table=table,
             max_nodes=longest, logit_starts=logit_starts, parents=parents,
@@ -470,8 +481,8 @@ class DeviceBackend:
         if tree is not None:
             cuda.compact_kv(accepted.path, lens, self._target_kv, table)
         if wanted.inject:
-            kv = self.draft.context(features)
-            self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
+            kv = self._drafter.context(features)
+            self._drafter.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
         return cuda.tree_top_k(logits, wanted.best) if wanted.best and rows else None
 
     # ---- costs ---------------------------------------------------------------------------------------------------
@@ -500,7 +511,8 @@ class DeviceBackend:
             plain = self._time(passes[0])
             target.append((requests * block, plain))
             if 1 < block <= self.block_size:
-                both = self._time(lambda r=requests, b=block, p=passes[1]: (self._draft_graph(r, b, 1), p()))
+                drafts = partial(self._draft_graph, requests, block, 1)
+                both = self._time(lambda first=drafts, then=passes[1]: [work() for work in (first, then)])
                 drafting.append((requests * block, max(both - plain, 0.0)))
         return StepCosts(rising(target), rising(drafting))
 
