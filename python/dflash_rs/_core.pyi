@@ -442,10 +442,10 @@ class StepPlan:
         Raises ``InvalidArgument`` for a wrong shape or a draft outside the vocabulary; no draft is set then.
         """
 
-    def narrow(self, keep: NDArray[np.int32]) -> None:
-        """Verifies only the first ``keep[i]`` drafts of row ``draft_rows[i]``, ``keep`` i32. Read the arrays again afterwards.
+    def narrow(self, widths: NDArray[np.int32]) -> None:
+        """Verifies only the first ``widths[i]`` tokens of row ``draft_rows[i]``, the anchor counted. Read the arrays again afterwards.
 
-        Raises ``InvalidArgument`` for a wrong length or a number outside 0 to the row's drafts; nothing changes then.
+        Raises ``InvalidArgument`` for a wrong length or a number outside 1 to the row's tokens; nothing changes then.
         """
 
     def set_trees(self, tokens: NDArray[np.int64], parents: NDArray[np.int32], counts: NDArray[np.int32]) -> None:

@@ -312,7 +312,7 @@ class LLM(Chats):
         return self._turns.take(run, self._settle)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: steps, steps_ahead (of those launched before the last one's results were read), seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
+        """Counters since the start: steps, steps_ahead (of those launched before the last one's results were read), seconds per stage, CUDA graphs captured, pages and requests, the bytes of states beside the pages of a target that has such, and acceptance over all requests.
 
         On a GPU "verify" holds drafting and injection as well: they are one stretch of device time.
         """
@@ -325,6 +325,7 @@ class LLM(Chats):
                 "stage_seconds": dict(loop.times.total),
                 "cuda_graphs": loop.backend.num_graphs,
                 **loop.core.counts(),
+                **({"state_bytes": loop.state_bytes} if loop.state_bytes else {}),
                 **loop.core.stats(),
             }
 

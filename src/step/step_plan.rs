@@ -180,28 +180,28 @@ impl StepPlan {
         Ok(())
     }
 
-    /// Verifies fewer drafts: the first `keep[i]` of row `draft_rows[i]`. The layout closes up; what the row reserved and does
-    /// not use is given back at commit. May be called again, with less.
+    /// Verifies fewer tokens: the first `widths[i]` of row `draft_rows[i]`, the anchor counted. The layout closes up; what the row reserved and
+    /// does not use is given back at commit. May be called again, with less.
     ///
     /// # Errors
-    /// `Length` for a wrong number of rows, `InvalidArgument` for fewer than none or more than there are; nothing changes then.
-    pub fn narrow(&mut self, keep: &[i32]) -> Result<()> {
+    /// `Length` for a wrong number of rows, `InvalidArgument` for less than the anchor or more than there is; nothing changes then.
+    pub fn narrow(&mut self, widths: &[i32]) -> Result<()> {
         self.still_chains()?;
         let arrays = &mut self.arrays;
-        if keep.len() != arrays.draft_rows.len() {
+        if widths.len() != arrays.draft_rows.len() {
             return Err(Error::Length {
-                name: "keep",
-                got: keep.len(),
+                name: "widths",
+                got: widths.len(),
                 expected: arrays.draft_rows.len(),
             });
         }
-        for (&row, &keep) in arrays.draft_rows.iter().zip(keep) {
-            let drafts = arrays.block_len[row as usize] - 1;
-            if !(0..=drafts).contains(&keep) {
+        for (&row, &width) in arrays.draft_rows.iter().zip(widths) {
+            let most = arrays.block_len[row as usize];
+            if !(1..=most).contains(&width) {
                 return Err(Error::InvalidArgument {
-                    name: "keep",
-                    got: format!("{keep} for request {}", arrays.request_ids[row as usize]),
-                    expected: format!("0..{drafts}, its drafts"),
+                    name: "widths",
+                    got: format!("{width} for request {}", arrays.request_ids[row as usize]),
+                    expected: format!("1..{most}, the tokens of its row"),
                 });
             }
         }
@@ -212,8 +212,8 @@ impl StepPlan {
             let mut len = arrays.block_len[row] as usize;
             let logits = arrays.logit_starts[row] as usize..arrays.logit_starts[row + 1] as usize;
             let mut kept_logits = logits.len();
-            if draft < keep.len() && arrays.draft_rows[draft] as usize == row {
-                len = 1 + keep[draft] as usize;
+            if draft < widths.len() && arrays.draft_rows[draft] as usize == row {
+                len = widths[draft] as usize;
                 kept_logits = len;
                 draft += 1;
             }
@@ -297,8 +297,8 @@ impl StepPlan {
                 return bad("trees", got, format!("tokens in {}", indices(self.vocab_size)));
             }
         }
-        let keep: Vec<i32> = trees.iter().map(|tree| tree.len() as i32 - 1).collect();
-        self.narrow(&keep)?;
+        let widths: Vec<i32> = trees.iter().map(|tree| tree.len() as i32).collect();
+        self.narrow(&widths)?;
         let arrays = &mut self.arrays;
         // Whatever is not a tree is a chain: prompts, plain rows.
         let longest = arrays.block_len.iter().max().map_or(0, |&len| len as usize);

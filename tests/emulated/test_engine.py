@@ -397,8 +397,8 @@ def test_trees_planned_by_cost_and_log_probabilities(exact, llm):
         assert tokens(made.generate(PROMPTS, params("greedy"))) == tokens(
             llm.generate(PROMPTS, params("greedy"), draft=False)
         )
-        assert {key[2] - 1 for key in made._loop.backend.graphs._captured if key[0] == "verify"} <= {
-            0, *made._loop.backend.tiers
+        assert {key[2] for key in made._loop.backend.graphs._captured if key[0] == "verify"} <= {
+            1, *made._loop.backend.widths
         }  # fmt: skip
 
 

@@ -238,7 +238,7 @@ def stages():
     accepted = core.accept_sampled(plan, np.zeros(4, I64))
     yield core.commit, dict(plan=None, accepted=accepted, injected=True), ("plan", "accepted", "injected"), ("plan",)
     yield plan.set_drafts, {}, ("drafts",), ()
-    yield plan.narrow, {}, ("keep",), ()
+    yield plan.narrow, {}, ("widths",), ()
     good = dict(tokens=np.full((1, 1), 7), parents=np.full((1, 1), -1, I32), counts=np.full(1, 9, I32))
     yield plan.set_trees, good, tuple(good), ("parents", "counts")
 

@@ -506,9 +506,9 @@ def test_a_narrowed_step_verifies_and_counts_only_what_is_left():
     core.commit(plan, core.accept_sampled(plan, np.array([7])))
     plan = core.plan()
     plan.set_drafts(np.array([[5, 6, 8]]))
-    with pytest.raises(InvalidArgument, match="keep: got 4 for request 0, expected 0..3, its drafts"):
-        plan.narrow(np.array([4], np.int32))
-    plan.narrow(np.array([1], np.int32))
+    with pytest.raises(InvalidArgument, match="widths: got 5 for request 0, expected 1..4, the tokens of its row"):
+        plan.narrow(np.array([5], np.int32))
+    plan.narrow(np.array([2], np.int32))
     assert plan.token_ids.tolist() == [7, 5] and plan.block_len.tolist() == [2] and len(plan.logit_rows) == 2
     accepted = core.accept_sampled(plan, np.array([5, 6]))
     events = core.commit(plan, accepted)
@@ -644,7 +644,7 @@ def test_what_the_drafters_probabilities_are_worth_is_learnt_from_the_steps_they
         widths = planner.admit(
             np.full((2, 3), 0.5, np.float32), temperatures, plan.block_len[plan.draft_rows], plan=plan
         )
-        plan.narrow(widths - 1)
+        plan.narrow(widths)
         accepted = loop.core.accept(plan, loop.logits(plan))
         assert accepted.accepted.tolist() == [3, 0]
         assert plan.temperatures.tolist() == temperatures.tolist()

@@ -112,11 +112,12 @@ def build(
     target, draft, costs = models.target, models.draft, options.costs
     if draft is not None:
         target.set_taps(draft.taps)
-    pages = _take_memory(models, config, sizes)
-    on_device = serves(target, draft)
-    overlap = _overlap(options.overlap, target, draft, on_device)
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
+    state_bytes = 0 if copies is None else (config.max_running + copies) * target.state.bytes_per_slot
+    pages = _take_memory(models, config, sizes, state_bytes)
+    on_device = serves(target, draft)
+    overlap = _overlap(options.overlap, target, draft, on_device)
     core = _core.Engine(
         num_pages=pages,
         page_size=config.page_size,
@@ -132,7 +133,15 @@ def build(
         vocabulary=models.bytes,
     )
     if copies is not None:
-        target.state.alloc(core.page_table.shape[0], copies)
+        try:
+            target.state.alloc(core.page_table.shape[0], copies)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise InvalidArgument(
+                f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
+                f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
+            ) from error
     requests = Requests(core, None if models.bytes is not None else lambda: Detokenizer(models.tokenizer, None))
     device = None
     if on_device:
@@ -161,14 +170,14 @@ def build(
         max_running=config.max_running,
         max_batch_tokens=config.max_batch_tokens,
         asks_host=device is None,
-        tiers=[] if device is None else device.tiers,
+        widths=[] if device is None else device.widths,
         from_text=draft is not None and draft.from_text,
     )
     if device is not None:
         return Loop(core, device, policy, requests, overlap=overlap)
     draws_there = _kernels_here(models)
     host = HostBackend(core, target, draft, policy, page_size=config.page_size, draws_there=draws_there)
-    return Loop(core, host, policy, requests, overlap=overlap)
+    return Loop(core, host, policy, requests, overlap=overlap, state_bytes=state_bytes)
 
 
 def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bool:
@@ -189,8 +198,8 @@ def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bo
     return on_device if asked is None else asked
 
 
-def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:
-    """Allocates the KV of both models and returns the number of pages."""
+def _take_memory(models: Models, config: EngineConfig, sizes: Sizes, state_bytes: int) -> int:
+    """Allocates the KV of both models and returns the number of pages; beside it there are `state_bytes` of state."""
     target, draft, page = models.target, models.draft, config.page_size
     table = config.max_running * -(-(sizes.max_context + sizes.row) // page) * 4
     if table > _MOST_TABLE_BYTES:
@@ -199,12 +208,12 @@ def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:
             f"many requests would take {table / 2**30:,.1f} GiB"
         )
     bytes_per_token = target.kv_bytes_per_token + (draft.kv_bytes_per_token if draft else 0)
-    pages = config.pages(bytes_per_token, sizes.max_context, sizes.row)
+    pages = config.pages(bytes_per_token, sizes.max_context, sizes.row, state_bytes)
     slots = pages * page
     # A size that torch cannot even express, or that the system does not give.
     too_much = InvalidArgument(
         f"num_pages, page_size: got {pages} pages of {page} tokens, expected a cache that fits the memory; this one takes "
-        f"{slots * bytes_per_token / 2**30:,.1f} GiB"
+        f"{slots * bytes_per_token / 2**30:,.1f} GiB{f' beside {state_bytes / 2**30:,.1f} GiB of state' if state_bytes else ''}"
     )
     if slots >= 2**31:
         raise too_much

@@ -27,10 +27,21 @@ class Loop:
     text is the same; a request that ends meanwhile has taken part in one step too many, of which nobody hears.
     """
 
-    def __init__(self, core: Any, backend: Backend, policy: Policy, requests: Requests, *, overlap: bool = False):
+    def __init__(
+        self,
+        core: Any,
+        backend: Backend,
+        policy: Policy,
+        requests: Requests,
+        *,
+        overlap: bool = False,
+        state_bytes: int = 0,
+    ):
         self.core, self.backend, self.policy, self.requests = core, backend, policy, requests
         self.overlap, self.times = overlap, backend.times
         self.steps = self.steps_ahead = 0
+        # Memory that a target keeps states of requests in, and copies of them.
+        self.state_bytes = state_bytes
         self._ahead: Flight | None = None
 
     def step(self) -> None:

@@ -24,8 +24,8 @@ class Decision(NamedTuple):
 class Policy:
     """Decides for blocks of `block_size` tokens and trees of up to `tree_nodes` drafts, 0 for chains.
 
-    By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `tiers`: whether the drafter's probabilities are seen
-    before verifying; where they are not, trees come in these numbers of drafts. `observes`: the costs come down to what steps take.
+    By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `widths`: whether the drafter's probabilities are seen
+    before verifying; where they are not, trees come in these numbers of tokens, the anchor counted. `observes`: the costs come down to what steps take.
     `from_text`: drafts are looked up and cost nothing, so as many as there are are looked at before it is decided what of them pays.
     """
 
@@ -40,13 +40,13 @@ class Policy:
         max_running: int,
         max_batch_tokens: int,
         asks_host: bool,
-        tiers: list[int],
+        widths: list[int],
         from_text: bool = False,
     ):
         self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
         self._from_text, self._block = from_text, block_size
-        self._widths = [] if asks_host or not tree_nodes else [drafts + 1 for drafts in tiers]
+        self._widths = [] if asks_host or not tree_nodes else widths
         self.planner = (
             _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
         )
@@ -67,7 +67,7 @@ class Policy:
         # Prompts take their share of a step: what drafts beside them drafts chains.
         trees = bool(decision.trees and drafting and not prompts)
         if decision.trees and drafting and not trees:
-            plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block) - 1)
+            plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block))
             *_, drafting, _, longest, _ = plan.outline
         block = decision.block if trees else min(decision.block, longest)
         # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen. A look-up has no KV that could be missing.
@@ -90,7 +90,7 @@ class Policy:
             return
         first, its = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
         plan.set_drafts(first)
-        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan) - 1)
+        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan))
 
     # ---- after a step --------------------------------------------------------------------------------------------
 

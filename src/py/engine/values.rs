@@ -111,11 +111,11 @@ macro_rules! plan_arrays {
                 Ok(outcome?)
             }
 
-            /// Verifies only the first `keep[i]` drafts of row `draft_rows[i]`, i32. Read the arrays again afterwards.
-            fn narrow(&self, keep: &Bound<'_, PyAny>) -> PyResult<()> {
-                let keep = array::<i32, Ix1>("keep", keep, "[len(draft_rows)]")?;
-                let keep = keep.as_slice()?;
-                let outcome = locked(&self.plan).narrow(keep);
+            /// Verifies only the first `widths[i]` tokens of row `draft_rows[i]`, i32, the anchor counted. Read the arrays again afterwards.
+            fn narrow(&self, widths: &Bound<'_, PyAny>) -> PyResult<()> {
+                let widths = array::<i32, Ix1>("widths", widths, "[len(draft_rows)]")?;
+                let widths = widths.as_slice()?;
+                let outcome = locked(&self.plan).narrow(widths);
                 Ok(outcome?)
             }
 

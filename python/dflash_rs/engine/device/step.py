@@ -64,10 +64,10 @@ def _bucket(count: int, most: int) -> int:
     return min(1 << max(count - 1, 0).bit_length(), most)
 
 
-def _tiers(most: int) -> list[int]:
-    """Numbers of drafts that trees of up to `most` come in, so that graphs are few: the tokens of a row are 2^i or 3 * 2^i."""
-    tokens = {m << i for i in range(10) for m in (2, 3)} | {most + 1}
-    return sorted(n - 1 for n in tokens if n - 1 <= most)
+def _widths(nodes: int) -> list[int]:
+    """Tokens of a row, the anchor counted, that trees of up to `nodes` drafts come in, so that graphs are few: 2^i or 3 * 2^i."""
+    steps = {m << i for i in range(10) for m in (2, 3)} | {nodes + 1}
+    return sorted(n for n in steps if 1 < n <= nodes + 1)
 
 
 def _splits(max_keys: int) -> int:
@@ -112,7 +112,7 @@ class DeviceBackend:
         self.target, self.draft = target, None if draft is None else draft.on_device()
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
         self.rows = config.max_running
-        self.tree_nodes, self.tiers = tree_nodes, _tiers(tree_nodes)
+        self.tree_nodes, self.widths = tree_nodes, _widths(tree_nodes)
         # Most tokens of a decoding row.
         row = max(block_size, tree_nodes + 1)
         # Positions that a block may reach past the last one of a text.
