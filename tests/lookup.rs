@@ -1,6 +1,11 @@
 //! Look-up drafts against a search through the whole text, and what it learns of its own drafts.
 
+use std::collections::HashMap;
+
 use dflash_rs::draft::{Guess, Lookup, LookupRates};
+use dflash_rs::error::Error;
+use dflash_rs::schedule::{Config, Params};
+use dflash_rs::step::{Engine, StepPlan};
 use dflash_rs::types::TokenId;
 use proptest::prelude::*;
 
@@ -198,4 +203,104 @@ fn longer_matches_promise_more_until_something_else_is_seen() {
     let before = rates.chance(&drafts[0]);
     rates.record(&drafts, 0, 0);
     assert_eq!(rates.chance(&drafts[0]), before, "nothing was verified");
+}
+
+// ---- in an engine -----------------------------------------------------------------------------------------------------
+
+const VOCAB: usize = 6;
+
+/// What a target writes after a text: mostly by its last two tokens, so that texts repeat themselves, and now and then by where it is.
+fn next(text: &[i64]) -> i64 {
+    let [.., before, last] = text else { return 1 };
+    let surprise = if text.len() % 7 == 3 { text.len() as i64 } else { 0 };
+    (before * 5 + last * 3 + surprise + 1) % VOCAB as i64
+}
+
+/// The target's token after every row that asks for one, drafts before it taken as they are.
+fn drawn(plan: &StepPlan, texts: &HashMap<u64, Vec<i64>>) -> Vec<i64> {
+    let arrays = plan.arrays();
+    let mut tokens = Vec::new();
+    for row in 0..arrays.row_ids.len() {
+        let first = arrays.query_starts[row] as usize;
+        let known = &texts[&arrays.request_ids[row]][..arrays.context_lens[row] as usize];
+        for at in arrays.logit_starts[row] as usize..arrays.logit_starts[row + 1] as usize {
+            let own = &arrays.token_ids[first..=arrays.logit_rows[at] as usize];
+            tokens.push(next(&[known, own].concat()));
+        }
+    }
+    tokens
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Steps are cut short, called off after the look-up and taken again, requests give way and come back: texts are the target's, and
+    /// every draft is what the text so far says.
+    #[test]
+    fn texts_are_the_targets_whatever_comes_between_a_look_up_and_its_commit(
+        num_pages in 14usize..40, page_size in 1usize..5, choices in prop::collection::vec(0usize..12, 400)
+    ) {
+        let config = Config {
+            num_pages: num_pages * 4 / page_size + 12, page_size, max_running: 3, max_context: 44, block_size: 5, max_batch_tokens: 13,
+            vocab_size: VOCAB, ..Config::default()
+        };
+        let mut engine = Engine::new(config, None).unwrap();
+        let mut texts: HashMap<u64, Vec<i64>> = HashMap::new();
+        let mut expected: HashMap<u64, Vec<i64>> = HashMap::new();
+        for n in 1..6usize {
+            let prompt: Vec<i64> = (0..n * 3).map(|i| ((i * n) % VOCAB) as i64).collect();
+            let params = Params { max_tokens: 24, ignore_eos: true, ..Params::default() };
+            let id = engine.add(prompt.iter().map(|&t| TokenId(t as u32)).collect(), params).unwrap().0;
+            let mut whole = prompt.clone();
+            (0..24).for_each(|_| whole.push(next(&whole)));
+            texts.insert(id, prompt);
+            expected.insert(id, whole);
+        }
+        let (mut choices, mut drafted, mut accepted, mut called_off) = (choices.iter().cycle(), 0, 0, 0);
+        while engine.has_work() {
+            let mut choose = || *choices.next().unwrap();
+            let mut plan = engine.plan(1 + choose() % 5).unwrap().unwrap();
+            let rows = plan.arrays().draft_rows.clone();
+            if !rows.is_empty() {
+                let found = engine.look_up(&plan, 4).unwrap();
+                for (at, &row) in rows.iter().enumerate() {
+                    let text: Vec<TokenId> = texts[&plan.arrays().request_ids[row as usize]].iter().map(|&t| TokenId(t as u32)).collect();
+                    let (mut index, mut guesses) = (Lookup::new(), Vec::new());
+                    index.extend(&text);
+                    index.propose(&text, (plan.arrays().block_len[row as usize] as usize - 1).min(4), &mut guesses);
+                    prop_assert_eq!(found.found[at] as usize, guesses.len());
+                    for (i, guess) in guesses.iter().enumerate() {
+                        prop_assert_eq!(found.tokens[at * 4 + i], i64::from(guess.token.0));
+                        prop_assert!(found.chances[at * 4 + i] > 0.0 && found.chances[at * 4 + i] < 1.0);
+                    }
+                }
+                plan.set_drafts(&found.tokens, 4).unwrap();
+                let keep: Vec<i32> = found.found.iter().map(|&most| most.min(choose() as i32)).collect();
+                plan.narrow(&keep).unwrap();
+            }
+            let tokens = drawn(&plan, &texts);
+            let fate = choose();
+            if fate < 2 && called_off < 40 {
+                called_off += 1;
+                if fate == 0 {
+                    prop_assert!(engine.cancel(&mut plan).unwrap());
+                }
+                // Or it is dropped.
+                continue;
+            }
+            let taken = engine.accept_sampled(&plan, &tokens, &[]).unwrap();
+            let events = engine.commit(&mut plan, &taken, true).unwrap();
+            let out = events.arrays();
+            for (event, id) in out.request_ids.iter().enumerate() {
+                let new = &out.tokens[out.token_starts[event] as usize..out.token_starts[event + 1] as usize];
+                texts.get_mut(id).unwrap().extend(new);
+                drafted += out.verified[event];
+                accepted += out.accepted[event];
+            }
+            let closed = matches!(engine.look_up(&plan, 4), Err(Error::OutOfTurn { .. }));
+            prop_assert!(closed, "a step that is committed has nothing to look up");
+        }
+        prop_assert_eq!(texts, expected);
+        prop_assert!(drafted < 40 || accepted > 0, "{} of {}", accepted, drafted);
+    }
 }

@@ -352,7 +352,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_is_explained():
-    assert len(list(parsers())) == 16
+    assert len(list(parsers())) == 17
     for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)

@@ -100,7 +100,7 @@ class LookUp:
     """A `Drafter` that finds its drafts in texts it was told, and is a token off at one place of three; it reads no features."""
 
     block_size, taps, branches, kv_bytes_per_token, key_dims = 6, (), 1, 0, ()
-    kind, from_text = "toy", False
+    kind, reads_tokens, from_text = "toy", False, False
 
     def __init__(self):
         self.texts: list[list[int]] = []

@@ -11,6 +11,8 @@ import numpy as np
 class Oracle:
     """A `Drafter` for an `LLM`: drafts from a table of texts; one draft of four is a token off, by its position."""
 
+    kind, reads_tokens, from_text = "oracle", False, False
+
     def __init__(self, target, block_size: int = 6):
         self.block_size, self.taps, self.branches, self.kv_bytes_per_token, self.key_dims = block_size, (0,), 1, 0, ()
         self.hidden_size = target.hidden_size

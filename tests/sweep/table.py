@@ -22,6 +22,10 @@ The architecture is what is tried here, not a checkpoint: variants of a configur
 those of code outside transformers are, by what `LLM` does with every target when it loads it. It evaluates the attention masks that the
 model asks for at positions as far apart as the context allows, and compares a forward over pages with the model's own on a few tokens,
 some of them at the end of the context.
+
+What a drafter reads of a target differs. A look-up (`draft="lookup"`) reads nothing but the text and drafts for every exact target. A DFlash
+reads outputs of layers, which a few of them do not have in that form (remarks). An MTP head reads what the target's own head reads, the
+hidden states after the last norm; training one begins from the last layer, which has to be Llama-shaped (Llama, Mistral, Qwen2, Qwen3 and their like).
 """
 _REASONS = (
     ("does not take its attention from", "attention that is not from transformers' registry"),

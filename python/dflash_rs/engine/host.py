@@ -12,7 +12,6 @@ from .. import cuda
 from ..models.batch import StepBatch
 from .backend import Step
 from .policy import Policy
-from .requests import Requests
 from .timing import StageTimes, stage
 
 
@@ -32,12 +31,11 @@ class HostBackend:
         target: Any,
         draft: Any,
         policy: Policy,
-        requests: Requests,
         *,
         page_size: int,
         draws_there: bool = False,
     ):
-        self.core, self.target, self.draft, self.policy, self.requests = core, target, draft, policy, requests
+        self.core, self.target, self.draft, self.policy = core, target, draft, policy
         self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
 
     def launch(self, step: Step) -> Step:
@@ -58,7 +56,7 @@ class HostBackend:
         plan = step.plan
         if self.draft.from_text:
             tokens, chances, found = self.core.look_up(plan, step.block)
-            self.policy.admit(step, tokens[:, :, None], chances[:, :, None], self.requests, found)
+            self.policy.admit(step, tokens[:, :, None], chances[:, :, None], found)
             return
         rows = plan.draft_rows
         tokens, probabilities = self.draft.candidates(
@@ -71,7 +69,7 @@ class HostBackend:
             block_size=step.block,
             k=None if step.trees else 1,
         )
-        self.policy.admit(step, tokens, probabilities, self.requests)
+        self.policy.admit(step, tokens, probabilities)
 
     @stage("verify")
     def _verify(self, step: Step) -> tuple[np.ndarray, Any]:
@@ -116,7 +114,18 @@ class HostBackend:
     @stage("inject")
     def _inject(self, plan: Any, features: Any, accepted: Any) -> None:
         rows = accepted.commit_rows
-        self.draft.inject(features, plan.positions[rows], accepted.commit_slots, rows)
+        told = {}
+        if self.draft.reads_tokens:
+            told = {"token_ids": plan.token_ids[rows], "before": self._before(plan, rows)}
+        self.draft.inject(features, plan.positions[rows], accepted.commit_slots, rows, **told)
+
+    def _before(self, plan: Any, rows: np.ndarray) -> np.ndarray:
+        """Slots int64 [M] of the tokens before those at `rows`; -1 at the begin of a text, and where the drafter was not told of them."""
+        requests = np.searchsorted(plan.query_starts, rows, side="right") - 1
+        places = plan.positions[rows] - 1
+        pages, within = np.divmod(np.maximum(places, 0), self.page_size)
+        slots = self.core.page_table[plan.row_ids[requests], pages].astype(np.int64) * self.page_size + within
+        return np.where((places < 0) | (places < plan.draft_valid_from[requests]), -1, slots)
 
     def _draw_there(self, plan: Any, batch: StepBatch, logits: Tensor) -> np.ndarray | None:
         """The target's tokens, drawn where the logits are: the same ones, without moving a vocabulary's worth of numbers per row.

@@ -3,7 +3,7 @@
     on a host                                    inside a step on a device
     candidates(anchors, contexts) ──> tokens     block ──> choose | branch ──> drafts
             ... the target's pass ...                     ... the target's pass ...
-    inject(features, places)                     context ──> store
+    inject(features, places, tokens)             context ──> store
 
 A drafter proposes what follows an *anchor*, the last token of a text, whose own KV does not exist yet. It may keep KV of its own at the
 target's slots, and may read the target's hidden states (`taps`). It need not be right: what it proposes is verified. It has to be
@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
+
+FINAL = 2**31 - 1
+"""Among `taps`: what the target's head reads, its hidden states after the last norm. No layer has this number."""
 
 
 class DeviceDrafter(Protocol):
@@ -57,10 +60,11 @@ class Drafter(Protocol):
 
     - `kind`: what tables call it, a word.
     - `block_size`: tokens of the block it was made for, the anchor counted; shorter ones it takes as well.
-    - `taps`: target layers whose outputs `inject` gets, in this order; empty when it reads none.
+    - `taps`: target layers whose outputs `inject` gets, in this order, FINAL for what the head reads; empty when it reads none.
     - `branches`: candidates per place at most that draft trees are made of.
     - `kv_bytes_per_token`: bytes of its own KV per token of context, 0 without.
     - `key_dims`: widths of its attention's key heads, for saying why a device cannot serve it; empty without attention.
+    - `reads_tokens`: `inject` is told of tokens and their predecessors, too.
     - `from_text`: its drafts are looked up in the requests' texts by the core, chains only. It is asked neither for `candidates` nor to `inject`.
     """
 
@@ -70,6 +74,7 @@ class Drafter(Protocol):
     branches: int
     kv_bytes_per_token: int
     key_dims: tuple[int, ...]
+    reads_tokens: bool
     from_text: bool
 
     def alloc_kv(self, num_slots: int) -> None:
@@ -98,10 +103,20 @@ class Drafter(Protocol):
         not injected and is not to be looked at. All host arrays. `block_size` of None is the drafter's own, `k` of None is `branches`.
         """
 
-    def inject(self, features: Tensor | None, positions: Any, slots: Any, rows: Any = None) -> None:
+    def inject(
+        self,
+        features: Tensor | None,
+        positions: Any,
+        slots: Any,
+        rows: Any = None,
+        *,
+        token_ids: Any = None,
+        before: Any = None,
+    ) -> None:
         """Tells the drafter of M committed tokens. features [T, len(taps) * H] of a step (None without taps); rows int64 [M]: whose features
-        they are (0..T-1 when None); positions and slots int64 [M]; host arrays or tensors. Each token once, in any order; a slot may be
-        written again when its page changed hands."""
+        they are (0..T-1 when None); positions and slots int64 [M]; host arrays or tensors. Each token once; a slot may be
+        written again when its page changed hands. Who `reads_tokens` also gets, as host arrays, token_ids int64 [M], and before int64 [M]: the
+        slot of the token before each, -1 where that was never injected. Tokens of a request come in the order of their positions."""
 
     def on_device(self) -> DeviceDrafter | None:
         """The half that runs inside a step on a device, after `alloc_kv`; None when the drafter cannot (no kernels, a type or heads that they

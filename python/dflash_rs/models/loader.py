@@ -1,14 +1,15 @@
-"""Reads and writes DFlash and DFlash 2 checkpoints, and refuses what would be misread.
+"""Reads and writes checkpoints of drafters (DFlash, DFlash 2, MTP heads), and refuses what would be misread.
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or shards listed in
 `model.safetensors.index.json`. In the configuration, keys of the nested `dflash_config` beat top-level ones. Tensor
-names may carry a `model.` prefix. Everything that can be wrong without being noticed later (a mask token or layer id
+names may carry a `model.` prefix, those of an MTP head carry `mtp.`. Everything that can be wrong without being noticed later (a mask token or layer id
 that belongs to another target, a missing tensor, a half-copied file) is an error here that names the file and the field.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ from .checkpoint import MOST_HEADS, MOST_POSITIONS, MOST_VOCAB, MOST_WIDTH, Stor
 from .dflash.config import FULL, SLIDING, DraftConfig
 from .dflash.model import DFlashDraft
 from .dflash2 import DFlash2Config, DFlash2Draft
+from .mtp import MtpConfig, MtpDraft
 
+# What names of an MTP head's tensors begin with.
+_MTP = "mtp."
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Published drafters have 16; a file that says a thousand is damaged.
 _MOST_BLOCK = 256
 _MOST_DRAFT_LAYERS, _MOST_TARGET_LAYERS = 1024, checkpoint.MOST_LAYERS
 # What a checkpoint may call itself, and what it then is.
-_KINDS: dict[str, type[DFlashDraft]] = {kind.config_type.architecture: kind for kind in (DFlashDraft, DFlash2Draft)}
+_KINDS: dict[str, type[DFlashDraft] | type[MtpDraft]] = {
+    kind.config_type.architecture: kind for kind in (DFlashDraft, DFlash2Draft, MtpDraft)
+}
 
 
 def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -78,10 +84,10 @@ class _Fields:
         return value
 
 
-def read_draft_config(path: str | Path) -> DraftConfig:
+def read_draft_config(path: str | Path) -> DraftConfig | MtpConfig:
     """The validated configuration of the checkpoint folder `path`. Raises CheckpointError."""
     file = Path(path) / "config.json"
-    fields = _Fields(file, checkpoint.read_object(file, "the configuration of a DFlash checkpoint"))
+    fields = _Fields(file, checkpoint.read_object(file, "the configuration of a drafter"))
 
     kind = _check_kind(fields)
     hidden = fields.integer("hidden_size", 1, MOST_WIDTH)
@@ -98,6 +104,8 @@ def read_draft_config(path: str | Path) -> DraftConfig:
     if fields.get("hidden_act", "silu") != "silu":
         raise fields.fail("hidden_act", "'silu'")
     vocab = fields.integer("vocab_size", 2, MOST_VOCAB)
+    if issubclass(kind, MtpDraft):
+        return _mtp_config(fields, hidden, layers, heads, kv_heads, head_dim, vocab)
     mask = fields.integer("mask_token_id", 0, MOST_VOCAB)
     if mask >= vocab:
         raise fields.fail("mask_token_id", f"0..{vocab - 1} (vocab_size)")
@@ -130,6 +138,32 @@ def read_draft_config(path: str | Path) -> DraftConfig:
     )
 
 
+def _mtp_config(
+    fields: _Fields, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int
+) -> MtpConfig:
+    """The rest of an MTP head's configuration."""
+    if layers != 1:
+        raise fields.fail("num_hidden_layers", "1: a head is one layer, unrolled")
+    kinds = fields.get("layer_types", [FULL])
+    if kinds != [FULL] or (fields.get("use_sliding_window") and fields.boolean("use_sliding_window", False)):
+        raise fields.fail("layer_types", f"[{FULL!r}]")
+    return MtpConfig(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.integer("intermediate_size", 1, MOST_WIDTH),
+        vocab_size=vocab,
+        num_target_layers=fields.integer("num_target_layers", 1, _MOST_TARGET_LAYERS),
+        block_size=fields.integer("block_size", 2, _MOST_BLOCK, 8),
+        rms_norm_eps=_epsilon(fields),
+        attention_bias=fields.boolean("attention_bias", False),
+        qk_norm=fields.boolean("qk_norm", True),
+        rope_parameters=_rope(fields),
+        max_position_embeddings=fields.integer("max_position_embeddings", 1, MOST_POSITIONS, 32768),
+    )
+
+
 def _epsilon(fields: _Fields) -> float:
     value = fields.number("rms_norm_eps", 1e-6)
     if value > 1:
@@ -137,7 +171,7 @@ def _epsilon(fields: _Fields) -> float:
     return value
 
 
-def _own_fields(fields: _Fields, config: type[DraftConfig], hidden: int, vocab: int) -> dict[str, int]:
+def _own_fields(fields: _Fields, config: type[DraftConfig], hidden: int, vocab: int) -> dict[str, Any]:
     """What only this kind of drafter has, all of it small positive numbers."""
     values = {key: fields.integer(key, 1, MOST_HEADS) for key in config.own_fields}
     if hidden % values.get("conv_group_size", 1):
@@ -147,7 +181,7 @@ def _own_fields(fields: _Fields, config: type[DraftConfig], hidden: int, vocab: 
     return values
 
 
-def _check_kind(fields: _Fields) -> type[DFlashDraft]:
+def _check_kind(fields: _Fields) -> type[DFlashDraft] | type[MtpDraft]:
     """Which kind of drafter it is."""
     if fields.get("quantization_config") is not None:
         raise fields.fail("quantization_config", "nothing: a drafter's weights are read as they are stored")
@@ -155,8 +189,10 @@ def _check_kind(fields: _Fields) -> type[DFlashDraft]:
     if not isinstance(names, list) or not names:
         raise fields.fail("architectures", "a list of one class name")
     if len(names) > 1 or not isinstance(names[0], str) or names[0] not in _KINDS:
-        raise fields.fail("architectures", "['DFlashDraftModel'] or ['DFlash2DraftModel']")
+        raise fields.fail("architectures", "['DFlashDraftModel'], ['DFlash2DraftModel'] or ['MtpDraft']")
     kind = _KINDS[names[0]]
+    if issubclass(kind, MtpDraft):
+        return kind
     for key in DFlash2Config.own_fields:
         if key not in kind.config_type.own_fields and fields.get(key):
             raise fields.fail(key, f"nothing for a {names[0]}; it belongs to DFlash 2 (DFlash2DraftModel)")
@@ -256,7 +292,7 @@ def _rope(fields: _Fields) -> dict[str, Any]:
     return rope
 
 
-def check_against_target(path: str | Path, config: DraftConfig, target) -> None:
+def check_against_target(path: str | Path, config: DraftConfig | MtpConfig, target) -> None:
     """Checks a drafter's configuration against a `TargetModel`. Raises CheckpointError naming the field."""
     file = Path(path) / "config.json"
     rows = int(target.embedding.weight.shape[0])
@@ -268,7 +304,7 @@ def check_against_target(path: str | Path, config: DraftConfig, target) -> None:
     for name, got, expected in pairs:
         if got != expected:
             raise CheckpointError(f"{file}: {name}: got {got}, expected the target's {expected}")
-    if config.mask_token_id >= rows:
+    if isinstance(config, DraftConfig) and config.mask_token_id >= rows:
         raise CheckpointError(
             f"{file}: mask_token_id: got {config.mask_token_id}, expected 0..{rows - 1}, a row of the target's embedding"
         )
@@ -281,13 +317,13 @@ def _tensor_files(path: Path) -> dict[Path, list[str]]:
 
 
 def _short_name(name: str) -> str:
-    return name.removeprefix("model.")
+    return name.removeprefix("model.").removeprefix(_MTP)
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
-    """Types and shapes of all tensors of a checkpoint folder, without the `model.` prefix. Raises CheckpointError."""
+    """Types and shapes of all tensors of a checkpoint folder, without the `model.` or `mtp.` prefix. Raises CheckpointError."""
     found: dict[str, Stored] = {}
-    for name, tensor in checkpoint.stored_tensors(_tensor_files(path), "a DFlash checkpoint", once=True).items():
+    for name, tensor in checkpoint.stored_tensors(_tensor_files(path), "a drafter's checkpoint", once=True).items():
         if _short_name(name) in found:
             raise CheckpointError(f"{path}: {name}: stored twice")
         found[_short_name(name)] = tensor
@@ -312,7 +348,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_layers(path: Path, config: DraftConfig, tensors: dict[str, Stored]) -> None:
+def _check_layers(path: Path, config: DraftConfig | MtpConfig, tensors: dict[str, Stored]) -> None:
     """Before modules are made: a number of layers that nothing is stored for is a mistake in the number."""
     numbers = [name.split(".")[1] for name in tensors if name.startswith("layers.")]
     layers = max((int(n) for n in numbers if n.isdecimal() and len(n) < 10), default=-1) + 1
@@ -370,7 +406,7 @@ def draft_folder(path: str | Path) -> Path:
         ) from error
 
 
-def build_draft(config: DraftConfig) -> DFlashDraft:
+def build_draft(config: DraftConfig | MtpConfig) -> Any:
     """A drafter of this configuration's kind, with fresh weights."""
     return _KINDS[config.architecture](config)
 
@@ -382,8 +418,8 @@ def load_draft(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     matmul_precision: str = "highest",
-) -> DFlashDraft:
-    """Loads a DFlash checkpoint, a folder or a hub name; with a `TargetModel`, checks it against the target and binds it.
+) -> Any:
+    """Loads a drafter's checkpoint, a folder or a hub name: a `DFlashDraft` or an `MtpDraft`; with a `TargetModel`, checks it against the target and binds it.
 
     `dtype` and `device` default to the target's (float32 on the CPU without one). `matmul_precision`: see `TargetModel`.
     """
@@ -408,13 +444,38 @@ def load_draft(
         return draft.eval()
 
 
-def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Writes `draft` as a checkpoint folder that `load_draft` and the reference package both read."""
+def save_draft(draft: DFlashDraft | MtpDraft, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes `draft` as a checkpoint folder that `load_draft` reads, and a DFlash as the reference package does, too."""
     from safetensors.torch import save_file
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    c = draft.config
+    if isinstance(draft, MtpDraft):
+        config, prefix = _saved_mtp(draft.config), _MTP
+    else:
+        config, prefix = _saved_dflash(draft.config), ""
+    config["dtype"] = str(dtype or next(draft.parameters()).dtype).removeprefix("torch.")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Weights may share storage after `prepare`; the file must not.
+    tensors = {
+        prefix + name: t.detach().to("cpu", dtype or t.dtype).clone().contiguous()
+        for name, t in draft.state_dict().items()
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _saved_mtp(c: MtpConfig) -> dict[str, Any]:
+    return {
+        "architectures": [c.architecture],
+        "model_type": "qwen3",
+        "num_hidden_layers": c.num_hidden_layers,
+        "layer_types": [FULL],
+        "hidden_act": "silu",
+        **asdict(c),
+    }
+
+
+def _saved_dflash(c: DraftConfig) -> dict[str, Any]:
     sliding = [window is not None for window in c.layer_window]
     config: dict[str, Any] = {
         "architectures": [c.architecture],
@@ -442,7 +503,6 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
         "input_embedding_scale": c.input_embedding_scale,
         "output_multiplier": c.output_multiplier,
         "final_logit_softcapping": c.final_logit_softcapping,
-        "dtype": str(dtype or next(draft.parameters()).dtype).removeprefix("torch."),
     }
     if any(sliding):
         config |= {"use_sliding_window": True, "sliding_window": next(w for w in c.layer_window if w is not None)}
@@ -452,9 +512,4 @@ def save_draft(draft: DFlashDraft, path: str | Path, *, dtype: torch.dtype | Non
                 f"layer_causal: got {c.layer_causal}, expected one value for all layers or the sliding ones"
             )
         config["is_causal"] = c.layer_causal[0]
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # Weights may share storage after `prepare`; the file must not.
-    tensors = {
-        name: t.detach().to("cpu", dtype or t.dtype).clone().contiguous() for name, t in draft.state_dict().items()
-    }
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..arguments import thread_count
 from ..errors import DflashError, InvalidArgument
-from .settings import DrafterTraining, ResponseSettings, TargetTraining
+from .settings import DrafterTraining, MtpTraining, ResponseSettings, TargetTraining
 
 _HELP = {
     "anchors": "random blocks per sequence",
@@ -105,7 +105,7 @@ def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.Argume
 
 
 def add_parsers(subparsers) -> None:
-    """Adds target, responses, drafter, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
+    """Adds target, responses, drafter, mtp, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
     target = _add(
         subparsers,
         "target",
@@ -182,6 +182,20 @@ def add_parsers(subparsers) -> None:
     _add_run(drafter, save_every=250)
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
+
+    head = _add(
+        subparsers,
+        "mtp",
+        "train a multi-token-prediction head for a target",
+        "dflash-rs train mtp --target runs/target --responses runs/responses --corpus runs/corpus --out runs/mtp",
+        "dflash-rs train mtp --target smollm2 --responses runs/responses --seq-len 512 --block-size 5 --out runs/mtp",
+    )
+    _target(head, "the model to draft for")
+    head.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
+    _corpus(head, False, "a prepared corpus, for true text beside the target's own; default: none")
+    _add_run(head, save_every=250)
+    _add_settings(head, MtpTraining)
+    head.set_defaults(run=_clear(_train_mtp))
 
     prompts = _add(
         subparsers,
@@ -284,6 +298,16 @@ def _train_drafter(args: argparse.Namespace) -> int:
     settings = _settings(args, DrafterTraining)
     train(settings, args.target, args.responses, args.corpus, args.out, args.device, args.save_every, args.bf16)
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
+    return 0
+
+
+def _train_mtp(args: argparse.Namespace) -> int:
+    from .mtp import MtpTraining, train
+
+    _threads(args)
+    settings = _settings(args, MtpTraining)
+    train(settings, args.target, args.responses, args.corpus, args.out, args.device, args.save_every, args.bf16)
+    print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 
 

@@ -16,10 +16,10 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ import torch
 from . import responses
 from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
 from .documents import Documents, Rows, rows_of
-from .settings import DrafterTraining
+from .settings import DrafterTraining, MtpTraining
 
 # Rows per category that a report on held-out texts looks at.
 _HELD_OUT_ROWS = 6
@@ -124,7 +124,7 @@ def base_layers(target):
 class Teacher:
     """The frozen target: tapped features and next-token log-probabilities of whole sequences."""
 
-    def __init__(self, target, taps: tuple[int, ...], mask_token_id: int):
+    def __init__(self, target, taps: tuple[int, ...], mask_token_id: int | None):
         self.target = target.eval().requires_grad_(False)
         self.taps, self.mask = taps, mask_token_id
         self._seen: dict[int, torch.Tensor] = {}
@@ -139,12 +139,12 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, position: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens ``int64 [b, S]`` -> features ``[b, S, K*H]`` and hidden states before the head ``[b, S, H]``.
+        """tokens ``int64 [b, S]`` -> features ``[b, S, K*H]`` (of no width without taps) and hidden states before the head ``[b, S, H]``.
 
         With `position` ``[b, S]``, a row holds several documents, each of which begins at position 0 and sees itself only.
         """
         last = self.target.base_model(input_ids=tokens, position_ids=position, use_cache=False).last_hidden_state
-        features = torch.cat([self._seen[k] for k in self.taps], dim=-1)
+        features = torch.cat([self._seen[k] for k in self.taps], dim=-1) if self.taps else last[..., :0]
         self._seen.clear()
         return features, last
 
@@ -155,14 +155,17 @@ class Teacher:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the target's head, the mask token excluded: it is an input, never a prediction."""
-        logits = self.scores(hidden).float()
-        logits[..., self.mask] = -math.inf
-        return logits
+        return self._without_mask(self.scores(hidden).float(), -math.inf)
+
+    def _without_mask(self, scores: torch.Tensor, value: float) -> torch.Tensor:
+        """Overwrites what `scores` say of the mask token, if there is one."""
+        if self.mask is not None:
+            scores[..., self.mask] = value
+        return scores
 
     def law(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's own probabilities, float32, the mask token excluded."""
-        scores = self.scores(hidden)
-        scores[..., self.mask] = -math.inf
+        scores = self._without_mask(self.scores(hidden), -math.inf)
         return scores.softmax(-1, dtype=torch.float32)
 
     def keeps_documents_apart(self, device: torch.device) -> bool:
@@ -206,13 +209,12 @@ def head_loss(
             scores = teacher.scores(leaf)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             # As few passes over rows of a whole vocabulary as there can be: on a CPU they take longer than the products.
-            logits = scores.float()
-            logits[:, teacher.mask] = -math.inf
+            logits = teacher._without_mask(scores.float(), -math.inf)
             largest, likeliest = logits.max(-1)
             probabilities = logits.softmax(-1)
             total = largest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
             right[span] = likeliest == truth
-            logits[:, teacher.mask] = 0.0
+            teacher._without_mask(logits, 0.0)
             if soft > 0:
                 label = teacher.law(before)
                 if soft < 1:
@@ -279,6 +281,15 @@ def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining)
     tokens, anchors, block = batch.tokens, batch.anchors, batch.block
     features, last = teacher(tokens, batch.position)
     hidden = training_hidden(draft, features, tokens, anchors, block, batch.document, batch.position)[:, :, 1:]
+    return slots_loss(hidden, last, teacher, batch, settings)
+
+
+def slots_loss(
+    hidden: torch.Tensor, last: torch.Tensor, teacher: Teacher, batch: Batch, settings: DrafterTraining | MtpTraining
+):
+    """The loss of `block_loss` for whoever predicts blocks: hidden [b, A, block - 1, H] of the slots behind the anchors, and `last` [b, S, H]
+    what the target's head reads."""
+    tokens, anchors, block = batch.tokens, batch.anchors, batch.block
     length = tokens.shape[1]
     where = anchors[..., None] + torch.arange(1, block, device=tokens.device)  # [b, A, B-1]
     flat = where.clamp(max=length - 1).flatten(1)
@@ -303,7 +314,7 @@ def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining)
 
 
 def _batches(
-    own: Documents, corpus: np.ndarray | None, settings: DrafterTraining, whole_rows: bool, start: int
+    own: Documents, corpus: np.ndarray | None, settings: DrafterTraining | MtpTraining, whole_rows: bool, start: int
 ) -> Iterator[Batch]:
     """Endless global batches: `own_text` of the rows from the target's responses, the rest true text out of the corpus (if there is one)."""
     length = settings.seq_len
@@ -328,7 +339,7 @@ def _batch(chosen: list, length: int, block: int, anchors: int, rng: np.random.G
 
 @torch.no_grad()
 def held_out_report(
-    draft, teacher: Teacher, kept: Documents, settings: DrafterTraining, whole_rows: bool, where, autocast: bool
+    draft, teacher: Teacher, kept: Documents, settings, whole_rows: bool, where, autocast: bool, loss_of=block_loss
 ):
     """Loss and tau at random anchors of texts that nothing is trained on, by category. Tau in the loop is lower: `train report`."""
     report = {}
@@ -350,7 +361,7 @@ def held_out_report(
                 np.random.default_rng((settings.seed, r)),
             )
             with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
-                loss, tau = block_loss(draft, teacher, batch.on(Group(), where), settings)
+                loss, tau = loss_of(draft, teacher, batch.on(Group(), where), settings)
             losses.append(float(loss))
             taus += [] if math.isnan(tau) else [tau]
         report[category or "all"] = {
@@ -370,8 +381,32 @@ def train(
     autocast: bool | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report."""
-    from ..models.checkpoint import load_causal_lm, readable
+    return run(settings, _begin, block_loss, target_path, own_path, data, out, device, save_every, autocast)
+
+
+def _begin(target, settings: DrafterTraining, sample: torch.Tensor):
+    """A drafter to begin with."""
     from ..models.dflash import DFlashDraft
+
+    draft = DFlashDraft(draft_config(target.config.get_text_config(), settings))
+    warm_start(draft, target, sample)
+    return draft
+
+
+def run(
+    settings: DrafterTraining | MtpTraining,
+    begin: Callable[[Any, Any, torch.Tensor], Any],
+    loss_of: Callable[..., tuple[torch.Tensor, float]],
+    target_path: str | Path,
+    own_path: Path,
+    data: Path | None,
+    out: Path,
+    device: str,
+    save_every: int,
+    autocast: bool | None,
+) -> dict:
+    """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
+    from ..models.checkpoint import load_causal_lm, readable
     from ..models.loader import load_draft
 
     where = pick_device(device)
@@ -388,9 +423,7 @@ def train(
     corpus_tokens = None if data is None else np.load(data / "train.npy")
 
     torch.manual_seed(settings.seed)
-    draft = DFlashDraft(draft_config(config, settings))
-    sample = next(_batches(own, corpus_tokens, settings, True, 0)).tokens[:4]
-    warm_start(draft, target, sample)
+    draft = begin(target, settings, next(_batches(own, corpus_tokens, settings, True, 0)).tokens[:4])
     target.to(where)
     if settings.init_from:
         with readable(settings.init_from, "init_from"):
@@ -419,7 +452,7 @@ def train(
     while step < settings.steps:
         batch = next(source).on(group, where)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
-            loss, tau = block_loss(draft, teacher, batch, settings)
+            loss, tau = loss_of(draft, teacher, batch, settings)
         loss.backward()
         group.average_gradients(draft)
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
@@ -431,7 +464,7 @@ def train(
         mean_loss = smooth(mean_loss, value, step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
         if group.leads and (step % save_every == 0 or step == settings.steps):
-            held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast)
+            held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
             save_checkpoint(
                 path,
@@ -454,7 +487,7 @@ def train(
 
 
 def export(draft, out: Path, notes: dict) -> None:
-    """Writes the drafter as a DFlash checkpoint in bf16, with the notes of its training."""
+    """Writes the drafter as a checkpoint in bf16, with the notes of its training."""
     from ..models.loader import save_draft
 
     save_draft(draft, out, dtype=torch.bfloat16)

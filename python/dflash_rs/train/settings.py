@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -125,5 +126,44 @@ class DrafterTraining:
             raise ValueError(f"block_size: got {self.block_size}, {self.train_block_sizes}, expected at least 2")
         if not 0 <= self.mask_token_id < vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
+        if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
+            raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
+
+
+@dataclass(frozen=True)
+class MtpTraining:
+    """Everything that determines the training of an MTP head; lengths in tokens. It is unrolled `block_size - 1` times."""
+
+    block_size: int = 8
+    steps: int = 4000
+    batch_size: int = 8
+    anchors: int = 64
+    own_text: float = 0.75
+    soft_labels: float = 1.0
+    seq_len: int = 256
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.04
+    gamma: float = 4.0
+    seed: int = 2
+    init_from: str = ""
+
+    # What a drafter's training asks of its settings and a head has none of: taps below the target's last state, and a token that masks.
+    tap_ids: ClassVar[tuple[int, ...]] = ()
+    mask_token_id: ClassVar[None] = None
+
+    @property
+    def block_sizes(self) -> list[int]:
+        return [self.block_size]
+
+    def check(self, num_target_layers: int, vocab_size: int) -> None:
+        """Raises ValueError naming the first setting that cannot work."""
+        if self.block_size < 2:
+            raise ValueError(f"block_size: got {self.block_size}, expected at least 2")
+        for name in ("steps", "batch_size", "anchors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma: got {self.gamma}, expected a positive number")
         if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
             raise ValueError("own_text, soft_labels: expected shares in [0, 1]")

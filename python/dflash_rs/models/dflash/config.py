@@ -20,6 +20,7 @@ class DraftConfig:
 
     # What a checkpoint of this kind calls itself, and the fields that only it has.
     architecture: ClassVar[str] = "DFlashDraftModel"
+    qk_norm: ClassVar[bool] = True
     own_fields: ClassVar[tuple[str, ...]] = ()
 
     hidden_size: int

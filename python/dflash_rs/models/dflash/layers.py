@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 
 
 class DraftAttention(nn.Module):
-    """Projections of one drafter layer; q/k carry a per-head RMSNorm."""
+    """Projections of one drafter layer; q/k carry a per-head RMSNorm where the configuration has one (`qk_norm`)."""
 
     def __init__(self, c: DraftConfig):
         super().__init__()
@@ -34,16 +34,18 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=c.attention_bias)
-        self.q_norm = RMSNorm(self.head_dim, c.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
     def query(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[..., H] -> [..., heads, head_dim], normalised and rotated; cos/sin broadcast over heads."""
-        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))), cos, sin)
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        return rotate(q if self.q_norm is None else self.q_norm(q), cos, sin)
 
     def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[..., H] -> keys (normalised, rotated) and values, each [..., kv_heads, head_dim]."""
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))), cos, sin)
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        k = rotate(k if self.k_norm is None else self.k_norm(k), cos, sin)
         return k, self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
 
 

@@ -44,6 +44,7 @@ class DFlashDraft(nn.Module):
     runtime_type: ClassVar[type[Runtime]] = Runtime
     # See `Drafter`.
     kind: ClassVar[str] = "dflash"
+    reads_tokens: ClassVar[bool] = False
     from_text: ClassVar[bool] = False
 
     def __init__(self, config: DraftConfig):
@@ -154,8 +155,8 @@ class DFlashDraft(nn.Module):
             raise InvalidArgument("drafter has no cache: call alloc_kv(num_slots) first")
         return self.runtime
 
-    def inject(self, features: Tensor, positions, slots, rows=None) -> None:
-        """Writes the context K and V of M committed tokens.
+    def inject(self, features: Tensor, positions, slots, rows=None, *, token_ids=None, before=None) -> None:
+        """Writes the context K and V of M committed tokens; what they are does not matter (`reads_tokens`).
 
         features [T, K*H] in `target_layer_ids` order; rows int64 [M]: whose features they are (0..T-1 when None); positions
         and slots int64 [M]; host arrays or tensors. Each token once, in any order; a slot may be written again when its page

@@ -25,6 +25,7 @@ from ...attention import kernel_serves, step_attention
 from ...errors import CheckpointError, InvalidArgument, UnsupportedModel
 from .. import checkpoint
 from ..batch import StepBatch
+from ..drafter import FINAL
 from .check import Check
 from .fused import FusedModel
 from .load import check_finite, read_model
@@ -156,8 +157,10 @@ class TargetModel:
         def note(module, args, output):
             shapes[module] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
+        base = self.model.base_model
         lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_layers]
         hooks = [layer.register_forward_hook(note) for layers in lists for layer in layers]
+        hooks.append(base.register_forward_hook(lambda module, args, output: note(module, args, output[0])))
         probing.recorder = recorder
         try:
             self.model(input_ids=tokens, position_ids=positions, use_cache=False, **{STEP: recorder})
@@ -184,16 +187,24 @@ class TargetModel:
                 raise UnsupportedModel(
                     f"layer {index}: declared sliding_attention, but its window did not reach the attention"
                 )
+        self._final_output = shapes.get(base, ())
         decoder = self._find_layers(recorder.modules)
         return layers, decoder, [shapes.get(layer, ()) for layer in decoder]
 
     def set_taps(self, layer_ids) -> None:
-        """Tap the outputs of these layers (0-based, order kept) as features; empty for none.
+        """Tap the outputs of these layers (0-based, order kept) as features, FINAL for what the head reads; empty for none.
 
         The last layer is refused: some code hands out its output, some the normalised one.
         """
         layer_ids = tuple(int(k) for k in layer_ids)
         for k in layer_ids:
+            if k == FINAL:
+                if self._final_output != (1, 2, self.hidden_size):
+                    raise UnsupportedModel(
+                        f"{type(self.model).__name__}: its last norm puts out {list(self._final_output)} for two tokens, expected "
+                        f"[1, 2, {self.hidden_size}]: there are no features for a drafter"
+                    )
+                continue
             if not 0 <= k < self.num_layers - 1:
                 raise InvalidArgument(
                     f"target_layer_ids: got {k}, expected 0..{self.num_layers - 2}, below the last layer"
@@ -206,11 +217,13 @@ class TargetModel:
         for hook in self._hooks:
             hook.remove()
         self.taps = layer_ids
-        self._hooks = [self.decoder_layers[k].register_forward_hook(self._keep(k)) for k in sorted(set(layer_ids))]
+        tapped = {k: self.model.base_model if k == FINAL else self.decoder_layers[k] for k in sorted(set(layer_ids))}
+        self._hooks = [module.register_forward_hook(self._keep(k)) for k, module in tapped.items()]
 
     def _keep(self, index: int):
         def hook(module, args, output):
-            self._tapped[index] = output[0] if isinstance(output, tuple) else output
+            # A layer gives its states, alone or first of a tuple; a model gives an object that counts them from 0 likewise.
+            self._tapped[index] = output if isinstance(output, Tensor) else output[0]
 
         return hook
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..drafter import FINAL
 from ..fused import FusedLayer, PackedLinear, RotaryTable
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class FusedModel:
             x = layer(x, cos, sin, attention, *caches[index])
             if index in taps:
                 tapped[index] = x
+        if FINAL in taps:
+            tapped[FINAL] = torch.rms_norm(x, self.hidden, self.norm, self.eps)
+            rows = tapped[FINAL] if logit_rows is None else tapped[FINAL].index_select(0, logit_rows)
+        else:
+            rows = x if logit_rows is None else x.index_select(0, logit_rows)
+            rows = torch.rms_norm(rows, self.hidden, self.norm, self.eps)
         features = torch.cat([tapped[k] for k in taps], dim=-1) if taps else None
-        rows = x if logit_rows is None else x.index_select(0, logit_rows)
-        return self.head(torch.rms_norm(rows, self.hidden, self.norm, self.eps)), features
+        return self.head(rows), features
