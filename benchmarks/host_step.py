@@ -1,8 +1,16 @@
 """What the host does in a step of the GPU engine: everything but the device's own work, which is left out.
 
-The engine is the real one (planner, core, buffers, copies, walk, text), on a CPU, with CUDA graphs that do nothing: every draft is taken to
-be accepted. A launch on a GPU costs a few microseconds for each of the two graphs and two copies on top. With overlap all of it happens while
-the device computes; without, the device waits for it.
+The engine is the real one (planner, core, buffers, copies, walk), on a CPU, with CUDA graphs that do nothing: every draft is taken to
+be accepted. Neither model computes anything, so no row contains a pass of one. What a row contains:
+
+- "plan": choosing a block length, pages, the layout. "verify": what the draws ask for, the step's numbers into the arrays that go to the device, the
+  copy there and the copy of the results back, which are copies of the host's memory here: a GPU makes them beside the host, for some microseconds a
+  launch. "accept": the walk along the drafts. "commit": pages, stops, records of what everyone was given, what the planner learns. "text": who ended.
+- "generate" takes steps and makes nothing of the records before their requests end: the end is in no row. "stream" reads them after each step: text
+  and one event per request, in "events".
+- What a GPU adds: the launches of two graphs and the events after the copies.
+
+With overlap all of it happens while the device computes; without, the device waits for it.
 
 Run in the environment of ``make install``: ``.venv/bin/python benchmarks/host_step.py --json OUT``
 """
@@ -25,6 +33,7 @@ from dflash_rs.bench.report import cpu_model, version
 from dflash_rs.config import assets
 from dflash_rs.engine.build import Models
 from dflash_rs.engine.device.step import DeviceBackend
+from dflash_rs.engine.requests import read
 
 TOKEN = 100
 # Of the shortest steps: the machine may have had other things to do in the rest.
@@ -48,20 +57,27 @@ def engine(models: Models, requests: int, overlap: bool) -> LLM:
     return made
 
 
-def measure(models: Models, requests: int, overlap: bool, steps: int, params: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    models: Models, requests: int, overlap: bool, steps: int, params: dict[str, Any], streams: bool
+) -> dict[str, Any]:
     """Microseconds of a step of `requests` requests, in all and by stage."""
     with engine(models, requests, overlap) as made:
         loop = made._loop
         prompts = [[TOKEN] * 32 for _ in range(requests)]
         each = [SamplingParams(max_tokens=960, ignore_eos=True, seed=i, **params) for i in range(requests)]
-        with made.stream(prompts, each):
+        with made.stream(prompts, each) as stream:
             while loop.core.counts()["waiting"] or loop.steps < 4:
                 loop.step()
+            made._ready(stream._waiting)
             taken: list[tuple[float, dict[str, float]]] = []
             for _ in range(steps):
                 begun = time.perf_counter()
                 loop.step()
-                taken.append((time.perf_counter() - begun, dict(loop.times.step)))
+                stages, stepped = dict(loop.times.step), time.perf_counter()
+                if streams:
+                    assert len(read(stream._waiting)) == requests
+                    stages["events"] = time.perf_counter() - stepped
+                taken.append((time.perf_counter() - begun, stages))
             accepted = loop.core.stats()["accepted"]
     assert accepted > 0
     taken.sort(key=lambda one: one[0])
@@ -70,6 +86,7 @@ def measure(models: Models, requests: int, overlap: bool, steps: int, params: di
     return {
         "requests": requests,
         "overlap": overlap,
+        "call": "stream" if streams else "generate",
         "us": round(1e6 * statistics.mean(seconds for seconds, _ in best), 1),
         "us_median": round(1e6 * statistics.median(seconds for seconds, _ in taken), 1),
         "us_by_stage": {name: us for name, us in stages.items() if us},
@@ -84,6 +101,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
+    # What a copy to a device would be is one of the host here: it is not to wait for helpers that are busy elsewhere.
+    torch.set_num_threads(1)
     # Loading compares the target with itself, which takes kernels that work.
     folder = assets()
     models = Models.load(
@@ -94,11 +113,14 @@ def main() -> None:
         mock.patch.object(cuda, "load", lambda device="cuda": None),
     ):
         for requests in map(int, args.requests.split(",")):
-            for overlap in (False, True):
-                row = measure(models, requests, overlap, args.steps, {"temperature": 0.8, "top_p": 0.95})
+            for streams, overlap in ((False, False), (False, True), (True, True)):
+                row = measure(models, requests, overlap, args.steps, {"temperature": 0.8, "top_p": 0.95}, streams)
                 rows.append(row)
                 parts = ", ".join(f"{name} {us}" for name, us in row["us_by_stage"].items())
-                print(f"{requests:4} requests, overlap {overlap!s:5}: {row['us']:8.1f} us a step ({parts})", flush=True)
+                print(
+                    f"{requests:4} requests, {row['call']:8}, overlap {overlap!s:5}: {row['us']:8.1f} us a step ({parts})",
+                    flush=True,
+                )
     if args.json is not None:
         head = {
             "command": "python benchmarks/host_step.py",

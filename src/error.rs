@@ -148,6 +148,16 @@ pub enum Error {
         /// Drafts verified.
         drafted: u32,
     },
+    /// A device kept other drafts than the core.
+    #[error("accepted[{row}]: the device kept {there} drafts, the core {here}; this is a defect")]
+    WalksDiffer {
+        /// The row of the step.
+        row: usize,
+        /// Drafts that the device kept.
+        there: i32,
+        /// Drafts that the core keeps.
+        here: i32,
+    },
     /// Strides that let two heads of a view share elements.
     #[error("{name}: strides {row_stride} (row) and {head_stride} (head) make heads of {dim} elements overlap")]
     OverlappingRows {

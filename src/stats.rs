@@ -71,6 +71,11 @@ impl Stats {
         self.passes
     }
 
+    /// Target passes that had drafts to verify.
+    pub fn drafting_passes(&self) -> u64 {
+        above(&self.drafted_histogram, 0)
+    }
+
     /// Tokens committed.
     pub fn committed(&self) -> u64 {
         self.committed

@@ -541,7 +541,7 @@ fn the_text_of_a_seed_is_that_of_a_plain_loop_over_the_sampler() {
 fn what_was_drafted_verified_and_accepted_is_booked_per_request_and_in_all() {
     let mut engine = started(5, vec![greedy(None); 2]);
     let mut plan = engine.plan(5).unwrap().unwrap();
-    plan.narrow(&[3, 4]).unwrap();
+    plan.narrow(&[4, 5]).unwrap();
     plan.set_drafts(&[5, 6, 7, 0, 5, 6, 7, 8], 4).unwrap();
     let accepted = engine.accept_sampled(&plan, &[5, 6, 9, 1, 5, 6, 7, 8, 3], &[]).unwrap();
     let events = engine.commit(&mut plan, &accepted, true).unwrap();

@@ -115,12 +115,12 @@ fn draft(plan: &mut StepPlan, texts: &[Vec<i64>], block: usize) {
 /// Verifies fewer drafts, as many as a hash says: all, some, none.
 fn narrow(plan: &mut StepPlan) {
     let arrays = plan.arrays();
-    let keep = |&row: &i32| {
+    let width = |&row: &i32| {
         let hash = mix(plan.step(), row as u64);
-        (hash % arrays.block_len[row as usize] as u64) as i32
+        1 + (hash % arrays.block_len[row as usize] as u64) as i32
     };
-    let keep: Vec<i32> = arrays.draft_rows.iter().map(keep).collect();
-    plan.narrow(&keep).unwrap();
+    let widths: Vec<i32> = arrays.draft_rows.iter().map(width).collect();
+    plan.narrow(&widths).unwrap();
 }
 
 /// Makes a tree of every chain: a wrong turn beside each draft, which comes first where a hash says so, and goes on by itself.
@@ -326,15 +326,21 @@ fn a_narrowed_plan_closes_up_and_refuses_what_it_does_not_have() {
         hear(&events, &mut texts, &mut heard);
     };
     let whole = plan.arrays().clone();
-    for (keep, message) in [
-        (&[1][..], "keep: got 1 elements, expected 2"),
-        (&[1, 4][..], "keep: got 4 for request 1, expected 0..3, its drafts"),
-        (&[-1, 0][..], "keep: got -1 for request 0, expected 0..3, its drafts"),
+    for (widths, message) in [
+        (&[2][..], "widths: got 1 elements, expected 2"),
+        (
+            &[2, 5][..],
+            "widths: got 5 for request 1, expected 1..4, the tokens of its row",
+        ),
+        (
+            &[0, 1][..],
+            "widths: got 0 for request 0, expected 1..4, the tokens of its row",
+        ),
     ] {
-        assert_eq!(plan.narrow(keep).unwrap_err().to_string(), message);
+        assert_eq!(plan.narrow(widths).unwrap_err().to_string(), message);
         assert_eq!(plan.arrays(), &whole);
     }
-    plan.narrow(&[0, 2]).unwrap();
+    plan.narrow(&[1, 3]).unwrap();
     let arrays = plan.arrays();
     assert_eq!(arrays.query_starts, [0, 1, 4]);
     assert_eq!(arrays.block_len, [1, 3]);

@@ -235,8 +235,9 @@ impl Life {
                 .iter()
                 .map(|&row| arrays.block_len[row as usize])
                 .collect();
-            let keep: Vec<i32> = lengths.iter().map(|&len| self.roll(len as u32) as i32).collect();
-            plan.narrow(&keep).unwrap();
+            let widths = lengths.iter().map(|&len| 1 + self.roll(len as u32) as i32);
+            let widths: Vec<i32> = widths.collect();
+            plan.narrow(&widths).unwrap();
         }
         self.flights.push_back(Launch {
             plan,
@@ -322,7 +323,7 @@ impl Life {
         flight.plan.set_trees(&trees).unwrap();
         let arrays = flight.plan.arrays();
         assert!(
-            flight.plan.narrow(&vec![0; arrays.draft_rows.len()]).is_err(),
+            flight.plan.narrow(&vec![1; arrays.draft_rows.len()]).is_err(),
             "a tree is not narrowed"
         );
     }

@@ -243,6 +243,15 @@ class Engine:
         fit the pool even if it were empty.
         """
 
+    def record(self, request_id: int) -> Record | None:
+        """What an unfinished request is given, to be looked at while it runs and afterwards. ``None`` when there is none of that number."""
+
+    def drafting(self, most: int) -> tuple[NDArray[np.float32], int]:
+        """Of the ``most`` oldest requests: the temperatures of those that draft, ``[n]``, and how many do not."""
+
+    def is_wanted(self, plan: StepPlan) -> bool:
+        """Whether any request that a launched step is for is still there."""
+
     def abort(self, request_id: int) -> bool:
         """Ends a request wherever it is; there is no event for it. ``False``: it had ended already."""
 
@@ -292,6 +301,51 @@ class Engine:
 
     def device_sampling(self, plan: StepPlan) -> DeviceSampling:
         """What the rows of a launched step ask of their draws, for a device that draws them."""
+
+    def fill_inputs(
+        self,
+        plan: StepPlan,
+        wanted: DeviceSampling,
+        bucket: int,
+        uncertain: int,
+        *,
+        query_starts: NDArray[np.int32],
+        start_known: NDArray[np.int32],
+        anchor_known: NDArray[np.int32],
+        table_rows: NDArray[np.int64],
+        context_lens: NDArray[np.int32],
+        valid_from: NDArray[np.int32],
+        draft_rows: NDArray[np.int32],
+        draft_rows64: NDArray[np.int64],
+        anchors: NDArray[np.int64],
+        sampling: NDArray[np.uint8],
+        pages: NDArray[np.int32],
+    ) -> tuple[bool, int]:
+        """Writes a launched step, padded to ``bucket`` rows, into arrays that go to a device with room for ``r`` rows: ``[r + 1]`` each, but
+        ``draft_rows`` and ``draft_rows64`` ``[r]``, ``sampling`` ``[r, DeviceSampling.ROW_BYTES]`` and ``pages``
+        ``[r + 1, width of page_table]``.
+
+        Gives whether only the device knows where some row starts or with which token, and the most keys of a row, of which one whose start
+        is unknown may have ``uncertain`` more than the host counts on.
+        """
+
+    def accept_outputs(
+        self,
+        plan: StepPlan,
+        sampled: NDArray[np.int64],
+        status: NDArray[np.int32],
+        accepted: NDArray[np.int32],
+        *,
+        drafts: NDArray[np.int64] | None = None,
+        logprobs: NDArray[np.float32] | None = None,
+        top_tokens: NDArray[np.int64] | None = None,
+        top_logprobs: NDArray[np.float32] | None = None,
+    ) -> Accepted:
+        """Walks the drafts of a step that a device has walked: as ``accept_sampled``, ``drafts`` ``[>= R, columns]`` by row of the step, None
+        where there are none or where they are set; ``accepted`` ``[R]``: what the device kept.
+
+        Raises ``DflashError`` when the core keeps something else.
+        """
 
     def look_up(
         self, plan: StepPlan, block_size: int
@@ -369,16 +423,29 @@ class StepPlan:
     def is_open(self) -> bool:
         """Whether the step has been neither committed nor called off."""
 
+    @property
+    def drafts(self) -> bool:
+        """Whether any of its requests drafts at all: then what it keeps needs draft KV."""
+
+    @property
+    def outline(self) -> tuple[int, int, int, int, int, int, bool]:
+        """Sizes at a glance: rows, tokens, tokens whose logits are needed, rows with drafts, tokens of the longest row and of the longest one
+        with drafts, whether any row is a chunk of prompt."""
+
+    @property
+    def temperatures(self) -> NDArray[np.float32]:
+        """``[R]``: sampling temperatures."""
+
     def set_drafts(self, drafts: NDArray[np.int64]) -> None:
         """Fills in the drafts, i64 ``[len(draft_rows), columns]``; row ``k`` uses its first ``block_len - 1`` columns.
 
         Raises ``InvalidArgument`` for a wrong shape or a draft outside the vocabulary; no draft is set then.
         """
 
-    def narrow(self, keep: NDArray[np.int32]) -> None:
-        """Verifies only the first ``keep[i]`` drafts of row ``draft_rows[i]``, ``keep`` i32. Read the arrays again afterwards.
+    def narrow(self, widths: NDArray[np.int32]) -> None:
+        """Verifies only the first ``widths[i]`` tokens of row ``draft_rows[i]``, the anchor counted. Read the arrays again afterwards.
 
-        Raises ``InvalidArgument`` for a wrong length or a number outside 0 to the row's drafts; nothing changes then.
+        Raises ``InvalidArgument`` for a wrong length or a number outside 1 to the row's tokens; nothing changes then.
         """
 
     def set_trees(self, tokens: NDArray[np.int64], parents: NDArray[np.int32], counts: NDArray[np.int32]) -> None:
@@ -569,6 +636,42 @@ class Accepted:
         """``(row, message)`` of each row whose tokens could not be drawn."""
 
 @final
+class Record:
+    """What a request was given: by pieces, one for each step that gave it tokens or ended it, or as a whole.
+
+    Text never shows half a character, nor what may still become a stop string.
+    """
+
+    def read(self) -> list[tuple[str | None, list[int], int, int]]:
+        """The pieces that were not read: text (None for an engine without a vocabulary), tokens, how many of them were drafts, and why the
+        request ended with it: 0 it goes on, 1 stop token, 2 stop string, 3 length, 4 error, 5 abort."""
+
+    def text(self) -> str | None:
+        """The text of all pieces, which count as read then; None for an engine without a vocabulary."""
+
+    def tokens(self) -> list[int]:
+        """Output tokens."""
+
+    def scores(self) -> list[tuple[int, float, list[tuple[int, float]]]]:
+        """Each token with its log-probability and the likeliest tokens with theirs; empty unless the request asked for them."""
+
+    @property
+    def finish(self) -> int:
+        """Why it ended, as in ``read``; 0 while it has not."""
+
+    @property
+    def error(self) -> str | None:
+        """The message of the failure it ended with."""
+
+    def metrics(self) -> dict[str, Any]:
+        """``cached_prompt_tokens``, ``output_tokens``, ``steps`` (target passes after the first token), ``drafted_steps``, ``tau`` (0 before the
+        first of them), ``accepted_per_position``, ``accept_histogram``, ``ttft_s`` and ``total_s`` since its arrival."""
+
+def read_records(records: Sequence[Record]) -> list[tuple[int, str | None, list[int], int, int]]:
+    """The pieces of many requests that were not read, in the order of ``records``, each with its record's place before what
+    ``Record.read`` gives."""
+
+@final
 class Events:
     """What a step meant for its requests: one entry per request that gained tokens or ended."""
 
@@ -631,6 +734,10 @@ class Events:
     @property
     def top_logprobs(self) -> NDArray[np.float32]:
         """Their log-probabilities."""
+
+    @property
+    def ended(self) -> list[int]:
+        """Requests that ended."""
 
     @property
     def errors(self) -> list[tuple[int, str]]:
@@ -827,8 +934,8 @@ class Planner:
         Returns tokens and parents ``[n, w]`` and the width of each request ``[n]``.
         """
 
-    def record_step(self, plan: StepPlan, accepted: Accepted, temperatures: NDArray[np.float32]) -> None:
-        """Books a step, before it is committed: what each request verified and which of it was accepted. ``temperatures`` ``[R]``."""
+    def record_step(self, plan: StepPlan, accepted: Accepted) -> None:
+        """Books a step: what each request verified and which of it was accepted."""
 
     def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
         """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).

@@ -26,7 +26,7 @@ class EngineConfig:
     """Sizes, all in tokens, pages or requests; 0 lets the engine choose.
 
     - `page_size`: KV slots per page. `num_pages`: pages of the pool; 0 gives every running request a full context, within
-      512 MiB of KV. `max_running`: requests that run at a time, the rest wait.
+      512 MiB, in which a target that keeps state besides has its slots for that, too. `max_running`: requests that run at a time, the rest wait.
     - `max_context`: prompt and output of one request together; 0 is the target's own limit.
     - `max_batch_tokens`: tokens of one step, prefill chunks and blocks together.
     - `prefix_cache`: keep the pages of finished prompts for requests that begin the same way.
@@ -47,12 +47,12 @@ class EngineConfig:
             raise bad("max_context", 1, "0 or at least 2: a token of prompt and one of output")
         flag("prefix_cache", self.prefix_cache)
 
-    def pages(self, bytes_per_token: int, max_context: int, block_size: int) -> int:
-        """Pages of the pool for KV of `bytes_per_token`."""
+    def pages(self, bytes_per_token: int, max_context: int, block_size: int, state_bytes: int = 0) -> int:
+        """Pages of the pool for KV of `bytes_per_token`, beside so much state that is not in pages."""
         if self.num_pages:
             return self.num_pages
         row = -(-(max_context + block_size) // self.page_size)
-        affordable = _DEFAULT_KV_BYTES // max(bytes_per_token * self.page_size, 1)
+        affordable = max(_DEFAULT_KV_BYTES - state_bytes, 0) // max(bytes_per_token * self.page_size, 1)
         return max(row, min(row * self.max_running, affordable))
 
 

@@ -333,7 +333,8 @@ def upload_sampling(packed: _core.DeviceSampling, device: torch.device | str) ->
     rows = packed.rows.reshape(-1, SAMPLING_ROW_BYTES)
     edits = (packed.history_tokens, packed.history_counts, packed.bias_tokens, packed.bias_values)
     # Copies: the core's buffers are lent.
-    return SamplingRows(*(torch.from_numpy(part.copy()).to(device) for part in (rows, *edits)), packed.filters)
+    parts = [torch.from_numpy(part.copy()).to(device) for part in (rows, *edits)]
+    return SamplingRows._make([*parts, packed.filters])
 
 
 class Sampled(NamedTuple):

@@ -17,11 +17,11 @@ from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
     Asked,
+    StepOptions,
     asked,
     encodable,
     import_torch,
     known_tokens,
-    pick_costs,
     pick_device,
     pick_dtype,
     pick_models,
@@ -99,11 +99,7 @@ class LLM(Chats):
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         model, draft = pick_models(model, draft)
-        flag("adaptive", adaptive)
-        flag("cuda_graphs", cuda_graphs)
-        if overlap is not None:
-            flag("overlap", overlap)
-        costs = pick_costs(costs)
+        options = StepOptions(block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap).check()
         if threads is not None:
             torch.set_num_threads(thread_count("threads", threads))
         self.device = pick_device(torch, device)
@@ -112,15 +108,7 @@ class LLM(Chats):
 
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
         models = Models.load(model, draft, device=self.device, dtype=self.dtype, precision=self.matmul_precision)
-        self._begin(
-            models,
-            block_size=block_size,
-            adaptive=adaptive,
-            costs=costs,
-            tree_nodes=tree_nodes,
-            graphs=cuda_graphs,
-            overlap=overlap,
-        )
+        self._begin(models, options)
 
     @classmethod
     def from_parts(
@@ -143,55 +131,32 @@ class LLM(Chats):
         from .engine.build import Models
 
         import_torch()
-        flag("adaptive", adaptive)
-        flag("cuda_graphs", cuda_graphs)
-        if overlap is not None:
-            flag("overlap", overlap)
+        options = StepOptions(block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap).check()
         llm = cls.__new__(cls)
         llm.config = EngineConfig(**sizes)
         llm.device, llm.dtype = target.device, target.dtype
         llm.model_dir, llm.draft_dir = type(target).__name__, None if draft is None else type(draft).__name__
         llm.matmul_precision = getattr(target, "matmul_precision", "highest")
-        models = Models(target, draft, tokenizer, token_bytes)
-        costs = pick_costs(costs)
-        llm._begin(
-            models,
-            block_size=block_size,
-            adaptive=adaptive,
-            costs=costs,
-            tree_nodes=tree_nodes,
-            graphs=cuda_graphs,
-            overlap=overlap,
-        )
+        llm._begin(Models(target, draft, tokenizer, token_bytes), options)
         return llm
 
-    def _begin(
-        self,
-        models: Any,
-        *,
-        block_size: int | None,
-        adaptive: bool,
-        costs: StepCosts | None,
-        tree_nodes: int,
-        graphs: bool,
-        overlap: bool | None,
-    ) -> None:
+    def _begin(self, models: Any, options: StepOptions) -> None:
         from .engine.build import Sizes, build
 
-        sizes = Sizes.choose(models, self.config, block_size, tree_nodes)
+        sizes = Sizes.choose(models, self.config, options.block_size, options.tree_nodes)
         self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
         self._target, self._draft = models.target, models.draft
         self.draft_kind = None if models.draft is None else models.draft.kind
         self.tokenizer, self._bytes = models.tokenizer, models.bytes
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
-        self._loop = build(models, self.config, sizes, adaptive=adaptive, costs=costs, graphs=graphs, overlap=overlap)
+        self._loop = build(models, self.config, sizes, options)
         self._requests = self._loop.requests
         self.costs = self._loop.policy.costs
         self._closed = False
         self._turns = Turns()
         _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
-        self._leaving: deque[int] = deque()
+        self._leaving: deque[int | None] = deque()
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -225,11 +190,8 @@ class LLM(Chats):
         comes an `Output` without tokens, with ``finish_reason="error"`` and that message as its `error`; what is wrong with the call
         as a whole raises all the same. A request that fails later always comes back with ``finish_reason="error"``.
         """
-        outputs: dict[int, Output] = {}
         with self.stream(prompts, params, draft=draft, on_error=on_error) as events:
-            for event in events:
-                if event.output is not None:
-                    outputs[event.index] = event.output
+            outputs = events._outputs()
         return [outputs[i] for i in range(len(outputs))]
 
     def stream(
@@ -299,22 +261,24 @@ class LLM(Chats):
         """Hands over what can run. All or nothing if `strict`, else what the core refuses becomes an event of the stream."""
         self._check_open()
         refuse: Callable[[StreamEvent], None] | None = None if strict else stream._events.append
-        stream._waiting.update(self._requests.submit(taken, drafts, refuse))
+        stream._waiting.update(self._requests.submit(taken, drafts, refuse, stream._ended))
 
     def _ready(self, waiting: dict[int, Active]) -> list[StreamEvent]:
         """What is new for these requests, after a step if nothing is. Finished requests leave `waiting`."""
         return self._turns.take(lambda: self._next(waiting), self._settle)
 
     def _next(self, waiting: dict[int, Active]) -> list[StreamEvent]:
-        if not any(a.events for a in waiting.values()):
+        from .engine.requests import read
+
+        events = read(waiting)
+        if not events:
             self._loop.step()
-        ready = []
-        for request, active in list(waiting.items()):
-            ready.extend(active.events)
-            active.events.clear()
-            if active.output is not None:
-                del waiting[request]
-        return ready
+            events = read(waiting)
+        return events
+
+    def _advance(self, ended: deque[Active]) -> None:
+        """Takes a step, unless there is somebody who has ended."""
+        self._turns.take(lambda: None if ended else self._loop.step(), self._settle)
 
     # ---- looking inside ------------------------------------------------------------------------------------------
 
@@ -348,7 +312,7 @@ class LLM(Chats):
         return self._turns.take(run, self._settle)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: steps, steps_ahead (of those launched before the last one's results were read), seconds per stage, CUDA graphs captured, pages and requests, and acceptance over all requests.
+        """Counters since the start: steps, steps_ahead (of those launched before the last one's results were read), seconds per stage, CUDA graphs captured, pages and requests, the bytes of states beside the pages of a target that has such, and acceptance over all requests.
 
         On a GPU "verify" holds drafting and injection as well: they are one stretch of device time.
         """
@@ -361,6 +325,7 @@ class LLM(Chats):
                 "stage_seconds": dict(loop.times.total),
                 "cuda_graphs": loop.backend.num_graphs,
                 **loop.core.counts(),
+                **({"state_bytes": loop.state_bytes} if loop.state_bytes else {}),
                 **loop.core.stats(),
             }
 

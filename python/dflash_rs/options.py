@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from . import _core, known_models
-from .arguments import bad, is_list, shown
+from .arguments import bad, flag, is_list, shown
 from .chat import Rendered
 from .config import StepCosts, assets
 from .errors import DflashError, InvalidArgument, MissingPackage
@@ -73,8 +73,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not (is_list(prompts) or (isinstance(prompts, np.ndarray) and prompts.ndim > 0)):
         raise bad("prompts", prompts, "a string, token ids, or a list of these")
     if len(prompts) and isinstance(prompts[0], int | np.integer):
-        return [prompts]
-    return list(prompts)
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def asked(prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Asked]:
@@ -184,10 +184,25 @@ def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
     return model, draft
 
 
-def pick_costs(costs: Any) -> StepCosts | None:
-    if costs is not None and not isinstance(costs, StepCosts):
-        raise bad("costs", costs, "a StepCosts")
-    return costs
+class StepOptions(NamedTuple):
+    """How an `LLM` takes its steps: see there."""
+
+    block_size: int | None
+    adaptive: bool
+    costs: StepCosts | None
+    tree_nodes: int
+    cuda_graphs: bool
+    overlap: bool | None
+
+    def check(self) -> StepOptions:
+        """Raises InvalidArgument for what can be refused before models are loaded; the sizes depend on them."""
+        flag("adaptive", self.adaptive)
+        flag("cuda_graphs", self.cuda_graphs)
+        if self.overlap is not None:
+            flag("overlap", self.overlap)
+        if self.costs is not None and not isinstance(self.costs, StepCosts):
+            raise bad("costs", self.costs, "a StepCosts")
+        return self
 
 
 def import_torch() -> ModuleType:

@@ -115,8 +115,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stops))
         if not is_list(self.stop_token_ids):
             raise bad("stop_token_ids", self.stop_token_ids, "a list of token ids")
-        stops = tuple(integer("stop_token_ids", token, 0, 2**31 - 1) for token in self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", stops)
+        ids = tuple(integer("stop_token_ids", token, 0, 2**31 - 1) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
         if not isinstance(self.logit_bias, Mapping):
             raise bad("logit_bias", self.logit_bias, "a mapping from token id to number")
         biases = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .errors import DflashError
-from .outputs import StreamEvent
+from .outputs import Output, StreamEvent
 
 if TYPE_CHECKING:
     from .engine.requests import Active
@@ -33,13 +33,15 @@ class Stream(Iterator[StreamEvent]):
     def __init__(self, llm: LLM):
         self._llm = llm
         self._waiting: dict[int, Active] = {}
+        # Of these, who has ended and was not seen to.
+        self._ended: deque[Active] = deque()
         self._events: deque[StreamEvent] = deque()
         self._turn = threading.RLock()
         self._closed = False
 
     def __next__(self) -> StreamEvent:
         self._llm._turns.check()
-        if self._turn._is_owned():
+        if self._turn._is_owned():  # type: ignore[attr-defined]  # every RLock has it, typeshed does not
             raise DflashError(
                 "stream: got next() in the middle of another one of the same thread, expected one at a time"
             )
@@ -51,10 +53,23 @@ class Stream(Iterator[StreamEvent]):
                     break
                 try:
                     self._events.extend(self._llm._ready(self._waiting))
+                    self._ended.clear()
                 except BaseException:
                     self.close()
                     raise
             raise StopIteration
+
+    def _outputs(self) -> dict[int, Output]:
+        """By their prompts' places, the outputs of everything that is still to come: its events are never made."""
+        with self._turn:
+            outputs = {event.index: event.output for event in self._events if event.output is not None}
+            while self._waiting:
+                self._llm._advance(self._ended)
+                while self._ended:
+                    active = self._ended.popleft()
+                    outputs[active.index] = active.output()
+                    del self._waiting[active.request_id]
+            return outputs
 
     def close(self) -> None:
         """Ends what is unfinished; its pages return at the end of the running step at the latest. Waits for nothing."""

@@ -26,7 +26,7 @@ class Turns:
 
     def mine(self) -> bool:
         """Whether this thread is in the middle of a turn."""
-        return self._lock._is_owned()
+        return self._lock._is_owned()  # type: ignore[attr-defined]  # every RLock has it, typeshed does not
 
     def forked(self) -> bool:
         """Whether this is a child of the process that all this was made in."""

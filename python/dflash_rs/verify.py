@@ -93,18 +93,16 @@ def _ratio(function, p, q, drafts, seeds, round_starts, accept_coins, last_coins
         p,
         q,
         drafts,
-        seeds=_unsigned("seeds", seeds),
-        round_starts=_unsigned("round_starts", round_starts),
+        seeds=None if seeds is None else _unsigned("seeds", seeds),
+        round_starts=None if round_starts is None else _unsigned("round_starts", round_starts),
         accept_coins=accept_coins,
         last_coins=_coins("last_coins", last_coins),
     )
     return (int(accepted[0]), int(last[0])) if single else (accepted, last)
 
 
-def _unsigned(name: str, values: ArrayLike | None, rows: int | None = None) -> NDArray[np.uint64] | None:
+def _unsigned(name: str, values: ArrayLike, rows: int | None = None) -> NDArray[np.uint64]:
     """A u64 vector; a number stands for ``rows`` equal ones."""
-    if values is None:
-        return None
     array = _array(values)
     if array.dtype.kind not in "iu":
         # NumPy has no type of its own for whole numbers on both sides of 2^63.

@@ -93,10 +93,9 @@ impl<D> BestFirst<D> {
         Self(BinaryHeap::with_capacity(drafts))
     }
 
-    /// Puts a draft in line. `score` is at most that of the parent and of the sibling before it.
+    /// Puts a draft in line. `score` is at most that of the parent and of the sibling before it, and no negative zero: sums that begin with a
+    /// positive one and products of chances are none.
     pub fn offer(&mut self, place: Place, score: f32, draft: D) {
-        // Both zeros are one score; `+ 0.0` makes `total_cmp` agree.
-        let score = score + 0.0;
         self.0.push(Waiting { score, place, draft });
     }
 
@@ -123,7 +122,7 @@ mod tests {
             (0.5, first.child(1).sibling()),
             (0.5, first.child(2)),
             (0.0, first),
-            (-0.0, first.sibling()),
+            (0.0, first.sibling()),
         ];
         for turn in 0..order.len() {
             let mut line = BestFirst::with_capacity(0);

@@ -2,8 +2,8 @@
 
 use numpy::ndarray::Dimension;
 use numpy::{
-    Element, PyArray, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray, PyUntypedArray, PyUntypedArrayMethods,
-    dtype,
+    Element, PyArray, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray, PyReadwriteArrayDyn,
+    PyUntypedArray, PyUntypedArrayMethods, dtype,
 };
 use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
@@ -203,6 +203,23 @@ pub(super) fn array<'py, T: Element, D: Dimension>(
         return Err(refuse());
     }
     array.try_readonly().map_err(|_| refuse())
+}
+
+/// A C-contiguous array of this dtype that is written, of any number of dimensions.
+pub(super) fn array_mut<'py, T: Element>(
+    name: &'static str,
+    object: &Bound<'py, PyAny>,
+) -> PyResult<PyReadwriteArrayDyn<'py, T>> {
+    let refuse = || {
+        let kind = dtype::<T>(object.py());
+        let expected = format!("a C-contiguous {kind} array that can be written");
+        invalid(name, describe(object), expected)
+    };
+    let array = object.cast::<PyArrayDyn<T>>().map_err(|_| refuse())?;
+    if !array.is_c_contiguous() {
+        return Err(refuse());
+    }
+    array.try_readwrite().map_err(|_| refuse())
 }
 
 /// Whether the object is an array of this dtype, whatever its shape.

@@ -35,6 +35,7 @@ impl From<Error> for PyErr {
                 let class = match error {
                     Error::OutOfPages { .. } | Error::PoolExhausted { .. } => &classes.out_of_pages,
                     Error::OutOfTurn { .. } | Error::StaleRow { .. } | Error::SlotsNotOwned { .. } => &classes.base,
+                    Error::WalksDiffer { .. } => &classes.base,
                     Error::NoKernels
                     | Error::NoDriver { .. }
                     | Error::NoSymbol { .. }

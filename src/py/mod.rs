@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use super::decoder::{HostDecoder, HostInjector};
     #[pymodule_export]
-    use super::engine::{Accepted, Engine, Events, StepPlan};
+    use super::engine::{Accepted, Engine, Events, Record, StepPlan, read_records};
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
     #[pymodule_export]

@@ -162,7 +162,7 @@ pub(super) fn transform(dict: Given<Bound<'_, PyDict>>) -> PyResult<Sampling> {
 /// What the rows of a step ask of their draws, as a device reads it.
 #[pyclass(frozen, module = "dflash_rs._core")]
 pub struct DeviceSampling {
-    sampling: step::DeviceSampling,
+    pub(super) sampling: step::DeviceSampling,
 }
 
 impl From<step::DeviceSampling> for DeviceSampling {

@@ -202,28 +202,16 @@ impl Planner {
         ))
     }
 
-    /// Books a step: what each request verified and which of it was accepted. temperatures f32 `[R]` of the plan's rows.
-    fn record_step(
-        &mut self,
-        plan: Given<Bound<'_, StepPlan>>,
-        accepted: Given<Bound<'_, Accepted>>,
-        temperatures: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
+    /// Books a step: what each request verified and which of it was accepted.
+    fn record_step(&mut self, plan: Given<Bound<'_, StepPlan>>, accepted: Given<Bound<'_, Accepted>>) -> PyResult<()> {
         let (plan, accepted) = (plan.of("plan", "a StepPlan")?, accepted.of("accepted", "an Accepted")?);
-        let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[R]")?;
         let plan = plan.get().locked();
-        let requests = plan.arrays().request_ids.len();
-        shaped(
-            "temperatures",
-            temperatures.shape(),
-            &[requests],
-            "[R], one per row of the plan",
-        )?;
         let mut outcome = Ok(());
-        accepted.get().each_pass(&plan, temperatures.as_slice()?, |pass| {
+        accepted.get().each_pass(&plan, |pass| {
             let booked = self.0.record_pass(pass);
             outcome = outcome.clone().and(booked);
         });
+        drop(plan);
         Ok(outcome?)
     }
 

@@ -9,10 +9,13 @@
 //!   one behind; a row at position 0 starts from nothing, any other goes on from where its last resolved step left it.
 //! - A retracted request resumes with its resolved tokens and says the same as if it had never been retracted.
 
+mod record;
 mod request;
 
 use std::collections::VecDeque;
 
+pub(crate) use record::Gain;
+pub use record::{Ledger, Reading, Record, RecordHandle, Scores};
 pub use request::{Finish, Request, Vocabulary};
 
 use crate::error::{Error, Result, indices};
@@ -265,7 +268,7 @@ impl Scheduler {
     }
 
     /// Requests that wait, oldest first.
-    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Request> {
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Request> + DoubleEndedIterator {
         self.waiting.iter()
     }
 
@@ -491,20 +494,24 @@ impl Scheduler {
         Ok(Some(running.request))
     }
 
-    /// Removes a request, waiting or running; `false` when there is none of that number.
+    /// Aborts a request, waiting or running; `false` when there is none of that number.
     pub fn remove(&mut self, id: RequestId) -> Result<bool> {
         if let Some(at) = self.waiting.iter().position(|request| request.id == id) {
-            self.waiting.remove(at);
+            if let Some(request) = self.waiting.remove(at) {
+                request.record.with(Record::abort);
+            }
             return Ok(true);
         }
         let slot = self
             .running()
             .find(|running| running.request.id == id)
             .map(|running| running.key.slot);
-        match slot {
-            Some(slot) => Ok(self.leave(slot)?.is_some()),
-            None => Ok(false),
+        let Some(slot) = slot else { return Ok(false) };
+        let request = self.leave(slot)?;
+        if let Some(request) = &request {
+            request.record.with(Record::abort);
         }
+        Ok(request.is_some())
     }
 
     /// The request a scheduled row was launched for, unless it has left or the launch was called off.

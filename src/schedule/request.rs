@@ -1,10 +1,10 @@
 //! A request's own state, and the rules that end it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use super::record::{Ledger, Record, RecordHandle};
 use crate::draft::{Guess, Lookup};
 use crate::error::{Error, Result};
-use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
 use crate::verify::{History, Params};
 
@@ -22,6 +22,8 @@ pub enum Finish {
     Length = 3,
     /// A stage failed for it; the message comes with the event.
     Error = 4,
+    /// It was aborted; there is no event for that.
+    Abort = 5,
 }
 
 /// The bytes of every token, for stop strings.
@@ -60,7 +62,7 @@ impl Vocabulary {
         self.ends.is_empty()
     }
 
-    fn of(&self, token: TokenId) -> &[u8] {
+    pub(super) fn of(&self, token: TokenId) -> &[u8] {
         let at = token.0 as usize;
         let start = if at == 0 { 0 } else { self.ends[at - 1] as usize };
         &self.bytes[start..self.ends[at] as usize]
@@ -127,8 +129,8 @@ pub struct Request {
     pub history: History,
     /// Most tokens prompt and output may have together.
     pub max_total: u32,
-    /// Acceptance so far.
-    pub stats: Stats,
+    /// What it was given, shared with whoever looks.
+    pub record: RecordHandle,
     /// Prompt tokens found in the prefix cache when it last entered.
     pub cached_tokens: u32,
     /// What looks up what its text may go on with; nothing is kept before it is first asked.
@@ -145,6 +147,7 @@ impl Request {
         params: Params,
         max_total: u32,
         vocabulary: Option<&Arc<Vocabulary>>,
+        ledger: &Arc<Mutex<Ledger>>,
     ) -> Self {
         let longest = params.stop_strings.iter().map(Vec::len).max().unwrap_or(0);
         let watch = vocabulary.filter(|_| longest > 0).map(|vocabulary| Watch {
@@ -166,12 +169,36 @@ impl Request {
             params,
             history,
             max_total,
-            stats: Stats::new(),
+            record: RecordHandle::new(ledger, Record::new(vocabulary)),
             cached_tokens: 0,
             lookup: Lookup::new(),
             guesses: Vec::new(),
             watch,
         }
+    }
+
+    /// Appends committed tokens up to the one that the request ends with; says how many those are, and whether it does.
+    pub(crate) fn extend(&mut self, tokens: &[i64], eos: &[TokenId]) -> (usize, Finish) {
+        let committed = |&token: &i64| TokenId(token as u32);
+        // The usual request watches for nothing but single tokens, and none of these is one of them.
+        let early = self.tokens.len() - self.prompt_len < self.params.min_tokens as usize;
+        let fits = self.tokens.len() + tokens.len() < self.max_total as usize;
+        if fits && !early && self.watch.is_none() && !self.params.sampling.needs_history() {
+            let eos = if self.params.ignore_eos { &[] } else { eos };
+            let stops = &self.params.stop_ids;
+            let ends = |token: TokenId| eos.contains(&token) || stops.contains(&token);
+            if !tokens.iter().map(committed).any(ends) {
+                self.tokens.extend(tokens.iter().map(committed));
+                return (tokens.len(), Finish::Running);
+            }
+        }
+        for (at, token) in tokens.iter().map(committed).enumerate() {
+            let finish = self.push(token, eos);
+            if finish != Finish::Running {
+                return (at + 1, finish);
+            }
+        }
+        (tokens.len(), Finish::Running)
     }
 
     /// Appends a committed token; says whether the request ends with it.
@@ -221,7 +248,14 @@ mod tests {
             max_tokens,
             ..Params::default()
         };
-        Request::new(RequestId(0), vec![TokenId(0)], params, 1 + max_tokens, Some(&table))
+        Request::new(
+            RequestId(0),
+            vec![TokenId(0)],
+            params,
+            1 + max_tokens,
+            Some(&table),
+            &Arc::default(),
+        )
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What a step keeps: the target's tokens, drawn here or on a device, and the walk along the drafts.
 
 use super::Engine;
-use super::values::{Accepted, DrawnRows, StepPlan};
+use super::step_plan::StepPlan;
+use super::values::{Accepted, AcceptedArrays, DrawnRows};
 use crate::error::{Error, Result, indices};
 use crate::schedule::Work;
 use crate::types::TokenId;
@@ -24,7 +25,7 @@ impl Engine {
                 expected,
             });
         }
-        self.accept_rows(plan, |sampler, context, path, token| {
+        self.accept_rows(plan, |sampler, context, path, token, out| {
             let Context {
                 running,
                 first_logit,
@@ -35,24 +36,21 @@ impl Engine {
             let request = &running.request;
             let place = position + path.len() as u64 + 1;
             let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, path, place)?;
-            if !request.params.scores() {
-                return Ok(Drawn {
-                    token: drawn,
-                    logprob: f32::NAN,
-                    top: Vec::new(),
-                });
+            if request.params.scores() {
+                let alternatives = request.params.alternatives() as usize;
+                let top = if alternatives > 0 {
+                    top_logprobs(row, alternatives)?
+                } else {
+                    Vec::new()
+                };
+                let logprob = sampler.logprob(row, drawn)?;
+                score(
+                    out,
+                    logprob,
+                    top.iter().map(|&(token, logprob)| (i64::from(token.0), logprob)),
+                );
             }
-            let alternatives = request.params.alternatives() as usize;
-            let top = if alternatives > 0 {
-                top_logprobs(row, alternatives)?
-            } else {
-                Vec::new()
-            };
-            Ok(Drawn {
-                token: drawn,
-                logprob: sampler.logprob(row, drawn)?,
-                top,
-            })
+            Ok(drawn)
         })
     }
 
@@ -92,7 +90,7 @@ impl Engine {
                 return Err(Error::Length { name, got, expected });
             }
         }
-        self.accept_rows(plan, |_, context, _, token| {
+        self.accept_rows(plan, |_, context, _, token, out| {
             let at = context.first_logit + token;
             let (chosen, status) = (drawn.tokens[at], drawn.status.get(at).copied().unwrap_or(0));
             if status != 0 {
@@ -106,21 +104,21 @@ impl Engine {
                     expected,
                 });
             }
-            let wanted = context.running.request.params.alternatives() as usize;
-            let best = at * drawn.top_count..at * drawn.top_count + wanted.min(drawn.top_count);
-            let top = drawn.top_tokens[best.clone()].iter().zip(&drawn.top_logprobs[best]);
-            Ok(Drawn {
-                token: TokenId(chosen as u32),
-                logprob: drawn.logprobs.get(at).copied().unwrap_or(f32::NAN),
-                top: top.map(|(&token, &logprob)| (TokenId(token as u32), logprob)).collect(),
-            })
+            if !drawn.logprobs.is_empty() || drawn.top_count > 0 {
+                let logprob = drawn.logprobs.get(at).copied().unwrap_or(f32::NAN);
+                let wanted = context.running.request.params.alternatives() as usize;
+                let best = at * drawn.top_count..at * drawn.top_count + wanted.min(drawn.top_count);
+                let top = drawn.top_tokens[best.clone()].iter().zip(&drawn.top_logprobs[best]);
+                score(out, logprob, top.map(|(&token, &logprob)| (token, logprob)));
+            }
+            Ok(TokenId(chosen as u32))
         })
     }
 
     fn accept_rows(
         &mut self,
         plan: &StepPlan,
-        mut draw: impl FnMut(&mut Sampler, &Context, &[TokenId], usize) -> Result<Drawn>,
+        mut draw: impl FnMut(&mut Sampler, &Context, &[TokenId], usize, &mut AcceptedArrays) -> Result<TokenId>,
     ) -> Result<Accepted> {
         self.call_off_dropped()?;
         self.next_to_resolve(plan)?;
@@ -168,22 +166,9 @@ impl Engine {
             };
             let kept = (out.tokens.len(), out.top_tokens.len());
             let mut take = |path: &[TokenId], token: usize| {
-                let drawn = draw(sampler, &context, path, token)?;
-                // Scores are rare: what nobody asked for is filled in at the end.
-                if !drawn.logprob.is_nan() {
-                    out.logprobs.resize(out.tokens.len(), f32::NAN);
-                    out.logprobs.push(drawn.logprob);
-                }
-                if !drawn.top.is_empty() {
-                    out.top_starts.resize(out.tokens.len(), out.top_tokens.len() as i32);
-                    out.top_starts.push(out.top_tokens.len() as i32);
-                }
-                for (token, logprob) in drawn.top {
-                    out.top_tokens.push(i64::from(token.0));
-                    out.top_logprobs.push(logprob);
-                }
-                out.tokens.push(i64::from(drawn.token.0));
-                Ok(drawn.token)
+                let drawn = draw(sampler, &context, path, token, out)?;
+                out.tokens.push(i64::from(drawn.0));
+                Ok(drawn)
             };
             let walked = match plan.tree_of(row)?.filter(|_| scheduled.work == Work::Decode) {
                 None => walk_chain(drafts, |token| take(&drafts[..token], token)).map(|walk| (walk.accepted, None)),
@@ -239,10 +224,21 @@ struct Context<'a> {
     position: u64,
 }
 
-struct Drawn {
-    token: TokenId,
-    logprob: f32,
-    top: Vec<(TokenId, f32)>,
+/// Scores of the token that is pushed next. They are rare: what nobody asked for is filled in at the end.
+fn score(out: &mut AcceptedArrays, logprob: f32, top: impl Iterator<Item = (i64, f32)>) {
+    if !logprob.is_nan() {
+        out.logprobs.resize(out.tokens.len(), f32::NAN);
+        out.logprobs.push(logprob);
+    }
+    let start = out.top_tokens.len();
+    for (token, logprob) in top {
+        out.top_tokens.push(token);
+        out.top_logprobs.push(logprob);
+    }
+    if out.top_tokens.len() > start {
+        out.top_starts.resize(out.tokens.len(), start as i32);
+        out.top_starts.push(start as i32);
+    }
 }
 
 /// What a `RowStatus` of `cuda/params.h` means.

@@ -15,21 +15,27 @@
 //! A failure belongs to one request: its rows give no token, it ends with an error that names it, the others go on.
 
 mod accept;
+mod device;
 mod lookup;
 mod sampling;
+mod step_plan;
 mod values;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+pub use device::{DeviceInputs, DeviceOutputs};
 pub use lookup::LookedUp;
 pub use sampling::DeviceSampling;
-pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays, StepPlan};
+pub use step_plan::{Outline, StepPlan};
+pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays};
 
 use crate::draft::LookupRates;
 use crate::error::{Error, Result};
 use crate::kv::{Checkpoint, CheckpointId};
-use crate::schedule::{Config, Finish, Params, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens};
+use crate::schedule::{
+    Config, Finish, Gain, Ledger, Params, RecordHandle, Request, Scheduled, Scheduler, Vocabulary, Work, check_tokens,
+};
 use crate::stats::Stats;
 use crate::types::{RequestId, TokenId};
 use crate::verify::Sampler;
@@ -54,6 +60,7 @@ pub struct Engine {
     stats: Stats,
     lookups: LookupRates,
     vocabulary: Option<Arc<Vocabulary>>,
+    ledger: Arc<Mutex<Ledger>>,
     eos: Vec<TokenId>,
     next_request: u64,
     next_step: u64,
@@ -109,6 +116,7 @@ impl Engine {
             stats: Stats::new(),
             lookups: LookupRates::new(),
             vocabulary: vocabulary.map(Arc::new),
+            ledger: Arc::default(),
             next_request: 0,
             next_step: 0,
         })
@@ -172,10 +180,42 @@ impl Engine {
         params.settle(prompt.len(), &self.eos);
         let max_total = (prompt.len() + params.max_tokens as usize).min(config.max_context) as u32;
         let id = RequestId(self.next_request);
-        let request = Request::new(id, prompt, params, max_total, self.vocabulary.as_ref());
+        let request = Request::new(id, prompt, params, max_total, self.vocabulary.as_ref(), &self.ledger);
         self.scheduler.enqueue(request)?;
         self.next_request += 1;
         Ok(id)
+    }
+
+    /// What an unfinished request is given, to be looked at while it runs and afterwards; `None` when there is none of that number.
+    pub fn record(&self, id: RequestId) -> Option<RecordHandle> {
+        // The newest request is the likeliest to be asked for.
+        let waiting = self.scheduler.waiting().rev();
+        let running = self.scheduler.running().map(|running| &running.request);
+        let mut all = waiting.chain(running);
+        all.find(|request| request.id == id)
+            .map(|request| request.record.clone())
+    }
+
+    /// Of the `most` oldest requests: the temperatures of those that draft, and how many do not.
+    pub fn drafting(&self, most: usize) -> (Vec<f32>, usize) {
+        let running = self.scheduler.running().map(|running| &running.request);
+        let oldest = running.chain(self.scheduler.waiting()).take(most);
+        let mut others = 0;
+        let mut temperatures = Vec::with_capacity(self.scheduler.num_running());
+        for request in oldest {
+            if request.params.draft {
+                temperatures.push(request.params.sampling.temperature);
+            } else {
+                others += 1;
+            }
+        }
+        (temperatures, others)
+    }
+
+    /// Whether any request that a launched step is for is still there.
+    pub fn is_wanted(&self, plan: &StepPlan) -> bool {
+        let flight = self.in_flight.iter().find(|flight| flight.step == plan.step());
+        flight.is_some_and(|flight| flight.rows.iter().any(|row| self.scheduler.tenant(row).is_some()))
     }
 
     /// Ends a request, waiting, running or in flight; there is no event for it. `false`: it had ended already.
@@ -220,6 +260,10 @@ impl Engine {
         }
         arrays.query_starts.push(arrays.token_ids.len() as i32);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
+        let drafts = rows
+            .iter()
+            .filter_map(|row| self.scheduler.tenant(row))
+            .any(|running| running.request.params.draft);
         let step = self.next_step;
         self.next_step += 1;
         self.in_flight.push_back(Flight { step, rows });
@@ -227,6 +271,7 @@ impl Engine {
             step,
             self.scheduler.config().vocab_size,
             arrays,
+            drafts,
             &self.shared,
         )))
     }
@@ -298,6 +343,7 @@ impl Engine {
         arrays.is_prefill.push(row.work != Work::Decode);
         arrays.draft_valid_from.push(running.draft_valid_from as i32);
         arrays.start_known.push(row.start_known);
+        arrays.temperatures.push(running.request.params.sampling.temperature);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
         match row.work {
             Work::Prefill { last } => {
@@ -354,16 +400,23 @@ impl Engine {
         let (Some(ticket), Some(mut flight)) = (plan.redeem(), self.in_flight.pop_front()) else {
             return Err(closed(plan.step()));
         };
-        ticket.spend();
+        // The flight is no longer there to be called off.
+        drop(ticket);
         let mut events = self.shared.events(plan.step());
+        let ledger = Arc::clone(&self.ledger);
+        let mut records = Ledger::lock(&ledger);
+        // Dropped when the records are no longer locked.
+        let mut left = Vec::new();
         let mut failed = accepted.failed().iter().peekable();
         for (row, scheduled) in flight.rows.drain(..).enumerate() {
             let error = failed.next_if(|(at, _)| *at == row).map(|(_, error)| error);
             // A narrowed plan verified fewer drafts than were scheduled.
             let verified = plan.arrays().block_len[row] as u32 - 1;
             let drafts = (plan.drafted(row), verified);
-            self.resolve_row(row, scheduled, drafts, accepted.arrays(), injected, error, &mut events)?;
+            let step = (accepted.arrays(), injected);
+            left.extend(self.resolve_row(row, scheduled, drafts, step, error, &mut records, &mut events)?);
         }
+        drop(records);
         let out = events.arrays_mut();
         out.token_starts.push(out.tokens.len() as i32);
         out.top_starts.resize(out.tokens.len() + 1, out.top_tokens.len() as i32);
@@ -377,23 +430,23 @@ impl Engine {
         row: usize,
         scheduled: Scheduled,
         (drafted, verified): (u32, u32),
-        accepted: &AcceptedArrays,
-        injected: bool,
+        (accepted, injected): (&AcceptedArrays, bool),
         error: Option<&Error>,
+        records: &mut Ledger,
         events: &mut Events,
-    ) -> Result<()> {
+    ) -> Result<Option<Request>> {
         let (work, len) = (scheduled.work, scheduled.len);
         let drafts_accepted = accepted.accepted[row];
         let keep = match work {
-            _ if error.is_some() => return self.fail_row(scheduled, error, events),
+            _ if error.is_some() => return self.fail_row(scheduled, error, records, events),
             Work::Prefill { .. } => len,
             Work::Decode => drafts_accepted as u32 + 1,
         };
         let Some(running) = self.scheduler.resolve(scheduled, keep, injected)? else {
-            return Ok(());
+            return Ok(None);
         };
         if work == (Work::Prefill { last: false }) {
-            return Ok(());
+            return Ok(None);
         }
         let slot = running.key.slot;
         let request = &mut running.request;
@@ -404,12 +457,8 @@ impl Engine {
             accepted.token_starts[row] as usize,
             accepted.token_starts[row + 1] as usize,
         );
-        let mut finish = Finish::Running;
-        let mut at = first;
-        while at < end && finish == Finish::Running {
-            finish = request.push(TokenId(accepted.tokens[at] as u32), &self.eos);
-            at += 1;
-        }
+        let (taken, finish) = request.extend(&accepted.tokens[first..end], &self.eos);
+        let at = first + taken;
         out.tokens.extend_from_slice(&accepted.tokens[first..at]);
         out.logprobs.extend_from_slice(&accepted.logprobs[first..at]);
         if !accepted.top_tokens.is_empty() {
@@ -437,22 +486,53 @@ impl Engine {
                 .record(&request.guesses, verified as usize, drafts_accepted as usize);
             request.guesses.clear();
             let committed = (at - first) as u32;
-            for stats in [&mut request.stats, &mut self.stats] {
-                stats.record_tree(verified, drafted, drafts_accepted as u32, committed)?;
-            }
+            self.stats
+                .record_tree(verified, drafted, drafts_accepted as u32, committed)?;
         }
-        if finish != Finish::Running {
-            self.scheduler.leave(slot)?;
+        let Some(record) = records.of(&request.record) else {
+            return Ok(None);
+        };
+        if request.params.scores() {
+            let starts = &accepted.top_starts[first..=at];
+            record.score(
+                &accepted.logprobs[first..at],
+                starts,
+                &accepted.top_tokens,
+                &accepted.top_logprobs,
+            );
         }
-        Ok(())
+        record.push(
+            &Gain {
+                tokens: &accepted.tokens[first..at],
+                drafted,
+                verified,
+                accepted: drafts_accepted as u32,
+                text_end: request.text_end(),
+                finish,
+            },
+            request.cached_tokens,
+        );
+        if finish == Finish::Running {
+            return Ok(None);
+        }
+        self.scheduler.leave(slot)
     }
 
-    fn fail_row(&mut self, scheduled: Scheduled, error: Option<&Error>, events: &mut Events) -> Result<()> {
+    fn fail_row(
+        &mut self,
+        scheduled: Scheduled,
+        error: Option<&Error>,
+        records: &mut Ledger,
+        events: &mut Events,
+    ) -> Result<Option<Request>> {
         let Some(running) = self.scheduler.tenant(&scheduled) else {
-            return self.scheduler.call_off(scheduled);
+            return self.scheduler.call_off(scheduled).map(|()| None);
         };
         let (slot, id, cached) = (running.key.slot, running.request.id.0, running.request.cached_tokens);
-        let text_end = running.request.text_end().map_or(-1, |end| end as i64);
+        let text_end = running.request.text_end();
+        if let (Some(error), Some(record)) = (error, records.of(&running.request.record)) {
+            record.fail(format!("request {id}: {error}"), text_end, cached);
+        }
         let out = events.arrays_mut();
         out.request_ids.push(id);
         out.token_starts.push(out.tokens.len() as i32);
@@ -460,12 +540,11 @@ impl Engine {
         out.verified.push(0);
         out.accepted.push(0);
         out.finish.push(Finish::Error as u8);
-        out.text_ends.push(text_end);
+        out.text_ends.push(text_end.map_or(-1, |end| end as i64));
         out.cached_tokens.push(cached as i32);
         events.errors.extend(error.map(|error| (id, error.clone())));
         self.scheduler.call_off(scheduled)?;
-        self.scheduler.leave(slot)?;
-        Ok(())
+        self.scheduler.leave(slot)
     }
 
     /// Calls a step off: its requests go on from their last resolved token. Steps launched after it lose the rows they

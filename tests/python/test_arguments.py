@@ -150,7 +150,7 @@ def bookkeeping():
     yield planner.admit_trees, good, tuple(good), ("tokens", "probabilities", "temperatures", "most")
     good = dict(drafted=2, accepted=1, temperature=1.0, probabilities=np.ones(2, F32))
     yield planner.record, good, tuple(good), ("accepted",)
-    good = dict(plan=None, accepted=None, temperatures=np.ones(1, F32))
+    good = dict(plan=None, accepted=None)
     yield planner.record_step, good, tuple(good), ("plan",)
     yield planner.acceptance, {}, ("temperature",), ()
     yield planner.exponent, {}, ("temperature",), ()
@@ -212,6 +212,24 @@ def stages():
     # As many steps are unresolved as may be.
     yield core.plan, {}, ("max_block",), ("step",)
     yield core.device_sampling, {}, ("plan",), ()
+    yield core.record, {}, ("request_id",), ()
+    yield core.drafting, {}, ("most",), ()
+    yield core.is_wanted, {}, ("plan",), ()
+    outputs = dict(
+        sampled=np.zeros(4, I64), status=np.zeros(4, I32), accepted=np.zeros(1, I32), drafts=None, logprobs=None
+    )
+    good = dict(plan=plan, **outputs, top_tokens=None, top_logprobs=None)
+    yield core.accept_outputs, good, tuple(good), ("sampled", "top_tokens", "top_logprobs", "step")
+    ones, width = (
+        ("query_starts", "start_known", "anchor_known", "context_lens", "valid_from"),
+        core.page_table.shape[1],
+    )
+    arrays = dict.fromkeys(ones, np.zeros(2, I32)) | dict.fromkeys(("table_rows", "anchors"), np.zeros(2, I64))
+    arrays |= dict(draft_rows=np.zeros(1, I32), draft_rows64=np.zeros(1, I64), sampling=np.zeros((1, 64), np.uint8))
+    good = dict(
+        plan=plan, wanted=core.device_sampling(plan), bucket=1, uncertain=0, pages=np.zeros((2, width), I32)
+    ) | {name: array.copy() for name, array in arrays.items()}
+    yield core.fill_inputs, good, tuple(good), ()
     yield core.cancel, {}, ("plan",), ()
     yield core.evict, {}, ("count",), ()
     yield core.accept, dict(plan=plan, logits=None), ("plan", "logits"), ("logits",)
@@ -220,7 +238,7 @@ def stages():
     accepted = core.accept_sampled(plan, np.zeros(4, I64))
     yield core.commit, dict(plan=None, accepted=accepted, injected=True), ("plan", "accepted", "injected"), ("plan",)
     yield plan.set_drafts, {}, ("drafts",), ()
-    yield plan.narrow, {}, ("keep",), ()
+    yield plan.narrow, {}, ("widths",), ()
     good = dict(tokens=np.full((1, 1), 7), parents=np.full((1, 1), -1, I32), counts=np.full(1, 9, I32))
     yield plan.set_trees, good, tuple(good), ("parents", "counts")
 

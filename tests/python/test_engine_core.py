@@ -506,9 +506,9 @@ def test_a_narrowed_step_verifies_and_counts_only_what_is_left():
     core.commit(plan, core.accept_sampled(plan, np.array([7])))
     plan = core.plan()
     plan.set_drafts(np.array([[5, 6, 8]]))
-    with pytest.raises(InvalidArgument, match="keep: got 4 for request 0, expected 0..3, its drafts"):
-        plan.narrow(np.array([4], np.int32))
-    plan.narrow(np.array([1], np.int32))
+    with pytest.raises(InvalidArgument, match="widths: got 5 for request 0, expected 1..4, the tokens of its row"):
+        plan.narrow(np.array([5], np.int32))
+    plan.narrow(np.array([2], np.int32))
     assert plan.token_ids.tolist() == [7, 5] and plan.block_len.tolist() == [2] and len(plan.logit_rows) == 2
     accepted = core.accept_sampled(plan, np.array([5, 6]))
     events = core.commit(plan, accepted)
@@ -546,10 +546,9 @@ def test_a_step_of_trees_says_what_has_to_move():
     assert accepted.commit_slots.tolist() == slots[:3].tolist()
     assert (accepted.move_from.tolist(), accepted.move_to.tolist()) == (slots[2:4].tolist(), slots[1:3].tolist())
     planner = Planner(4, tree_nodes=3)
-    planner.record_step(plan, accepted, np.zeros(1, np.float32))
+    planner.record_step(plan, accepted)
+    assert plan.temperatures.tolist() == [0.0] and plan.drafts
     assert min(planner.acceptance(0.0)[:2]) > 0.7 and planner.acceptance(1.0)[:2] == [0.7, 0.7]
-    with pytest.raises(InvalidArgument, match=r"^temperatures: got shape \[2\], expected shape \[1\]"):
-        planner.record_step(plan, accepted, np.zeros(2, np.float32))
     events = core.commit(plan, accepted)
     assert events.tokens.tolist() == [6, 8, 3]
     assert (events.drafted.tolist(), events.verified.tolist(), events.accepted.tolist()) == ([2], [3], [2])
@@ -631,8 +630,8 @@ def test_the_planner_weighs_rows_against_tokens():
 
 def test_what_the_drafters_probabilities_are_worth_is_learnt_from_the_steps_they_were_admitted_in():
     loop = Loop(engine())
-    for prompt in ([1, 2, 3], [4, 5]):
-        loop.add(prompt, max_tokens=40)
+    for prompt, temperature in (([1, 2, 3], 0.0), ([4, 5], 1.0)):
+        loop.add(prompt, max_tokens=40, temperature=temperature)
     loop.step()
     planner, temperatures = Planner(4), np.array([0.0, 1.0], np.float32)
     for _ in range(6):
@@ -645,10 +644,11 @@ def test_what_the_drafters_probabilities_are_worth_is_learnt_from_the_steps_they
         widths = planner.admit(
             np.full((2, 3), 0.5, np.float32), temperatures, plan.block_len[plan.draft_rows], plan=plan
         )
-        plan.narrow(widths - 1)
+        plan.narrow(widths)
         accepted = loop.core.accept(plan, loop.logits(plan))
         assert accepted.accepted.tolist() == [3, 0]
-        planner.record_step(plan, accepted, temperatures)
+        assert plan.temperatures.tolist() == temperatures.tolist()
+        planner.record_step(plan, accepted)
         loop.hear(loop.core.commit(plan, accepted))
     assert planner.exponent(0.0) < 0.6 and 1.5 < planner.exponent(1.0) and planner.exponent(0.4) == 1
 

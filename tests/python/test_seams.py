@@ -87,6 +87,17 @@ def test_drafts_change_nothing_of_a_recurrent_targets_text(plain, name, options)
         assert (stats["retractions"] > 0) == ("num_pages" in options)
         assert (target.state.copied > 0) == options.get("prefix_cache", True)
         assert stats["state_checkpoints"] <= 2 * llm.config.max_running
+        slots = llm.config.max_running * (3 if options.get("prefix_cache", True) else 1)
+        assert stats["state_bytes"] == slots * target.state.bytes_per_slot
+
+
+@pytest.mark.parametrize(("running", "pages"), [(1, 51), (4, 80), (8, 51)])
+def test_states_take_their_share_of_the_memory_that_the_engine_chooses_its_pages_for(running, pages):
+    target = RecurrentTarget()
+    target.kv_bytes_per_token, target.state.bytes_per_slot = 1 << 20, 16 << 20
+    with engine(target, max_running=running) as llm:
+        # Of 512 MiB, beside the states and two copies of each; at least one request of 200 tokens fits, and no more than all of them.
+        assert (llm.stats()["total_pages"], llm.stats()["state_bytes"]) == (pages, running * 3 * (16 << 20))
 
 
 def test_a_later_turn_goes_on_from_the_copy_of_an_earlier_one(plain):

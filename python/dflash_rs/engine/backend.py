@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .timing import StageTimes
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A planned step, and what is to be done beside verifying.
 
     `plan`: a `_core.StepPlan`. `block`: tokens of the drafter's blocks, the anchor counted. `trees`: the drafts are trees. `inject`: what

@@ -9,13 +9,14 @@ import torch
 
 from .. import _core, cuda
 from ..arguments import integer
-from ..config import LOOKUP, EngineConfig, StepCosts
+from ..config import LOOKUP, EngineConfig
 from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
 from ..models.loader import load_draft
 from ..models.lookup import LookUp
 from ..models.target import TargetModel
 from ..models.threads import while_loading
+from ..options import StepOptions
 from ..text import Detokenizer, token_bytes
 from .costs import measure
 from .device.step import DeviceBackend, serves
@@ -67,10 +68,10 @@ class Sizes:
     @classmethod
     def choose(cls, models: Models, config: EngineConfig, block_size: int | None, tree_nodes: int) -> Sizes:
         """Of what was asked for, within what the models take."""
-        plain = models.draft is None
+        plain, draft = models.draft is None, models.draft
         expected = "0 without a drafter" if plain else None
-        block = _block(models.draft, block_size)
-        chains = plain or models.draft.from_text
+        block = _block(draft, block_size)
+        chains = draft is None or draft.from_text
         if chains and not plain:
             expected = "0 with a look-up, which drafts chains"
         nodes = integer("tree_nodes", tree_nodes, 0, 0 if chains else _MOST_NODES, expected=expected)
@@ -105,21 +106,18 @@ def build(
     models: Models,
     config: EngineConfig,
     sizes: Sizes,
-    *,
-    adaptive: bool,
-    costs: StepCosts | None,
-    graphs: bool,
-    overlap: bool | None,
+    options: StepOptions,
 ) -> Loop:
-    """An engine of `models`: takes the memory, and measures what steps cost unless `costs` says it or nobody asks (`adaptive`)."""
-    target, draft = models.target, models.draft
+    """An engine of `models`: takes the memory, and measures what steps cost unless the options say it or nobody asks (`adaptive`)."""
+    target, draft, costs = models.target, models.draft, options.costs
     if draft is not None:
         target.set_taps(draft.taps)
-    pages = _take_memory(models, config, sizes)
-    on_device = serves(target, draft)
-    overlap = _overlap(overlap, target, draft, on_device)
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
+    state_bytes = 0 if copies is None else (config.max_running + copies) * target.state.bytes_per_slot
+    pages = _take_memory(models, config, sizes, state_bytes)
+    on_device = serves(target, draft)
+    overlap = _overlap(options.overlap, target, draft, on_device)
     core = _core.Engine(
         num_pages=pages,
         page_size=config.page_size,
@@ -135,27 +133,35 @@ def build(
         vocabulary=models.bytes,
     )
     if copies is not None:
-        target.state.alloc(core.page_table.shape[0], copies)
-    requests = Requests(core, lambda: Detokenizer(models.tokenizer, models.bytes))
+        try:
+            target.state.alloc(core.page_table.shape[0], copies)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise InvalidArgument(
+                f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
+                f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
+            ) from error
+    requests = Requests(core, None if models.bytes is not None else lambda: Detokenizer(models.tokenizer, None))
     device = None
     if on_device:
         device = DeviceBackend(
             core,
             target,
             draft,
-            requests,
             config,
             block_size=sizes.block_size,
             max_context=sizes.max_context,
             tree_nodes=sizes.tree_nodes,
-            graphs=graphs,
+            graphs=options.cuda_graphs,
         )
-    adapts = draft is not None and adaptive
-    if adapts and costs is None:
+    adapts = draft is not None and options.adaptive
+    if draft is not None and adapts and costs is None:
         found = measure(target, draft, sizes.block_size) if device is None else device.costs()
     else:
         found = costs if adapts else None
     policy = Policy(
+        core,
         block_size=sizes.block_size,
         tree_nodes=sizes.tree_nodes,
         costs=found,
@@ -164,14 +170,14 @@ def build(
         max_running=config.max_running,
         max_batch_tokens=config.max_batch_tokens,
         asks_host=device is None,
-        tiers=[] if device is None else device.tiers,
+        widths=[] if device is None else device.widths,
         from_text=draft is not None and draft.from_text,
     )
     if device is not None:
         return Loop(core, device, policy, requests, overlap=overlap)
     draws_there = _kernels_here(models)
-    host = HostBackend(core, target, draft, policy, requests, page_size=config.page_size, draws_there=draws_there)
-    return Loop(core, host, policy, requests, overlap=overlap)
+    host = HostBackend(core, target, draft, policy, page_size=config.page_size, draws_there=draws_there)
+    return Loop(core, host, policy, requests, overlap=overlap, state_bytes=state_bytes)
 
 
 def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bool:
@@ -192,8 +198,8 @@ def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bo
     return on_device if asked is None else asked
 
 
-def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:
-    """Allocates the KV of both models and returns the number of pages."""
+def _take_memory(models: Models, config: EngineConfig, sizes: Sizes, state_bytes: int) -> int:
+    """Allocates the KV of both models and returns the number of pages; beside it there are `state_bytes` of state."""
     target, draft, page = models.target, models.draft, config.page_size
     table = config.max_running * -(-(sizes.max_context + sizes.row) // page) * 4
     if table > _MOST_TABLE_BYTES:
@@ -202,12 +208,12 @@ def _take_memory(models: Models, config: EngineConfig, sizes: Sizes) -> int:
             f"many requests would take {table / 2**30:,.1f} GiB"
         )
     bytes_per_token = target.kv_bytes_per_token + (draft.kv_bytes_per_token if draft else 0)
-    pages = config.pages(bytes_per_token, sizes.max_context, sizes.row)
+    pages = config.pages(bytes_per_token, sizes.max_context, sizes.row, state_bytes)
     slots = pages * page
     # A size that torch cannot even express, or that the system does not give.
     too_much = InvalidArgument(
         f"num_pages, page_size: got {pages} pages of {page} tokens, expected a cache that fits the memory; this one takes "
-        f"{slots * bytes_per_token / 2**30:,.1f} GiB"
+        f"{slots * bytes_per_token / 2**30:,.1f} GiB{f' beside {state_bytes / 2**30:,.1f} GiB of state' if state_bytes else ''}"
     )
     if slots >= 2**31:
         raise too_much

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,15 +32,15 @@ def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
     slots = target.num_slots
     rows = [n for n in _ROWS if n <= slots]
     if draft.from_text:
-        times = _fastest([lambda n=n: _verify(target, n) for n in rows])
+        times = _fastest([partial(_verify, target, n) for n in rows])
         return StepCosts(rising(zip(rows, times, strict=True)))
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
     features = None
     if draft.taps:
         features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
     first = np.zeros(1, dtype=np.int64)
-    passes = [lambda n=n: _verify(target, n) for n in rows]
-    passes += [lambda n=n, size=size: _propose(draft, n, size) for n, size in blocks]
+    passes: list[Callable[[], Any]] = [partial(_verify, target, n) for n in rows]
+    passes += [partial(_propose, draft, n, size) for n, size in blocks]
     told = {"token_ids": first, "before": first - 1} if draft.reads_tokens else {}
     passes.append(lambda: draft.inject(features, first, first, **told))
     times = _fastest(passes)

@@ -12,7 +12,6 @@ from .. import cuda
 from ..models.batch import StepBatch
 from .backend import Step
 from .policy import Policy
-from .requests import Requests
 from .timing import StageTimes, stage
 
 
@@ -32,12 +31,11 @@ class HostBackend:
         target: Any,
         draft: Any,
         policy: Policy,
-        requests: Requests,
         *,
         page_size: int,
         draws_there: bool = False,
     ):
-        self.core, self.target, self.draft, self.policy, self.requests = core, target, draft, policy, requests
+        self.core, self.target, self.draft, self.policy = core, target, draft, policy
         self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
 
     def launch(self, step: Step) -> Step:
@@ -58,7 +56,7 @@ class HostBackend:
         plan = step.plan
         if self.draft.from_text:
             tokens, chances, found = self.core.look_up(plan, step.block)
-            self.policy.admit(step, tokens[:, :, None], chances[:, :, None], self.requests, found)
+            self.policy.admit(step, tokens[:, :, None], chances[:, :, None], found)
             return
         rows = plan.draft_rows
         tokens, probabilities = self.draft.candidates(
@@ -71,7 +69,7 @@ class HostBackend:
             block_size=step.block,
             k=None if step.trees else 1,
         )
-        self.policy.admit(step, tokens, probabilities, self.requests)
+        self.policy.admit(step, tokens, probabilities)
 
     @stage("verify")
     def _verify(self, step: Step) -> tuple[np.ndarray, Any]:

@@ -27,16 +27,27 @@ class Loop:
     text is the same; a request that ends meanwhile has taken part in one step too many, of which nobody hears.
     """
 
-    def __init__(self, core: Any, backend: Backend, policy: Policy, requests: Requests, *, overlap: bool = False):
+    def __init__(
+        self,
+        core: Any,
+        backend: Backend,
+        policy: Policy,
+        requests: Requests,
+        *,
+        overlap: bool = False,
+        state_bytes: int = 0,
+    ):
         self.core, self.backend, self.policy, self.requests = core, backend, policy, requests
         self.overlap, self.times = overlap, backend.times
         self.steps = self.steps_ahead = 0
+        # Memory that a target keeps states of requests in, and copies of them.
+        self.state_bytes = state_bytes
         self._ahead: Flight | None = None
 
     def step(self) -> None:
-        """One step, up to everyone's text."""
+        """One step, up to everyone's record."""
         self.times.begin()
-        if self._ahead is not None and not self.requests.any_active(self._ahead.step.plan.request_ids):
+        if self._ahead is not None and not self.core.is_wanted(self._ahead.step.plan):
             self.drop()
         flight, self._ahead = self._ahead, None
         try:
@@ -62,13 +73,13 @@ class Loop:
 
     @stage("plan")
     def _plan(self) -> Step:
-        decision = self.policy.decide(self.requests)
+        decision = self.policy.decide()
         plan = self.core.plan(decision.row)
         if plan is None:
             raise DflashError(
                 f"nothing can run although {len(self.requests)} requests are unfinished; this is a defect"
             )
-        return self.policy.shape(plan, decision, self.requests)
+        return self.policy.shape(plan, decision)
 
     def _launch(self, step: Step) -> Flight:
         return Flight(step, self.backend.launch(step))
@@ -83,9 +94,9 @@ class Loop:
 
     @stage("plan")
     def _plan_ahead(self) -> Step | None:
-        decision = self.policy.decide(self.requests)
+        decision = self.policy.decide()
         plan = self.core.plan_ahead(decision.row)
-        return None if plan is None else self.policy.shape(plan, decision, self.requests)
+        return None if plan is None else self.policy.shape(plan, decision)
 
     def _resolve(self, flight: Flight) -> Any:
         step, launched = flight
@@ -98,7 +109,7 @@ class Loop:
     def _commit(self, step: Step, accepted: Any) -> Any:
         events = self.core.commit(step.plan, accepted, injected=step.inject)
         self.backend.keep(step, accepted)
-        self.policy.learn(step, accepted, self.requests)
+        self.policy.learn(step, accepted)
         return events
 
     @stage("text")
@@ -106,9 +117,10 @@ class Loop:
         self.requests.route(events)
 
     def _call_off(self, flight: Flight | None) -> None:
-        committed = flight is not None and not self.core.cancel(flight.step.plan)
+        committed = (
+            [] if flight is None or self.core.cancel(flight.step.plan) else flight.step.plan.request_ids.tolist()
+        )
         self.core.cancel_all()
-        if committed:
-            # Somebody's tokens did not arrive: nobody gets a text with a hole.
-            for request in flight.step.plan.request_ids.tolist():
-                self.requests.abort(request)
+        # What follows a commit was left out: the target's states may lag behind.
+        for request in committed:
+            self.requests.abort(request)

@@ -9,7 +9,6 @@ import numpy as np
 from .. import _core
 from ..config import StepCosts
 from .backend import Step
-from .requests import Requests
 from .timing import StageTimes
 
 
@@ -25,13 +24,14 @@ class Decision(NamedTuple):
 class Policy:
     """Decides for blocks of `block_size` tokens and trees of up to `tree_nodes` drafts, 0 for chains.
 
-    By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `tiers`: whether the drafter's probabilities are seen
-    before verifying; where they are not, trees come in these numbers of drafts. `observes`: the costs come down to what steps take.
+    By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `widths`: whether the drafter's probabilities are seen
+    before verifying; where they are not, trees come in these numbers of tokens, the anchor counted. `observes`: the costs come down to what steps take.
     `from_text`: drafts are looked up and cost nothing, so as many as there are are looked at before it is decided what of them pays.
     """
 
     def __init__(
         self,
+        core: Any,
         *,
         block_size: int,
         tree_nodes: int,
@@ -40,54 +40,46 @@ class Policy:
         max_running: int,
         max_batch_tokens: int,
         asks_host: bool,
-        tiers: list[int],
+        widths: list[int],
         from_text: bool = False,
     ):
-        self.costs, self._observes = costs, observes
+        self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
         self._from_text, self._block = from_text, block_size
-        self._widths = [] if asks_host or not tree_nodes else [drafts + 1 for drafts in tiers]
+        self._widths = [] if asks_host or not tree_nodes else widths
         self.planner = (
             _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
         )
 
     # ---- before a step -------------------------------------------------------------------------------------------
 
-    def decide(self, requests: Requests) -> Decision:
+    def decide(self) -> Decision:
         """For the next step of whoever runs."""
-        temperatures, others = requests.drafting(self._max_running)
+        temperatures, others = self.core.drafting(self._max_running)
         decided = self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens)
         if self._from_text:
             return Decision(self._block, self._block, False)
         return Decision(*decided)
 
-    def shape(self, plan: Any, decision: Decision, requests: Requests) -> Step:
+    def shape(self, plan: Any, decision: Decision) -> Step:
         """What the planned step is to do."""
-        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen.
-        # A look-up has no KV that could be missing.
-        inject = self._from_text or requests.any_drafts(plan.request_ids)
+        *_, drafting, _, longest, prompts = plan.outline
         # Prompts take their share of a step: what drafts beside them drafts chains.
-        trees = bool(decision.trees and plan.draft_rows.size > 0 and not plan.is_prefill.any())
-        if decision.trees and not trees:
-            plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block) - 1)
-        longest = int(plan.block_len[plan.draft_rows].max(initial=0))
+        trees = bool(decision.trees and drafting and not prompts)
+        if decision.trees and drafting and not trees:
+            plan.narrow(np.minimum(plan.block_len[plan.draft_rows], decision.block))
+            *_, drafting, _, longest, _ = plan.outline
         block = decision.block if trees else min(decision.block, longest)
-        return Step(plan, block, trees, inject, int(plan.draft_rows.size) * block)
+        # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen. A look-up has no KV that could be missing.
+        return Step(plan, block, trees, self._from_text or plan.drafts, drafting * block)
 
     # ---- between drafting and verifying --------------------------------------------------------------------------
 
-    def admit(
-        self,
-        step: Step,
-        tokens: np.ndarray,
-        probabilities: np.ndarray,
-        requests: Requests,
-        found: np.ndarray | None = None,
-    ) -> None:
+    def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, found: np.ndarray | None = None) -> None:
         """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`. `found` int32 [n]: how many places have any
         (None: all of them)."""
         plan, rows = step.plan, step.plan.draft_rows
-        temperatures, most = requests.temperatures(plan.request_ids[rows]), plan.block_len[rows]
+        temperatures, most = plan.temperatures[rows], plan.block_len[rows]
         if found is not None:
             most = np.minimum(most, found + 1)
         others = plan.token_ids.size - int(most.sum())
@@ -98,14 +90,14 @@ class Policy:
             return
         first, its = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
         plan.set_drafts(first)
-        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan) - 1)
+        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan))
 
     # ---- after a step --------------------------------------------------------------------------------------------
 
-    def learn(self, step: Step, accepted: Any, requests: Requests) -> None:
+    def learn(self, step: Step, accepted: Any) -> None:
         """Remembers what was accepted."""
-        if step.plan.draft_rows.size:
-            self.planner.record_step(step.plan, accepted, requests.temperatures(step.plan.request_ids))
+        if step.drafted_rows:
+            self.planner.record_step(step.plan, accepted)
 
     def observe(self, step: Step, times: StageTimes) -> None:
         """Sees what a step took."""

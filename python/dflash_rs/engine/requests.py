@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
+from .. import _core
 from ..errors import DflashError
 from ..options import Asked
 from ..outputs import ABORT, ERROR, REASONS, Output, Prompt, StreamEvent, TokenLogprob
@@ -21,74 +19,81 @@ _CALL = functools.partial.__call__
 
 
 class Active:
-    """A request on its way."""
+    """A request on its way. The core keeps what it is given, in `record`; what is made of it here is made when somebody asks.
+
+    `text` makes it where tokens have no bytes of their own, else it is None. `ended` is told of its end.
+    """
 
     def __init__(
-        self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, seed: int, text: Detokenizer | None
+        self,
+        index: int,
+        prompt: Prompt,
+        ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        text: Detokenizer | None,
+        ended: deque[Active],
     ):
         self.index, self.prompt, self.ids, self.params, self.seed, self.text = index, prompt, ids, params, seed, text
-        self.drafts = False
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.steps = self.drafted_steps = 0
-        self.decoded = 0
-        self.cached = 0
-        self.histogram: list[int] = []
-        self.drafted_at: list[int] = []
-        self.accepted_at: list[int] = []
-        self.begin = time.perf_counter()
-        self.first = 0.0
-        self.events: deque[StreamEvent] = deque()
-        self.output: Output | None = None
+        self.ended = ended
+        self.request_id = -1
+        self.record: Any = None
 
-    def count(self, drafted: int, accepted: int, tokens: int) -> None:
-        self.steps += 1
-        self.drafted_steps += drafted > 0
-        self.decoded += tokens
-        _bump(self.histogram, accepted)
-        for i in range(drafted):
-            _bump(self.drafted_at, i)
-        for i in range(accepted):
-            _bump(self.accepted_at, i)
+    def piece(self, tokens: list[int], code: int) -> str:
+        """The text that the next tokens make certain, where the core cannot tell."""
+        if self.text is None or code == ABORT:
+            return ""
+        return self.text.push(tokens, None, code != 0)
 
-    def metrics(self) -> dict[str, Any]:
-        total = time.perf_counter() - self.begin
-        accepted = self.accepted_at + [0] * (len(self.drafted_at) - len(self.accepted_at))
-        return {
-            "prompt_tokens": len(self.ids),
-            "cached_prompt_tokens": self.cached,
-            "output_tokens": len(self.token_ids),
-            "steps": self.steps,
-            "drafted_steps": self.drafted_steps,
-            "tau": self.decoded / self.steps if self.steps else 0.0,
-            "accepted_per_position": [a / d for a, d in zip(accepted, self.drafted_at, strict=True)],
-            "accept_histogram": self.histogram,
-            "ttft_s": (self.first or time.perf_counter()) - self.begin,
-            "total_s": total,
-            "tokens_per_s": len(self.token_ids) / total if total > 0 else 0.0,
-            "seed": self.seed,
-        }
+    def output(self) -> Output:
+        """What the finished request is given back; all of it counts as read."""
+        record, params = self.record, self.params
+        text = record.text()
+        if text is None:
+            for _, tokens, _, code in record.read():
+                self.piece(tokens, code)
+            text = "" if self.text is None else self.text.text
+        metrics = record.metrics()
+        total, tokens = metrics["total_s"], record.tokens()
+        logprobs = None if params.logprobs is None else [TokenLogprob(*score) for score in record.scores()]
+        return Output(
+            self.request_id,
+            self.prompt,
+            text,
+            tokens,
+            REASONS[record.finish],
+            logprobs,
+            {
+                "prompt_tokens": len(self.ids),
+                **metrics,
+                "tokens_per_s": len(tokens) / total if total > 0 else 0.0,
+                "seed": self.seed,
+            },
+            record.error,
+        )
+
+
+_NOTHING_DONE: dict[str, Any] = {
+    "prompt_tokens": 0, "cached_prompt_tokens": 0, "output_tokens": 0, "steps": 0, "drafted_steps": 0, "tau": 0.0, "ttft_s": 0.0, "total_s": 0.0,
+    "tokens_per_s": 0.0,
+}  # fmt: skip
 
 
 def refused(index: int, prompt: Prompt, params: Any, error: str) -> StreamEvent:
     """The one event of a prompt that was not taken."""
-    metrics = Active(index, prompt, [], SamplingParams(), 0, None).metrics()
     own = isinstance(params, SamplingParams)
-    metrics |= {"ttft_s": 0.0, "total_s": 0.0, "seed": params.seed if own else None}
+    lists: dict[str, Any] = {"accepted_per_position": [], "accept_histogram": []}
+    metrics = _NOTHING_DONE | lists | {"seed": params.seed if own else None}
     logprobs: list[TokenLogprob] | None = [] if own and params.logprobs is not None else None
     output = Output(None, prompt, "", [], REASONS[ERROR], logprobs, metrics, error)
     return StreamEvent(index, None, "", [], 0, REASONS[ERROR], output)
 
 
-def _bump(counts: list[int], at: int) -> None:
-    counts.extend([0] * (at + 1 - len(counts)))
-    counts[at] += 1
-
-
 class Requests:
     """The unfinished requests of an engine by their numbers in the core."""
 
-    def __init__(self, core: Any, detokenizer: Callable[[], Detokenizer]):
+    def __init__(self, core: Any, detokenizer: Callable[[], Detokenizer] | None):
+        """`detokenizer` for an engine whose core has no vocabulary."""
         self.core, self._detokenizer = core, detokenizer
         self.active: dict[int, Active] = {}
 
@@ -96,16 +101,21 @@ class Requests:
         return len(self.active)
 
     def submit(
-        self, taken: Iterable[tuple[Asked, list[int]]], drafts: bool, refuse: Callable[[StreamEvent], None] | None
+        self,
+        taken: Iterable[tuple[Asked, list[int]]],
+        drafts: bool,
+        refuse: Callable[[StreamEvent], None] | None,
+        ended: deque[Active],
     ) -> dict[int, Active]:
-        """Gives the core what can run, all or nothing; with `refuse`, what it does not take becomes an event given to that."""
+        """Gives the core what can run, all or nothing; with `refuse`, what it does not take becomes an event given to that. `ended` gets each
+        request that ends."""
         ids: list[int] = []
         actives: list[Active] = []
         try:
             for one, tokens in taken:
                 seed = secrets.randbits(63) if one.params.seed is None else one.params.seed
-                active = Active(one.index, one.prompt, tokens, one.params, seed, self._detokenizer())
-                active.drafts = drafts
+                text = None if self._detokenizer is None else self._detokenizer()
+                active = Active(one.index, one.prompt, tokens, one.params, seed, text, ended)
                 add = functools.partial(self.core.add, tokens, one.params.for_core(seed, drafts))
                 try:
                     # In one call: no interruption comes between a request's beginning and our knowing its number.
@@ -116,6 +126,7 @@ class Requests:
                         raise told from None
                     refuse(refused(one.index, one.prompt, one.params, str(told)))
                 else:
+                    active.request_id, active.record = ids[-1], self.core.record(ids[-1])
                     actives.append(active)
             found = dict(zip(ids, actives, strict=True))
             self.active.update(found)
@@ -126,85 +137,39 @@ class Requests:
                 self.active.pop(request, None)
             raise
 
-    def abort(self, request: int) -> bool:
+    def abort(self, request: int | None) -> bool:
         """Ends a request wherever it is; False when it is unknown or finished."""
-        active = self.active.get(request)
-        if active is None:
+        if request is None or request not in self.active:
             return False
         self.core.abort(request)
-        self._finish(active, request, ABORT, [], 0, "")
+        self._end(request)
         return True
 
-    def drafting(self, most: int) -> tuple[np.ndarray, int]:
-        """Of the `most` oldest: the temperatures of those that draft, float32 [n], and how many do not."""
-        oldest = list(self.active.values())[:most]
-        drafting = [active.params.temperature for active in oldest if active.drafts]
-        return np.asarray(drafting, dtype=np.float32), len(oldest) - len(drafting)
-
-    def any_active(self, request_ids: np.ndarray) -> bool:
-        """Whether any of them is unfinished."""
-        return any(request in self.active for request in request_ids.tolist())
-
-    def any_drafts(self, request_ids: np.ndarray) -> bool:
-        """Whether any of them drafts."""
-        return any(self.active[request].drafts for request in request_ids.tolist() if request in self.active)
-
-    def temperatures(self, request_ids: np.ndarray) -> np.ndarray:
-        """Float32 [n]."""
-        found = [self.active[r].params.temperature if r in self.active else 1.0 for r in request_ids.tolist()]
-        return np.asarray(found, dtype=np.float32)
-
     def route(self, events: Any) -> None:
-        """Gives everyone what a step brought: tokens, text, and the end."""
-        errors = dict(events.errors)
-        ids, tokens, starts = events.request_ids.tolist(), events.tokens.tolist(), events.token_starts.tolist()
-        finish, drafted, accepted = events.finish.tolist(), events.drafted.tolist(), events.accepted.tolist()
-        ends, cached = events.text_ends.tolist(), events.cached_tokens.tolist()
-        for e, request in enumerate(ids):
-            active = self.active.get(request)
-            if active is None:
-                continue
-            new = tokens[starts[e] : starts[e + 1]]
-            active.cached = cached[e]
-            if active.logprobs is not None:
-                active.logprobs.extend(_token_logprobs(events, starts[e], starts[e + 1]))
-            if active.token_ids and new:
-                active.count(drafted[e], accepted[e], len(new))
-            elif new:
-                active.first = time.perf_counter()
-            active.token_ids += new
-            final = finish[e] != 0
-            # The accepted drafts come first; a stop may have cut the block short.
-            kept = min(accepted[e], len(new))
-            piece = active.text.push(new, None if ends[e] < 0 else ends[e], final)
-            if final:
-                self._finish(active, request, finish[e], new, kept, piece, errors.get(request))
-            elif new:
-                active.events.append(StreamEvent(active.index, request, piece, new, kept))
+        """Sees who has ended with a step. What everyone was given is in their records already."""
+        for request in events.ended:
+            self._end(request)
 
-    def _finish(
-        self,
-        active: Active,
-        request: int,
-        code: int,
-        new: list[int],
-        accepted: int,
-        piece: str,
-        error: str | None = None,
-    ) -> None:
-        reason = REASONS[code]
-        active.output = Output(
-            request, active.prompt, active.text.text, active.token_ids, reason, active.logprobs, active.metrics(), error
-        )
-        active.events.append(StreamEvent(active.index, request, piece, new, accepted, reason, active.output))
-        self.active.pop(request, None)
+    def _end(self, request: int) -> None:
+        active = self.active.pop(request, None)
+        if active is not None:
+            active.ended.append(active)
 
 
-def _token_logprobs(events: Any, begin: int, end: int) -> list[TokenLogprob]:
-    tops = events.top_starts
-    found = []
-    for j in range(begin, end):
-        span = slice(int(tops[j]), int(tops[j + 1]))
-        top = list(zip(events.top_tokens[span].tolist(), events.top_logprobs[span].tolist(), strict=True))
-        found.append(TokenLogprob(int(events.tokens[j]), float(events.logprobs[j]), top))
-    return found
+def read(waiting: dict[int, Active]) -> list[StreamEvent]:
+    """What these requests were given since they were last read, request by request. Those that have ended leave `waiting`."""
+    actives = list(waiting.values())
+    events = []
+    for place, text, tokens, accepted, code in _core.read_records([active.record for active in actives]):
+        active = actives[place]
+        if text is None:
+            text = active.piece(tokens, code)
+        if code:
+            output = active.output()
+            del waiting[active.request_id]
+            events.append(
+                StreamEvent(active.index, active.request_id, text, tokens, accepted, output.finish_reason, output)
+            )
+        else:
+            events.append(StreamEvent(active.index, active.request_id, text, tokens, accepted))
+    return events

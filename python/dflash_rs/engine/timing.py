@@ -13,11 +13,12 @@ STAGES = ("plan", "draft", "verify", "accept", "inject", "commit", "text")
 
 
 class StageTimes:
-    """Seconds that each stage took, in all (`total`) and in the step under way (`step`)."""
+    """Seconds that each stage took, in all (`total`) and in the step under way (`step`); `booked`: all of `total`."""
 
     def __init__(self) -> None:
         self.total = dict.fromkeys(STAGES, 0.0)
         self.step = dict.fromkeys(STAGES, 0.0)
+        self.booked = 0.0
 
     def begin(self) -> None:
         """A step begins."""
@@ -26,6 +27,7 @@ class StageTimes:
     def add(self, stage: str, seconds: float) -> None:
         self.total[stage] += seconds
         self.step[stage] += seconds
+        self.booked += seconds
 
 
 def stage(name: str) -> Callable[[_F], _F]:
@@ -35,12 +37,11 @@ def stage(name: str) -> Callable[[_F], _F]:
         @functools.wraps(method)
         def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
             times: StageTimes = self.times
-            inner, begin = sum(times.step.values()), time.perf_counter()
+            booked, begin = times.booked, time.perf_counter()
             try:
                 return method(self, *args, **kwargs)
             finally:
-                inner = sum(times.step.values()) - inner
-                times.add(name, time.perf_counter() - begin - inner)
+                times.add(name, time.perf_counter() - begin - (times.booked - booked))
 
         return timed  # type: ignore[return-value]
 

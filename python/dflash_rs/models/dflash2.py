@@ -144,7 +144,10 @@ class ConvLayer(FusedLayer):
         super().__init__(layer, **options)
         self._attention_conv, self._mlp_conv = layer.attention_conv, layer.mlp_conv
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor, size: int):
+    # Only the drafter of its own kind calls it, which knows the size.
+    def __call__(  # type: ignore[override]
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor, size: int
+    ):
         normed, deltas = self._attention_conv.enter(torch.rms_norm(x, self.hidden, self.norm1, self.eps), size)
         attended = self.attend(normed, cos, sin, attention, k_cache, v_cache)
         x = x + self._attention_conv.leave(self.out(attended), deltas, size)

@@ -85,6 +85,12 @@ class PackedLinear:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def packed_host(self) -> _core.PackedWeight:
+        """What the extension multiplies by, of a layer that has it."""
+        assert self.host is not None
+        return self.host
+
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + x W^T + b."""
         if self.host is not None:
@@ -106,7 +112,7 @@ class PackedLinear:
                     f"residual: got {residual.dtype} of shape {tuple(residual.shape)}, expected torch.float32 {tuple(out.shape)}"
                 )
             residual = (residual.data_ptr(), residual.stride(0), self.outputs)
-        self.host.product(
+        self.packed_host.product(
             (x.data_ptr(), x.stride(0), self.inputs),
             rows,
             (out.data_ptr(), self.outputs, self.outputs),
@@ -245,15 +251,15 @@ class HostRun:
         self, layers: list[FusedLayer], norm: Tensor, head: PackedLinear, embedding: Tensor, rotary: RotaryTable
     ):
         self.embedding, self.rotary = embedding, rotary
-        self._decoder = _core.HostDecoder(norm.numpy(), head.host, layers[0].eps)
+        self._decoder = _core.HostDecoder(norm.numpy(), head.packed_host, layers[0].eps)
         for layer in layers:
             self._decoder.add_layer(
                 attention_norm=layer.norm1.numpy(),
-                qkv=layer.qkv.host,
-                out=layer.out.host,
+                qkv=layer.qkv.packed_host,
+                out=layer.out.packed_host,
                 mlp_norm=layer.norm2.numpy(),
-                gate_up=layer.gate_up.host,
-                down=layer.down.host,
+                gate_up=layer.gate_up.packed_host,
+                down=layer.down.packed_host,
                 heads=layer.heads,
                 kv_heads=layer.kv_heads,
                 head_dim=layer.head_dim,
@@ -281,11 +287,15 @@ class HostRun:
             torch.get_num_threads(),
         )  # fmt: skip
 
-    def _tables(self, limit: int):
+    def _tables(self, limit: int) -> tuple[tuple[tuple[int, int, int], int], tuple[tuple[int, int, int], int]]:
         rows, width = self.embedding.shape
         return ((self.embedding.data_ptr(), self.embedding.stride(0), width), rows), self.rotary.address(limit)
 
 
 def addresses(caches) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
     """K and V caches [num_slots, heads, dim] of every layer for the extension."""
-    return [tuple((t.data_ptr(), t.stride(0), t.stride(1)) for t in layer) for layer in caches]
+
+    def place(t: Tensor) -> tuple[int, int, int]:
+        return t.data_ptr(), t.stride(0), t.stride(1)
+
+    return [(place(keys), place(values)) for keys, values in caches]

@@ -345,12 +345,13 @@ def _write_tokenizer(facts: _Facts, config: dict[str, Any], out: Path) -> None:
     if cut not in _CUTS_KNOWN:
         raise facts.fail("tokenizer.ggml.pre", f"one of {', '.join(_CUTS_KNOWN)}: others cut texts in other ways")
     tokens, kinds = facts.strings("tokenizer.ggml.tokens"), facts.get("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in facts.strings("tokenizer.ggml.merges")]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in facts.strings("tokenizer.ggml.merges")]
     if len(set(tokens)) != len(tokens):
         raise facts.fail("tokenizer.ggml.tokens", "every token once")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise facts.fail("tokenizer.ggml.token_type", f"one for each of {len(tokens)} tokens")
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, fuse_unk=False))
+    before: Any
     if cut == "smollm":
         before = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -171,7 +171,7 @@ def _epsilon(fields: _Fields) -> float:
     return value
 
 
-def _own_fields(fields: _Fields, config: type[DraftConfig], hidden: int, vocab: int) -> dict[str, int]:
+def _own_fields(fields: _Fields, config: type[DraftConfig], hidden: int, vocab: int) -> dict[str, Any]:
     """What only this kind of drafter has, all of it small positive numbers."""
     values = {key: fields.integer(key, 1, MOST_HEADS) for key in config.own_fields}
     if hidden % values.get("conv_group_size", 1):

@@ -10,9 +10,12 @@
 //! exact in f32, and that is the order of the instruction that adds two of them at once.
 //!
 //! ```text
-//!   W [N, K]  -->  panels of 32 outputs, each [K, 32]        x rows, eight at a time
-//!                  acc[8][2] += x[r][k] * panel[k][0..32]     16 sums and 2 weight vectors live in registers
+//!   W [N, K]  -->  panels of 32 outputs, each [K, 32]        x rows, as many at a time as their sums fit the registers
+//!                  acc[r][v] += x[r][k] * panel[k][v]         while the next panel is on its way from memory
 //! ```
+//!
+//! One row is as fast as memory delivers the weight. Several rows multiply longer than that, but a panel's first rows would wait for it and
+//! memory would idle during the others. So every pass over a panel asks for a share of the next one.
 
 use super::simd::{Isa, Lanes, Routine, dispatch};
 use super::team;
@@ -23,6 +26,9 @@ use std::ops::Range;
 /// Vectors, and outputs, of a panel.
 const VECTORS: usize = 2;
 const PANEL: usize = VECTORS * LANES;
+/// Inputs that are multiplied between two requests for the next panel, and the bytes that memory delivers at once.
+const STRETCH: usize = 8;
+const LINE: usize = 64;
 /// Multiply-adds that are worth handing out: some microseconds of work.
 const WORK_PER_PART: usize = 1 << 17;
 
@@ -240,7 +246,9 @@ impl PackedWeight {
         let each = panels.div_ceil(parts);
         let parts = (0..).step_by(each).zip(out.split_columns(each * PANEL)).collect();
         team::each(threads, parts, |(first, out): (usize, _)| {
-            job.run(isa, first..panels.min(first + each), out);
+            // The parts between are the other threads'.
+            let then = first + each * threads.clamp(1, panels);
+            job.run(isa, first..panels.min(first + each), then, out);
         });
         Ok(())
     }
@@ -295,20 +303,22 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// All rows of the outputs in `panels`, to `out`, which holds these columns.
-    fn run(&self, isa: Isa, panels: Range<usize>, out: RowsMut<'_, f32>) {
+    /// All rows of the outputs in `panels`, to `out`, which holds these columns. Panel `then` is what this thread will need next, most
+    /// likely.
+    fn run(&self, isa: Isa, panels: Range<usize>, then: usize, out: RowsMut<'_, f32>) {
         match &self.weight.panels {
-            Panels::F32(all) => self.share(isa, all, panels, out),
-            Panels::Bf16(all) => self.share(isa, all, panels, out),
-            Panels::Pairs(all) => self.share(isa, all, panels, out),
+            Panels::F32(all) => self.share(isa, all, panels, then, out),
+            Panels::Bf16(all) => self.share(isa, all, panels, then, out),
+            Panels::Pairs(all) => self.share(isa, all, panels, then, out),
         }
     }
 
-    fn share<W: Weight>(&self, isa: Isa, all: &[W], panels: Range<usize>, out: RowsMut<'_, f32>) {
+    fn share<W: Weight>(&self, isa: Isa, all: &[W], panels: Range<usize>, then: usize, out: RowsMut<'_, f32>) {
         let size = all.len() / self.weight.outputs.div_ceil(PANEL);
         let share = Share {
             job: self,
             panels: &all[panels.start * size..panels.end * size],
+            then: all.get(then * size..(then + 1) * size).unwrap_or(&[]),
             size,
             first: panels.start,
             out,
@@ -320,6 +330,8 @@ impl Job<'_> {
 struct Share<'a, W> {
     job: &'a Job<'a>,
     panels: &'a [W],
+    /// The panel behind them.
+    then: &'a [W],
     /// Weights of a panel.
     size: usize,
     /// Index of the first of them.
@@ -337,21 +349,22 @@ impl<W: Weight> Routine for Share<'_, W> {
         let rows = self.job.x.layout().rows;
         for begin in (0..rows).step_by(PASS) {
             let end = rows.min(begin + PASS);
-            for (index, panel) in (self.first..).zip(self.panels.chunks_exact(self.size)) {
-                let mut row = begin;
-                while row < end {
-                    let size = (end - row).min(L::PRODUCT_ROWS);
-                    match size {
-                        8 => self.block::<L, 8>(index, panel, row),
-                        7 => self.block::<L, 7>(index, panel, row),
-                        6 => self.block::<L, 6>(index, panel, row),
-                        5 => self.block::<L, 5>(index, panel, row),
-                        4 => self.block::<L, 4>(index, panel, row),
-                        3 => self.block::<L, 3>(index, panel, row),
-                        2 => self.block::<L, 2>(index, panel, row),
-                        _ => self.block::<L, 1>(index, panel, row),
+            let passes = (end - begin).div_ceil(L::PRODUCT_ROWS);
+            let calls = passes * VECTORS / L::PRODUCT_VECTORS;
+            for (at, panel) in self.panels.chunks_exact(self.size).enumerate() {
+                let next = self.panels.get((at + 1) * self.size..).unwrap_or(&[]);
+                let next = if next.is_empty() { self.then } else { &next[..self.size] };
+                let mut shares = next.chunks(next.len().div_ceil(calls).max(1));
+                for pass in 0..passes {
+                    let rows = begin + (end - begin) * pass / passes..begin + (end - begin) * (pass + 1) / passes;
+                    for vector in (0..VECTORS).step_by(L::PRODUCT_VECTORS) {
+                        let ahead = shares.next().unwrap_or(&[]);
+                        if L::PRODUCT_VECTORS == 1 {
+                            self.rows::<L, 1>(at, panel, rows.clone(), vector, ahead);
+                        } else {
+                            self.rows::<L, VECTORS>(at, panel, rows.clone(), vector, ahead);
+                        }
                     }
-                    row += size;
                 }
             }
         }
@@ -359,33 +372,80 @@ impl<W: Weight> Routine for Share<'_, W> {
 }
 
 impl<W: Weight> Share<'_, W> {
-    /// `R` rows times one panel.
+    /// Up to eight rows times `V` vectors of the panel that is `at` in these, from `vector` on.
+    #[inline(always)]
+    fn rows<L: Lanes, const V: usize>(
+        &mut self,
+        at: usize,
+        panel: &[W],
+        rows: Range<usize>,
+        vector: usize,
+        ahead: &[W],
+    ) {
+        match rows.len() {
+            8 => self.block::<L, 8, V>(at, panel, rows.start, vector, ahead),
+            7 => self.block::<L, 7, V>(at, panel, rows.start, vector, ahead),
+            6 => self.block::<L, 6, V>(at, panel, rows.start, vector, ahead),
+            5 => self.block::<L, 5, V>(at, panel, rows.start, vector, ahead),
+            4 => self.block::<L, 4, V>(at, panel, rows.start, vector, ahead),
+            3 => self.block::<L, 3, V>(at, panel, rows.start, vector, ahead),
+            2 => self.block::<L, 2, V>(at, panel, rows.start, vector, ahead),
+            _ => self.block::<L, 1, V>(at, panel, rows.start, vector, ahead),
+        }
+    }
+
+    /// `R` rows, from `row` on, times `V` vectors. Meanwhile `ahead` is brought near.
     #[inline(always)]
     #[allow(clippy::needless_range_loop, reason = "see the loops")]
-    fn block<L: Lanes, const R: usize>(&mut self, index: usize, panel: &[W], row: usize) {
-        let mut acc = [[L::splat(0.0); VECTORS]; R];
+    fn block<L: Lanes, const R: usize, const V: usize>(
+        &mut self,
+        at: usize,
+        panel: &[W],
+        row: usize,
+        vector: usize,
+        ahead: &[W],
+    ) {
+        let first = (self.first + at) * PANEL + vector * LANES;
+        let width = (V * LANES).min(self.job.weight.outputs.saturating_sub(first));
+        if width == 0 {
+            return; // the last panel is half empty
+        }
+        let mut acc = [[L::splat(0.0); V]; R];
         let weights = panel.as_chunks::<LANES>().0.as_chunks::<VECTORS>().0;
         let mut x = [&[][..]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = &W::inputs(self.job, row + r)[..weights.len()];
         }
-        for (k, w) in weights.iter().enumerate() {
-            // Counted loops: these unroll early enough for the sums to live in registers.
-            let mut lanes = [W::vector::<L>(&w[0]); VECTORS];
-            for v in 1..VECTORS {
-                lanes[v] = W::vector::<L>(&w[v]);
+        let stretches = weights.len().div_ceil(STRETCH);
+        let mut ahead = ahead.chunks(
+            ahead
+                .len()
+                .div_ceil(stretches)
+                .next_multiple_of(LINE / size_of::<W>())
+                .max(1),
+        );
+        for (stretch, weights) in weights.chunks(STRETCH).enumerate() {
+            if let Some(ahead) = ahead.next() {
+                for line in ahead.chunks(LINE / size_of::<W>()) {
+                    L::fetch(&line[0]);
+                }
             }
-            for r in 0..R {
-                for v in 0..VECTORS {
-                    acc[r][v] = W::add(acc[r][v], x[r][k], lanes[v]);
+            for (k, w) in (stretch * STRETCH..).zip(weights) {
+                // Counted loops: these unroll early enough for the sums to live in registers.
+                let mut lanes = [W::vector::<L>(&w[vector]); V];
+                for v in 1..V {
+                    lanes[v] = W::vector::<L>(&w[vector + v]);
+                }
+                for r in 0..R {
+                    for v in 0..V {
+                        acc[r][v] = W::add(acc[r][v], x[r][k], lanes[v]);
+                    }
                 }
             }
         }
-        let first = index * PANEL;
-        let width = PANEL.min(self.job.weight.outputs - first);
-        let own = (index - self.first) * PANEL;
+        let own = at * PANEL + vector * LANES;
         for (r, sums) in acc.iter().enumerate() {
-            let mut y = [[0.0; LANES]; VECTORS];
+            let mut y = [[0.0; LANES]; V];
             for (y, sum) in y.iter_mut().zip(sums) {
                 sum.store(y);
             }

@@ -1,22 +1,28 @@
 //! `dflash_rs._core.Engine` and the values of its stages.
 
+mod record;
 mod values;
 
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::ndarray::{Dimension, Ix1, Ix2};
-use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray, PyUntypedArrayMethods};
+use numpy::{
+    Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray, PyReadwriteArrayDyn,
+    PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::py::arrays::{Count, Flag, Given, array, shaped};
-use crate::py::buffers::table_view;
+use crate::py::arrays::{Count, Flag, Given, array, array_mut, shaped};
+use crate::py::buffers::{bytes, table_view};
 use crate::py::errors::{invalid, token_ids};
 use crate::py::params::{self, DeviceSampling};
 use crate::schedule::{Config, Vocabulary};
 use crate::step;
 use crate::types::RequestId;
+
+pub use record::{Record, read_records};
 
 const TOKENS: &str = "a list of nothing but token ids";
 
@@ -72,6 +78,11 @@ fn maybe<'py, T: Element, D: Dimension>(
 /// The elements of an array that was checked to be contiguous; none where there is no array.
 fn elements<'a, T: Element, D: Dimension>(array: Option<&'a PyReadonlyArray<'_, T, D>>) -> PyResult<&'a [T]> {
     Ok(array.map(|array| array.as_slice()).transpose()?.unwrap_or_default())
+}
+
+/// What is written of an array that was checked to be contiguous.
+fn slice<'a, T: Element>(array: &'a mut PyReadwriteArrayDyn<'_, T>) -> PyResult<&'a mut [T]> {
+    Ok(array.as_slice_mut()?)
 }
 
 fn plan_given<'py>(plan: Given<Bound<'py, StepPlan>>) -> PyResult<Bound<'py, StepPlan>> {
@@ -157,6 +168,27 @@ impl Engine {
         Ok(self.with(py, |engine| engine.add(prompt, params))?.0)
     }
 
+    /// What an unfinished request is given, to be looked at while it runs and afterwards; `None` when there is none of that number.
+    fn record(&self, py: Python<'_>, request_id: Count) -> PyResult<Option<Record>> {
+        let request_id = request_id.count("request_id")?;
+        let record = self.with(py, |engine| engine.record(RequestId(request_id)));
+        Ok(record.map(|record| Record { record }))
+    }
+
+    /// Of the `most` oldest requests: the temperatures of those that draft, f32 `[n]`, and how many do not.
+    fn drafting<'py>(&self, py: Python<'py>, most: Count) -> PyResult<(Bound<'py, PyArray1<f32>>, usize)> {
+        let most = most.count("most")?;
+        let (temperatures, others) = self.with(py, |engine| engine.drafting(most));
+        Ok((PyArray1::from_vec(py, temperatures), others))
+    }
+
+    /// Whether any request that a launched step is for is still there.
+    fn is_wanted<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<bool> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        Ok(self.with(py, |engine| engine.is_wanted(&locked(&plan.plan))))
+    }
+
     /// Ends a request wherever it is; there is no event for it. `False`: it had ended already.
     fn abort(&self, py: Python<'_>, request_id: Count) -> PyResult<bool> {
         let request_id = request_id.count("request_id")?;
@@ -230,6 +262,115 @@ impl Engine {
         Ok(self
             .with(py, |engine| engine.device_sampling(&locked(&plan.plan)))?
             .into())
+    }
+
+    /// Writes a launched step, padded to `bucket` rows, into the arrays that go to a device. For `r` rows: query_starts, start_known,
+    /// anchor_known, context_lens, valid_from i32 `[r + 1]`, table_rows, anchors i64 `[r + 1]`, draft_rows i32 and draft_rows64 i64 `[r]`,
+    /// sampling u8 `[r, ROW_BYTES]`, pages i32 `[r + 1, width of page_table]`.
+    /// Gives whether only the device knows where some row starts or with which token, and the most keys of a row, of which one whose start is
+    /// unknown may have `uncertain` more than the host counts on.
+    #[pyo3(signature = (plan, wanted, bucket, uncertain, *, query_starts, start_known, anchor_known, table_rows, context_lens, valid_from, draft_rows,
+        draft_rows64, anchors, sampling, pages))]
+    #[allow(clippy::too_many_arguments, reason = "arrays by keyword, as the device has them")]
+    fn fill_inputs<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        wanted: Given<Bound<'py, DeviceSampling>>,
+        bucket: Count,
+        uncertain: Count,
+        query_starts: &Bound<'py, PyAny>,
+        start_known: &Bound<'py, PyAny>,
+        anchor_known: &Bound<'py, PyAny>,
+        table_rows: &Bound<'py, PyAny>,
+        context_lens: &Bound<'py, PyAny>,
+        valid_from: &Bound<'py, PyAny>,
+        draft_rows: &Bound<'py, PyAny>,
+        draft_rows64: &Bound<'py, PyAny>,
+        anchors: &Bound<'py, PyAny>,
+        sampling: &Bound<'py, PyAny>,
+        pages: &Bound<'py, PyAny>,
+    ) -> PyResult<(bool, usize)> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        let wanted = wanted.of("wanted", "a DeviceSampling")?;
+        let rows = bytes(&wanted.get().sampling.arrays().rows);
+        let (bucket, uncertain) = (bucket.count("bucket")?, uncertain.count::<u32>("uncertain")? as usize);
+        let mut sampling = array_mut::<u8>("sampling", sampling)?;
+        let room = slice(&mut sampling)?;
+        if rows.len() > room.len() {
+            shaped("sampling", &[room.len()], &[rows.len()], "or more bytes")?;
+        }
+        room[..rows.len()].copy_from_slice(rows);
+        room[rows.len()..].fill(0);
+        let mut query_starts = array_mut::<i32>("query_starts", query_starts)?;
+        let mut start_known = array_mut::<i32>("start_known", start_known)?;
+        let mut anchor_known = array_mut::<i32>("anchor_known", anchor_known)?;
+        let mut table_rows = array_mut::<i64>("table_rows", table_rows)?;
+        let mut context_lens = array_mut::<i32>("context_lens", context_lens)?;
+        let mut valid_from = array_mut::<i32>("valid_from", valid_from)?;
+        let mut draft_rows = array_mut::<i32>("draft_rows", draft_rows)?;
+        let mut draft_rows64 = array_mut::<i64>("draft_rows64", draft_rows64)?;
+        let mut anchors = array_mut::<i64>("anchors", anchors)?;
+        let mut pages = array_mut::<i32>("pages", pages)?;
+        let mut inputs = step::DeviceInputs {
+            query_starts: slice(&mut query_starts)?,
+            start_known: slice(&mut start_known)?,
+            anchor_known: slice(&mut anchor_known)?,
+            table_rows: slice(&mut table_rows)?,
+            context_lens: slice(&mut context_lens)?,
+            valid_from: slice(&mut valid_from)?,
+            draft_rows: slice(&mut draft_rows)?,
+            draft_rows64: slice(&mut draft_rows64)?,
+            anchors: slice(&mut anchors)?,
+            pages: slice(&mut pages)?,
+        };
+        Ok(self.with(py, |engine| {
+            engine.fill_inputs(&locked(&plan.plan), bucket, uncertain, &mut inputs)
+        })?)
+    }
+
+    /// Walks the drafts of a step that a device has walked: `sampled` i64 and `status` i32 `[N]`, `accepted` i32 `[R]` the drafts that it kept,
+    /// `drafts` i64 `[>= R, columns]` chains by row, None where there are none or where they are set; `logprobs` f32 `[N]`, `top_tokens` i64 and
+    /// `top_logprobs` f32 `[N, k]`, or None. Raises DflashError when the core keeps something else.
+    #[pyo3(signature = (plan, sampled, status, accepted, *, drafts = None, logprobs = None, top_tokens = None, top_logprobs = None))]
+    #[allow(clippy::too_many_arguments, reason = "what a device returns, by keyword")]
+    fn accept_outputs<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        sampled: &Bound<'py, PyAny>,
+        status: &Bound<'py, PyAny>,
+        accepted: &Bound<'py, PyAny>,
+        drafts: Option<&Bound<'py, PyAny>>,
+        logprobs: Option<&Bound<'py, PyAny>>,
+        top_tokens: Option<&Bound<'py, PyAny>>,
+        top_logprobs: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Accepted> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        let sampled = array::<i64, Ix1>("sampled", sampled, "[N]")?;
+        let status = array::<i32, Ix1>("status", status, "[N]")?;
+        let accepted = array::<i32, Ix1>("accepted", accepted, "[R]")?;
+        let drafts = maybe::<i64, Ix2>("drafts", drafts, "[>= R, columns]")?;
+        let logprobs = maybe::<f32, Ix1>("logprobs", logprobs, "[N]")?;
+        let top_tokens = maybe::<i64, Ix2>("top_tokens", top_tokens, "[N, k]")?;
+        let top_logprobs = maybe::<f32, Ix2>("top_logprobs", top_logprobs, "[N, k]")?;
+        let outputs = step::DeviceOutputs {
+            drafts: elements(drafts.as_ref())?,
+            width: drafts.as_ref().map_or(0, |array| array.shape()[1]),
+            drawn: step::DrawnRows {
+                tokens: elements(Some(&sampled))?,
+                logprobs: elements(logprobs.as_ref())?,
+                status: elements(Some(&status))?,
+                top_count: top_tokens.as_ref().map_or(0, |array| array.shape()[1]),
+                top_tokens: elements(top_tokens.as_ref())?,
+                top_logprobs: elements(top_logprobs.as_ref())?,
+            },
+            accepted: elements(Some(&accepted))?,
+        };
+        let accepted = self.with(py, |engine| engine.accept_outputs(&mut locked(&plan.plan), &outputs))?;
+        Ok(Accepted { accepted })
     }
 
     /// Drafts from the requests' own texts, for blocks of `block_size` tokens: tokens i64 and chances f32 `[len(draft_rows), block_size - 1]`,

@@ -15,16 +15,11 @@ use crate::py::errors::{invalid, parent_ids, token_ids};
 use crate::step;
 
 impl Accepted {
-    /// What became of the drafts of every row that followed some. `temperatures` are those of the plan's rows.
-    pub(in crate::py) fn each_pass(
-        &self,
-        plan: &step::StepPlan,
-        temperatures: &[f32],
-        mut each: impl FnMut(&Pass<'_>),
-    ) {
+    /// What became of the drafts of every row that followed some.
+    pub(in crate::py) fn each_pass(&self, plan: &step::StepPlan, mut each: impl FnMut(&Pass<'_>)) {
         let (layout, kept) = (plan.arrays(), self.accepted.arrays());
         let mut path = Vec::new();
-        for (row, &temperature) in temperatures.iter().enumerate().take(kept.accepted.len()) {
+        for (row, &temperature) in layout.temperatures.iter().enumerate().take(kept.accepted.len()) {
             let verified = layout.block_len[row] as usize - 1;
             if layout.is_prefill[row] || verified == 0 || kept.token_starts[row] == kept.token_starts[row + 1] {
                 continue;
@@ -88,6 +83,20 @@ macro_rules! plan_arrays {
                 locked(&self.plan).step()
             }
 
+            /// Whether any of its requests drafts at all: then what it keeps needs draft KV.
+            #[getter]
+            fn drafts(&self) -> bool {
+                locked(&self.plan).drafts()
+            }
+
+            /// Sizes at a glance: rows, tokens, tokens whose logits are needed, rows with drafts, tokens of the longest row and of the longest one
+            /// with drafts, whether any row is a chunk of prompt.
+            #[getter]
+            fn outline(&self) -> (usize, usize, usize, usize, usize, usize, bool) {
+                let step::Outline { rows, tokens, logits, drafting, longest, longest_drafting, prompts } = locked(&self.plan).outline();
+                (rows, tokens, logits, drafting, longest, longest_drafting, prompts)
+            }
+
             /// Fills in the drafts, i64 `[len(draft_rows), >= longest block - 1]`.
             fn set_drafts(&self, drafts: &Bound<'_, PyAny>) -> PyResult<()> {
                 let drafts = array::<i64, Ix2>("drafts", drafts, "[len(draft_rows), columns]")?;
@@ -102,11 +111,11 @@ macro_rules! plan_arrays {
                 Ok(outcome?)
             }
 
-            /// Verifies only the first `keep[i]` drafts of row `draft_rows[i]`, i32. Read the arrays again afterwards.
-            fn narrow(&self, keep: &Bound<'_, PyAny>) -> PyResult<()> {
-                let keep = array::<i32, Ix1>("keep", keep, "[len(draft_rows)]")?;
-                let keep = keep.as_slice()?;
-                let outcome = locked(&self.plan).narrow(keep);
+            /// Verifies only the first `widths[i]` tokens of row `draft_rows[i]`, i32, the anchor counted. Read the arrays again afterwards.
+            fn narrow(&self, widths: &Bound<'_, PyAny>) -> PyResult<()> {
+                let widths = array::<i32, Ix1>("widths", widths, "[len(draft_rows)]")?;
+                let widths = widths.as_slice()?;
+                let outcome = locked(&self.plan).narrow(widths);
                 Ok(outcome?)
             }
 
@@ -176,6 +185,8 @@ plan_arrays! {
     draft_valid_from: i32,
     /// bool `[R]`: whether the host knows where the row starts.
     start_known: bool,
+    /// f32 `[R]`: sampling temperatures.
+    temperatures: f32,
     /// i32 `[R]`: the checkpoint whose state the row starts from, to be copied before the pass; -1: its own, or nothing at position 0; empty for
     /// a target without state.
     state_restore: i32,
@@ -277,6 +288,14 @@ value_arrays! {
         top_tokens: i64,
         /// f32: their log-probabilities.
         top_logprobs: f32,
+    }
+
+    /// Requests that ended.
+    #[getter]
+    fn ended(&self) -> Vec<u64> {
+        let arrays = self.events.arrays();
+        let ends = arrays.request_ids.iter().zip(&arrays.finish).filter(|(_, finish)| **finish != 0);
+        ends.map(|(&request, _)| request).collect()
     }
 
     /// `(request_id, message)` of each request that ended with an error.

@@ -33,6 +33,8 @@ class Arena:
         # When the last copy to or from each of them is through; on a CPU it is at once.
         self._copied: list[Any] = [None] * _COPIES
         self._turn = 0
+        # What is copied when so much of it is wanted: on the device, and of each copy of the host.
+        self._fronts: dict[tuple[str, int | None], tuple[Tensor, list[Tensor]]] = {}
         self.device: dict[str, Tensor] = {}
         for name, (shape, dtype) in parts.items():
             begin, size = places[name]
@@ -55,9 +57,12 @@ class Arena:
 
     def upload(self, last: str, rows: int | None = None) -> None:
         """Everything up to `last`, of which only the first `rows`."""
-        array = self.host[last]
-        end = self._ends[last] - array.nbytes + array[:rows].nbytes
-        self.memory[:end].copy_(self._staging[self._turn][:end], non_blocking=True)
+        if (last, rows) not in self._fronts:
+            array = self.host[last]
+            end = self._ends[last] - array.nbytes + array[:rows].nbytes
+            self._fronts[last, rows] = self.memory[:end], [staging[:end] for staging in self._staging]
+        memory, staging = self._fronts[last, rows]
+        memory.copy_(staging[self._turn], non_blocking=True)
         self._record()
 
     def download(self) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,14 +30,12 @@ from ... import cuda
 from ...attention import CudaAttention
 from ...config import EngineConfig, StepCosts
 from ...errors import DflashError
-from ...models.drafter import Drafter
+from ...models.drafter import DeviceDrafter, Drafter
 from ...models.target import TargetModel
 from ..backend import Step
 from ..costs import rising
-from ..requests import Requests
 from ..timing import StageTimes, stage
 from .arena import Arena
-from .draws import Drawn
 from .graphs import Graphs
 
 _ROUNDS, _PATIENCE_S = 12, 2.0
@@ -66,10 +64,10 @@ def _bucket(count: int, most: int) -> int:
     return min(1 << max(count - 1, 0).bit_length(), most)
 
 
-def _tiers(most: int) -> list[int]:
-    """Numbers of drafts that trees of up to `most` come in, so that graphs are few: the tokens of a row are 2^i or 3 * 2^i."""
-    tokens = {m << i for i in range(10) for m in (2, 3)} | {most + 1}
-    return sorted(n - 1 for n in tokens if n - 1 <= most)
+def _widths(nodes: int) -> list[int]:
+    """Tokens of a row, the anchor counted, that trees of up to `nodes` drafts come in, so that graphs are few: 2^i or 3 * 2^i."""
+    steps = {m << i for i in range(10) for m in (2, 3)} | {nodes + 1}
+    return sorted(n for n in steps if 1 < n <= nodes + 1)
 
 
 def _splits(max_keys: int) -> int:
@@ -77,8 +75,7 @@ def _splits(max_keys: int) -> int:
     return 1 << (-(-max_keys // cuda.SPLIT_KEYS) - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A step on its way: tokens of its blocks or nodes of its trees, what it was asked for, and where its results arrive when `event` has
     come (None: they are there): the output arena's arrays, and the likeliest tokens with their scores."""
 
@@ -104,7 +101,6 @@ class DeviceBackend:
         core: Any,
         target: TargetModel,
         draft: Drafter | None,
-        requests: Requests,
         config: EngineConfig,
         *,
         block_size: int,
@@ -112,11 +108,11 @@ class DeviceBackend:
         tree_nodes: int = 0,
         graphs: bool = True,
     ):
-        self.core, self.requests, self.times = core, requests, StageTimes()
+        self.core, self.times = core, StageTimes()
         self.target, self.draft = target, None if draft is None else draft.on_device()
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
         self.rows = config.max_running
-        self.tree_nodes, self.tiers = tree_nodes, _tiers(tree_nodes)
+        self.tree_nodes, self.widths = tree_nodes, _widths(tree_nodes)
         # Most tokens of a decoding row.
         row = max(block_size, tree_nodes + 1)
         # Positions that a block may reach past the last one of a text.
@@ -183,6 +179,12 @@ class DeviceBackend:
         return Arena(self.device, {**parts, "bias_values": ((entries,), np.float32)})
 
     @property
+    def _drafter(self) -> DeviceDrafter:
+        """Only of steps that draft, or store draft KV."""
+        assert self.draft is not None
+        return self.draft
+
+    @property
     def num_graphs(self) -> int:
         return 0 if self.graphs is None else len(self.graphs)
 
@@ -196,18 +198,15 @@ class DeviceBackend:
             raise DflashError(
                 "a step was launched ahead although its draws count tokens that are not known; this is a defect"
             )
-        batch, drafting = plan.context_lens.size, plan.draft_rows.size
-        prompts = bool(plan.is_prefill.any())
-        lens = plan.block_len
-        longest = int(lens.max())
+        batch, _, _, drafting, longest, block, prompts = plan.outline
         bucket = batch if prompts else _bucket(batch, self.rows)
-        self._fill(plan, self.core.page_table, sampling, bucket)
-        unknown = ~plan.start_known
-        max_keys = int((plan.context_lens + lens + np.where(unknown, self._uncertain, 0)).max())
+        self._in.turn()
+        unknown, max_keys = self.core.fill_inputs(plan, sampling, bucket, self._uncertain, **self._in.host)
+        self._fill_edits(sampling)
+        self._in.upload("pages", batch)
         self._uncertain = longest - 1
-        if unknown.any() or (plan.token_ids[plan.query_starts[:-1]] < 0).any():
+        if unknown:
             self._run(("catch up",), self._catch_up)
-        block = int(lens[plan.draft_rows].max()) if drafting else 1
         tree_block = step.block if step.trees else None
         if tree_block is not None:
             self._fill_nodes(plan, bucket, longest)
@@ -220,70 +219,67 @@ class DeviceBackend:
             step.inject,
             step.trees,
         )
-        tops = None
+        best = None
         if prompts:
-            tops = self._mixed(plan, self._drafts(block), longest, max_keys, wanted)
+            best = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted)
         elif wanted.best:
-            tops = self._verify(bucket, longest, max_keys, wanted)
+            best = self._verify(bucket, longest, max_keys, wanted)
         else:
             self._verify_graph(bucket, longest, max_keys, wanted)
+        tops = None if best is None else list(best)
         if tops is not None and self.device.type == "cuda":
             tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
         self._out.turn()
         # The last copy of the step.
         out = self._out.download()
-        return _Flight(step, block, wanted, out, None if tops is None else list(tops), self._out.copied)
+        return _Flight(step, block, wanted, out, tops, self._out.copied)
 
     def keep(self, step: Step, accepted: Any) -> None:
         """Nothing: targets with state are not served here."""
 
     def resolve(self, launched: _Flight) -> Any:
-        drawn = self._wait(launched)
-        accepted = self._walk(launched.step.plan, drawn)
-        drawn.check(accepted, launched.step.plan.is_prefill)
-        return accepted
+        self._wait(launched)
+        return self._walk(launched)
 
     @stage("verify")
-    def _wait(self, launched: _Flight) -> Drawn:
+    def _wait(self, launched: _Flight) -> None:
         """The only wait of a step."""
-        plan, block, wanted, host = launched.step.plan, launched.block, launched.wanted, launched.out
-        batch, rows = plan.context_lens.size, plan.logit_rows.size
         if launched.event is not None:
             launched.event.synchronize()
-        tops = None if launched.tops is None else [t[:rows].numpy() for t in launched.tops]
-        proposed = parents = None
-        if plan.draft_rows.size:
-            full = host["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
-            proposed = full[plan.draft_rows]
-        if wanted.trees:
-            anchors = plan.token_ids[plan.query_starts[plan.draft_rows]]
-            proposed = np.concatenate((anchors[:, None], proposed), axis=1)
-            parents = host["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block)[plan.draft_rows]
-        return Drawn(
-            proposed,
-            parents,
-            host["tokens"][:rows].copy(),
-            host["status"][:rows].copy(),
-            host["logprobs"][:rows].copy() if wanted.scored else None,
-            None if tops is None else tops[0],
-            None if tops is None else tops[1],
-            host["accepted"][:batch].copy(),
-        )
 
     @stage("accept")
-    def _walk(self, plan: Any, drawn: Drawn) -> Any:
-        if drawn.parents is not None:
-            plan.set_trees(drawn.drafts, drawn.parents, plan.block_len[plan.draft_rows])
-        elif drawn.drafts is not None:
-            plan.set_drafts(drawn.drafts)
-        return self.core.accept_sampled(
-            plan,
-            drawn.tokens,
-            drawn.logprobs,
-            status=drawn.status,
-            top_tokens=drawn.top_tokens,
-            top_logprobs=drawn.top_logprobs,
+    def _walk(self, launched: _Flight) -> Any:
+        """What the core keeps, which has to be what the device kept."""
+        plan, block, wanted, out, tops = (
+            launched.step.plan,
+            launched.block,
+            launched.wanted,
+            launched.out,
+            launched.tops,
         )
+        batch, _, rows, drafting, *_ = plan.outline
+        drafts = None
+        if drafting:
+            chains = out["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
+            if wanted.trees:
+                self._set_trees(plan, chains, out["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block))
+            else:
+                drafts = chains
+        return self.core.accept_outputs(
+            plan,
+            out["tokens"][:rows],
+            out["status"][:rows],
+            out["accepted"][:batch],
+            drafts=drafts,
+            logprobs=out["logprobs"][:rows] if wanted.scored else None,
+            top_tokens=None if tops is None else tops[0][:rows].numpy(),
+            top_logprobs=None if tops is None else tops[1][:rows].numpy(),
+        )
+
+    def _set_trees(self, plan: Any, drafts: np.ndarray, parents: np.ndarray) -> None:
+        rows = plan.draft_rows
+        anchors = plan.token_ids[plan.query_starts[rows]]
+        plan.set_trees(np.concatenate((anchors[:, None], drafts[rows]), axis=1), parents[rows], plan.block_len[rows])
 
     def _draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
         """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`."""
@@ -319,27 +315,6 @@ class DeviceBackend:
         """int64 [rows + 1, block - 1], packed: the kernel takes no gaps."""
         return self._out.device["drafts"][: (self.rows + 1) * (block - 1)].view(self.rows + 1, block - 1)
 
-    def _fill(self, plan: Any, page_table: np.ndarray, sampling: Any, bucket: int) -> None:
-        self._in.turn()
-        host, batch, drafting = self._in.host, plan.context_lens.size, plan.draft_rows.size
-        host["query_starts"][: batch + 1] = plan.query_starts
-        host["query_starts"][batch + 1 : bucket + 1] = plan.query_starts[-1]
-        host["context_lens"][:batch] = plan.context_lens
-        host["context_lens"][batch:bucket] = 0
-        host["valid_from"][:batch] = plan.draft_valid_from
-        for name in ("draft_rows", "draft_rows64"):
-            host[name][:drafting] = plan.draft_rows
-            host[name][drafting:] = self.rows
-        host["anchors"][:batch] = plan.token_ids[plan.query_starts[:-1]]
-        host["start_known"][:batch] = plan.start_known
-        host["anchor_known"][:batch] = host["anchors"][:batch] >= 0
-        host["table_rows"][:batch] = plan.row_ids
-        for name, value in (("start_known", 1), ("anchor_known", 1), ("table_rows", self._lens.numel() - 1)):
-            host[name][batch:] = value
-        np.take(page_table, plan.row_ids, axis=0, out=host["pages"][:batch])
-        self._fill_sampling(sampling)
-        self._in.upload("pages", batch)
-
     def _fill_nodes(self, plan: Any, bucket: int, row: int) -> None:
         """Tells the packed tokens of a step of trees which nodes they are."""
         self._nodes.turn()
@@ -351,11 +326,8 @@ class DeviceBackend:
         nodes[:tokens][within == 0] = nodes[tokens : bucket * row] = int(plan.draft_rows[0]) * row
         self._nodes.upload("nodes", bucket * row)
 
-    def _fill_sampling(self, sampling: Any) -> None:
-        rows = self._in.host["sampling"]
-        flat = rows.reshape(-1)
-        flat[: sampling.rows.size] = sampling.rows
-        flat[sampling.rows.size :] = 0
+    def _fill_edits(self, sampling: Any) -> None:
+        """Brings up what is counted, biased and masked, of the few steps that have any of it."""
         used = max(sampling.history_tokens.size, sampling.bias_tokens.size)
         if not used:
             return
@@ -387,7 +359,7 @@ class DeviceBackend:
     def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H], logits
         [requests, block - 1, V], and the anchors int64 [requests]."""
-        inputs, draft = self._in.device, self.draft
+        inputs, draft = self._in.device, self._drafter
         rows = inputs["draft_rows"][:requests]
         starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
         lens, anchors = (inputs[name].index_select(0, rows) for name in ("context_lens", "anchors"))
@@ -410,12 +382,13 @@ class DeviceBackend:
     def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
         """The likeliest chains, into `_drafts(block)`."""
         rows64 = self._in.device["draft_rows64"][:requests]
-        self._drafts(block).index_copy_(0, rows64, self.draft.choose(hidden, logits, anchors))
+        self._drafts(block).index_copy_(0, rows64, self._drafter.choose(hidden, logits, anchors))
 
     def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
         """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
         rows64 = self._in.device["draft_rows64"][:requests]
-        trees = cuda.tree_build(anchors, *self.draft.branch(hidden, logits, anchors), row - 1)
+        tokens, chances = self._drafter.branch(hidden, logits, anchors)
+        trees = cuda.tree_build(anchors, tokens, chances, row - 1)
         self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
         for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
             room.index_copy_(0, rows64, values)
@@ -494,6 +467,7 @@ class DeviceBackend:
                 out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if wanted.scored else None),
             )  # fmt: skip
         room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
+        assert room.commit_slots is not None
         accepted = cuda.accept(
             query_starts=query_starts, context_lens=lens, token_ids=token_ids, sampled=sampled, table=table,
             max_nodes=longest, logit_starts=logit_starts, parents=parents,
@@ -507,8 +481,8 @@ class DeviceBackend:
         if tree is not None:
             cuda.compact_kv(accepted.path, lens, self._target_kv, table)
         if wanted.inject:
-            kv = self.draft.context(features)
-            self.draft.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
+            kv = self._drafter.context(features)
+            self._drafter.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
         return cuda.tree_top_k(logits, wanted.best) if wanted.best and rows else None
 
     # ---- costs ---------------------------------------------------------------------------------------------------
@@ -537,7 +511,8 @@ class DeviceBackend:
             plain = self._time(passes[0])
             target.append((requests * block, plain))
             if 1 < block <= self.block_size:
-                both = self._time(lambda r=requests, b=block, p=passes[1]: (self._draft_graph(r, b, 1), p()))
+                drafts = partial(self._draft_graph, requests, block, 1)
+                both = self._time(lambda first=drafts, then=passes[1]: [work() for work in (first, then)])
                 drafting.append((requests * block, max(both - plain, 0.0)))
         return StepCosts(rising(target), rising(drafting))
 

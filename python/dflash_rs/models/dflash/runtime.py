@@ -92,9 +92,9 @@ class Runtime:
             )
         if self.run is not None:
             self.injector = _core.HostInjector(
-                fc=self.fc.host,
+                fc=self.fc.packed_host,
                 norm=self.context_norm.numpy(),
-                key_values=self.context_kv.host,
+                key_values=self.context_kv.packed_host,
                 key_norms=[layer.self_attn.k_norm.weight.detach().numpy() for layer in draft.layers],
                 kv_heads=c.num_key_value_heads,
                 head_dim=c.head_dim,
@@ -140,6 +140,7 @@ class Runtime:
 
     def store(self, kv: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None = None) -> None:
         """Normalises, rotates and stores what `context` gave, by the CUDA kernel; see `cuda.kv_inject`."""
+        assert self.injection is not None
         caches, cos_sin = self.injection
         norms = self.k_norm.view(-1, self.config.head_dim)
         cuda.kv_inject(kv, norms, cos_sin, positions, slots, caches, eps=self.eps, rows=rows)
@@ -167,12 +168,12 @@ class Runtime:
         page_table = np.asarray(page_table, dtype=np.int32)
         valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
         if self.run is not None:
-            attention = HostAttention(
+            blocks = HostAttention(
                 slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(), query_starts=starts, context_lens=lengths,
                 page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from, ancestors=None,
             )  # fmt: skip
             never = c.mask_token_id if c.mask_token_id < self.head.outputs else None
-            return self.run.draft(positions, tokens.reshape(-1), limit, attention, self.caches, size, never, k)
+            return self.run.draft(positions, tokens.reshape(-1), limit, blocks, self.caches, size, never, k)
         batch = StepBatch.from_arrays(
             token_ids=tokens.reshape(-1),
             positions=positions,

@@ -170,12 +170,16 @@ pub(super) trait Lanes: Copy {
     const ROWS: usize;
     /// See `ROWS`; 2 or 4.
     const VECTORS: usize;
-    /// Rows of a product whose sums over two vectors fit the registers; 8, 4, 2 or 1.
+    /// Rows, at most 8, and vectors, 1 or 2, of a product whose sums fit the registers beside the weights they meet.
     const PRODUCT_ROWS: usize;
+    /// See `PRODUCT_ROWS`.
+    const PRODUCT_VECTORS: usize;
 
     /// Sixteen pairs of bfloat16 values, ready to be multiplied.
     type Pairs: Copy;
 
+    /// Has the memory around `place` brought near, to be read some microseconds later. It changes nothing but the time that takes.
+    fn fetch<T>(place: &T);
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
     /// Sixteen bfloat16 values, widened exactly.
@@ -262,7 +266,10 @@ impl Lanes for [f32; LANES] {
     const ROWS: usize = 1;
     const VECTORS: usize = 2;
     const PRODUCT_ROWS: usize = 2;
+    const PRODUCT_VECTORS: usize = 2;
     type Pairs = [Self; 2];
+    #[inline(always)]
+    fn fetch<T>(_: &T) {}
     #[inline(always)]
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [Self; 2] {
         [0, 1].map(|half| std::array::from_fn(|i| x[i][half].into()))

@@ -45,8 +45,13 @@ impl<const DOT: bool> Lanes for Wide<DOT> {
     const ROWS: usize = 4;
     const VECTORS: usize = 4;
     const PRODUCT_ROWS: usize = 8;
+    const PRODUCT_VECTORS: usize = 2;
     // The pairs as they are and nothing, or first and second halves.
     type Pairs = [__m512; 2];
+    #[inline(always)]
+    fn fetch<T>(place: &T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) }
+    }
     #[inline(always)]
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [__m512; 2] {
         unsafe {
@@ -174,8 +179,14 @@ fn half_sum(eight: &[__m256; LANES], base: usize) -> __m256 {
 impl Lanes for Pair {
     const ROWS: usize = 2;
     const VECTORS: usize = 2;
-    const PRODUCT_ROWS: usize = 2;
+    // Twelve sums, two halves of a vector of weights and an input: of sixteen registers.
+    const PRODUCT_ROWS: usize = 6;
+    const PRODUCT_VECTORS: usize = 1;
     type Pairs = [Self; 2];
+    #[inline(always)]
+    fn fetch<T>(place: &T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) }
+    }
     #[inline(always)]
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [Self; 2] {
         unsafe {
