@@ -275,8 +275,12 @@ proptest! {
                     }
                 }
                 plan.set_drafts(&found.tokens, 4).unwrap();
-                let keep: Vec<i32> = found.found.iter().map(|&most| most.min(choose() as i32)).collect();
-                plan.narrow(&keep).unwrap();
+                let widths: Vec<i32> = found
+                    .found
+                    .iter()
+                    .map(|&most| 1 + most.min(choose() as i32))
+                    .collect();
+                plan.narrow(&widths).unwrap();
             }
             let tokens = drawn(&plan, &texts);
             let fate = choose();

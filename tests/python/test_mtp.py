@@ -375,7 +375,7 @@ def test_what_is_injected_is_what_the_text_says(monkeypatch):
         for row in range(plan.row_ids.size):
             length = int(plan.context_lens[row])
             active = llm._requests.active[int(plan.request_ids[row])]
-            text = (active.ids + active.token_ids)[:length]
+            text = (active.ids + active.record.tokens())[:length]
             if plan.is_prefill[row] or plan.draft_valid_from[row] or length < 2:
                 continue
             places = np.arange(length)

@@ -408,7 +408,8 @@ def draft_folder(path: str | Path) -> Path:
 
 def build_draft(config: DraftConfig | MtpConfig) -> Any:
     """A drafter of this configuration's kind, with fresh weights."""
-    return _KINDS[config.architecture](config)
+    kind: Any = _KINDS[config.architecture]
+    return kind(config)
 
 
 def load_draft(

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InvalidArgument
-from .config import DraftConfig
+
+
+class LayerConfig(Protocol):
+    """What a layer has to know of a drafter's configuration, a `DraftConfig` or another."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def attention_bias(self) -> bool: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def rope_parameters(self) -> dict: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +53,7 @@ class RMSNorm(nn.Module):
 class DraftAttention(nn.Module):
     """Projections of one drafter layer; q/k carry a per-head RMSNorm where the configuration has one (`qk_norm`)."""
 
-    def __init__(self, c: DraftConfig):
+    def __init__(self, c: LayerConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.attention_bias)
@@ -52,7 +78,7 @@ class DraftAttention(nn.Module):
 class DraftMLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, c: DraftConfig):
+    def __init__(self, c: LayerConfig):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -65,7 +91,7 @@ class DraftMLP(nn.Module):
 class DraftLayer(nn.Module):
     """One drafter layer; the residual stream belongs to the block, the context enters as keys and values only."""
 
-    def __init__(self, c: DraftConfig):
+    def __init__(self, c: LayerConfig):
         super().__init__()
         self.self_attn = DraftAttention(c)
         self.mlp = DraftMLP(c)
@@ -88,7 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def rope_frequencies(config: DraftConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: LayerConfig) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim/2] in float32, and the factor that multiplies cos and sin."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
