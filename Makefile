@@ -63,7 +63,7 @@ check: lint stubs
 
 # In the order in which mistakes are found fastest. Everything else, and every case of these, is for `make test`.
 QUICK_RUST := --lib --test engine --test kv --test rng --test rounds --test stats --test tree
-QUICK_PYTHON := $(addprefix tests/python/test_,arguments.py cli_doctor.py detokenizer.py engine_core.py requests.py serving.py streams.py verify.py)
+QUICK_PYTHON := $(addprefix tests/python/test_,arguments.py cli_doctor.py detokenizer.py engine_core.py records.py requests.py serving.py streams.py verify.py)
 quick: venv
 	cargo fmt --all --check
 	$(BIN)/ruff check --quiet .
