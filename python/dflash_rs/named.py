@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, TypeVar
 
-from .arguments import bad, shown
+from .arguments import bad
 from .errors import InvalidArgument
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -44,10 +43,6 @@ def _refusal(function: Callable[..., Any], args: Any, kwargs: Any, error: Except
         wrong = _misfit(name, value, hints[name])
         if wrong is not None:
             return wrong
-    # The core has looked at it before it knew its name.
-    if isinstance(error, TypeError) and re.match("got .*, expected ", str(error)):
-        named = next((name for name, value in given.items() if f"got {shown(value)}, " in str(error)), None)
-        return None if named is None else InvalidArgument(f"{named}: {error}")
     # A tensor without dimensions, of which the first was asked for.
     for name, value in given.items():
         if isinstance(error, IndexError) and getattr(value, "shape", None) == ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,25 @@ class Asked:
         return type(error)(f"{self.name if name == 'prompt' else self.option + name}: {rest}")
 
 
+def array_of(value: Any) -> Any:
+    """A torch tensor of integers as an array, wherever it lies; anything else as it is."""
+    torch = sys.modules.get("torch")
+    if (
+        torch is None
+        or not isinstance(value, torch.Tensor)
+        or value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+    ):
+        return value
+    try:
+        return value.detach().cpu().numpy()
+    except (RuntimeError, TypeError):  # without values, as on "meta", or of a kind that has no plain ones
+        return value
+
+
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    prompts = array_of(prompts)
     if not (is_list(prompts) or (isinstance(prompts, np.ndarray) and prompts.ndim > 0)):
         raise bad("prompts", prompts, "a string, token ids, or a list of these")
     if len(prompts) and isinstance(prompts[0], int | np.integer):
@@ -92,6 +109,7 @@ def asked(prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[
 
 def token_list(name: str, prompt: Any, expected: str) -> list[int]:
     """Token ids as a list of ints."""
+    prompt = array_of(prompt)
     if not (is_list(prompt) or (isinstance(prompt, np.ndarray) and prompt.ndim == 1)):
         raise bad(name, prompt, expected)
     wrong = [token for token in prompt if not isinstance(token, int | np.integer) or isinstance(token, bool)]

@@ -9,7 +9,7 @@ use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyBytes};
+use pyo3::types::{PyBool, PyBytes, PyFloat, PyInt, PyTuple};
 
 use crate::py::errors::invalid;
 
@@ -56,6 +56,13 @@ impl<T> Given<T> {
 /// Whether room for all entries of a list could not even be asked for: `range(2**60)` is a list of numbers, too.
 fn is_endless(object: &Bound<'_, PyAny>) -> bool {
     const MOST: usize = 1 << 28;
+    // What most arguments are: asking a number for its length raises and catches an exception.
+    if object.is_instance_of::<PyInt>() || object.is_instance_of::<PyFloat>() {
+        return false;
+    }
+    if let Ok(tuple) = object.cast::<PyTuple>() {
+        return tuple.len() > MOST;
+    }
     // A length beyond what Python can count is an error, and as bad. What has none is no list.
     object.hasattr(intern!(object.py(), "__len__")).unwrap_or(false) && object.len().map_or(true, |len| len > MOST)
 }
@@ -82,47 +89,70 @@ impl Flag {
     }
 }
 
-// Arguments of the functions whose other arguments are addresses, as they are before anything else is looked at: `TypeError`, to
-// which PyO3 adds a note with the argument's name.
-fn plain<'py, T: FromPyObjectOwned<'py>>(object: &Bound<'py, PyAny>, expected: &str) -> PyResult<T> {
-    let given: Given<T> = object.extract()?;
-    given
-        .0
-        .map_err(|got| PyTypeError::new_err(format!("got {got}, expected {expected}")))
+/// What an argument may be, in the words of a refusal.
+pub(super) trait Kind {
+    fn expected() -> String;
 }
 
-/// A size.
-pub(super) fn size(object: &Bound<'_, PyAny>) -> PyResult<usize> {
-    plain(object, &format!("an integer in 0..{}", usize::MAX))
-}
-
-/// A size, or None.
-pub(super) fn maybe_size(object: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
-    if object.is_none() {
-        Ok(None)
-    } else {
-        size(object).map(Some)
+impl Kind for usize {
+    fn expected() -> String {
+        format!("an integer in 0..{}", Self::MAX)
     }
 }
 
-/// An integer of 64 bits.
-pub(super) fn whole(object: &Bound<'_, PyAny>) -> PyResult<i64> {
-    plain(object, &format!("an integer in {}..{}", i64::MIN, i64::MAX))
-}
-
-/// A number.
-pub(super) fn number(object: &Bound<'_, PyAny>) -> PyResult<f32> {
-    plain(object, "a number")
-}
-
-/// A number, or None.
-pub(super) fn maybe_number(object: &Bound<'_, PyAny>) -> PyResult<Option<f32>> {
-    if object.is_none() {
-        Ok(None)
-    } else {
-        number(object).map(Some)
+impl Kind for i64 {
+    fn expected() -> String {
+        format!("an integer in {}..{}", Self::MIN, Self::MAX)
     }
 }
+
+impl Kind for f32 {
+    fn expected() -> String {
+        "a number".into()
+    }
+}
+
+impl Kind for String {
+    fn expected() -> String {
+        "a name".into()
+    }
+}
+
+/// What [`named`] takes.
+pub(super) trait Argument {
+    type Value;
+    /// The value, or a refusal that begins with `name`.
+    fn named(self, name: &'static str) -> PyResult<Self::Value>;
+}
+
+impl<T: Kind> Argument for Given<T> {
+    type Value = T;
+    fn named(self, name: &'static str) -> PyResult<T> {
+        self.0.map_err(|got| invalid(name, got, T::expected()))
+    }
+}
+
+impl Argument for Flag {
+    type Value = bool;
+    fn named(self, name: &'static str) -> PyResult<bool> {
+        self.of(name)
+    }
+}
+
+impl<A: Argument> Argument for Option<A> {
+    type Value = Option<A::Value>;
+    fn named(self, name: &'static str) -> PyResult<Self::Value> {
+        self.map(|argument| argument.named(name)).transpose()
+    }
+}
+
+/// Makes values of arguments, in place; what cannot be read is refused by the argument's name.
+macro_rules! named {
+    ($($name:ident),+ $(,)?) => {
+        $(let $name = $crate::py::arrays::Argument::named($name, stringify!($name))?;)+
+    };
+}
+pub(super) use named;
 
 /// An integer argument of at least 0, whatever its size.
 pub(super) type Count = Given<u64>;

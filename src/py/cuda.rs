@@ -14,23 +14,44 @@ use crate::device::cuda::launch::{
     self, Accept, BlockAttention, Checked, CompactKv, KvInject, Pages, PrepareBlock, Probe, SampleRows, TreeBuild,
     TreeTopK,
 };
-use crate::device::cuda::tensor::Tensor;
+use crate::device::cuda::tensor::{Dtype, Tensor};
 use crate::device::cuda::{self, Cuda};
-use crate::error::Result;
-use crate::py::arrays::{Count, maybe_number, maybe_size, number, size, whole};
+use crate::error::{Error, Result};
+use crate::py::arrays::{Argument, Count, Flag, Given, Kind, named};
+use crate::py::errors::invalid;
 use crate::py::host::mask_named;
 
 /// A torch tensor: address, dtype, device ordinal, shape, strides.
 #[derive(FromPyObject)]
-struct Described(usize, String, i32, Vec<usize>, Vec<i64>);
+pub(super) struct Described(usize, String, i32, Vec<usize>, Vec<i64>);
 
-impl FromPyObject<'_, '_> for Tensor {
+impl Kind for Described {
+    fn expected() -> String {
+        "address, dtype, device, shape and strides of a tensor".into()
+    }
+}
+
+/// An argument that is a tensor.
+pub(super) struct Passed(Given<Described>);
+
+impl FromPyObject<'_, '_> for Passed {
     type Error = PyErr;
     fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
-        let Described(address, dtype, device, shape, strides) = object.extract()?;
-        Ok(Self {
+        object.extract().map(Self)
+    }
+}
+
+impl Argument for Passed {
+    type Value = Tensor;
+    fn named(self, name: &'static str) -> PyResult<Tensor> {
+        let Described(address, dtype, device, shape, strides) = self.0.named(name)?;
+        let dtype = dtype.parse::<Dtype>().map_err(|error| match error {
+            Error::InvalidArgument { got, expected, .. } => invalid(name, got, expected),
+            other => other.into(),
+        })?;
+        Ok(Tensor {
             address,
-            dtype: dtype.parse()?,
+            dtype,
             device,
             shape,
             strides,
@@ -86,29 +107,47 @@ pub(super) fn cuda_load(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 
 /// Writes the `__CUDA_ARCH__` of the code that the driver picked to `out`, int32 `[1]`.
 #[pyfunction]
-pub(super) fn cuda_probe(out: Tensor, stream: usize) -> PyResult<()> {
+pub(super) fn cuda_probe(out: Passed, stream: Given<usize>) -> PyResult<()> {
+    named!(out, stream);
     launch(Probe { out }.check(), stream)
 }
 /// Tokens, positions and slots of a step.
 #[pyfunction]
 #[pyo3(signature = (*, query_starts, context_lens, anchors, page_table, row_ids, page_size, token_ids, positions, stream, slots=None,
-                    drafts=None, depths=None, mask_token=0))]
+                    drafts=None, depths=None, mask_token=Given::new(0)),
+       text_signature = "(*, query_starts, context_lens, anchors, page_table, row_ids, page_size, token_ids, positions, stream, \
+                         slots=None, drafts=None, depths=None, mask_token=0)")]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_prepare_block(
-    query_starts: Tensor,
-    context_lens: Tensor,
-    anchors: Tensor,
-    page_table: Tensor,
-    row_ids: Tensor,
-    #[pyo3(from_py_with = size)] page_size: usize,
-    token_ids: Tensor,
-    positions: Tensor,
-    #[pyo3(from_py_with = size)] stream: usize,
-    slots: Option<Tensor>,
-    drafts: Option<Tensor>,
-    depths: Option<Tensor>,
-    #[pyo3(from_py_with = whole)] mask_token: i64,
+    query_starts: Passed,
+    context_lens: Passed,
+    anchors: Passed,
+    page_table: Passed,
+    row_ids: Passed,
+    page_size: Given<usize>,
+    token_ids: Passed,
+    positions: Passed,
+    stream: Given<usize>,
+    slots: Option<Passed>,
+    drafts: Option<Passed>,
+    depths: Option<Passed>,
+    mask_token: Given<i64>,
 ) -> PyResult<()> {
+    named!(
+        query_starts,
+        context_lens,
+        anchors,
+        page_table,
+        row_ids,
+        page_size,
+        token_ids,
+        positions,
+        stream,
+        slots,
+        drafts,
+        depths,
+        mask_token
+    );
     let pages = Pages {
         page_table,
         row_ids,
@@ -134,18 +173,21 @@ pub(super) fn cuda_prepare_block(
 #[pyo3(signature = (*, kv, k_norm, cos_sin, positions, slots, k_caches, v_caches, cache, eps, stream, rows=None))]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_kv_inject(
-    kv: Tensor,
-    k_norm: Tensor,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_caches: Tensor,
-    v_caches: Tensor,
-    cache: Tensor,
-    #[pyo3(from_py_with = number)] eps: f32,
-    #[pyo3(from_py_with = size)] stream: usize,
-    rows: Option<Tensor>,
+    kv: Passed,
+    k_norm: Passed,
+    cos_sin: Passed,
+    positions: Passed,
+    slots: Passed,
+    k_caches: Passed,
+    v_caches: Passed,
+    cache: Passed,
+    eps: Given<f32>,
+    stream: Given<usize>,
+    rows: Option<Passed>,
 ) -> PyResult<()> {
+    named!(
+        kv, k_norm, cos_sin, positions, slots, k_caches, v_caches, cache, eps, stream, rows
+    );
     let call = KvInject {
         kv,
         k_norm,
@@ -164,37 +206,67 @@ pub(super) fn cuda_kv_inject(
 /// Attention of one layer, with this step's K and V stored first where `slots` says.
 #[pyfunction]
 #[pyo3(signature = (*, q, k, v, k_cache, v_cache, out, query_starts, context_lens, page_table, row_ids, page_size, max_block_len, max_keys,
-                    scale, stream, mask="causal", window=None, valid_from=None, slots=None, ancestors=None, partial_out=None,
-                    partial_stats=None, num_splits=1, split_keys=512, softcap=None, sinks=None))]
+                    scale, stream, mask=Given::new("causal".into()), window=None, valid_from=None, slots=None, ancestors=None, partial_out=None,
+                    partial_stats=None, num_splits=Given::new(1), split_keys=Given::new(512), softcap=None, sinks=None),
+       text_signature = "(*, q, k, v, k_cache, v_cache, out, query_starts, context_lens, page_table, row_ids, page_size, max_block_len, \
+                         max_keys, scale, stream, mask='causal', window=None, valid_from=None, slots=None, ancestors=None, \
+                         partial_out=None, partial_stats=None, num_splits=1, split_keys=512, softcap=None, sinks=None)")]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    out: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    page_table: Tensor,
-    row_ids: Tensor,
-    #[pyo3(from_py_with = size)] page_size: usize,
-    #[pyo3(from_py_with = size)] max_block_len: usize,
-    #[pyo3(from_py_with = size)] max_keys: usize,
-    #[pyo3(from_py_with = number)] scale: f32,
-    #[pyo3(from_py_with = size)] stream: usize,
-    mask: &str,
-    #[pyo3(from_py_with = maybe_size)] window: Option<usize>,
-    valid_from: Option<Tensor>,
-    slots: Option<Tensor>,
-    ancestors: Option<Tensor>,
-    partial_out: Option<Tensor>,
-    partial_stats: Option<Tensor>,
-    #[pyo3(from_py_with = size)] num_splits: usize,
-    #[pyo3(from_py_with = size)] split_keys: usize,
-    #[pyo3(from_py_with = maybe_number)] softcap: Option<f32>,
-    sinks: Option<Tensor>,
+    q: Passed,
+    k: Passed,
+    v: Passed,
+    k_cache: Passed,
+    v_cache: Passed,
+    out: Passed,
+    query_starts: Passed,
+    context_lens: Passed,
+    page_table: Passed,
+    row_ids: Passed,
+    page_size: Given<usize>,
+    max_block_len: Given<usize>,
+    max_keys: Given<usize>,
+    scale: Given<f32>,
+    stream: Given<usize>,
+    mask: Given<String>,
+    window: Option<Given<usize>>,
+    valid_from: Option<Passed>,
+    slots: Option<Passed>,
+    ancestors: Option<Passed>,
+    partial_out: Option<Passed>,
+    partial_stats: Option<Passed>,
+    num_splits: Given<usize>,
+    split_keys: Given<usize>,
+    softcap: Option<Given<f32>>,
+    sinks: Option<Passed>,
 ) -> PyResult<()> {
+    named!(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        out,
+        query_starts,
+        context_lens,
+        page_table,
+        row_ids,
+        page_size,
+        max_block_len,
+        max_keys,
+        scale,
+        stream,
+        window,
+        valid_from,
+        slots,
+        ancestors,
+        partial_out,
+        partial_stats,
+        num_splits,
+        split_keys,
+        softcap,
+        sinks
+    );
     let pages = Pages {
         page_table,
         row_ids,
@@ -241,27 +313,48 @@ pub(super) fn cuda_sample_scratch(rows: Count, vocab: Count) -> PyResult<u64> {
 /// The target's own token of every row.
 #[pyfunction]
 #[pyo3(signature = (*, logits, sampling, query_starts, token_ids, positions, history_tokens, history_counts, bias_tokens, bias_values, tokens,
-                    status, scratch, stream, row_tokens=None, parents=None, logprobs=None, filters=true))]
+                    status, scratch, stream, row_tokens=None, parents=None, logprobs=None, filters=Flag::TRUE),
+       text_signature = "(*, logits, sampling, query_starts, token_ids, positions, history_tokens, history_counts, bias_tokens, \
+                         bias_values, tokens, status, scratch, stream, row_tokens=None, parents=None, logprobs=None, filters=True)")]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_sample_rows(
-    logits: Tensor,
-    sampling: Tensor,
-    query_starts: Tensor,
-    token_ids: Tensor,
-    positions: Tensor,
-    history_tokens: Tensor,
-    history_counts: Tensor,
-    bias_tokens: Tensor,
-    bias_values: Tensor,
-    tokens: Tensor,
-    status: Tensor,
-    scratch: Tensor,
-    #[pyo3(from_py_with = size)] stream: usize,
-    row_tokens: Option<Tensor>,
-    parents: Option<Tensor>,
-    logprobs: Option<Tensor>,
-    filters: bool,
+    logits: Passed,
+    sampling: Passed,
+    query_starts: Passed,
+    token_ids: Passed,
+    positions: Passed,
+    history_tokens: Passed,
+    history_counts: Passed,
+    bias_tokens: Passed,
+    bias_values: Passed,
+    tokens: Passed,
+    status: Passed,
+    scratch: Passed,
+    stream: Given<usize>,
+    row_tokens: Option<Passed>,
+    parents: Option<Passed>,
+    logprobs: Option<Passed>,
+    filters: Flag,
 ) -> PyResult<()> {
+    named!(
+        logits,
+        sampling,
+        query_starts,
+        token_ids,
+        positions,
+        history_tokens,
+        history_counts,
+        bias_tokens,
+        bias_values,
+        tokens,
+        status,
+        scratch,
+        stream,
+        row_tokens,
+        parents,
+        logprobs,
+        filters
+    );
     let call = SampleRows {
         logits,
         sampling,
@@ -290,28 +383,51 @@ pub(super) fn cuda_sample_rows(
                     commit_rows=None, commit_positions=None, commit_slots=None))]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_accept(
-    query_starts: Tensor,
-    context_lens: Tensor,
-    token_ids: Tensor,
-    sampled: Tensor,
-    page_table: Tensor,
-    row_ids: Tensor,
-    #[pyo3(from_py_with = size)] page_size: usize,
-    accepted: Tensor,
-    out_tokens: Tensor,
-    out_lens: Tensor,
-    new_context_lens: Tensor,
-    next_anchors: Tensor,
-    #[pyo3(from_py_with = size)] max_nodes: usize,
-    #[pyo3(from_py_with = size)] stream: usize,
-    logit_starts: Option<Tensor>,
-    node_counts: Option<Tensor>,
-    parents: Option<Tensor>,
-    path: Option<Tensor>,
-    commit_rows: Option<Tensor>,
-    commit_positions: Option<Tensor>,
-    commit_slots: Option<Tensor>,
+    query_starts: Passed,
+    context_lens: Passed,
+    token_ids: Passed,
+    sampled: Passed,
+    page_table: Passed,
+    row_ids: Passed,
+    page_size: Given<usize>,
+    accepted: Passed,
+    out_tokens: Passed,
+    out_lens: Passed,
+    new_context_lens: Passed,
+    next_anchors: Passed,
+    max_nodes: Given<usize>,
+    stream: Given<usize>,
+    logit_starts: Option<Passed>,
+    node_counts: Option<Passed>,
+    parents: Option<Passed>,
+    path: Option<Passed>,
+    commit_rows: Option<Passed>,
+    commit_positions: Option<Passed>,
+    commit_slots: Option<Passed>,
 ) -> PyResult<()> {
+    named!(
+        query_starts,
+        context_lens,
+        token_ids,
+        sampled,
+        page_table,
+        row_ids,
+        page_size,
+        accepted,
+        out_tokens,
+        out_lens,
+        new_context_lens,
+        next_anchors,
+        max_nodes,
+        stream,
+        logit_starts,
+        node_counts,
+        parents,
+        path,
+        commit_rows,
+        commit_positions,
+        commit_slots
+    );
     let pages = Pages {
         page_table,
         row_ids,
@@ -342,14 +458,16 @@ pub(super) fn cuda_accept(
 
 /// The `k` best columns of every row with their log-probabilities.
 #[pyfunction]
-#[pyo3(signature = (*, values, tokens, log_probs, stream, normalise=true))]
+#[pyo3(signature = (*, values, tokens, log_probs, stream, normalise=Flag::TRUE),
+       text_signature = "(*, values, tokens, log_probs, stream, normalise=True)")]
 pub(super) fn cuda_tree_top_k(
-    values: Tensor,
-    tokens: Tensor,
-    log_probs: Tensor,
-    #[pyo3(from_py_with = size)] stream: usize,
-    normalise: bool,
+    values: Passed,
+    tokens: Passed,
+    log_probs: Passed,
+    stream: Given<usize>,
+    normalise: Flag,
 ) -> PyResult<()> {
+    named!(values, tokens, log_probs, stream, normalise);
     let call = TreeTopK {
         values,
         tokens,
@@ -365,20 +483,35 @@ pub(super) fn cuda_tree_top_k(
                     first_child=None, next_sibling=None, masks=None))]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_tree_build(
-    anchors: Tensor,
-    top_tokens: Tensor,
-    top_log_probs: Tensor,
-    tokens: Tensor,
-    parents: Tensor,
-    depths: Tensor,
-    counts: Tensor,
-    #[pyo3(from_py_with = size)] stream: usize,
-    budgets: Option<Tensor>,
-    scores: Option<Tensor>,
-    first_child: Option<Tensor>,
-    next_sibling: Option<Tensor>,
-    masks: Option<Tensor>,
+    anchors: Passed,
+    top_tokens: Passed,
+    top_log_probs: Passed,
+    tokens: Passed,
+    parents: Passed,
+    depths: Passed,
+    counts: Passed,
+    stream: Given<usize>,
+    budgets: Option<Passed>,
+    scores: Option<Passed>,
+    first_child: Option<Passed>,
+    next_sibling: Option<Passed>,
+    masks: Option<Passed>,
 ) -> PyResult<()> {
+    named!(
+        anchors,
+        top_tokens,
+        top_log_probs,
+        tokens,
+        parents,
+        depths,
+        counts,
+        stream,
+        budgets,
+        scores,
+        first_child,
+        next_sibling,
+        masks
+    );
     let call = TreeBuild {
         anchors,
         top_tokens,
@@ -401,16 +534,27 @@ pub(super) fn cuda_tree_build(
 #[pyo3(signature = (*, path, context_lens, k_caches, v_caches, cache, page_table, row_ids, page_size, stream))]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_compact_kv(
-    path: Tensor,
-    context_lens: Tensor,
-    k_caches: Tensor,
-    v_caches: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    row_ids: Tensor,
-    #[pyo3(from_py_with = size)] page_size: usize,
-    #[pyo3(from_py_with = size)] stream: usize,
+    path: Passed,
+    context_lens: Passed,
+    k_caches: Passed,
+    v_caches: Passed,
+    cache: Passed,
+    page_table: Passed,
+    row_ids: Passed,
+    page_size: Given<usize>,
+    stream: Given<usize>,
 ) -> PyResult<()> {
+    named!(
+        path,
+        context_lens,
+        k_caches,
+        v_caches,
+        cache,
+        page_table,
+        row_ids,
+        page_size,
+        stream
+    );
     let pages = Pages {
         page_table,
         row_ids,

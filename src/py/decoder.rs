@@ -4,10 +4,11 @@
 
 use std::cell::RefCell;
 
+use numpy::ndarray::Ix1;
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use super::arrays::{maybe_size, number, size};
+use super::arrays::{Given, Kind, array, named};
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
 use crate::device::AttentionParams;
 use crate::device::host::batch::checked_slots;
@@ -16,6 +17,9 @@ use crate::device::host::decoder::{
 };
 use crate::device::host::{self, HostKernels, Isa, RowsMut};
 use crate::error::Error;
+
+/// Far beyond every drafter's.
+const MOST_BLOCK: usize = 1 << 16;
 
 thread_local! {
     // Kept between calls: fresh buffers would be page faults in every step.
@@ -30,16 +34,34 @@ fn with_scratch<R>(run: impl FnOnce(&mut Scratch) -> R) -> R {
     result
 }
 
-fn floats(name: &'static str, values: &PyReadonlyArray1<'_, f32>) -> PyResult<Vec<f32>> {
-    Ok(contiguous(name, values)?.to_vec())
+fn floats(name: &'static str, values: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
+    Ok(array::<f32, Ix1>(name, values, "[n]")?.as_slice()?.to_vec())
+}
+
+fn integers<'py>(name: &'static str, values: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArray1<'py, i64>> {
+    array(name, values, "[n]")
 }
 
 /// `(k, v)` of every layer.
 type Caches = Vec<(Pointer, Pointer)>;
+/// An array and its number of rows.
+type Table = (Pointer, usize);
 /// The same, checked.
 type CacheRows<'a> = Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>;
 /// Tokens and their probabilities.
 type Drafts<'py> = (Bound<'py, PyArray3<i64>>, Bound<'py, PyArray3<f32>>);
+
+impl Kind for Caches {
+    fn expected() -> String {
+        format!("a list of pairs for K and V, each {}", Pointer::expected())
+    }
+}
+
+impl Kind for Table {
+    fn expected() -> String {
+        format!("{}, and the number of rows", Pointer::expected())
+    }
+}
 
 fn caches_mut<'a>(caches: &Caches, slots: usize, shapes: &[(usize, usize)]) -> Result<CacheRows<'a>, Error> {
     if caches.len() != shapes.len() {
@@ -75,10 +97,11 @@ pub struct HostDecoder {
 #[pymethods]
 impl HostDecoder {
     #[new]
-    fn new(norm: PyReadonlyArray1<'_, f32>, head: &PackedWeight, eps: f32) -> PyResult<Self> {
+    fn new(norm: &Bound<'_, PyAny>, head: Given<Bound<'_, PackedWeight>>, eps: Given<f32>) -> PyResult<Self> {
+        named!(head, eps);
         let head = Head {
-            norm: floats("norm", &norm)?,
-            weight: head.weight.clone(),
+            norm: floats("norm", norm)?,
+            weight: head.get().weight.clone(),
             eps,
         };
         head.check()?;
@@ -94,34 +117,35 @@ impl HostDecoder {
     #[allow(clippy::too_many_arguments, reason = "the weights of a layer, by keyword")]
     fn add_layer(
         &mut self,
-        attention_norm: PyReadonlyArray1<'_, f32>,
-        qkv: &PackedWeight,
-        out: &PackedWeight,
-        mlp_norm: PyReadonlyArray1<'_, f32>,
-        gate_up: &PackedWeight,
-        down: &PackedWeight,
-        #[pyo3(from_py_with = size)] heads: usize,
-        #[pyo3(from_py_with = size)] kv_heads: usize,
-        #[pyo3(from_py_with = size)] head_dim: usize,
-        #[pyo3(from_py_with = number)] scale: f32,
-        mask: &str,
-        #[pyo3(from_py_with = maybe_size)] window: Option<usize>,
-        query_norm: Option<PyReadonlyArray1<'_, f32>>,
-        key_norm: Option<PyReadonlyArray1<'_, f32>>,
+        attention_norm: &Bound<'_, PyAny>,
+        qkv: Given<Bound<'_, PackedWeight>>,
+        out: Given<Bound<'_, PackedWeight>>,
+        mlp_norm: &Bound<'_, PyAny>,
+        gate_up: Given<Bound<'_, PackedWeight>>,
+        down: Given<Bound<'_, PackedWeight>>,
+        heads: Given<usize>,
+        kv_heads: Given<usize>,
+        head_dim: Given<usize>,
+        scale: Given<f32>,
+        mask: Given<String>,
+        window: Option<Given<usize>>,
+        query_norm: Option<&Bound<'_, PyAny>>,
+        key_norm: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
+        named!(qkv, out, gate_up, down, heads, kv_heads, head_dim, scale, window);
         let head_norms = match (query_norm, key_norm) {
-            (Some(queries), Some(keys)) => Some((floats("query_norm", &queries)?, floats("key_norm", &keys)?)),
+            (Some(queries), Some(keys)) => Some((floats("query_norm", queries)?, floats("key_norm", keys)?)),
             (None, None) => None,
             _ => return Err(unknown("key_norm", "one of query_norm and key_norm", "both or neither")),
         };
         let weights = LayerWeights {
-            attention_norm: floats("attention_norm", &attention_norm)?,
-            qkv: qkv.weight.clone(),
+            attention_norm: floats("attention_norm", attention_norm)?,
+            qkv: qkv.get().weight.clone(),
             head_norms,
-            out: out.weight.clone(),
-            mlp_norm: floats("mlp_norm", &mlp_norm)?,
-            gate_up: gate_up.weight.clone(),
-            down: down.weight.clone(),
+            out: out.get().weight.clone(),
+            mlp_norm: floats("mlp_norm", mlp_norm)?,
+            gate_up: gate_up.get().weight.clone(),
+            down: down.get().weight.clone(),
         };
         let attention = AttentionParams {
             scale,
@@ -140,25 +164,28 @@ impl HostDecoder {
 
     /// The `k` likeliest tokens `[n, block - 1, k]` and their probabilities: rows 1.. of every block of `block` tokens. Where a row has
     /// fewer, the rest has probability 0.
-    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1))]
+    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=Given::new(1), threads=Given::new(1)),
+           text_signature = "($self, batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1)")]
     #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
     fn draft<'py>(
         &self,
         py: Python<'py>,
-        batch: &Bound<'_, AttentionBatch>,
-        token_ids: PyReadonlyArray1<'_, i64>,
-        positions: PyReadonlyArray1<'_, i64>,
-        embedding: (Pointer, usize),
-        rotary: (Pointer, usize),
-        caches: Caches,
-        #[pyo3(from_py_with = size)] block: usize,
-        #[pyo3(from_py_with = maybe_size)] never: Option<usize>,
-        #[pyo3(from_py_with = size)] k: usize,
-        #[pyo3(from_py_with = size)] threads: usize,
+        batch: Given<Bound<'_, AttentionBatch>>,
+        token_ids: &Bound<'_, PyAny>,
+        positions: &Bound<'_, PyAny>,
+        embedding: Given<Table>,
+        rotary: Given<Table>,
+        caches: Given<Caches>,
+        block: Given<usize>,
+        never: Option<Given<usize>>,
+        k: Given<usize>,
+        threads: Given<usize>,
     ) -> PyResult<Drafts<'py>> {
+        named!(batch, embedding, rotary, caches, block, never, k, threads);
+        let (token_ids, positions) = (integers("token_ids", token_ids)?, integers("positions", positions)?);
         let batch = &batch.get().0;
-        if block < 2 || !batch.tokens().is_multiple_of(block) {
-            let expected = format!("at least 2, dividing the {} tokens", batch.tokens());
+        if !(2..=MOST_BLOCK).contains(&block) || !batch.tokens().is_multiple_of(block) {
+            let expected = format!("2..{MOST_BLOCK}, dividing the {} tokens", batch.tokens());
             return Err(unknown("block", &block.to_string(), &expected));
         }
         let vocabulary = self.head.weight.outputs();
@@ -183,8 +210,8 @@ impl HostDecoder {
         batch: &host::AttentionBatch,
         token_ids: &'a PyReadonlyArray1<'_, i64>,
         positions: &'a PyReadonlyArray1<'_, i64>,
-        embedding: (Pointer, usize),
-        rotary: (Pointer, usize),
+        embedding: Table,
+        rotary: Table,
         caches: &Caches,
     ) -> PyResult<DecoderInputs<'a>> {
         let shapes = self.decoder.cache_shapes();
@@ -235,21 +262,23 @@ impl HostInjector {
     #[new]
     #[pyo3(signature = (*, fc, norm, key_values, key_norms, kv_heads, head_dim, eps))]
     fn new(
-        fc: &PackedWeight,
-        norm: PyReadonlyArray1<'_, f32>,
-        key_values: &PackedWeight,
-        key_norms: Vec<Option<PyReadonlyArray1<'_, f32>>>,
-        #[pyo3(from_py_with = size)] kv_heads: usize,
-        #[pyo3(from_py_with = size)] head_dim: usize,
-        #[pyo3(from_py_with = number)] eps: f32,
+        fc: Given<Bound<'_, PackedWeight>>,
+        norm: &Bound<'_, PyAny>,
+        key_values: Given<Bound<'_, PackedWeight>>,
+        key_norms: Given<Vec<Option<Bound<'_, PyAny>>>>,
+        kv_heads: Given<usize>,
+        head_dim: Given<usize>,
+        eps: Given<f32>,
     ) -> PyResult<Self> {
+        named!(fc, key_values, kv_heads, head_dim, eps);
+        let key_norms = key_norms.of("key_norms", "a list of arrays or None, one per layer")?;
         let key_norms = key_norms
             .iter()
             .map(|norm| norm.as_ref().map(|norm| floats("key_norms", norm)).transpose());
         let injector = Injector {
-            fc: fc.weight.clone(),
-            norm: floats("norm", &norm)?,
-            key_values: key_values.weight.clone(),
+            fc: fc.get().weight.clone(),
+            norm: floats("norm", norm)?,
+            key_values: key_values.get().weight.clone(),
             key_norms: key_norms.collect::<PyResult<_>>()?,
             kv_heads,
             head_dim,
@@ -260,21 +289,25 @@ impl HostInjector {
     }
 
     /// Token `i` is row `rows[i]` of `features` (`feature_rows` of them), at `positions[i]`; it goes to `slots[i]`.
-    #[pyo3(signature = (features, feature_rows, rows, positions, slots, rotary, caches, num_slots, threads=1))]
+    #[pyo3(signature = (features, feature_rows, rows, positions, slots, rotary, caches, num_slots, threads=Given::new(1)),
+           text_signature = "($self, features, feature_rows, rows, positions, slots, rotary, caches, num_slots, threads=1)")]
     #[allow(clippy::too_many_arguments, reason = "one crossing per step")]
     fn inject(
         &self,
         py: Python<'_>,
-        features: Pointer,
-        #[pyo3(from_py_with = size)] feature_rows: usize,
-        rows: PyReadonlyArray1<'_, i64>,
-        positions: PyReadonlyArray1<'_, i64>,
-        slots: PyReadonlyArray1<'_, i64>,
-        rotary: (Pointer, usize),
-        caches: Caches,
-        #[pyo3(from_py_with = size)] num_slots: usize,
-        #[pyo3(from_py_with = size)] threads: usize,
+        features: Given<Pointer>,
+        feature_rows: Given<usize>,
+        rows: &Bound<'_, PyAny>,
+        positions: &Bound<'_, PyAny>,
+        slots: &Bound<'_, PyAny>,
+        rotary: Given<Table>,
+        caches: Given<Caches>,
+        num_slots: Given<usize>,
+        threads: Given<usize>,
     ) -> PyResult<()> {
+        named!(features, feature_rows, rotary, caches, num_slots, threads);
+        let (rows, positions) = (integers("rows", rows)?, integers("positions", positions)?);
+        let slots = integers("slots", slots)?;
         let injector = &self.0;
         let kernels = kernels(threads)?;
         let features = Checked::new("features", features, feature_rows, 1, injector.fc.inputs())?.rows();

@@ -12,7 +12,7 @@ use crate::device::host::{
 };
 use crate::device::{AttentionParams, Mask};
 use crate::error::Error;
-use crate::py::arrays::{array, maybe_number, maybe_size, number, size};
+use crate::py::arrays::{Given, Kind, array, named};
 use numpy::ndarray::{Ix1, Ix2};
 use numpy::{PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -24,6 +24,12 @@ const DETACH_WORK: usize = 1 << 20;
 /// Address and strides of a tensor.
 #[derive(Clone, Copy, FromPyObject)]
 pub(super) struct Pointer(usize, i64, i64);
+
+impl Kind for Pointer {
+    fn expected() -> String {
+        "an address, a row stride and a head stride".into()
+    }
+}
 
 impl Pointer {
     /// The checked layout of `rows x heads x dim` elements of `E`.
@@ -148,6 +154,18 @@ pub(super) fn not_contiguous(name: &'static str) -> Error {
     }
 }
 
+impl Kind for Bound<'_, AttentionBatch> {
+    fn expected() -> String {
+        "an AttentionBatch".into()
+    }
+}
+
+impl Kind for Bound<'_, PackedWeight> {
+    fn expected() -> String {
+        "a PackedWeight".into()
+    }
+}
+
 /// The indices of one step, checked once for all its layers.
 #[pyclass(frozen, module = "dflash_rs._core")]
 pub struct AttentionBatch(pub(super) host::AttentionBatch);
@@ -163,12 +181,13 @@ impl AttentionBatch {
         context_lens: &Bound<'_, PyAny>,
         page_table: &Bound<'_, PyAny>,
         row_ids: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = size)] page_size: usize,
-        #[pyo3(from_py_with = size)] num_slots: usize,
+        page_size: Given<usize>,
+        num_slots: Given<usize>,
         slots: Option<&Bound<'_, PyAny>>,
         valid_from: Option<&Bound<'_, PyAny>>,
         ancestors: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
+        named!(page_size, num_slots);
         let query_starts = array::<i32, Ix1>("query_starts", query_starts, "[R + 1]")?;
         let context_lens = array::<i32, Ix1>("context_lens", context_lens, "[R]")?;
         let page_table = array::<i32, Ix2>("page_table", page_table, "[rows, pages]")?;
@@ -208,30 +227,51 @@ impl AttentionBatch {
 
 /// One layer's attention, with this step's K and V written to the cache first.
 #[pyfunction]
-#[pyo3(signature = (batch, q, k, v, k_cache, v_cache, out, dtype, num_q_heads, num_kv_heads, head_dim, scale, mask="causal",
-                    window=None, threads=1, softcap=None, sinks=None))]
+#[pyo3(signature = (batch, q, k, v, k_cache, v_cache, out, dtype, num_q_heads, num_kv_heads, head_dim, scale, mask=Given::new("causal".into()),
+                    window=None, threads=Given::new(1), softcap=None, sinks=None),
+       text_signature = "(batch, q, k, v, k_cache, v_cache, out, dtype, num_q_heads, num_kv_heads, head_dim, scale, mask='causal', \
+                         window=None, threads=1, softcap=None, sinks=None)")]
 #[allow(clippy::too_many_arguments, reason = "one crossing per layer")]
 pub(super) fn paged_attention(
     py: Python<'_>,
-    batch: &Bound<'_, AttentionBatch>,
-    q: Pointer,
-    k: Pointer,
-    v: Pointer,
-    k_cache: Pointer,
-    v_cache: Pointer,
-    out: Pointer,
-    dtype: &str,
-    #[pyo3(from_py_with = size)] num_q_heads: usize,
-    #[pyo3(from_py_with = size)] num_kv_heads: usize,
-    #[pyo3(from_py_with = size)] head_dim: usize,
-    #[pyo3(from_py_with = number)] scale: f32,
-    mask: &str,
-    #[pyo3(from_py_with = maybe_size)] window: Option<usize>,
-    #[pyo3(from_py_with = size)] threads: usize,
-    #[pyo3(from_py_with = maybe_number)] softcap: Option<f32>,
-    sinks: Option<PyReadonlyArray1<'_, f32>>,
+    batch: Given<Bound<'_, AttentionBatch>>,
+    q: Given<Pointer>,
+    k: Given<Pointer>,
+    v: Given<Pointer>,
+    k_cache: Given<Pointer>,
+    v_cache: Given<Pointer>,
+    out: Given<Pointer>,
+    dtype: Given<String>,
+    num_q_heads: Given<usize>,
+    num_kv_heads: Given<usize>,
+    head_dim: Given<usize>,
+    scale: Given<f32>,
+    mask: Given<String>,
+    window: Option<Given<usize>>,
+    threads: Given<usize>,
+    softcap: Option<Given<f32>>,
+    sinks: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
+    named!(
+        batch,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        out,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        window,
+        threads,
+        softcap
+    );
     let mask = mask_named(mask)?;
+    let sinks = sinks
+        .map(|s| array::<f32, Ix1>("sinks", s, "[num_q_heads]"))
+        .transpose()?;
     if threads == 0 {
         return Err(unknown("threads", "0", "at least 1"));
     }
@@ -248,19 +288,21 @@ pub(super) fn paged_attention(
         sinks: sinks.as_ref().map(|s| contiguous("sinks", s)).transpose()?,
         kernels: HostKernels::new()?.with_threads(threads),
     };
-    match dtype {
+    const DTYPES: &str = "'float32' or 'bfloat16'";
+    match dtype.of("dtype", DTYPES)?.as_str() {
         "float32" => call.run::<f32>(py),
         "bfloat16" => call.run::<Bf16>(py),
-        other => Err(unknown("dtype", other, "'float32' or 'bfloat16'")),
+        other => Err(unknown("dtype", other, DTYPES)),
     }
 }
 
-pub(super) fn mask_named(name: &str) -> PyResult<Mask> {
-    match name {
+pub(super) fn mask_named(name: Given<String>) -> PyResult<Mask> {
+    const MASKS: &str = "'causal', 'block' or 'ancestors'";
+    match name.of("mask", MASKS)?.as_str() {
         "causal" => Ok(Mask::Causal),
         "block" => Ok(Mask::Block),
         "ancestors" => Ok(Mask::Ancestors),
-        other => Err(unknown("mask", other, "'causal', 'block' or 'ancestors'")),
+        other => Err(unknown("mask", other, MASKS)),
     }
 }
 
@@ -321,15 +363,17 @@ impl Call<'_> {
 
 /// `out = silu(gate) * up`; `gate_up` `[rows, 2 * width]` f32 is gate, then up.
 #[pyfunction]
-#[pyo3(signature = (gate_up, rows, width, out, threads=1))]
+#[pyo3(signature = (gate_up, rows, width, out, threads=Given::new(1)),
+       text_signature = "(gate_up, rows, width, out, threads=1)")]
 pub fn swiglu(
     py: Python<'_>,
-    gate_up: Pointer,
-    #[pyo3(from_py_with = size)] rows: usize,
-    #[pyo3(from_py_with = size)] width: usize,
-    out: Pointer,
-    #[pyo3(from_py_with = size)] threads: usize,
+    gate_up: Given<Pointer>,
+    rows: Given<usize>,
+    width: Given<usize>,
+    out: Given<Pointer>,
+    threads: Given<usize>,
 ) -> PyResult<()> {
+    named!(gate_up, rows, width, out, threads);
     let too_wide = || unknown("width", &width.to_string(), "rows within the address space");
     let gate_up = Checked::<f32>::new("gate_up", gate_up, rows, 1, width.checked_mul(2).ok_or_else(too_wide)?)?;
     let out = Checked::<f32>::new("out", out, rows, 1, width)?;
@@ -373,16 +417,18 @@ pub struct PackedWeight {
 #[pymethods]
 impl PackedWeight {
     #[new]
-    #[pyo3(signature = (weight, bias=None, precision="highest"))]
-    fn new(weight: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>, precision: &str) -> PyResult<Self> {
+    #[pyo3(signature = (weight, bias=None, precision=Given::new("highest".into())),
+           text_signature = "(weight, bias=None, precision='highest')")]
+    fn new(weight: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>, precision: Given<String>) -> PyResult<Self> {
+        const PRECISIONS: &str = "'highest' or 'medium'";
         let weight = array::<f32, Ix2>("weight", weight, "[outputs, inputs]")?;
         let bias = bias.map(|b| array::<f32, Ix1>("bias", b, "[outputs]")).transpose()?;
         let values = weight.as_slice().map_err(|_| not_contiguous("weight"))?;
         let bias = bias.as_ref().map(|b| contiguous("bias", b)).transpose()?;
-        let precision = match precision {
+        let precision = match precision.of("precision", PRECISIONS)?.as_str() {
             "highest" => Precision::Highest,
             "medium" => Precision::Medium,
-            other => return Err(unknown("precision", other, "'highest' or 'medium'")),
+            other => return Err(unknown("precision", other, PRECISIONS)),
         };
         let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias, precision)?;
         Ok(Self {
@@ -398,16 +444,18 @@ impl PackedWeight {
     }
 
     /// `out = x W^T + bias + residual` for `rows` rows of f32.
-    #[pyo3(signature = (x, rows, out, residual=None, threads=1))]
+    #[pyo3(signature = (x, rows, out, residual=None, threads=Given::new(1)),
+           text_signature = "($self, x, rows, out, residual=None, threads=1)")]
     fn product(
         &self,
         py: Python<'_>,
-        x: Pointer,
-        #[pyo3(from_py_with = size)] rows: usize,
-        out: Pointer,
-        residual: Option<Pointer>,
-        #[pyo3(from_py_with = size)] threads: usize,
+        x: Given<Pointer>,
+        rows: Given<usize>,
+        out: Given<Pointer>,
+        residual: Option<Given<Pointer>>,
+        threads: Given<usize>,
     ) -> PyResult<()> {
+        named!(x, rows, out, residual, threads);
         let weight = &self.weight;
         let x = Checked::<f32>::new("x", x, rows, 1, weight.inputs())?;
         let out = Checked::<f32>::new("out", out, rows, 1, weight.outputs())?;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -67,9 +67,7 @@ def tried(function, good: dict, names: tuple[str, ...], also: tuple[str, ...] = 
                 function(**(good | {name: value}))
             except kinds as error:
                 refused += 1
-                # PyO3 names arguments in a note, where Python has notes.
-                notes = "; ".join(getattr(error, "__notes__", ["" if sys.version_info >= (3, 11) else f"{name}"]))
-                wrong = misspoken(f"{error} {notes}", {name, *good, *also})
+                wrong = misspoken(str(error), {name, *good, *also})
             except BaseException as error:
                 wrong = f"{type(error).__name__}: {error}"[:300]
             else:
@@ -249,26 +247,90 @@ def test_what_is_passed_is_taken_or_refused_by_name(calls):
         assert tried(function, good, names, also, DflashError) > 8 * len(names), function
 
 
-def test_what_takes_addresses_says_which_argument_it_could_not_read():
-    """These are called with what was checked before: PyO3 names what is no such thing."""
-    zeros = dict(
+NOWHERE = (0, 0, 0)
+
+
+def on_host():
+    """What takes addresses on the host; those here are null and of nothing."""
+    good = dict(
         query_starts=np.zeros(2, I32),
         context_lens=np.zeros(1, I32),
         page_table=np.zeros((1, 1), I32),
         row_ids=np.zeros(1, I32),
     )
-    optional = dict(slots=np.zeros(0, I64), valid_from=np.zeros(1, I32), ancestors=np.zeros((0, 1), U64))
-    good = zeros | dict(page_size=4, num_slots=8) | optional
-    either = (TypeError, ValueError)
-    tried(_core.AttentionBatch, good, tuple(good), ("context_lens", "row_ids", "query_starts", "valid_from"), either)
-    weight = dict(weight=np.ones((4, 4), F32), bias=np.zeros(4, F32), precision="highest")
-    tried(_core.PackedWeight, weight, ("weight", "bias"), ("bias",), either)
-    batch, nothing = _core.AttentionBatch(**good), (0, 0, 0)
-    arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "out"), nothing)
-    sizes = dict(num_q_heads=0, num_kv_heads=0, head_dim=8, window=None)
-    good = dict(batch=batch, dtype="float32", scale=1.0, **arrays, **sizes)
-    tried(_core.paged_attention, good, (*arrays, *sizes, "scale", "batch"), (*arrays, *sizes), either)
-    tried(_core.cuda_sample_scratch, dict(rows=1, vocab=1), ("rows", "vocab"))
+    good |= dict(
+        page_size=4, num_slots=8, slots=np.zeros(0, I64), valid_from=np.zeros(1, I32), ancestors=np.zeros((0, 1), U64)
+    )
+    yield _core.AttentionBatch, good, tuple(good), ("context_lens", "row_ids", "query_starts", "valid_from")
+    batch = _core.AttentionBatch(**good)
+    good = dict(weight=np.ones((4, 4), F32), bias=np.zeros(4, F32), precision="highest")
+    yield _core.PackedWeight, good, tuple(good), ("bias",)
+    weight = _core.PackedWeight(**good)
+    yield weight.product, dict(x=NOWHERE, rows=0, out=NOWHERE, residual=None), ("x", "rows", "out", "residual"), ()
+    yield _core.swiglu, dict(gate_up=NOWHERE, rows=0, width=0, out=NOWHERE), ("gate_up", "rows", "width", "out"), ()
+    arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "out"), NOWHERE)
+    sizes = dict(num_q_heads=0, num_kv_heads=0, head_dim=8, window=None, softcap=None, scale=1.0, sinks=None)
+    good = dict(batch=batch, dtype="float32", mask="causal", **arrays, **sizes)
+    yield _core.paged_attention, good, tuple(good), ()
+    norm = np.ones(4, F32)
+    yield _core.HostDecoder, dict(norm=norm, head=weight, eps=1e-6), ("norm", "head", "eps"), ()
+    decoder = _core.HostDecoder(norm, weight, 1e-6)
+    weights = dict.fromkeys(("qkv", "out", "gate_up", "down"), weight) | dict(attention_norm=norm, mlp_norm=norm)
+    sizes = dict(heads=1, kv_heads=1, head_dim=4, scale=0.5, mask="causal", window=None, query_norm=norm, key_norm=norm)
+    yield decoder.add_layer, weights | sizes, (*weights, *sizes), ()
+    none, table = np.zeros(0, I64), (NOWHERE, 0)
+    good = dict(
+        batch=batch, token_ids=none, positions=none, embedding=table, rotary=table, caches=[], block=4, never=None, k=1
+    )
+    yield decoder.draft, good, tuple(good), ()
+    good = dict(fc=weight, norm=norm, key_values=weight, key_norms=[], kv_heads=1, head_dim=4, eps=1e-6)
+    yield _core.HostInjector, good, tuple(good), ()
+    two = _core.PackedWeight(np.ones((8, 4), F32))
+    injector = _core.HostInjector(**(good | dict(key_values=two, key_norms=[norm])))
+    good = dict(features=NOWHERE, feature_rows=0, rows=none, positions=none, slots=none, rotary=table)
+    good |= dict(caches=[(NOWHERE, NOWHERE)], num_slots=0)
+    yield injector.inject, good, tuple(good), ("k_cache", "v_cache")
+
+
+def on_a_gpu():
+    """What takes tensors on a GPU: every argument of every function, by its own signature."""
+    yield _core.cuda_sample_scratch, dict(rows=1, vocab=1), ("rows", "vocab"), ()
+    tensor, numbers = (0, "int32", 0, (0,), (1,)), dict(eps=1e-6, scale=1.0)
+    for function in (
+        _core.cuda_probe, _core.cuda_prepare_block, _core.cuda_kv_inject, _core.cuda_block_attention, _core.cuda_sample_rows,
+        _core.cuda_accept, _core.cuda_tree_top_k, _core.cuda_tree_build, _core.cuda_compact_kv,
+    ):  # fmt: skip
+        sizes = {"page_size", "max_block_len", "max_keys", "max_nodes", "stream"}
+        asked = inspect.signature(function).parameters.values()
+        good = {a.name: 1 if a.name in sizes else numbers.get(a.name, tensor) for a in asked if a.default is a.empty}
+        # What is read is looked at in order, and beyond that the call as a whole.
+        yield function, good, tuple(a.name for a in asked), (*good, "head_dim", "logits", "ancestors")
+
+
+@pytest.mark.parametrize("calls", [on_host, on_a_gpu], ids=lambda calls: calls.__name__)
+def test_what_takes_addresses_says_which_argument_it_could_not_read(calls):
+    for function, good, names, also in calls():
+        assert tried(function, good, names, also, DflashError) > 8 * len(names), function
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _core.swiglu("x", 0, 0, NOWHERE), "gate_up: got 'x', expected an address, a row stride and a head stride"),
+        (lambda: _core.swiglu(NOWHERE, -1, 0, NOWHERE), "rows: got -1, expected an integer in 0..18446744073709551615"),
+        (lambda: _core.swiglu(NOWHERE, True, 0, NOWHERE), "rows: got True, expected an integer in 0..18446744073709551615"),
+        (lambda: _core.swiglu(NOWHERE, 0, 0, NOWHERE, 0.5), "threads: got 0.5, expected an integer in 0..18446744073709551615"),
+        (lambda: _core.cuda_probe(5, 0), "out: got 5, expected address, dtype, device, shape and strides of a tensor"),
+        (lambda: _core.cuda_probe((0, "int8", 0, (1,), (1,)), 0), "out: got int8, expected float32, bfloat16, "),
+        (lambda: _core.HostDecoder(np.ones(4, F32), None, 1e-6), "head: got None, expected a PackedWeight"),
+        (lambda: _core.HostDecoder(np.ones(4), None, 1e-6), "head: got None, expected a PackedWeight"),
+        (lambda: _core.PackedWeight(np.ones((4, 4), F32), precision=5), "precision: got 5, expected 'highest' or 'medium'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_in_the_words_of_every_other_argument(call, message):
+    with pytest.raises(InvalidArgument) as caught:
+        call()
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: type(value).__name__)

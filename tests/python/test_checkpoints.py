@@ -17,6 +17,7 @@ import torch
 from checkpoint_helpers import edit, tensors
 
 from dflash_rs import LLM, CheckpointError, DflashError, InvalidArgument, SamplingParams
+from dflash_rs.errors import UnsupportedModel
 from dflash_rs.models import checkpoint
 from dflash_rs.models.loader import load_draft
 from dflash_rs.models.target import TargetModel
@@ -395,6 +396,32 @@ def test_a_targets_field_that_cannot_be_meant_is_named(target, changes, message)
     refused(edit(target, **changes), message)
 
 
+TARGET_NAMES = [
+    ({"hidden_act": "foo"}, "config.json: hidden_act: got 'foo', expected an activation that transformers knows (gelu, "),
+    ({"hidden_act": 5}, "'hidden_act' expected str, got int (value: 5)"),
+    ({"model_type": "foo"}, "config.json: model_type: got 'foo', expected a name that transformers knows"),
+    ({"dtype": "foo"}, "config.json: dtype: got 'foo', expected the name of a type of torch"),
+    ({"dtype": 5}, "config.json: dtype: got 5, expected the name of a type of torch"),
+    ({"dtype": "nn"}, "config.json: dtype: got 'nn', expected the name of a type of torch"),
+    ({"layer_types": ["full_attention", "foo", "full_attention"]}, "config.json: layer_types: got 'foo', expected layers"),
+    ({"layer_types": "foo"}, "layer_types: got 'foo', expected layers"),
+    ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "rope_type: got 'foo', expected one whose angles"),
+    ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, "rope_type: got ['x'], expected one whose angles"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), TARGET_NAMES, ids=str)
+def test_a_name_in_a_configuration_that_nobody_knows_is_shown_with_its_field(target, changes, message):
+    """transformers raises the name alone, as in ``KeyError: 'foo'``."""
+    with pytest.raises((CheckpointError, UnsupportedModel)) as caught:
+        TargetModel.load(edit(target, **changes))
+    assert "\n" not in str(caught.value) and message in str(caught.value)
+
+
+def test_a_name_that_nobody_reads_is_not_refused(target):
+    TargetModel.load(edit(target, classifier_activation="foo", torch_dtype="auto"))
+
+
 @pytest.mark.parametrize(
     ("eos", "named"), [("x", "'x'"), (-1, "-1"), ([0, "y"], "[0, 'y']"), (True, "True"), (9999, "9999")]
 )
@@ -613,3 +640,55 @@ def test_what_is_refused_leaves_no_warning_of_ours_behind(target):
         warnings.simplefilter("error")
         with pytest.raises(DflashError):
             TargetModel.load(target)
+
+
+# ---- the cheap before the dear -----------------------------------------------------------------------------------
+
+
+def no_target(*_, **__):
+    raise AssertionError("the target's weights were read")
+
+
+def spoilt(target, draft, what: str) -> tuple[object, str]:
+    """A fault in what goes with a target, and what is said of it."""
+    if what == "tokenizer.json":
+        (target / what).write_text('{"version"')
+        return draft, "tokenizer.json: not readable as JSON"
+    if what == "no tokenizer":
+        (target / "tokenizer.json").write_text("{}")
+        return draft, "tokenizer "
+    if what == "config.json of the drafter":
+        (draft / "config.json").write_text("[")
+        return draft, "config.json: not readable as JSON"
+    if what == "another target's drafter":
+        return edit(draft, num_target_layers=helpers.LAYERS + 1), f"expected the target's {helpers.LAYERS}"
+    if what == "a tensor less":
+        tensors(draft, lambda t: t.pop("norm.weight"))
+        return draft, "norm.weight: missing tensor"
+    if what == "half a drafter":
+        file = draft / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-8])
+        return draft, "damaged or truncated safetensors file"
+    return draft / "nowhere", "not found"
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["tokenizer.json", "no tokenizer", "config.json of the drafter", "another target's drafter", "a tensor less", "half a drafter", ""],
+)  # fmt: skip
+def test_what_does_not_go_with_a_target_is_found_before_its_weights_are_read(target, draft, monkeypatch, what):
+    from dflash_rs.models.target import load
+
+    drafter, message = spoilt(target, draft, what)
+    monkeypatch.setattr(load.checkpoint, "load_causal_lm", no_target)
+    with pytest.raises(CheckpointError) as caught:
+        LLM(target, drafter, device="cpu")
+    assert message in str(caught.value)
+
+
+def test_a_targets_own_faults_are_told_before_those_of_what_goes_with_it(target, draft):
+    edit(target, hidden_act="foo")
+    (target / "tokenizer.json").write_text("[")
+    (draft / "config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="hidden_act: got 'foo'"):
+        LLM(target, draft, device="cpu")

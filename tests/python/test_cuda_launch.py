@@ -238,7 +238,7 @@ def attention(**changed):
 @pytest.mark.parametrize(
     "changed, expected",
     [
-        ({"q": t(0, "float16", 8, 4, 64)}, "dtype: got float16, expected float32, bfloat16"),
+        ({"q": t(0, "float16", 8, 4, 64)}, "q: got float16, expected float32, bfloat16"),
         ({"q": t(0, "float32", 8, 4, 64)}, "q: got float32, expected bfloat16"),
         ({"q": t(0, "bfloat16", 8, 4, 64, device=-1)}, "q: got a tensor on the CPU, expected one on a CUDA device"),
         ({"k": t(1, "bfloat16", 8, 2, 64, device=1)}, "k: got a tensor on cuda:1, expected one on cuda:0, where q is"),

@@ -236,7 +236,7 @@ def test_layers_that_share_keys_are_refused():
 
 def test_rope_that_depends_on_the_batch_is_refused():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(UnsupportedModel, match="rope_type 'dynamic'"):
+    with pytest.raises(UnsupportedModel, match="rope_type: got 'dynamic'"):
         TargetModel(qwen3_target(rope_parameters=rope))
 
 
@@ -324,7 +324,7 @@ def test_a_rotation_that_changes_with_the_longest_request_is_seen_without_such_a
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 8,
         "long_factor": [3.0] * 8,
     }  # fmt: skip
-    with pytest.raises(UnsupportedModel, match="rope_type 'longrope'"):
+    with pytest.raises(UnsupportedModel, match="rope_type: got 'longrope'"):
         TargetModel(qwen3_target(rope_parameters=rope))
     monkeypatch.setattr(module, "STATIC_ROPE", ("default", "longrope"))
     with pytest.raises(UnsupportedModel, match="differs from the model's own"):

@@ -135,6 +135,47 @@ def test_token_ids_come_back_as_a_plain_list_whatever_they_came_in(llm, make):
     assert llm.decode(make(ids)) == llm.decode(ids)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "int16", "uint8"])
+def test_token_ids_may_be_tensors_as_well_as_arrays(llm, dtype):
+    ids, kind = [5, 9, 7], getattr(torch, dtype)
+    (expected,) = llm.generate(ids, SHORT)
+    one, rows = torch.tensor(ids, dtype=kind), torch.tensor([ids, ids], dtype=kind)
+    for prompts in (
+        one,
+        [one],
+        (one, ids),
+        rows,
+        rows[:, :],
+        [rows[0], np.array(ids)],
+        torch.tensor([5, 0, 9, 0, 7], dtype=kind)[::2],
+    ):
+        for output in llm.generate(prompts, SHORT):
+            assert output.prompt == ids and type(output.prompt[0]) is int
+            assert output.token_ids == expected.token_ids
+    assert len(llm.generate(rows, SHORT)) == 2
+    assert llm.decode(one) == llm.decode(ids)
+    assert np.array_equal(llm.next_token_logits(one), llm.next_token_logits(ids))
+
+
+TENSORS = [
+    (torch.ones(3), "prompts: got a torch.float32 tensor of shape (3,), expected a string, token ids, or a list of these"),
+    (torch.tensor(5), "prompts: got a int64 array of shape (), expected a string, token ids, or a list of these"),
+    (torch.ones(3, dtype=torch.int64, device="meta"), "prompts: got a torch.int64 tensor of shape (3,), expected a string"),
+    ([[1], torch.ones(3)], "prompts[1]: got a torch.float32 tensor of shape (3,), expected a string or a list of token ids"),
+    ([[1], torch.ones(2, 3, dtype=torch.int64)], "prompts[1]: got a int64 array of shape (2, 3), expected a string or a list of"),
+    (torch.ones(1, 2, 3, dtype=torch.int64), "prompts[0]: got a int64 array of shape (2, 3), expected a string or a list of"),
+    (torch.tensor([[1, 2], [3, 4096]]), "prompts[1]: got token id 4096, expected token ids in 0..4095"),
+    (torch.tensor([True, False]), "prompts: got a torch.bool tensor of shape (2,), expected a string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompts", "message"), TENSORS, ids=[message for _, message in TENSORS])
+def test_a_tensor_that_holds_no_prompts_is_refused_by_name(llm, prompts, message):
+    with pytest.raises(InvalidArgument) as caught:
+        llm.generate(prompts, SHORT)
+    assert str(caught.value).startswith(message)
+
+
 def test_whatever_is_passed_to_an_llm_is_taken_or_refused_by_name(llm):
     one = dataclasses.replace(SHORT, max_tokens=1)
     also = ("max_tokens", "prompts")
@@ -150,7 +191,7 @@ def test_whatever_is_passed_to_an_llm_is_taken_or_refused_by_name(llm):
 
 
 def test_options_of_an_llm_are_refused_by_name_before_a_model_is_loaded(monkeypatch):
-    from dflash_rs.models.target import TargetModel
+    from dflash_rs.engine import build
 
     class Loaded(Exception):
         pass
@@ -158,7 +199,7 @@ def test_options_of_an_llm_are_refused_by_name_before_a_model_is_loaded(monkeypa
     def load(*_, **__):
         raise Loaded
 
-    monkeypatch.setattr(TargetModel, "load", load)
+    monkeypatch.setattr(build, "describe", load)
     options = (
         "model",
         "draft",

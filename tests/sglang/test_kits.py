@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +49,8 @@ from kits import (
 from servers import TARGET, Server
 
 LEFT_OUT = None
+# Seconds for what takes one on a machine that does nothing else.
+PATIENCE = 60
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,13 +94,46 @@ class Served(unittest.TestCase):
             assert self._post({"temperature": 0, "max_new_tokens": 64}, prompt).status_code == 200
 
     def send_requests_abort(self) -> None:
-        """A client that does not."""
+        """A client that does not: it leaves when the first tokens are there, of many."""
+        params = {"temperature": 0, "max_new_tokens": 1024, "ignore_eos": True}
         for prompt in cases.prompts(6):
-            try:
-                self._post({"temperature": 0, "max_new_tokens": 1024, "ignore_eos": True}, prompt, timeout=0.5)
-            except requests.exceptions.Timeout:
-                continue
-            raise AssertionError("1024 tokens within half a second")
+            events = self.server.stream("/generate", {"text": prompt, "sampling_params": params})
+            assert next(events)["meta_info"]["finish_reason"] is None
+            events.close()
+
+
+class Patient:
+    """A kit's ``time``. Where the kit sleeps so that its requests are under way, this waits until they are."""
+
+    def __init__(self, *naps: Callable[[], bool] | float):
+        """What comes in place of the first naps, a condition or a number of seconds. Later ones are slept as the kit says."""
+        self.naps = list(naps)
+
+    def sleep(self, seconds: float) -> None:
+        """One nap of the kit."""
+        nap = self.naps.pop(0) if self.naps else seconds
+        if not callable(nap):
+            time.sleep(nap)
+            return
+        deadline = time.monotonic() + PATIENCE
+        while not nap():
+            assert time.monotonic() < deadline, f"not so after {PATIENCE} s"
+            time.sleep(0.05)
+
+
+class Taken:
+    """Requests that a server has taken from now on, by the lines of its log about its batches: those it began, and those that wait."""
+
+    def __init__(self, server: Server):
+        self.log = server.log
+        self.start = self.log.stat().st_size
+
+    def __call__(self) -> int:
+        with self.log.open("rb") as file:
+            file.seek(self.start)
+            text = file.read().decode(errors="replace")
+        waiting = re.findall(r"#queue-req: (\d+)", text)
+        return sum(map(int, re.findall(r"#new-seq: (\d+)", text))) + int(waiting[-1] if waiting else 0)
 
 
 class TestCorrectness(spec_server_kits.SpecCorrectnessKit, Served):
@@ -221,16 +258,27 @@ class TestAbortAll(abort_timeout_kit.AbortAllMixin, Served):
 
     abort_all_num_requests = 16
     abort_all_max_new_tokens = 1800
-    abort_all_sleep = 1
+
+    @pytest.fixture(autouse=True)
+    def _when_all_are_there(self, web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken = Taken(web)
+        # One that comes later would not be aborted.
+        monkeypatch.setattr(abort_timeout_kit, "time", Patient(lambda: taken() >= self.abort_all_num_requests))
 
 
 class TestPause(pause_generation_kit.PauseResumeInPlaceMixin, Served):
     """Generation is held and goes on."""
 
     pause_num_requests = 12
-    pause_max_new_tokens = 192
+    pause_max_new_tokens = 384
     pause_duration = 1
     pause_ignore_eos = True
+
+    @pytest.fixture(autouse=True)
+    def _when_they_run(self, web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken = Taken(web)
+        # Then what was under way when the pause began has time to end: a step, which takes milliseconds.
+        monkeypatch.setattr(pause_generation_kit, "time", Patient(lambda: taken() > 0, 4.0))
 
 
 def test_a_conversation_hits_the_cache(web: Server, tmp_path: Path) -> None:

@@ -56,9 +56,10 @@ def drafting() -> Iterator[None]:
     """Within it, `LLM(..., draft="oracle")` gets an `Oracle`."""
     from dflash_rs.engine import build
 
-    real = build.load_draft
+    real = build.describe_draft, build.load_draft
+    build.describe_draft = lambda path, target: None
     build.load_draft = lambda path, target, **_: Oracle(target)
     try:
         yield
     finally:
-        build.load_draft = real
+        build.describe_draft, build.load_draft = real

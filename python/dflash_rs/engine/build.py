@@ -12,9 +12,10 @@ from ..arguments import integer
 from ..config import LOOKUP, EngineConfig
 from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
-from ..models.loader import load_draft
+from ..models.loader import describe_draft, load_draft
 from ..models.lookup import LookUp
 from ..models.target import TargetModel
+from ..models.target.load import describe
 from ..models.threads import while_loading
 from ..options import StepOptions
 from ..text import Detokenizer, token_bytes
@@ -44,17 +45,25 @@ class Models:
 
     @classmethod
     def load(cls, model: Any, draft: Any | None, *, device: torch.device, dtype: torch.dtype, precision: str) -> Models:
-        """From folders or hub names; a `draft` of LOOKUP has neither."""
+        """From folders or hub names; a `draft` of LOOKUP has neither. What can be refused by the files' headers is, before any weight is
+        read."""
+        files = None if draft == LOOKUP else draft
         with while_loading():
-            target = TargetModel.load(model, device=str(device), dtype=dtype, matmul_precision=precision)
-            drafter: Any = None
-            if draft == LOOKUP:
-                drafter = LookUp()
-            elif draft is not None:
-                drafter = load_draft(draft, target, matmul_precision=precision)
-        tokenizer = load_tokenizer(model)
-        with readable(model, "tokenizer"):
-            return cls(target, drafter, tokenizer, token_bytes(tokenizer, target.vocab_size))
+            about = describe(model)
+            tokenizer = load_tokenizer(model)
+            text = about.config.get_text_config()
+            with readable(model, "tokenizer"):
+                table = token_bytes(tokenizer, text.vocab_size)
+            if files is not None:
+                describe_draft(files, text)
+            target = TargetModel.load(about, device=str(device), dtype=dtype, matmul_precision=precision)
+            drafter: Any = LookUp() if draft == LOOKUP else None
+            if files is not None:
+                drafter = load_draft(files, target, matmul_precision=precision)
+        if target.vocab_size != text.vocab_size:  # a head with more rows than there are tokens
+            with readable(model, "tokenizer"):
+                table = token_bytes(tokenizer, target.vocab_size)
+        return cls(target, drafter, tokenizer, table)
 
 
 @dataclass(frozen=True)

@@ -316,6 +316,8 @@ _ROPE_KEYS = ("rope_parameters", "rope_scaling")
 _MODULES = re.compile(
     r"(layers?|experts?|heads?|labels|blocks|groups)$|^(num|n)_.*(layers?|experts?|heads?|labels|blocks|groups)"
 )
+# What a layer computes with, by name.
+_ACTIVATION = re.compile(r"(^|_)(act|act_fn|activation|activation_function)$")
 # Infinite on purpose in recurrent models, and none of it is ours to run.
 _MAY_BE_INFINITE = ("time_step_limit",)
 _LARGEST = 2**63
@@ -327,6 +329,19 @@ def finite(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -_FLOAT32_MAX <= value <= _FLOAT32_MAX
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether a configuration's `dtype` names one of torch's, or leaves it open."""
+    if not isinstance(value, str):
+        return False
+    return value == "auto" or isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+
+
+def _activations() -> list[str]:
+    from transformers.activations import ACT2FN
+
+    return sorted(ACT2FN)
 
 
 def check_rope(rope: dict[str, Any]) -> tuple[str, str] | None:
@@ -361,6 +376,23 @@ class _Config:
     def fail(self, key: str, value: Any, expected: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {key}: got {short(value)}, expected {expected}")
 
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Names the field that an exception is about: many say which name they did not know, but not where it stands."""
+        try:
+            yield
+        except DflashError:
+            raise
+        except Exception as error:
+            said = str(error)
+            for _, key, value in self.entries():
+                quoted = isinstance(value, str) and any(f"{q}{value}{q}" in said for q in "'\"`")
+                if quoted and value and not re.search(rf"[`'\"]{re.escape(key)}[`'\"]", said):
+                    known = f"an activation that transformers knows ({', '.join(_activations())})"
+                    unknown = f"a name that transformers knows ({type(error).__name__}: {short_reason(error)})"
+                    raise self.fail(key, value, known if _ACTIVATION.search(key) else unknown) from error
+            raise
+
     def entries(self) -> Iterator[tuple[str, str, Any]]:
         """Every value that is no container, with its key and the key of the object it stands in; quantizers read their own part."""
         stack: list[tuple[str, str, Any]] = [("", "", self.values)]
@@ -377,7 +409,10 @@ class _Config:
                 yield parent, key, value
 
     def check(self) -> None:
-        """Ranges every number. Raises CheckpointError naming the field."""
+        """Ranges every number, and looks names up where what is raised later would not say which it was. Raises CheckpointError naming the
+        field."""
+        from transformers.configuration_utils import ALLOWED_LAYER_TYPES
+
         canonical = self._aliases()
         for parent, key, value in self.entries():
             name = canonical.get(key, key)
@@ -394,6 +429,10 @@ class _Config:
                 raise self.fail(key, value, _expected(*_REAL[name]))
             elif number and isinstance(value, int) and _MODULES.search(key) and value > MOST_LAYERS:
                 raise self.fail(key, value, f"at most {MOST_LAYERS}")
+            elif key == "layer_types" and isinstance(value, str) and value not in ALLOWED_LAYER_TYPES:
+                raise self.fail(key, value, f"layers that transformers knows ({', '.join(ALLOWED_LAYER_TYPES)})")
+            elif key in ("dtype", "torch_dtype") and not _is_dtype(value):
+                raise self.fail(key, value, "the name of a type of torch, such as 'bfloat16'")
             elif key in ("attn_implementation", "_attn_implementation", "experts_implementation") and "/" in str(value):
                 raise self.fail(key, value, "the name of an implementation here: code from elsewhere is not run")
         for holder in self._objects(self.values):
@@ -546,7 +585,8 @@ def load_config(folder: Path, path: str | Path):
         raw.check_code()
         raw.check()
         raw.check_quantization()
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with raw.blamed():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # What a checkpoint was saved with. Others than these would be looked for in packages and at the hub; the engine brings its own.
         if config._attn_implementation not in (None, "eager", "sdpa"):
             config._attn_implementation = None
@@ -568,12 +608,22 @@ def _check_indices(folder: Path) -> None:
                 )
 
 
-def load_causal_lm(
-    path: str | Path, dtype: torch.dtype | str = "auto", architecture=None
-) -> tuple[nn.Module, list[str]]:
-    """A target's model on the CPU, all of whose weights come from its files, and the names of tensors it has no place for.
+@dataclass(frozen=True)
+class Described:
+    """A target as its files describe it, looked through, without a weight read. `path` is its name in errors."""
 
-    `architecture(config)` is called before any weight is looked at, to refuse what does not run. Raises CheckpointError.
+    path: str | Path
+    folder: Path
+    raw: _Config
+    config: Any
+    tensors: dict[str, Stored]
+    quantized: bool
+
+
+def describe_causal_lm(path: str | Path, architecture=None) -> Described:
+    """What a target's files say, compared with each other: everything that can be refused before its weights are read.
+
+    `architecture(config)` is called before any tensor is looked at, to refuse what does not run. Raises CheckpointError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -595,16 +645,32 @@ def load_causal_lm(
         vocab = getattr(config.get_text_config(), "vocab_size", None)
         check_eos(raw.where, raw.values.get("eos_token_id"), vocab)
         _generation_config(folder, path, vocab)
-        _check_stored(path, config, tensors, quantized)
+        with raw.blamed():
+            _check_stored(path, config, tensors, quantized)
+        return Described(path, folder, raw, config, tensors, quantized)
+
+
+def load_causal_lm(
+    about: str | Path | Described, dtype: torch.dtype | str = "auto", architecture=None
+) -> tuple[nn.Module, list[str]]:
+    """A target's model on the CPU, all of whose weights come from its files, and the names of tensors it has no place for.
+
+    `about` is a folder, a hub name, or what `describe_causal_lm` made of one. Raises CheckpointError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(about, Described):
+        about = describe_causal_lm(about, architecture)
+    with readable(about.path), about.raw.blamed():
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
+            about.folder,
+            config=about.config,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
-        _check_found(path, model, found, tensors, quantized)
+        _check_found(about.path, model, found, about.tensors, about.quantized)
         return model, sorted(found["unexpected_keys"])
 
 

@@ -294,20 +294,24 @@ def _rope(fields: _Fields) -> dict[str, Any]:
 
 def check_against_target(path: str | Path, config: DraftConfig | MtpConfig, target) -> None:
     """Checks a drafter's configuration against a `TargetModel`. Raises CheckpointError naming the field."""
-    file = Path(path) / "config.json"
+    _check_sizes(path, config, target.config)
     rows = int(target.embedding.weight.shape[0])
-    pairs = (
-        ("hidden_size", config.hidden_size, target.hidden_size),
-        ("num_target_layers", config.num_target_layers, target.num_layers),
-        ("vocab_size", config.vocab_size, int(target.config.vocab_size)),
-    )
-    for name, got, expected in pairs:
-        if got != expected:
-            raise CheckpointError(f"{file}: {name}: got {got}, expected the target's {expected}")
     if isinstance(config, DraftConfig) and config.mask_token_id >= rows:
         raise CheckpointError(
-            f"{file}: mask_token_id: got {config.mask_token_id}, expected 0..{rows - 1}, a row of the target's embedding"
+            f"{Path(path) / 'config.json'}: mask_token_id: got {config.mask_token_id}, expected 0..{rows - 1}, a row of the target's embedding"
         )
+
+
+def _check_sizes(path: str | Path, config: DraftConfig | MtpConfig, target) -> None:
+    """`target`: the configuration of the target's text model."""
+    pairs = (
+        ("hidden_size", config.hidden_size, target.hidden_size),
+        ("num_target_layers", config.num_target_layers, target.num_hidden_layers),
+        ("vocab_size", config.vocab_size, target.vocab_size),
+    )
+    for name, got, expected in pairs:
+        if got != int(expected):
+            raise CheckpointError(f"{Path(path) / 'config.json'}: {name}: got {got}, expected the target's {expected}")
 
 
 def _tensor_files(path: Path) -> dict[Path, list[str]]:
@@ -412,6 +416,26 @@ def build_draft(config: DraftConfig | MtpConfig) -> Any:
     return kind(config)
 
 
+def describe_draft(path: str | Path, target=None) -> tuple[Path, DraftConfig | MtpConfig]:
+    """Folder and configuration of a drafter whose tensors are there, by their names, types and shapes: everything that can be refused
+    before its weights are read. `target`: the configuration of its target's text model, if it is to fit one. Raises CheckpointError."""
+    with readable(path, "draft"):
+        path = draft_folder(path)
+        config = read_draft_config(path)
+        if target is not None:
+            _check_sizes(path, config, target)
+        stored = stored_tensors(path)
+        _check_layers(path, config, stored)
+        _check_tensors(path, _skeleton(config).state_dict(), stored)
+        return path, config
+
+
+def _skeleton(config: DraftConfig | MtpConfig) -> Any:
+    """Without memory and random numbers for weights that are about to be replaced."""
+    with torch.device("meta"):
+        return build_draft(config)
+
+
 def load_draft(
     path: str | Path,
     target=None,
@@ -424,17 +448,13 @@ def load_draft(
 
     `dtype` and `device` default to the target's (float32 on the CPU without one). `matmul_precision`: see `TargetModel`.
     """
-    with readable(path, "draft"):
-        path = draft_folder(path)
-        config = read_draft_config(path)
+    name = path
+    path, config = describe_draft(path, None if target is None else target.config)
+    with readable(name, "draft"):
         if target is not None:
             check_against_target(path, config, target)
             dtype, device = dtype or target.dtype, device or target.device
-        stored = stored_tensors(path)
-        _check_layers(path, config, stored)
-        with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-            draft = build_draft(config)
-        _check_tensors(path, draft.state_dict(), stored)
+        draft = _skeleton(config)
         tensors = read_tensors(path)
         check_weights(path, tensors.items())
         draft.load_state_dict(tensors, assign=True)

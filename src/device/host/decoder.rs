@@ -166,10 +166,12 @@ impl Decoder {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return invalid("head_dim", head_dim, "an even number");
         }
+        // Numbers of heads that no weight has come to a width that none has, either.
+        let stacked = heads.saturating_add(kv_heads.saturating_mul(2));
         check_len("attention_norm", weights.attention_norm.len(), self.hidden)?;
         check_len("mlp_norm", weights.mlp_norm.len(), self.hidden)?;
-        check_weight("qkv", &weights.qkv, (heads + 2 * kv_heads) * head_dim, self.hidden)?;
-        check_weight("out", &weights.out, self.hidden, heads * head_dim)?;
+        check_weight("qkv", &weights.qkv, stacked.saturating_mul(head_dim), self.hidden)?;
+        check_weight("out", &weights.out, self.hidden, heads.saturating_mul(head_dim))?;
         check_weight("gate_up", &weights.gate_up, 2 * weights.down.inputs(), self.hidden)?;
         check_weight("down", &weights.down, self.hidden, weights.down.inputs())?;
         if let Some((queries, keys)) = &weights.head_norms {
@@ -432,7 +434,8 @@ impl Injector {
     pub fn check(&self) -> Result<()> {
         let hidden = self.norm.len();
         check_weight("fc", &self.fc, hidden, self.fc.inputs())?;
-        let outputs = self.key_norms.len() * 2 * self.kv_heads * self.head_dim;
+        let layers = self.key_norms.len() * 2;
+        let outputs = layers.saturating_mul(self.kv_heads).saturating_mul(self.head_dim);
         check_weight("key_values", &self.key_values, outputs, hidden)?;
         for norm in self.key_norms.iter().flatten() {
             check_len("key_norm", norm.len(), self.head_dim)?;

@@ -91,10 +91,17 @@ class TargetModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu", **options
+        cls,
+        about: str | Path | checkpoint.Described,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+        **options,
     ) -> TargetModel:
-        """Loads a checkpoint folder or a hub name; see `read_model` for its errors and warnings. `options` go to the constructor."""
-        model = read_model(path, dtype)
+        """Loads a checkpoint folder, a hub name, or what `load.describe` made of one; see `read_model` for its errors and warnings.
+        `options` go to the constructor."""
+        model = read_model(about, dtype)
+        path = about.path if isinstance(about, checkpoint.Described) else about
         with checkpoint.readable(path):
             check_finite(path, model)
             target = cls(model.to(device), **options)

@@ -59,16 +59,23 @@ class Quiet:
 quiet = Quiet()
 
 
-def read_model(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The `...ForCausalLM` of a checkpoint folder or a hub name, all of its weights checked to be there.
+def describe(path: str | Path) -> checkpoint.Described:
+    """What a checkpoint's files say of a target, all that can be refused refused, without reading its weights. Raises CheckpointError."""
+    with quiet:
+        return checkpoint.describe_causal_lm(path, check_architecture)
+
+
+def read_model(about: str | Path | checkpoint.Described, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The `...ForCausalLM` of a checkpoint folder or a hub name (or what `describe` made of it), all of its weights checked to be there.
 
     Raises CheckpointError when there is none, or when it is damaged or incomplete; a tensor that is missing would
     otherwise be made up. Warns of tensors that the model has no place for: often spare parts, such as layers that predict
     further ahead, but they may be what makes the checkpoint another model.
     """
     with quiet:
-        model, spare = checkpoint.load_causal_lm(path, dtype, check_architecture)
+        model, spare = checkpoint.load_causal_lm(about, dtype, check_architecture)
     if spare:
+        path = about.path if isinstance(about, checkpoint.Described) else about
         warn(
             f"target {path}: a {type(model).__name__} has no place for {len(spare)} of its tensors ({checkpoint.some(spare)}); they "
             "are ignored"

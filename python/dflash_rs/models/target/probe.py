@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
+from .. import checkpoint
 
 # transformers takes any name with "flash" in it for a flash-attention package, so the project's own name is out.
 ATTENTION_NAME = "block_paged_kv"
@@ -256,6 +257,6 @@ def check_architecture(config) -> None:
     for entry in nested or [rope]:
         if entry.get("rope_type") not in STATIC_ROPE:
             raise UnsupportedModel(
-                f"{kind}: rope_type {entry.get('rope_type')!r} depends on the length of the batch, expected one of "
-                f"{', '.join(STATIC_ROPE[1:])}"
+                f"{kind}: rope_type: got {checkpoint.short(entry.get('rope_type'))}, expected one whose angles are the same for every length "
+                f"({', '.join(STATIC_ROPE[1:])})"
             )
