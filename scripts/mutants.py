@@ -31,10 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "target" / "mutants"
 TOOLS = ROOT / "target" / "tools"
 
-RUST_TESTS = "kv engine engine_model rounds lossless ratio rng sampling stats tree draft drawn draws".split()
+RUST_TESTS = "kv engine engine_model rounds lossless ratio rng sampling stats tree draft drawn draws lookup".split()
 CUDA_TESTS = ["cuda_host"]
 COPIED = "src tests cuda benches docs/architecture.md build.rs Cargo.toml Cargo.lock rust-toolchain.toml".split()
 NONE, RECORD = 2**32 - 1, 2**32 - 2
+# Shares of the kernels' random cases with which a fault is looked at, until one notices it.
+SHARES = [0.01, 0.1, 1]
 
 RUST_SWITCH = """
 #[allow(missing_docs)]
@@ -459,9 +461,10 @@ def build(tree, faults, rust, tests):
 # ---- running ----------------------------------------------------------------------------------------------------------
 
 
-def run(test, tree, mutant, seconds, reached=None):
-    """Runs one test with one fault: `(exit status, processor seconds)`."""
+def run(test, tree, mutant, seconds, share, reached=None):
+    """Runs one test with one fault, on a share of its random cases where it can: `(exit status, processor seconds)`."""
     env = os.environ | {
+        "DFLASH_CASES": str(share),
         "MUTANT": str(mutant),
         "PROPTEST_RNG_SEED": "1",
         "PROPTEST_DISABLE_FAILURE_PERSISTENCE": "1",
@@ -490,7 +493,7 @@ def run(test, tree, mutant, seconds, reached=None):
     return process.returncode, usage.ru_utime + usage.ru_stime
 
 
-def baseline(programs, tree, jobs, wanted):
+def baseline(programs, tree, jobs, wanted, share):
     """Every test once, without a fault: what it reaches, and how long it takes."""
     tests = []
     for program in programs:
@@ -508,7 +511,7 @@ def baseline(programs, tree, jobs, wanted):
     def once(numbered):
         number, test = numbered
         note = notes / str(number)
-        status, test.seconds = run(test, tree, RECORD, 600, note)
+        status, test.seconds = run(test, tree, RECORD, 600, share, note)
         if status != 0:
             sys.exit(f"{test.program.name}: {test.name} fails without a fault (exit status {status})")
         test.reached = set(map(int, note.read_text().split())) if note.exists() else set()
@@ -518,13 +521,13 @@ def baseline(programs, tree, jobs, wanted):
     return tests
 
 
-def judge(fault, tests, tree):
+def judge(fault, tests, tree, share):
     """Runs the tests that reach a fault until one fails."""
     reaching = sorted((t for t in tests if fault.number in t.reached), key=lambda t: t.seconds)
     if not reaching:
         fault.state = "not reached"
     for test in reaching:
-        status, _ = run(test, tree, fault.number, 2 + 20 * test.seconds)
+        status, _ = run(test, tree, fault.number, 2 + 20 * test.seconds, share)
         if status != 0:
             fault.state = "caught" if status == 101 else "caught by a crash or a limit"
             fault.by = f"{test.program.name.rsplit('-', 1)[0]}: {test.name}"
@@ -532,6 +535,24 @@ def judge(fault, tests, tree):
     if reaching:
         fault.state = "MISSED"
     return fault
+
+
+def judge_all(faults, tests, tree, share, jobs, last):
+    """Judges faults side by side and tells which are not noticed, if this is their `last` chance. False: it was interrupted."""
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(judge, fault, tests, tree, share) for fault in faults]
+        try:
+            for count, done in enumerate(concurrent.futures.as_completed(waiting), 1):
+                fault = done.result()
+                if last and not fault.state.startswith("caught"):
+                    print(f"{fault.state}: {fault.name}", flush=True)
+                if count % 100 == 0:
+                    print(f"{count} of {len(faults)} after {time.monotonic() - began:.0f} s", flush=True)
+        except KeyboardInterrupt:  # what is known by then is told all the same
+            pool.shutdown(cancel_futures=True)
+            return False
+    return True
 
 
 def known(language):
@@ -560,6 +581,10 @@ def main():
     parser.add_argument("--tests", default="", help="only tests whose name matches")
     parser.add_argument("--seconds", type=float, default=1e9, help="leave out tests that take longer, for a first look")
     parser.add_argument("--first", type=int, default=0, help="go on from this one, after a run that was cut short")
+    parser.add_argument(
+        "--looks", type=int, default=3, help="of the kernels' random cases 1: a hundredth, 2: a tenth, 3: all"
+    )
+    parser.add_argument("--again", action="store_true", help="only faults that the last run did not see noticed")
     parser.add_argument("--list", action="store_true", help="name the faults and stop")
     options = parser.parse_args()
     rust = options.language == "rust"
@@ -570,6 +595,16 @@ def main():
     chosen = [f for f in faults if f.number not in hidden and re.search(options.re, f.name)]
     random.Random(options.seed).shuffle(chosen)
     chosen = sorted(chosen[part - 1 :: parts], key=lambda f: f.number)
+    results = WORK / f"{options.language}.json"
+    done = []
+    if options.again:
+        before = {f["name"]: f for f in json.loads(results.read_text())["faults"]}
+        for fault in chosen:
+            known_as = before.get(fault.name, {"state": "", "by": ""})
+            if known_as["state"].startswith("caught"):
+                fault.state, fault.by = known_as["state"], known_as["by"]
+                done.append(fault)
+        chosen = [f for f in chosen if not f.state]
     print(
         f"{len(faults)} faults, {len(equivalent)} of them known to make no difference, {len(aside)} not expressible; {len(chosen)} chosen"
     )
@@ -581,36 +616,34 @@ def main():
     tree.mkdir(parents=True, exist_ok=True)
     programs = build(tree, chosen, rust, RUST_TESTS if rust else CUDA_TESTS)
     print(f"built after {time.monotonic() - began:.0f} s", flush=True)
-    tests = baseline(programs, tree, options.jobs, options.tests)
-    tests = [t for t in tests if t.seconds <= options.seconds]
-    total, slowest = sum(t.seconds for t in tests), max(tests, key=lambda t: t.seconds)
-    print(
-        f"{len(tests)} tests, {total:.1f} s of processor time, {slowest.seconds:.1f} s of it for {slowest.name}",
-        flush=True,
-    )
     alive = [f for f in chosen if f.state != "unbuildable" and f.number >= options.first]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(judge, fault, tests, tree) for fault in alive]
-        try:
-            for count, done in enumerate(concurrent.futures.as_completed(waiting), 1):
-                fault = done.result()
-                if not fault.state.startswith("caught"):
-                    print(f"{fault.state}: {fault.name}", flush=True)
-                if count % 100 == 0:
-                    print(f"{count} of {len(alive)} after {time.monotonic() - began:.0f} s", flush=True)
-        except KeyboardInterrupt:  # what is known by then is told all the same
-            pool.shutdown(cancel_futures=True)
+    # A fault that nobody notices runs into every test that reaches it. Few cases find most, and the rest see all of them.
+    shares = [1] if rust else SHARES[: options.looks]
+    for number, share in enumerate(shares):
+        tests = baseline(programs, tree, options.jobs, options.tests, share)
+        tests = [t for t in tests if t.seconds <= options.seconds]
+        total, slowest = sum(t.seconds for t in tests), max(tests, key=lambda t: t.seconds)
+        print(
+            f"{len(alive)} faults, {len(tests)} tests, {total:.1f} s of processor time, {slowest.seconds:.1f} s of it for {slowest.name}"
+            + ("" if share == 1 else f", with {share} of the cases"),
+            flush=True,
+        )
+        finished = judge_all(alive, tests, tree, share, options.jobs, last=number == len(shares) - 1)
+        alive = [f for f in alive if not f.state.startswith("caught")]
+        if not finished:
+            break
     table = {}
     for fault in chosen:
         fault.state = fault.state or "not run"
+    for fault in done + chosen:
         row = table.setdefault(folder_of(fault.path), {})
         row[fault.state] = row.get(fault.state, 0) + 1
     for folder, row in sorted(table.items()):
         print(folder, ", ".join(f"{state} {count}" for state, count in sorted(row.items())))
-    result = {"aside": aside, "faults": [vars(f) for f in chosen]}
-    (WORK / f"{options.language}.json").write_text(json.dumps(result, indent=1))
-    print(f"{time.monotonic() - began:.0f} s; {WORK / options.language}.json")
+    result = {"aside": aside, "faults": [vars(f) for f in done + chosen]}
+    results.write_text(json.dumps(result, indent=1))
+    print(f"{time.monotonic() - began:.0f} s; {results}")
     return 1 if any(f.state in ("MISSED", "not reached", "not run") for f in chosen) else 0
 
 

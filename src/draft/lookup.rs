@@ -312,3 +312,63 @@ impl LookupRates {
 fn place(guess: &Guess) -> usize {
     2 * (guess.matched as usize).min(LONGEST) + usize::from(guess.unanimous)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(tokens: &[u32]) -> (Vec<TokenId>, Lookup) {
+        let text: Vec<TokenId> = tokens.iter().map(|&token| TokenId(token)).collect();
+        let mut lookup = Lookup::new();
+        assert!(lookup.is_empty());
+        lookup.extend(&text);
+        assert_eq!((lookup.len(), lookup.is_empty()), (text.len(), text.is_empty()));
+        (text, lookup)
+    }
+
+    #[test]
+    fn its_bytes_are_those_of_states_edges_and_the_table() {
+        // Every token once: a state each and one for nothing, two edges each but one, three quarters of the table's places at most.
+        let (_, lookup) = read(&(0..1023).collect::<Vec<_>>());
+        assert_eq!(
+            (lookup.states.len(), lookup.edges.len(), lookup.table.len()),
+            (1024, 2045, 4096)
+        );
+        let (states, edges) = (lookup.states.capacity(), lookup.edges.capacity());
+        assert_eq!(lookup.bytes(), states * 16 + edges * 16 + 4096 * 4);
+    }
+
+    #[test]
+    fn a_draft_is_unanimous_as_long_as_nothing_else_followed_all_that_is_before_it() {
+        let (text, lookup) = read(&[1, 2, 3, 7, 1, 2, 3, 8, 1]);
+        let mut guesses = Vec::new();
+        lookup.propose(&text, 4, &mut guesses);
+        let found: Vec<_> = guesses.iter().map(|g| (g.token.0, g.matched, g.unanimous)).collect();
+        assert_eq!(found, [(2, 1, true), (3, 2, true), (8, 3, false), (1, 4, true)]);
+    }
+
+    #[test]
+    fn rates_are_learnt_by_what_matched_and_forgotten() {
+        let guess = |matched, unanimous| Guess {
+            token: TokenId(0),
+            matched,
+            unanimous,
+        };
+        let kinds: Vec<Guess> = (0..40).flat_map(|m| [guess(m, false), guess(m, true)]).collect();
+        for of in &kinds {
+            let mut rates = LookupRates::new();
+            rates.record(&[*of], 1, 0);
+            for other in &kinds {
+                let same = other.unanimous == of.unanimous && other.matched.min(31) == of.matched.min(31);
+                let less = rates.chance(other) < LookupRates::new().chance(other);
+                // Nothing that matched has no chance as it is.
+                assert_eq!(less, same && other.matched > 0, "{of:?} {other:?}");
+            }
+        }
+        let (one, mut rates) = ([guess(3, true)], LookupRates::new());
+        (0..1000).for_each(|_| rates.record(&one, 1, 1));
+        assert!(rates.chance(&one[0]) > 0.98);
+        (0..400).for_each(|_| rates.record(&one, 1, 0));
+        assert!(rates.chance(&one[0]) < 0.16, "{}", rates.chance(&one[0]));
+    }
+}

@@ -29,6 +29,15 @@ impl Acceptance {
         }
     }
 
+    /// For one draft that so many passes reached and accepted.
+    #[cfg(test)]
+    pub fn seen(reached: f64, accepted: f64) -> Self {
+        Self {
+            reached: vec![reached],
+            accepted: vec![accepted],
+        }
+    }
+
     /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
     pub fn at(&self, position: usize) -> f64 {
         (self.accepted[position] + PRIOR * ASSUMED) / (self.reached[position] + PRIOR)
@@ -132,5 +141,12 @@ mod tests {
         assert_eq!(rates.at(3), ASSUMED / 2.5);
         rates.record(9, &[0, 3, 8]);
         assert!(rates.at(3) > ASSUMED / 2.5 && rates.most() == 4);
+        // What was not verified is not accepted, whoever says so; and what was long ago is forgotten.
+        let before = rates.at(2);
+        rates.record(2, &[2]);
+        rates.record(9, &[4]);
+        assert!(rates.at(2) <= before);
+        (0..400).for_each(|_| rates.record(4, &[]));
+        assert!(rates.at(0) < 0.15, "{}", rates.at(0));
     }
 }

@@ -213,6 +213,14 @@ mod tests {
             exponent.record(nothing, false);
             assert_eq!(exponent.get(), before);
         }
+        let mut exponent = Exponent::default();
+        exponent.record(0.3, true);
+        let before = exponent.get();
+        for nothing in [0.0, -1.0, f32::NAN] {
+            exponent.record(nothing, true);
+            exponent.record(nothing, false);
+            assert_eq!(exponent.get(), before, "{nothing}");
+        }
         // One that is sure of everything has a chance of 1 with any exponent.
         let mut sure = Exponent::default();
         (0..500).for_each(|_| sure.record(2.0, true));

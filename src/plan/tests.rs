@@ -186,6 +186,66 @@ proptest! {
     }
 
     #[test]
+    fn a_tree_and_a_block_are_chosen_from_all_pairs_that_fit(
+        (costs, drafter, nodes) in (prop::collection::vec((1usize..12, 0.0f64..0.4), 1..6), 0.0f64..0.3, 1usize..12),
+        seen in prop::collection::vec((prop::collection::vec(0usize..12, 0..5), 1usize..5, 0usize..3), 0..30),
+        (temperatures, others) in (prop::collection::vec(prop::sample::select(vec![0.0f32, 0.7, 1.0]), 1..4), 0usize..9),
+        (widths, room) in (prop::collection::btree_set(2usize..15, 0..5), 1usize..50),
+    ) {
+        let (mut rows, mut time) = (0, 0.5);
+        let points: Vec<(f64, f64)> = costs
+            .iter()
+            .map(|&(more, slower)| {
+                rows += more;
+                time += slower;
+                (rows as f64, time)
+            })
+            .collect();
+        let cost = StepCost { target: Curve::new("target", &points).unwrap(), draft: line(0.1, drafter) };
+        let mut planner = Planner::new(5, Some(cost.clone())).unwrap().with_trees(nodes).unwrap();
+        for (path, depth, at) in &seen {
+            let path: Vec<usize> = path.iter().copied().take(*depth).collect();
+            let temperature = [0.0, 0.7, 1.0][*at];
+            planner.record_pass(&Pass { temperature, ..tree_pass(12, *depth, &path) }).unwrap();
+        }
+        let requests = temperatures.len();
+        let mean = |of: &dyn Fn(f32) -> f64| temperatures.iter().map(|&t| of(t)).sum::<f64>() / requests as f64;
+        let chain = |block: usize| {
+            mean(&|t| (1..block).map(|drafts| (0..drafts).map(|at| planner.acceptance(t, at)).product::<f64>()).sum())
+        };
+        let goodput = |width: usize, block: usize| {
+            if width == 1 {
+                return requests as f64 / cost.target.at(requests + others);
+            }
+            let gained = mean(&|t| (0..width - 1).map(|node| planner.node_rate(t, node)).sum());
+            let tokens = requests as f64 * (1.0 + gained * chain(block) / chain(5));
+            tokens / (cost.target.at(requests * width + others) + cost.draft.at(requests * block))
+        };
+        let widths: Vec<usize> = widths.into_iter().collect();
+        let batch = Batch { temperatures: &temperatures, others, widths: &widths, room };
+        let Decision { width, block, trees } = planner.clone().decide(&batch).unwrap();
+        prop_assert_eq!(trees, width > 1);
+        let pairs: Vec<(usize, usize)> = if widths.is_empty() {
+            (2..nodes + 2).flat_map(|width| (2..6).map(move |block| (width, block))).collect()
+        } else {
+            // On a device blocks are whole, and a tree that does not fit is none.
+            let fit = widths.iter().filter(|&&width| width < nodes + 2 && requests * width + others <= room);
+            fit.map(|&width| (width, 5)).collect()
+        };
+        let most = pairs.iter().map(|&(width, block)| goodput(width, block)).fold(goodput(1, 1), f64::max);
+        let near = |width: usize, block: usize| goodput(width, block) >= most * (1.0 - 1e-9);
+        if width == 1 {
+            prop_assert!(near(1, 1) && block == 1);
+        } else if widths.is_empty() {
+            // The drafter is asked for twice as many as pay, and for a chain at least.
+            let asked = |paying: usize| (2 * (paying - 1)).max(4).min(nodes) + 1;
+            prop_assert!((2..nodes + 2).any(|paying| asked(paying) == width && near(paying, block)), "{} {}", width, block);
+        } else {
+            prop_assert!(pairs.contains(&(width, block)) && near(width, block), "{} {}", width, block);
+        }
+    }
+
+    #[test]
     fn one_request_gets_the_front_of_its_best_tree(p in offered(1), row in 0.0..0.3f64, most in 2..21i32) {
         let grown = grow(&mut trees(row, 20), &p, &[most], 0);
         prop_assert!(grown.widths[0] <= most);
@@ -545,7 +605,9 @@ fn what_does_not_fit_is_refused_by_name() {
     let error = Planner::new(4, Some(free)).unwrap_err().to_string();
     assert!(error.starts_with("target: got no time"), "{error}");
     assert!(Planner::new(0, None).is_err() && Planner::new(5000, None).is_err());
-    assert!(Planner::new(4, None).unwrap().with_trees(5000).is_err());
+    assert!(Planner::new(4, None).unwrap().with_trees(MOST_NODES + 1).is_err());
+    let largest = Planner::new(MOST_BLOCK, None).unwrap().with_trees(MOST_NODES).unwrap();
+    assert_eq!((largest.block_size(), largest.tree_nodes()), (MOST_BLOCK, MOST_NODES));
 }
 
 /// What an offer of this step is remembered as.
@@ -630,6 +692,119 @@ fn of_trees_it_is_learnt_from_the_likeliest_child_of_every_node_that_was_reached
     planner.record_pass(&pass(8, 1.0, &[0])).unwrap();
     let expected = told(&[(0.5, false), (0.9, true)], &[(0.5, true), (0.9, false)]);
     assert_eq!(exponents(&mut planner), expected);
+}
+
+#[test]
+fn every_request_of_a_step_is_told_of_its_own_drafts_once() {
+    let three = |step| Offers {
+        probabilities: &[0.5, 0.9, 0.25, 0.75, 0.125, 0.6],
+        depth: 2,
+        k: 1,
+        temperatures: &[1.0; 3],
+        most: &[5; 3],
+        others: 0,
+        step: Some((step, &[7, 8, 9])),
+    };
+    let pass = |step, request, tree| Pass {
+        step,
+        request,
+        temperature: 1.0,
+        tree,
+        verified: 2,
+        depth: 2,
+        path: &[0],
+    };
+    let drafts = [
+        (0.5, true),
+        (0.9, false),
+        (0.25, true),
+        (0.75, false),
+        (0.125, true),
+        (0.6, false),
+    ];
+    let mut chains = Planner::new(8, None).unwrap();
+    let mut trees = Planner::new(8, None).unwrap().with_trees(4).unwrap();
+    chains.admit(&three(1)).unwrap();
+    trees
+        .admit_trees(&three(1), &[1, 2, 3], &[10, 11, 20, 21, 30, 31])
+        .unwrap();
+    for (planner, tree) in [(&mut chains, false), (&mut trees, true)] {
+        for (at, request) in [7, 8, 9].into_iter().enumerate() {
+            // A record that comes twice says nothing the second time.
+            for _ in 0..2 {
+                planner.record_pass(&pass(1, request, tree)).unwrap();
+                assert_eq!(planner.exponent(1.0), told(&[], &drafts[..2 * at + 2]).1, "{request}");
+            }
+        }
+        // Those in between may have ended.
+        planner.admit(&three(2)).unwrap();
+        planner.record_pass(&pass(2, 8, false)).unwrap();
+        planner.record_pass(&pass(2, 9, false)).unwrap();
+        let all = [&drafts[..], &drafts[2..]].concat();
+        assert_eq!(planner.exponent(1.0), told(&[], &all).1);
+    }
+}
+
+#[test]
+fn of_every_request_its_own_tree_says_what_was_reached() {
+    let mut planner = Planner::new(8, None).unwrap().with_trees(4).unwrap();
+    let offers = Offers {
+        probabilities: &[0.9, 0.05, 0.9, 0.05, 0.5, 0.45, 0.2, 0.1],
+        depth: 2,
+        k: 2,
+        temperatures: &[1.0; 2],
+        most: &[5; 2],
+        others: 0,
+        step: Some((1, &[7, 8])),
+    };
+    let grown = planner
+        .admit_trees(&offers, &[1, 2], &[10, 11, 20, 21, 10, 11, 20, 21])
+        .unwrap();
+    assert_eq!((grown.parents[2], &grown.parents[5..]), (1, &[-1, 0, 0, 1, 2][..]));
+    // The second request's rival was accepted, and its child was not.
+    let pass = Pass {
+        step: 1,
+        request: 8,
+        ..tree_pass(4, 2, &[1])
+    };
+    planner.record_pass(&pass).unwrap();
+    assert_eq!(planner.exponent(1.0), told(&[], &[(0.5, false), (0.2, false)]).1);
+}
+
+#[test]
+fn twice_as_many_drafts_are_asked_for_as_pay_out_of_a_block_that_reaches_them() {
+    let planner = |drafter: f64| {
+        let cost = StepCost {
+            target: line(1.0, 0.05),
+            draft: line(0.1, drafter),
+        };
+        let mut planner = Planner::new(5, Some(cost)).unwrap().with_trees(12).unwrap();
+        // The three best drafts are always accepted, no other is; chains are accepted at every place half of the time.
+        for _ in 0..1000 {
+            planner.record_pass(&tree_pass(12, 4, &[0, 1, 2])).unwrap();
+        }
+        for pass in 1..2000u32 {
+            planner
+                .record(1.0, 4, pass.trailing_zeros().min(4) as usize, &[])
+                .unwrap();
+        }
+        planner.decide(&drafting(&[1.0], 0)).unwrap()
+    };
+    assert_eq!(
+        planner(0.0),
+        Decision {
+            width: 7,
+            block: 5,
+            trees: true
+        }
+    );
+    // A block of three reaches four fifths of what the whole one does, one of two half of it: rows of the drafter are dear here.
+    let shorter = Decision {
+        block: 3,
+        ..planner(0.0)
+    };
+    assert_eq!(planner(0.3), shorter);
+    assert!(planner(3.0).block < 5);
 }
 
 #[test]

@@ -78,7 +78,7 @@ impl Times {
         if self.kept.len() < KEPT {
             self.kept.push(time);
         } else {
-            self.kept[self.next % KEPT] = time;
+            self.kept[self.next] = time;
         }
         self.next = (self.next + 1) % KEPT;
         let mut sorted = self.kept.clone();
@@ -536,6 +536,157 @@ mod tests {
         let widths: Vec<usize> = (0..1000).map(|_| planner.choose(3)).collect();
         assert!(widths.iter().filter(|&&w| w == 16).count() > 900);
         assert_eq!(planner.times(3), [None; 5]);
+    }
+
+    #[test]
+    fn where_nothing_can_be_timed_every_width_is_looked_at_again_after_as_many_steps() {
+        let mut planner = planner();
+        assert!((0..9).all(|_| planner.choose(0) == 16), "a step of nobody is none");
+        let widths: Vec<usize> = (0..2 * FRESH as usize + 40).map(|_| planner.choose(3)).collect();
+        for (step, &width) in widths.iter().enumerate() {
+            let look = step % FRESH as usize;
+            let expected = if look < 20 { [16, 8, 4, 2, 1][look / 4] } else { 16 };
+            assert_eq!(width, expected, "{step}");
+        }
+    }
+
+    #[test]
+    fn sizes_of_batches_are_single_ones_up_to_32_and_sixteen_to_each_doubling() {
+        assert_eq!(
+            [1, 2, 32, 33, 34, 35, 64, 65, 68, 69, 128].map(size_of),
+            [0, 1, 31, 32, 32, 33, 47, 48, 48, 49, 63]
+        );
+        assert_eq!(size_of(0), 0);
+        let mut requests = 0;
+        for size in 0..32 + 16 * 6 {
+            while size_of(requests + 1) == size {
+                requests += 1;
+            }
+            assert_eq!((size_of(requests + 1), most_of(size)), (size + 1, requests as f64));
+        }
+        assert_eq!(requests, 2048);
+    }
+
+    #[test]
+    fn a_typical_time_is_the_lower_quartile_of_the_latest() {
+        let mut times = Times::default();
+        let all: Vec<f64> = (0..50).map(|at| f64::from(at * 37 % 50)).collect();
+        for (at, &time) in all.iter().enumerate() {
+            times.add(time, at as u64);
+            let mut latest = all[(at + 1).saturating_sub(KEPT)..=at].to_vec();
+            latest.sort_by(f64::total_cmp);
+            assert_eq!(
+                (times.typical, times.seen),
+                (Some(latest[(latest.len() - 1) / 4]), at as u64)
+            );
+        }
+        times.look(90);
+        assert_eq!((times.seen, times.tried), (90, None));
+        let mut untimed = Times::default();
+        untimed.look(90);
+        assert_eq!((untimed.seen, untimed.tried), (0, Some(90)));
+    }
+
+    /// A planner of two widths that knows these times of steps of four requests, and uses the first of them.
+    fn knowing(widths: [usize; 2], times: [Option<f64>; 2]) -> WidthPlanner {
+        let mut planner = WidthPlanner::new(&widths).unwrap();
+        planner.current = 0;
+        let size = planner.size(4);
+        size.steps = 1000;
+        for (known, time) in size.times.iter_mut().zip(times) {
+            (known.typical, known.seen) = (time, 1000);
+        }
+        planner
+    }
+
+    #[test]
+    fn a_width_is_left_for_a_wider_one_or_a_narrower_one_only_where_that_is_better_by_its_margin() {
+        // Nothing is known of drafts: a width of 2 has 1.7 tokens.
+        let wider = |better: f64| knowing([1, 2], [Some(1.0), Some(1.7 / better)]).choose(4);
+        assert_eq!((wider(WIDER - 0.005), wider(WIDER + 0.005)), (1, 2));
+        let narrower = |better: f64| {
+            let mut planner = knowing([1, 2], [Some(1.0), Some(1.7 * better)]);
+            planner.current = 1;
+            planner.choose(4)
+        };
+        assert_eq!((narrower(NARROWER - 0.005), narrower(NARROWER + 0.005)), (2, 1));
+    }
+
+    #[test]
+    fn a_width_that_was_never_tried_is_tried_only_where_it_looks_better_by_a_margin_at_best() {
+        let with = |chance: f64| {
+            let mut planner = knowing([1, 2], [Some(1.0), None]);
+            planner.acceptance = Acceptance::seen(1e9, 1e9 * chance);
+            planner.choose(4)
+        };
+        // At best it takes no longer than a plain step.
+        assert_eq!((with(HOPE - 1.005), with(HOPE - 0.995)), (1, 2));
+    }
+
+    #[test]
+    fn a_step_takes_at_least_what_one_no_wider_takes_for_its_share_of_the_requests() {
+        let planner = knowing([1, 2], [Some(1.0), Some(3.0)]);
+        let least = |requests, index| planner.at_least(requests, index);
+        assert_eq!([least(2, 0), least(4, 0), least(8, 0)], [0.5, 1.0, 1.0]);
+        assert_eq!([least(2, 1), least(4, 1), least(8, 1)], [1.5, 3.0, 3.0]);
+        assert_eq!(knowing([1, 2], [None, Some(3.0)]).at_least(4, 0), 0.0);
+    }
+
+    #[test]
+    fn an_old_time_is_renewed_the_more_rarely_the_more_that_costs() {
+        // The other width has 1.7 tokens in 6.8: as slow as 3.4 times its due, of which a look of four steps loses half of its time.
+        let mut planner = knowing([1, 2], [Some(2.0), Some(6.8)]);
+        let lost = 4.0 * (6.8 - 1.7 * 2.0) / 2.0;
+        let due = 1000 + (FRESH as f64 * lost).ceil() as u64;
+        planner.size(4).steps = due - 2;
+        assert_eq!((planner.choose(4), planner.size(4).steps), (1, due - 1));
+        assert_eq!((planner.choose(4), planner.look), (2, (1, LOOK - 1)));
+        assert_eq!(planner.size(4).times[1].seen, due);
+        // What would lose nothing is renewed after so many steps all the same.
+        let mut planner = knowing([1, 2], [Some(1.0), Some(1.7)]);
+        planner.size(4).steps = 1000 + FRESH - 2;
+        assert_eq!((planner.choose(4), planner.choose(4)), (1, 2));
+    }
+
+    #[test]
+    fn the_pace_follows_the_times_of_the_width_in_use_once_enough_are_known() {
+        let mut planner = WidthPlanner::new(&[1, 2]).unwrap();
+        planner.current = 0;
+        for _ in 0..KEPT {
+            planner.observe(4, 1, 3.0);
+            planner.observe(4, 2, 5.0);
+            assert_eq!(planner.pace, 1.0);
+        }
+        planner.observe(4, 1, 3.0);
+        planner.observe(4, 2, 9.0);
+        assert_eq!(planner.pace, 1.0);
+        planner.observe(4, 1, 3.1);
+        assert_eq!(planner.pace, PACE_UP);
+        assert_eq!(planner.times(4), [Some(3.0 * PACE_UP), Some(5.0 * PACE_UP)]);
+        planner.observe(4, 1, 2.9);
+        assert_eq!(planner.pace, PACE_UP * PACE_DOWN);
+        // It is kept as a share of the pace.
+        planner.pace = 2.0;
+        for _ in 0..KEPT {
+            planner.observe(9, 2, 5.0);
+        }
+        assert_eq!((planner.times(9), planner.pace), (vec![None, Some(5.0)], 2.0));
+        planner.observe(4, 1, 4.0);
+        assert_eq!(planner.pace, 2.0 * PACE_DOWN, "6 would be typical now");
+        assert_eq!(planner.times(1), [None; 2]);
+        for nothing in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            planner.observe(1, 1, nothing);
+            assert_eq!(planner.times(1), [None; 2], "{nothing}");
+        }
+    }
+
+    #[test]
+    fn its_widths_and_what_it_learnt_of_drafts_can_be_asked() {
+        let mut planner = planner();
+        assert_eq!(planner.widths(), WIDTHS);
+        assert_eq!((planner.acceptance(0), planner.acceptance(14)), (0.7, 0.7));
+        planner.record(2, &[1]).unwrap();
+        assert!((planner.acceptance(0) - 3.8 / 5.0).abs() < 1e-12);
     }
 
     #[test]

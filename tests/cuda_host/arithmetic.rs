@@ -1,6 +1,6 @@
 use dflash_host_check as _;
 
-use super::numbers::Numbers;
+use super::numbers::{Numbers, share};
 use crate::verify::math::{exp, order_key, weight};
 
 unsafe extern "C" {
@@ -10,9 +10,9 @@ unsafe extern "C" {
 #[test]
 fn exponentials_and_weights_have_the_bits_of_the_reference() {
     let mut numbers = Numbers(15);
-    let mut x: Vec<f32> = (0..400_000).map(|_| (numbers.unit() * -45.0) as f32).collect();
+    let mut x: Vec<f32> = (0..share(400_000)).map(|_| (numbers.unit() * -45.0) as f32).collect();
     // Any size down to the smallest, both zeros, where weights vanish and where exp stops falling.
-    x.extend((0..100_000).map(|_| f32::from_bits(0x8000_0000 | numbers.within(0, 0x4234_0000) as u32)));
+    x.extend((0..share(100_000)).map(|_| f32::from_bits(0x8000_0000 | numbers.within(0, 0x4234_0000) as u32)));
     x.extend([0.0, -0.0, -1e30, f32::MIN, f32::NEG_INFINITY]);
     for edge in [27.0f32, 28.0, 28.418_9, 29.0, 39.99, 40.0] {
         x.extend((0..2000).map(|i| -f32::from_bits(edge.to_bits() - 1000 + i)));

@@ -7,7 +7,7 @@ use dflash_rs::device::{AttentionParams, Mask};
 use dflash_rs::draft::DraftTree;
 use dflash_rs::types::TokenId;
 
-use super::numbers::{Numbers, Pages, address, address_mut, starts};
+use super::numbers::{Numbers, Pages, address, address_mut, share, starts};
 
 unsafe extern "C" {
     fn dflash_host_block_attention(p: *const BlockAttentionParams, head_dim: i32);
@@ -180,7 +180,7 @@ impl Case {
 fn every_query_sees_the_keys_of_its_mask_once_and_where_they_lie() {
     let mut numbers = Numbers(10);
     let mut pairs = 0;
-    while pairs < 3_000_000 {
+    while pairs < share(3_000_000) {
         let case = Case::new(&mut numbers, &[64, 256], 200, 90);
         if case.tokens() == 0 {
             continue;
@@ -304,7 +304,7 @@ fn the_kernels_themselves_give_the_results_of_the_host_kernels() {
 }
 
 fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
-    for _ in 0..cases {
+    for _ in 0..share(cases) {
         let case = Case::new(numbers, &[64, 64, 128, 256], 220, 20);
         if case.tokens() == 0 {
             continue;
@@ -372,7 +372,7 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
 #[test]
 fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
     let mut numbers = Numbers(12);
-    for _ in 0..12 {
+    for _ in 0..share(12) {
         let mut case = Case::new(&mut numbers, &[64, 128], 200, 9);
         case.mask = Mask::Causal;
         if case.tokens() == 0 {

@@ -1,7 +1,7 @@
 use dflash_host_check as _;
 use dflash_rs::device::cuda::params::{CompactKvParams, KvInjectParams};
 
-use super::numbers::{Numbers, Pages, address, address_mut};
+use super::numbers::{Numbers, Pages, address, address_mut, share};
 
 unsafe extern "C" {
     fn dflash_host_kv_inject(p: *const KvInjectParams, head_dim: i32);
@@ -42,7 +42,7 @@ fn injection_stores_normed_and_rotated_keys_of_committed_rows_and_nothing_else()
 
 fn inject(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*const KvInjectParams, i32)) {
     let mut vectors = 0;
-    while vectors < most {
+    while vectors < share(most) {
         let dim = numbers.pick(&[64usize, 128, 256]);
         let rotary = if numbers.chance(0.7) {
             dim
@@ -173,7 +173,7 @@ fn compaction_moves_the_accepted_path_and_nothing_else() {
 
 fn compact(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*const CompactKvParams)) {
     let mut moved = 0;
-    while moved < most {
+    while moved < share(most) {
         let (requests, layers, heads) = (numbers.below(4), numbers.within(1, 2), numbers.within(1, 3));
         let dim = numbers.pick(&[8usize, 64, 128]);
         let pages = Pages::new(numbers, requests, 60);

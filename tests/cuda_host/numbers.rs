@@ -2,6 +2,13 @@
 
 use dflash_rs::device::cuda::params::PageTable;
 
+/// How many of `most` random cases a test looks at: all of them, or the share that DFLASH_CASES asks for, such as 0.02; at least one.
+pub fn share(most: usize) -> usize {
+    let share =
+        std::env::var("DFLASH_CASES").map_or(1.0, |share| share.parse::<f64>().expect("DFLASH_CASES: a number"));
+    ((most as f64 * share) as usize).max(1)
+}
+
 pub struct Numbers(pub u64);
 
 impl Numbers {

@@ -1,7 +1,7 @@
 use dflash_host_check as _;
 use dflash_rs::rng::{Domain, Stream, gumbel_of_word, ln};
 
-use super::numbers::Numbers;
+use super::numbers::{Numbers, share};
 
 unsafe extern "C" {
     fn dflash_host_words(seed: u64, position: u64, domain: u32, first: u32, count: u32, out: *mut u32);
@@ -15,7 +15,7 @@ const DOMAINS: [Domain; 4] = [Domain::Draw, Domain::Accept, Domain::Residual, Do
 #[test]
 fn words_and_coins_are_those_of_the_reference() {
     let mut numbers = Numbers(1);
-    for _ in 0..20_000 {
+    for _ in 0..share(20_000) {
         let (seed, position, domain) = (numbers.next(), numbers.next(), numbers.pick(&DOMAINS));
         let first = numbers.next() as u32 / 2;
         let stream = Stream::new(seed, position, domain);
@@ -34,7 +34,7 @@ fn words_and_coins_are_those_of_the_reference() {
 #[test]
 fn gumbel_numbers_have_the_bits_of_the_reference_and_stay_below_their_bound() {
     let mut numbers = Numbers(2);
-    let mut words: Vec<u32> = (0..1_000_000).map(|_| numbers.next() as u32).collect();
+    let mut words: Vec<u32> = (0..share(1_000_000)).map(|_| numbers.next() as u32).collect();
     words.extend(0..1000);
     words.extend(u32::MAX - 1000..=u32::MAX);
     // Around every power of two, from both ends: where exponents and the bound change.
@@ -69,7 +69,7 @@ fn gumbel_numbers_have_the_bits_of_the_reference_and_stay_below_their_bound() {
 #[test]
 fn logarithms_have_the_bits_of_the_reference() {
     let mut numbers = Numbers(3);
-    let x: Vec<f32> = (0..200_000)
+    let x: Vec<f32> = (0..share(200_000))
         .map(|_| f32::from_bits(numbers.within(0x0080_0000, 0x7f7f_ffff) as u32))
         .collect();
     let mut got = vec![0f32; x.len()];

@@ -5,7 +5,7 @@ use dflash_rs::step::SamplingArrays;
 use dflash_rs::types::TokenId;
 use dflash_rs::verify::{History, Sampler, Sampling};
 
-use super::numbers::{Numbers, address, address_mut};
+use super::numbers::{Numbers, address, address_mut, share};
 
 unsafe extern "C" {
     fn dflash_host_sample_f32(p: *const SampleRowsParams);
@@ -249,7 +249,7 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
 fn every_row_draws_the_token_of_the_reference() {
     let mut numbers = Numbers(6);
     let mut rows = 0;
-    while rows < 100_000 {
+    while rows < share(100_000) {
         let vocab = numbers.pick(&[1, 2, 5, 63, 64, 65, 100, 130]);
         let bf16 = numbers.chance(0.3);
         rows += compare(&mut numbers, vocab, bf16, false);
@@ -260,7 +260,7 @@ fn every_row_draws_the_token_of_the_reference() {
 fn wide_rows_draw_the_token_of_the_reference() {
     let mut numbers = Numbers(7);
     let mut rows = 0;
-    while rows < 600 {
+    while rows < share(600) {
         // More columns than one block takes, a last block that is partly full, lists that overflow.
         let vocab = numbers.pick(&[4096, 4097, 8193, 10_000, 20_011]);
         let bf16 = numbers.chance(0.3);
@@ -272,7 +272,7 @@ fn wide_rows_draw_the_token_of_the_reference() {
 fn the_kernels_themselves_draw_the_token_of_the_reference() {
     let mut numbers = Numbers(106);
     let mut rows = 0;
-    while rows < 60 {
+    while rows < share(60) {
         let vocab = numbers.pick(&[1, 65, 300, 4097, 8200]);
         let bf16 = numbers.chance(0.5);
         rows += compare(&mut numbers, vocab, bf16, true);

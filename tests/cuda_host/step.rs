@@ -6,7 +6,7 @@ use dflash_rs::draft::DraftTree;
 use dflash_rs::types::TokenId;
 use dflash_rs::verify::{walk_chain, walk_tree};
 
-use super::numbers::{Numbers, Pages, address, address_mut, starts};
+use super::numbers::{Numbers, Pages, address, address_mut, share, starts};
 
 unsafe extern "C" {
     fn dflash_host_prepare_block(p: *const PrepareBlockParams);
@@ -30,7 +30,7 @@ fn tokens_positions_and_slots_of_a_step_are_those_of_the_table() {
 
 fn prepare(numbers: &mut Numbers, most: usize, kernel: unsafe extern "C" fn(*const PrepareBlockParams)) {
     let mut tokens_seen = 0;
-    while tokens_seen < most {
+    while tokens_seen < share(most) {
         let requests = numbers.below(5);
         let lens: Vec<usize> = (0..requests).map(|_| numbers.below(40)).collect();
         let starts = starts(&lens);
@@ -106,7 +106,7 @@ fn a_draft_whose_parent_is_not_before_it_is_never_accepted() {
 /// A share `astray` of the drafts names a parent that is not before it.
 fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe extern "C" fn(*const AcceptParams)) {
     let mut walks = 0;
-    while walks < most_walks {
+    while walks < share(most_walks) {
         let requests = numbers.within(1, 6);
         let chain = numbers.chance(0.4);
         let partial = numbers.chance(0.5);

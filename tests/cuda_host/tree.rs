@@ -4,7 +4,7 @@ use dflash_rs::draft::{DraftTree, TopK, top_k};
 use dflash_rs::types::TokenId;
 use dflash_rs::verify::Sampler;
 
-use super::numbers::{Numbers, address, address_mut};
+use super::numbers::{Numbers, address, address_mut, share};
 
 unsafe extern "C" {
     fn dflash_host_tree_top_k_f32(p: *const TreeTopKParams);
@@ -101,19 +101,16 @@ fn best_columns(numbers: &mut Numbers, vocab: usize, most: usize, emulated: bool
 #[test]
 fn the_best_columns_are_those_of_the_reference() {
     let mut numbers = Numbers(13);
-    let mut rows = 0;
-    while rows < 20_000 {
-        let vocab = numbers.pick(&[1, 7, 33, 100]);
-        rows += best_columns(&mut numbers, vocab, 64, false);
-    }
-    while rows < 20_500 {
-        let vocab = numbers.pick(&[600, 1023, 1024, 2048, 2049, 5000, 9001]);
-        rows += best_columns(&mut numbers, vocab, 256, false);
-    }
-    while rows < 20_512 {
-        let vocab = numbers.pick(&[3, 1024, 5000, 9001]);
-        rows += best_columns(&mut numbers, vocab, 256, true);
-    }
+    let mut compare = |most: usize, vocabs: &[usize], k: usize, emulated: bool| {
+        let mut rows = 0;
+        while rows < share(most) {
+            let vocab = numbers.pick(vocabs);
+            rows += best_columns(&mut numbers, vocab, k, emulated);
+        }
+    };
+    compare(20_000, &[1, 7, 33, 100], 64, false);
+    compare(500, &[600, 1023, 1024, 2048, 2049, 5000, 9001], 256, false);
+    compare(12, &[3, 1024, 5000, 9001], 256, true);
 }
 
 #[test]
@@ -174,7 +171,7 @@ fn trees_are_those_of_the_reference() {
 
 fn build(numbers: &mut Numbers, most_nodes: usize, kernel: unsafe extern "C" fn(*const TreeBuildParams)) {
     let mut nodes_seen = 0;
-    while nodes_seen < most_nodes {
+    while nodes_seen < share(most_nodes) {
         let requests = numbers.within(1, 3);
         let most = numbers.pick(&[0usize, 1, 7, 31, 63, 64, 130, 1023]);
         let (depth, k) = (numbers.within(1, 16), numbers.pick(&[1usize, 2, 5, 16, 64]));
