@@ -1,4 +1,5 @@
 # make demo    build, install into .venv, and watch the bundled pair work
+# make chat    the same with a public chat model, fetched once (93 MiB), to talk to
 # make test    everything that has to hold: formatting, lints, stubs, Rust tests, Python tests
 # make check   the part of it that runs nothing: formatting, lints, docs, stubs
 # make quick   what to run before each commit: formatting, lints, types, the fast tests; see CONTRIBUTING.md
@@ -24,7 +25,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
+.PHONY: demo chat test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
   sglang-demo sglang-install bench-core bench-demo bench-trees bench-host bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
@@ -54,6 +55,10 @@ PACKAGE_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md build.rs \
 demo: install
 	$(BIN)/dflash-rs generate --example 43 --max-tokens 160 --temperature 0.7 --seed 1
 	$(BIN)/dflash-rs bench --suite demo --prompts 8 --max-tokens 96 --repeat 3
+
+chat: install
+	$(BIN)/dflash-rs models get smollm2
+	$(BIN)/dflash-rs chat --model smollm2
 
 # Two lanes side by side: SGLang's tests wait for servers half of their time.
 test: kernels dist install sglang-install
