@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import assets
 from ..errors import InvalidArgument
 
 Message = dict[str, str]
@@ -78,7 +78,7 @@ class Conversation:
 def read_openings(path: str) -> list[tuple[str, str]]:
     """(category, beginning of a user's message) from JSON lines; the package's own where no path is given."""
     if not path:
-        text = (resources.files("dflash_rs") / "train" / "openings.jsonl").read_text(encoding="utf-8")
+        text = (assets() / "openings.jsonl").read_text(encoding="utf-8")
         return [(line["category"], line["opening"]) for line in map(json.loads, text.splitlines())]
     return [(entry["category"], entry["opening"]) for _, entry in _lines("openings", Path(path), {"opening"})]
 
