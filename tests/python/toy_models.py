@@ -14,7 +14,7 @@ VOCAB, WIDTH = 48, 16
 class GatedRecurrence:
     """A `TargetState`, one vector a request: h = a[token] * h + b[token]. Vectors move on in `keep` only."""
 
-    bytes_per_slot = 8 * WIDTH
+    bytes_per_slot, bytes_per_token = 8 * WIDTH, 0
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -22,7 +22,7 @@ class GatedRecurrence:
         self.copied = 0
         self.alloc(1, 0)
 
-    def alloc(self, rows: int, checkpoints: int) -> None:
+    def alloc(self, rows: int, checkpoints: int, block: int = 1) -> None:
         self.rows, self.copies = np.full((rows, WIDTH), np.nan), np.full((checkpoints, WIDTH), np.nan)
         self.passed: dict[int, np.ndarray] = {}
 
