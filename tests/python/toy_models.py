@@ -20,14 +20,14 @@ class GatedRecurrence:
         rng = np.random.default_rng(seed)
         self.decay, self.gain = rng.uniform(0.5, 0.95, (VOCAB, WIDTH)), rng.normal(size=(VOCAB, WIDTH))
         self.copied = 0
-        self.alloc(1, 0)
+        self.alloc(1, 0, 1)
 
-    def alloc(self, rows: int, checkpoints: int, block: int = 1) -> None:
+    def alloc(self, rows: int, checkpoints: int, block: int) -> None:
         self.rows, self.copies = np.full((rows, WIDTH), np.nan), np.full((checkpoints, WIDTH), np.nan)
         self.passed: dict[int, np.ndarray] = {}
 
     def free(self) -> None:
-        self.alloc(1, 0)
+        self.alloc(1, 0, 1)
 
     def run(self, row: int, tokens: np.ndarray, start: int) -> np.ndarray:
         """The state after each of the tokens that a row is fed with from position `start` on, [n, WIDTH]."""
