@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::step_plan::StepPlan;
-use super::values::{Accepted, AcceptedArrays, DrawnRows};
+use super::values::{Accepted, AcceptedArrays, DrawnRows, PlanArrays};
 use crate::error::{Error, Result, indices};
 use crate::schedule::Work;
 use crate::types::TokenId;
@@ -141,18 +141,14 @@ impl Engine {
             let Some(running) = scheduler.tenant(scheduled) else {
                 continue;
             };
-            let start = i64::from(layout.query_starts[row]);
-            if let Work::Prefill { last } = scheduled.work {
-                drafts.clear();
-                if !last {
-                    let end = start + i64::from(scheduled.len);
-                    out.commit_rows.extend(start..end);
-                    out.commit_slots
-                        .extend_from_slice(&layout.slots[start as usize..end as usize]);
+            let start = layout.query_starts[row] as usize;
+            match scheduled.work {
+                Work::Prefill { last: false } => {
+                    keep_chain(out, layout, start, scheduled.len);
                     continue;
                 }
-            } else {
-                plan.drafts_of(row, drafts)?;
+                Work::Prefill { last: true } => drafts.clear(),
+                Work::Decode => plan.drafts_of(row, drafts)?,
             }
             let committed = scheduler.kv().table().committed(scheduled.launched.key())?;
             let context = Context {
@@ -164,7 +160,7 @@ impl Engine {
                     Work::Decode => u64::from(committed),
                 },
             };
-            let kept = (out.tokens.len(), out.top_tokens.len());
+            let before = Lengths::of(out);
             let mut take = |path: &[TokenId], token: usize| {
                 let drawn = draw(sampler, &context, path, token, out)?;
                 out.tokens.push(i64::from(drawn.0));
@@ -176,35 +172,16 @@ impl Engine {
                     .map(|walk| (walk.path.len() as u32, Some(walk.path))),
             };
             match walked {
-                Ok((accepted, path)) => {
-                    out.accepted[row] = accepted as i32;
-                    let valid = match scheduled.work {
-                        Work::Prefill { .. } => scheduled.len,
-                        Work::Decode => accepted + 1,
-                    };
-                    let first = start as usize;
-                    out.commit_slots
-                        .extend_from_slice(&layout.slots[first..first + valid as usize]);
-                    let Some(path) = path else {
-                        out.commit_rows.extend(start..start + i64::from(valid));
-                        continue;
-                    };
-                    out.commit_rows.push(start);
-                    for (depth, &node) in path.iter().enumerate() {
-                        let (node, place) = (first + node as usize, first + depth + 1);
-                        out.commit_rows.push(node as i64);
-                        if node != place {
-                            out.move_from.push(layout.slots[node]);
-                            out.move_to.push(layout.slots[place]);
-                        }
+                Ok((drafts_accepted, path)) => {
+                    out.accepted[row] = drafts_accepted as i32;
+                    match (scheduled.work, path) {
+                        (Work::Prefill { .. }, _) => keep_chain(out, layout, start, scheduled.len),
+                        (Work::Decode, None) => keep_chain(out, layout, start, drafts_accepted + 1),
+                        (Work::Decode, Some(path)) => keep_path(out, layout, start, &path),
                     }
                 }
                 Err(error) => {
-                    out.tokens.truncate(kept.0);
-                    out.logprobs.truncate(kept.0);
-                    out.top_starts.truncate(kept.0);
-                    out.top_tokens.truncate(kept.1);
-                    out.top_logprobs.truncate(kept.1);
+                    before.restore(out);
                     accepted.failed.push((row, error));
                 }
             }
@@ -222,6 +199,51 @@ struct Context<'a> {
     running: &'a crate::schedule::Running,
     first_logit: usize,
     position: u64,
+}
+
+/// What was drawn before a row's turn, to go back to when the row fails.
+struct Lengths {
+    tokens: usize,
+    top_tokens: usize,
+}
+
+impl Lengths {
+    fn of(out: &AcceptedArrays) -> Self {
+        Self {
+            tokens: out.tokens.len(),
+            top_tokens: out.top_tokens.len(),
+        }
+    }
+
+    fn restore(&self, out: &mut AcceptedArrays) {
+        out.tokens.truncate(self.tokens);
+        out.logprobs.truncate(self.tokens);
+        out.top_starts.truncate(self.tokens);
+        out.top_tokens.truncate(self.top_tokens);
+        out.top_logprobs.truncate(self.top_tokens);
+    }
+}
+
+/// Keeps the first `len` packed tokens of a row that begins at `start`.
+fn keep_chain(out: &mut AcceptedArrays, layout: &PlanArrays, start: usize, len: u32) {
+    let end = start + len as usize;
+    out.commit_rows.extend(start as i64..end as i64);
+    out.commit_slots.extend_from_slice(&layout.slots[start..end]);
+}
+
+/// Keeps the anchor of a row that begins at `start`, and the nodes of its tree on `path`. Their KV is to be where a chain's would be.
+fn keep_path(out: &mut AcceptedArrays, layout: &PlanArrays, start: usize, path: &[u32]) {
+    out.commit_slots
+        .extend_from_slice(&layout.slots[start..=start + path.len()]);
+    out.commit_rows.push(start as i64);
+    for (depth, &node) in path.iter().enumerate() {
+        let (node, place) = (start + node as usize, start + depth + 1);
+        out.commit_rows.push(node as i64);
+        if node != place {
+            out.move_from.push(layout.slots[node]);
+            out.move_to.push(layout.slots[place]);
+        }
+    }
 }
 
 /// Scores of the token that is pushed next. They are rare: what nobody asked for is filled in at the end.
