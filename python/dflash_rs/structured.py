@@ -46,7 +46,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        given = [name for name in _KINDS if _is_given(getattr(self, name))]
         if len(given) != 1:
             raise InvalidArgument(f"structured_outputs: got {' and '.join(given) or 'nothing'}, expected {_ONE}")
         name, value = f"structured_outputs.{given[0]}", getattr(self, given[0])
@@ -74,6 +74,10 @@ class StructuredOutputsParams:
         if unknown is not None:
             raise InvalidArgument(f"{name}: got {shown(unknown)}, expected some of {', '.join(known)}")
         return cls(**value)
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def _schema(name: str, value: Any) -> str:
@@ -139,6 +143,11 @@ class Grammar:
         self._beginning, self._vocab, self._ends = beginning, vocab_size, list(ends)
         self.reset()
 
+    def reset(self) -> None:
+        """Goes back to the beginning."""
+        self._matcher: Any = self._beginning.deep_copy()
+        self._tokens: list[int] = []
+
     def allowed(self, may_end: bool) -> np.ndarray:
         """bool [vocab_size]: which tokens may come next; those that end the text among them if the grammar is complete and it `may_end`.
         Raises NoToken."""
@@ -171,10 +180,6 @@ class Grammar:
         if not self._matcher.rollback(1):
             self._matcher = self._beginning.deep_copy()
             self._matcher.consume_tokens(self._tokens)
-
-    def reset(self) -> None:
-        """Goes back to the beginning."""
-        self._matcher, self._tokens = self._beginning.deep_copy(), []
 
     def _fail(self) -> None:
         if self._matcher.is_error():
@@ -234,7 +239,7 @@ def _tokenizer(library: Any, token_bytes: Sequence[bytes], encode: Callable[[str
 
 
 def _compile(library: Any, tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
-    kind = next(name for name in _KINDS if getattr(wanted, name) not in (None, False))
+    kind = next(name for name in _KINDS if _is_given(getattr(wanted, name)))
     value, make = getattr(wanted, kind), library.LLMatcher
     try:
         if kind in ("json", "json_object"):

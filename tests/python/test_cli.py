@@ -192,12 +192,12 @@ def test_what_an_output_has_to_be_is_said_on_the_command_line_or_in_a_file(words
             "--ebnf: got 'no-such-file', expected a grammar (root ::= ...) or a file with one (No such file",
         ),
         (["--regex", "a", "--json-object"], "structured_outputs: got regex and json_object, expected one of"),
-        (["--regex", ""], "structured_outputs: got nothing"),
+        (["--regex", ""], "structured_outputs.regex: got '', expected a non-empty string"),
     ],
 )
 def test_what_an_output_cannot_be_is_refused_before_anything_loads(words, message, capsys):
     assert cli.main(["generate", "x", *words]) == cli.BAD_INPUT
-    assert capsys.readouterr().err.startswith(f"dflash-rs: {message}")
+    assert capsys.readouterr().err.startswith(f"dflash-rs: error: {message}")
 
 
 def test_nothing_given_is_what_sampling_params_mean_by_nothing():

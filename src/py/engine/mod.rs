@@ -100,12 +100,13 @@ impl<'py> Edited<'py> {
             Bound<'py, PyAny>,
             Bound<'py, PyAny>,
             Bound<'py, PyAny>,
-            Vec<Option<String>>,
+            Given<Vec<Option<String>>>,
         );
         let Some(edited) = edited.filter(|edited| !edited.is_none()) else {
             return Ok(None);
         };
         let (rows, raw, logits, reasons) = edited.extract::<Given<Parts<'py>>>()?.of("edited", EXPECTED)?;
+        let reasons = reasons.of("edited", EXPECTED)?;
         let rows = array::<i64, Ix1>("edited rows", &rows, "[E]")?;
         if reasons.len() != rows.shape()[0] {
             let expected = format!("{}, one for each row", rows.shape()[0]);

@@ -265,7 +265,8 @@ class DeviceBackend:
         self._out.turn()
         # The last copy of the step.
         out = self._out.download()
-        return _Flight(step, block, wanted, out, tops, self._out.copied, aside and aside.edited, aside is not None)
+        edited = None if aside is None else aside.edited
+        return _Flight(step, block, wanted, out, tops, self._out.copied, edited, aside is not None)
 
     def keep(self, step: Step, accepted: Any) -> None:
         """Nothing: targets with state are not served here."""
