@@ -165,6 +165,7 @@ def build(
             block_size=sizes.block_size,
             max_context=sizes.max_context,
             tree_nodes=sizes.tree_nodes,
+            constrained=requests.constrained,
             graphs=options.cuda_graphs,
         )
     adapts = draft is not None and options.adaptive
@@ -188,7 +189,15 @@ def build(
     if device is not None:
         return Loop(core, device, policy, requests, overlap=overlap)
     draws_there = _kernels_here(models)
-    host = HostBackend(core, target, draft, policy, page_size=config.page_size, draws_there=draws_there)
+    host = HostBackend(
+        core,
+        target,
+        draft,
+        policy,
+        page_size=config.page_size,
+        constrained=requests.constrained,
+        draws_there=draws_there,
+    )
     return Loop(core, host, policy, requests, overlap=overlap, state_bytes=state_bytes)
 
 
