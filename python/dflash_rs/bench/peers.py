@@ -141,7 +141,7 @@ class Suite:
     # ---- who takes part ------------------------------------------------------------------------------------------
 
     def _add_drafters(self, arms: list[Own], concurrency: int) -> str | None:
-        """Appends the arms of our drafters and returns the first DFlash drafter. Scans the steps of heads, and says what kind is missing."""
+        """Appends the arms of our drafters and returns where the first DFlash drafter is. Scans the steps of heads, and says what kind is missing."""
         first = None
         kinds = []
         for draft in self.drafts:
@@ -161,7 +161,7 @@ class Suite:
             arms.append(Own(name, llm, draft=draft, tree_nodes=0))
             if kind in (LOOKUP, MTP):
                 continue
-            first = first or draft
+            first = first or getattr(llm, "draft_dir", None) or draft
             try:
                 trees = self.make(draft, concurrency, block, self.tree_nodes)
             except InvalidArgument as error:
@@ -322,8 +322,10 @@ class Suite:
                 row.draft, row.block_size, row.tree_nodes = arm.draft, block, arm.tree_nodes
                 if passes := sum(one.passes for one in own):
                     row.drafts_per_pass = sum(one.drafted for one in own) / passes
-                    row.most_drafts = max(block - 1, arm.tree_nodes or 0)
-                    row.block_cost = block_cost(arm.llm, block, min(concurrency, len(prompts)))
+                    # A tree's limit is nothing that every pass should come near.
+                    if not arm.tree_nodes:
+                        row.most_drafts = block - 1
+                        row.block_cost = block_cost(arm.llm, block, min(concurrency, len(prompts)))
             rows.append(row)
         return rows
 

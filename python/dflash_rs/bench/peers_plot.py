@@ -126,4 +126,5 @@ def _legend(arm: str, rows: Sequence[Row]) -> str:
     """With tau of its first row over everything."""
     whole = next((row for row in rows if row.mode == arm and (row.category or ALL) == ALL), None)
     whole = whole or next(row for row in rows if row.mode == arm)
-    return f"{arm} (tau {whole.tau:.2f})" if whole.tau > 1.005 else arm
+    setting = "greedy" if whole.temperature == 0 else f"T={whole.temperature:g}"
+    return f"{arm} (tau {whole.tau:.2f}, {setting})" if whole.tau > 1.005 else arm

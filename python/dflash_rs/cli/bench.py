@@ -228,9 +228,13 @@ def _run_peers(args: argparse.Namespace, plan: Any, files: list[str], limit: int
         begun=lambda llm: heads.append(report.header(args.words, llm)),
     )
     found = suite.run(prompts)
-    head = heads[0] | {"load_average_at_end": report.load_average(), "dflash": report.version("dflash")}
+    # Every row has its own limits of drafts.
+    head = {name: value for name, value in heads[0].items() if name not in ("block_size", "tree_nodes")}
+    head |= {"load_average_at_end": report.load_average(), "dflash": report.version("dflash")}
     whole = [row for row in found.rows if row.category == ALL] or found.rows
-    lines = [report.table(found.rows), report.machine(head), *(scan.line for scan in found.scans)]
+    # By category at the first number of requests, all together at the others: the rest is for programs.
+    shown = [row for row in found.rows if row.concurrency == plan.concurrency[0] or row in whole]
+    lines = [report.table(shown), report.machine(head), *(scan.line for scan in found.scans)]
     lines += [*report.remarks(whole), *(one.line for one in found.skipped)]
     more = {"scans": [asdict(one) for one in found.scans], "skipped": [asdict(one) for one in found.skipped]}
     _tell(args, lines, head, found.rows, **more)
