@@ -15,6 +15,7 @@ that the model asks for are evaluated at positions far apart, and one of the com
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,13 @@ class TargetModel:
             # Said here, before anything is made of them.
             target.eos_token_ids, target.max_context  # noqa: B018
             return target
+
+    def twin(self) -> TargetModel:
+        """Another target over the same weights, with KV and taps of its own: for a second engine that takes turns with the first."""
+        other = copy.copy(self)
+        other.caches, other.num_slots = {}, 0
+        other.taps, other._hooks, other._tapped = (), [], {}
+        return other
 
     @property
     def path(self) -> str:
