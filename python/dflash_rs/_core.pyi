@@ -192,6 +192,9 @@ def cuda_compact_kv(
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 
+# Rows, raw logits, edited logits, reasons: see `Engine.accept`.
+_Edited: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], Sequence[str | None]]
+
 @final
 class Engine:
     """Continuous batching with speculative blocks over one KV pool.
@@ -236,7 +239,8 @@ class Engine:
         """Queues a request and returns its number, unique for the life of the engine.
 
         ``params``: what it asks for, by name: the options of ``SamplingParams`` with their defaults, but ``seed`` (0, an unsigned 64-bit
-        number), ``stop`` (strings or bytes), and ``draft`` (True; False never verifies drafts for it, its text is the same either way).
+        number), ``stop`` (strings or bytes), ``draft`` (True; False never verifies drafts for it, its text is the same either way), and ``edited``
+        (False; True for one whose rows are edited before they are drawn, see ``accept``).
         ``SamplingParams.for_core`` makes one.
 
         Raises ``InvalidArgument`` naming the option, and for a name that is none; ``OutOfPages`` when prompt and ``max_tokens`` could not
@@ -276,11 +280,21 @@ class Engine:
         Raises ``DflashError`` when an earlier step is unresolved or this one is closed.
         """
 
-    def accept(self, plan: StepPlan, logits: NDArray[np.float32]) -> Accepted:
+    def accept(self, plan: StepPlan, logits: NDArray[np.float32], edited: _Edited | None = None) -> Accepted:
         """Draws the target's tokens and walks the drafts; the GIL is released.
 
         ``logits``: f32 ``[N, vocab_size]``, C-contiguous, raw, in the order of ``plan.logit_rows``. A row that cannot be
         drawn from (NaN, +inf, all -inf) ends its own request with an error and nobody else's: see ``Accepted.failed``.
+
+        ``edited``: rows of requests whose ``params`` say ``edited``: which of the ``N``, rising, i64 ``[E]``; their logits, by which tokens are
+        scored, and what was made of them, from which they are drawn, f32 ``[E, vocab_size]``; and for each why it has no token, or None. The
+        walk ends before a row without one; the request ends with that error once it stands there.
+        """
+
+    def draw_edited(self, plan: StepPlan, edited: _Edited) -> NDArray[np.int64]:
+        """Draws edited rows, as ``accept`` takes them, for a device that walks its drafts itself: ``[E]``, -1 for a row without a token.
+
+        The drafts of the plan have to be set.
         """
 
     def accept_sampled(
@@ -292,11 +306,13 @@ class Engine:
         status: NDArray[np.int32] | None = None,
         top_tokens: NDArray[np.int64] | None = None,
         top_logprobs: NDArray[np.float32] | None = None,
+        edited: _Edited | None = None,
     ) -> Accepted:
         """Walks the drafts with tokens drawn elsewhere, ``[N]`` in the order of ``plan.logit_rows``; ``logprobs`` are their scores.
 
         ``status`` ``[N]``: 0, or why a row has no token (see ``cuda.Sampled``); such a row ends its own request. ``top_tokens`` and
-        ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for.
+        ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for. ``edited`` as in ``accept``: rows
+        that are drawn here instead.
         """
 
     def device_sampling(self, plan: StepPlan) -> DeviceSampling:
@@ -340,6 +356,7 @@ class Engine:
         logprobs: NDArray[np.float32] | None = None,
         top_tokens: NDArray[np.int64] | None = None,
         top_logprobs: NDArray[np.float32] | None = None,
+        edited: _Edited | None = None,
     ) -> Accepted:
         """Walks the drafts of a step that a device has walked: as ``accept_sampled``, ``drafts`` ``[>= R, columns]`` by row of the step, None
         where there are none or where they are set; ``accepted`` ``[R]``: what the device kept.

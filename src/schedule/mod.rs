@@ -131,7 +131,7 @@ impl Scheduler {
         !someone_enters
             && self
                 .running()
-                .all(|running| running.lo >= running.prefill_end && !running.request.params.sampling.needs_history())
+                .all(|running| running.lo >= running.prefill_end && !running.request.params.needs_text())
     }
 
     /// Chooses rows for a step of blocks of at most `max_block` tokens, and launches them into `step`.

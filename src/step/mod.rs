@@ -30,7 +30,7 @@ pub use device::{DeviceInputs, DeviceOutputs};
 pub use lookup::LookedUp;
 pub use sampling::DeviceSampling;
 pub use step_plan::{Outline, StepPlan};
-pub use values::{Accepted, AcceptedArrays, DrawnRows, EventArrays, Events, PlanArrays, SamplingArrays};
+pub use values::{Accepted, AcceptedArrays, DrawnRows, EditedRows, EventArrays, Events, PlanArrays, SamplingArrays};
 
 use crate::draft::LookupRates;
 use crate::error::{Error, Result};

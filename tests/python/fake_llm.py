@@ -39,6 +39,8 @@ class FakeLLM:
     dtype = "float32"
     device = "cpu"
     eos_token_ids = (0,)
+    # Tokens of a pass with drafts.
+    width = 3
 
     def __init__(self, change: int | None = None, seed_matters: bool = True, **options: Any) -> None:
         self.options = options
@@ -70,7 +72,7 @@ class FakeLLM:
         if draft and self.change is not None:
             tokens[self.change] = 63
         groups: list[tuple[list[int], int]] = [(tokens[:1], 0)]
-        width = 3 if draft else 1
+        width = self.width if draft else 1
         for start in range(1, len(tokens), width):
             part = tokens[start : start + width]
             groups.append((part, len(part) - 1))

@@ -1,7 +1,7 @@
 """The z-lab loop (PyPI package `dflash`, MIT) on the same checkpoint and prompts, one request at a time.
 
 It is a dependency of this one suite only and is never imported elsewhere. Greedy only: its sampled mode draws from a
-global generator, so its text cannot be compared with ours.
+global generator, so its text cannot be compared with ours. The suite of peers runs it at temperatures above 0 as well, for the time it takes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INSTALL = "pip install --no-deps dflash==0.1.0"
 
 
 class ReferenceLoop:
-    """The reference implementation with both models loaded; `generate` is greedy."""
+    """The reference implementation with both models loaded."""
 
     @staticmethod
     def require() -> None:
@@ -47,7 +47,10 @@ class ReferenceLoop:
         """The loop on the very checkpoints, dtype and device of an engine."""
         return cls(llm.model_dir, llm.draft_dir, llm.dtype, llm.device)
 
-    def __init__(self, target_dir: str | Path, draft_dir: str | Path, dtype: Any, device: Any) -> None:
+    def __init__(
+        self, target_dir: str | Path, draft_dir: str | Path, dtype: Any, device: Any, target: Any | None = None
+    ) -> None:
+        """`target`: the model, where somebody has loaded it already."""
         self.require()
         try:
             from dflash.model import DFlashDraftModel, dflash_generate
@@ -56,7 +59,7 @@ class ReferenceLoop:
         from dflash_rs.models.checkpoint import load_causal_lm, readable
 
         self._loop = dflash_generate
-        self.target = load_causal_lm(target_dir, dtype)[0].to(device).eval()
+        self.target = load_causal_lm(target_dir, dtype)[0].to(device).eval() if target is None else target
         with readable(draft_dir, "draft"):
             draft = DFlashDraftModel.from_pretrained(str(draft_dir), dtype=dtype, trust_remote_code=False)
         self.draft = draft.to(device).eval()
@@ -67,14 +70,23 @@ class ReferenceLoop:
     def _count(self, *_: Any) -> None:
         self.passes += 1
 
-    def generate(self, prompt_ids: Sequence[int], max_tokens: int, stop_ids: list[int]) -> tuple[list[int], int]:
-        """The greedy continuation and the number of decode passes it took."""
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        stop_ids: list[int],
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> tuple[list[int], int]:
+        """The continuation and the number of decode passes it took."""
         import torch
 
+        if seed is not None:
+            torch.manual_seed(seed)
         ids = torch.tensor([list(prompt_ids)], device=self.target.device)
         self.passes = 0
         with torch.inference_mode():
-            output = self._loop(self.draft, self.target, ids, max_tokens, stop_ids, temperature=0.0)
+            output = self._loop(self.draft, self.target, ids, max_tokens, stop_ids, temperature=temperature)
         return output[0, len(prompt_ids) :].tolist(), self.passes - 1
 
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dflash_rs.bench.runner import PLAIN, REFERENCE, Row
+from dflash_rs.bench.runner import FOREIGN, PLAIN, REFERENCE, Row
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
 
@@ -33,6 +33,7 @@ def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
+        "load_average": load_average(),
         "python": platform.python_version(),
         "dflash_rs": version("dflash-rs"),
         "git_commit": git_commit(Path(__file__).resolve().parent) or git_commit(Path.cwd()),
@@ -87,6 +88,14 @@ def usable_cpus() -> int:
         return os.cpu_count() or 1
 
 
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute, which on a machine of one's own is this one; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def git_commit(folder: Path) -> str | None:
     """The commit that `folder` is checked out at, marked when there are changes; None outside a repository of ours."""
 
@@ -113,17 +122,29 @@ COLUMNS = (
     ("tau", lambda row: f"{row.tau:.2f}"),
     ("n-gram tau", lambda row: f"{row.ngram_tau:.2f}"),
     ("repeated 4-grams", lambda row: f"{row.repeated_4gram_share:.0%}"),
-    (
-        "same text",
-        lambda row: "-" if row.mode == PLAIN else ("yes" if row.identical_to_plain else "NO ") + f" {row.identical}",
-    ),
+    ("same text", lambda row: _same(row)),
 )
+# Where rows have them.
+CATEGORY = ("category", lambda row: row.category or "")
+QUARTILES = ("quartiles", lambda row: " to ".join(f"{value:.2f}" for value in row.speedup_quartiles))
+
+
+def _same(row: Row) -> str:
+    # Texts of an engine that draws otherwise cannot be compared.
+    if row.mode == PLAIN or row.identical_to_plain is None:
+        return "-"
+    return ("yes" if row.identical_to_plain else "NO ") + f" {row.identical}"
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
-    cells = [[name for name, _ in COLUMNS]] + [[render(row) for _, render in COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    columns = list(COLUMNS)
+    if any(row.speedup_quartiles for row in rows):
+        columns.insert(1 + [name for name, _ in columns].index("speed-up"), QUARTILES)
+    if any(row.category for row in rows):
+        columns.insert(1, CATEGORY)
+    cells = [[name for name, _ in columns]] + [[render(row) for _, render in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
@@ -146,7 +167,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
             )
         drafted = row.drafts_per_pass
-        if row.mode in (PLAIN, REFERENCE, LOOKUP):
+        if row.mode in (PLAIN, LOOKUP) or row.mode in FOREIGN:
             # What is not found is not drafted, and its tau is a look-up's anyway.
             pass
         elif drafted is not None and drafted < HARDLY_DRAFTED * (row.most_drafts or 0):
@@ -180,9 +201,9 @@ def profile_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Writes {"header": ..., "rows": [...]} to `path`, `-` being standard output."""
-    text = json.dumps({"header": head, "rows": [row.to_json() for row in rows]}, indent=2, allow_nan=False)
+def write_json(path: str, head: dict[str, Any], rows: Sequence[Row], **more: Any) -> None:
+    """Writes {"header": ..., "rows": [...]} to `path`, `-` being standard output. `more` are keys beside these two."""
+    text = json.dumps({"header": head, "rows": [row.to_json() for row in rows], **more}, indent=2, allow_nan=False)
     if path == "-":
         print(text)
         return

@@ -27,6 +27,9 @@ from dflash_rs.bench.workloads import Prompt, Setting
 from dflash_rs.errors import DflashError, InvalidArgument
 
 PLAIN, DFLASH, REFERENCE = "plain", "dflash", "z-lab"
+TRANSFORMERS, TRANSFORMERS_LOOKUP = "transformers", "transformers look-up"
+# Loops of others: their texts may differ by rounding, and their draws are others.
+FOREIGN = (REFERENCE, TRANSFORMERS, TRANSFORMERS_LOOKUP)
 STEPS = "steps"
 
 
@@ -54,7 +57,8 @@ class Row:
     tokens_per_s: float
     tau: float
     speedup: float
-    identical_to_plain: bool
+    # None where the texts cannot be compared: an engine that draws otherwise.
+    identical_to_plain: bool | None
     repeated_4gram_share: float
     ngram_tau: float
     identical: str = ""
@@ -73,6 +77,14 @@ class Row:
     drafts_per_pass: float | None = None
     most_drafts: int | None = None
     block_cost: float | None = None
+    # Of the suite of peers: which prompts, lower and upper quartile over the rounds, and what the drafter was limited to (tokens of a block
+    # with its anchor, drafts of a tree, 0 for chains).
+    category: str | None = None
+    tokens_per_s_quartiles: list[float] = field(default_factory=list)
+    speedup_quartiles: list[float] = field(default_factory=list)
+    draft: str | None = None
+    block_size: int | None = None
+    tree_nodes: int | None = None
     divergences: list[Divergence] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -132,8 +144,8 @@ def timed(llm: Any, prompt_ids: list[list[int]], params: list[Any], draft: bool)
     return Pass(seconds, outputs)
 
 
-def sampling_params(setting: Setting, count: int, max_tokens: int) -> list[Any]:
-    """One SamplingParams per prompt. Outputs end where the model ends them: equal texts are equal work."""
+def sampling_params(setting: Setting, count: int, max_tokens: int, stop_ids: Sequence[int] = ()) -> list[Any]:
+    """One SamplingParams per prompt. Outputs end where the model ends them, and at `stop_ids`: equal texts are equal work."""
     from dflash_rs.sampling import SamplingParams
 
     return [
@@ -141,6 +153,7 @@ def sampling_params(setting: Setting, count: int, max_tokens: int) -> list[Any]:
             temperature=setting.temperature,
             seed=None if setting.seed is None else setting.seed + i,
             max_tokens=max_tokens,
+            stop_token_ids=tuple(stop_ids),
         )
         for i in range(count)
     ]
@@ -300,12 +313,12 @@ def _measure(
         )
         if mode == drafted and counts["passes"]:
             row.drafts_per_pass, row.most_drafts = counts["drafted"] / counts["passes"], block_size - 1
-            row.block_cost = _block_cost(llm, block_size, min(concurrency, len(prompts)))
+            row.block_cost = block_cost(llm, block_size, min(concurrency, len(prompts)))
         result.append((row, ids))
     return result
 
 
-def _block_cost(llm: Any, block_size: int, requests: int) -> float | None:
+def block_cost(llm: Any, block_size: int, requests: int) -> float | None:
     """What a step of `requests` whole blocks costs in plain steps, by what the planner knows now; None without costs."""
     loop = getattr(llm, "_loop", None)
     costs = None if loop is None else loop.policy.planner.costs

@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from dflash_rs.config import assets
 from dflash_rs.errors import DflashError, InvalidArgument
+
+# What rows of all categories together are called.
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Prompt:
     text: str
     source: str = ""
     where: str = field(default="", compare=False)
+    # Of a conversation: its kind, and all messages of its user, of which `text` is the first.
+    category: str = ""
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,83 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"prompt file {path}: not UTF-8 text (byte {error.start})") from None
     return _take(parse_prompts(text, str(path)), limit, str(path))
+
+
+def bundled_conversations(limit: int | None = None) -> list[Prompt]:
+    """The package's own conversations for comparing engines: questions of code, mathematics and prose; see `read_conversations`.
+
+    Raises DflashError when the installation lacks them.
+    """
+    asset = assets() / "bench_prompts.jsonl"
+    if not asset.is_file():
+        raise DflashError(f"the bundled prompts are missing ({asset}); reinstall dflash-rs, or pass --prompts FILE")
+    return read_conversations([asset], limit)
+
+
+def read_conversations(paths: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
+    """What users say, by category, from files of JSON lines; of each category the first `limit`.
+
+    A line is an object with "prompt" (one message) or "turns" (several, answered one by one), "category", and "id", which is a text and
+    occurs once. Other keys are not looked at. Raises InvalidArgument that names the file and the line.
+    """
+    found: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for path in paths:
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise InvalidArgument(f"prompt file {path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"prompt file {path}: not UTF-8 text (byte {error.start})") from None
+        here = len(found)
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            where = f"{path}: line {number}"
+            one = _conversation(line, where)
+            if one.source in seen:
+                raise InvalidArgument(
+                    f"{where}: id: got {one.source!r}, which {seen[one.source]} has, too; expected another"
+                )
+            seen[one.source] = where
+            found.append(one)
+        if len(found) == here:
+            raise InvalidArgument(f"{path}: contains no prompt")
+    if limit is not None and limit < 1:
+        raise InvalidArgument(f"--prompts: got {limit}, expected at least 1")
+    kinds = dict.fromkeys(one.category for one in found)
+    of = {kind: [one for one in found if one.category == kind][:limit] for kind in kinds}
+    return [one for kind in kinds for one in of[kind]]
+
+
+def _conversation(line: str, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except _NOT_JSON as error:
+        raise InvalidArgument(f"{where} is not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise InvalidArgument(
+            f'{where}: got {type(entry).__name__}, expected an object with "id", "category" and "prompt" or "turns"'
+        )
+    for key in ("id", "category"):
+        if not isinstance(entry.get(key), str) or not entry[key]:
+            raise InvalidArgument(f"{where}: {key}: got {entry.get(key)!r:.60}, expected a text")
+    if entry["category"] == ALL:
+        raise InvalidArgument(
+            f"{where}: category: got {ALL!r}, which stands for all categories together, expected another"
+        )
+    if ("prompt" in entry) == ("turns" in entry):
+        raise InvalidArgument(
+            f'{where}: got {"both" if "prompt" in entry else "none"} of "prompt" and "turns", expected one of them'
+        )
+    turns = [entry["prompt"]] if "prompt" in entry else entry["turns"]
+    if not isinstance(turns, list) or not turns:
+        raise InvalidArgument(f"{where}: turns: got {turns!r:.60}, expected a list of messages")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, str) or not turn.strip() or any("\ud800" <= c <= "\udfff" for c in turn):
+            name = "prompt" if "prompt" in entry else f"turns[{i}]"
+            raise InvalidArgument(f"{where}: {name}: got {turn!r:.60}, expected a text")
+    return Prompt(turns[0], entry["id"], where, entry["category"], tuple(turns))
 
 
 def parse_prompts(text: str, name: str) -> list[Prompt]:

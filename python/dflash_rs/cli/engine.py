@@ -11,6 +11,7 @@ from typing import Any
 from dflash_rs import known_models
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument, OutOfPages
+from dflash_rs.options import pick_models
 
 
 def prepare_libraries() -> None:
@@ -56,7 +57,11 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     options = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     if plain:
         options["draft"] = None
-    if args.model is None and args.matmul_precision is None and getattr(args, "suite", None) != "reference":
+    if (
+        args.model is None
+        and args.matmul_precision is None
+        and getattr(args, "suite", None) not in ("reference", "peers")
+    ):
         options["matmul_precision"] = "auto"
     if args.model is None and args.threads is None:
         # Its matrices are small: two threads share a block's products well, more were never measured.
@@ -64,6 +69,74 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
             2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
     return LLM(**(options | more))
+
+
+class Shared:
+    """Engines of several drafters for the target that the command line names, whose weights are read once.
+
+    A call gives the engine of a drafter (None: plain decoding), of so many requests at once, tokens of a block and drafts of a tree. Engines
+    of the same drafter and kind of draft share their KV, so the last one has to be closed before the next is made; others may live beside it.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        # By drafter and kind of draft: (target, drafter, tokenizer, bytes of tokens), and where the models are.
+        self._parts: dict[tuple[str | None, bool], tuple[tuple[Any, Any, Any, Any], tuple[Any, Any]]] = {}
+
+    def __call__(self, draft: str | None, max_running: int, block_size: int | None, tree_nodes: int) -> Any:
+        key = (draft, tree_nodes > 0)
+        own: dict[str, Any] = {"max_running": max_running, "prefix_cache": False}
+        if key not in self._parts and not self._beside(key):
+            llm = make_engine(self._asked(draft, block_size, tree_nodes), **own)
+            self._parts[key] = (
+                (llm._target, llm._draft, llm.tokenizer, llm._bytes),
+                (llm.model_dir, llm.draft_dir),
+            )
+            return llm
+        from dflash_rs.llm import LLM
+
+        (target, drafter, tokenizer, token_bytes), places = self._parts[key]
+        names = ("adaptive", "page_size", "num_pages", "max_context")
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self._args, name)) is not None}
+        llm = LLM.from_parts(
+            target,
+            drafter,
+            tokenizer=tokenizer,
+            token_bytes=token_bytes,
+            block_size=block_size,
+            tree_nodes=tree_nodes,
+            **given,
+            **own,
+        )
+        llm.model_dir, llm.draft_dir = places
+        return llm
+
+    def _asked(self, draft: str | None, block_size: int | None, tree_nodes: int) -> argparse.Namespace:
+        given = {"draft": draft, "no_draft": draft is None, "block_size": block_size, "tree_nodes": tree_nodes or None}
+        return argparse.Namespace(**{**vars(self._args), **given})
+
+    def _beside(self, key: tuple[str | None, bool]) -> bool:
+        """Prepares an engine over the weights that are there; False where there are none yet, or they cannot be shared."""
+        if not self._parts:
+            return False
+        (target, _, tokenizer, token_bytes), (model_dir, _) = next(iter(self._parts.values()))
+        if not hasattr(target, "twin"):
+            return False
+        _, place = pick_models(self._args.model, key[0])
+        twin, drafter = target.twin(), None
+        if place == LOOKUP:
+            from dflash_rs.models.lookup import LookUp
+
+            drafter = LookUp()
+        elif place is not None:
+            from dflash_rs.models.loader import load_draft
+
+            drafter = load_draft(place, twin, matmul_precision=target.matmul_precision)
+        self._parts[key] = (
+            (twin, drafter, tokenizer, token_bytes),
+            (model_dir, None if place is None else str(place)),
+        )
+        return True
 
 
 def called(index: int, prompts: Sequence[Any]) -> str:

@@ -104,6 +104,15 @@ def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.Argume
     )
 
 
+def _store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store-features",
+        type=Path,
+        metavar="DIR",
+        help="compute what the target makes of the responses once and keep it in this folder; default: in every step anew",
+    )
+
+
 def add_parsers(subparsers) -> None:
     """Adds target, responses, drafter, mtp, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
     target = _add(
@@ -180,6 +189,7 @@ def add_parsers(subparsers) -> None:
     drafter.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
     _corpus(drafter, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(drafter, save_every=250)
+    _store(drafter)
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
 
@@ -194,6 +204,7 @@ def add_parsers(subparsers) -> None:
     head.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
     _corpus(head, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(head, save_every=250)
+    _store(head)
     _add_settings(head, MtpTraining)
     head.set_defaults(run=_clear(_train_mtp))
 
@@ -236,7 +247,7 @@ def _clear(run):
 
     @functools.wraps(run)
     def checked(args: argparse.Namespace) -> int:
-        made = {"out", "corpus"} if run is _train_target else {"out"}
+        made = {"out", "corpus"} if run is _train_target else {"out", "store_features"}
         for name, value in vars(args).items():
             paths = value if isinstance(value, list) else [value]
             for path in paths if name not in made else ():
@@ -296,7 +307,17 @@ def _train_drafter(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, DrafterTraining)
-    train(settings, args.target, args.responses, args.corpus, args.out, args.device, args.save_every, args.bf16)
+    train(
+        settings,
+        args.target,
+        args.responses,
+        args.corpus,
+        args.out,
+        args.device,
+        args.save_every,
+        args.bf16,
+        args.store_features,
+    )
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 
@@ -306,7 +327,17 @@ def _train_mtp(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, MtpTraining)
-    train(settings, args.target, args.responses, args.corpus, args.out, args.device, args.save_every, args.bf16)
+    train(
+        settings,
+        args.target,
+        args.responses,
+        args.corpus,
+        args.out,
+        args.device,
+        args.save_every,
+        args.bf16,
+        args.store_features,
+    )
     print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 

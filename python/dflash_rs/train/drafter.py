@@ -26,7 +26,8 @@ import torch
 
 from . import responses
 from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
-from .documents import Documents, Rows, rows_of
+from .documents import Documents, Rows, Text, rows_of
+from .features import StoredFeatures
 from .settings import DrafterTraining, MtpTraining
 
 # Rows per category that a report on held-out texts looks at.
@@ -127,6 +128,7 @@ class Teacher:
     def __init__(self, target, taps: tuple[int, ...], mask_token_id: int | None):
         self.target = target.eval().requires_grad_(False)
         self.taps, self.mask = taps, mask_token_id
+        self.stored: StoredFeatures | None = None
         self._seen: dict[int, torch.Tensor] = {}
         for k in taps:
             base_layers(target)[k].register_forward_hook(self._keep(k))
@@ -147,6 +149,12 @@ class Teacher:
         features = torch.cat([self._seen[k] for k in self.taps], dim=-1) if self.taps else last[..., :0]
         self._seen.clear()
         return features, last
+
+    def of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and hidden states of a batch: those stored where all of it is, else computed."""
+        if self.stored is not None and bool((batch.place >= 0)[batch.document >= 0].all()):
+            return self.stored.read(batch.place)
+        return self(batch.tokens, batch.position)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the target's head makes of hidden states, in its own dtype."""
@@ -248,12 +256,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 class Batch(NamedTuple):
-    """What one step trains on: `document`, `position` and `own` as in `documents.Rows`, anchors int64 [b, A], and the block size."""
+    """What one step trains on: the arrays of `documents.Rows`, anchors int64 [b, A], and the block size."""
 
     tokens: torch.Tensor
     document: torch.Tensor
     position: torch.Tensor
     own: torch.Tensor
+    place: torch.Tensor
     anchors: torch.Tensor
     block: int
 
@@ -261,14 +270,13 @@ class Batch(NamedTuple):
     def whole(cls, tokens: torch.Tensor, anchors: torch.Tensor, block: int) -> Batch:
         """Of rows that are one document each, all of it the target's own."""
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return cls(
-            tokens, torch.zeros_like(tokens), position, torch.ones_like(tokens, dtype=torch.bool), anchors, block
-        )
+        own, elsewhere = torch.ones_like(tokens, dtype=torch.bool), torch.full_like(tokens, -1)
+        return cls(tokens, torch.zeros_like(tokens), position, own, elsewhere, anchors, block)
 
     def on(self, group: Group, device: torch.device) -> Batch:
         """This process's share, on its device."""
-        tokens, document, position, own, anchors = (group.share(part).to(device) for part in self[:-1])
-        return Batch(tokens, document, position, own, anchors, self.block)
+        tokens, document, position, own, place, anchors = (group.share(part).to(device) for part in self[:-1])
+        return Batch(tokens, document, position, own, place, anchors, self.block)
 
 
 def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining):
@@ -279,7 +287,7 @@ def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining)
     from ..models.dflash.training import training_hidden
 
     tokens, anchors, block = batch.tokens, batch.anchors, batch.block
-    features, last = teacher(tokens, batch.position)
+    features, last = teacher.of(batch)
     hidden = training_hidden(draft, features, tokens, anchors, block, batch.document, batch.position)[:, :, 1:]
     return slots_loss(hidden, last, teacher, batch, settings)
 
@@ -325,16 +333,16 @@ def _batches(
         chosen = [next(source) for _ in range(per_batch)]
         if corpus is not None:
             for begin in rng.integers(0, corpus.size - length, settings.batch_size - per_batch):
-                chosen.append([(corpus[begin : begin + length], np.ones(length, dtype=bool))])
+                chosen.append([Text(corpus[begin : begin + length], np.ones(length, dtype=bool))])
         if step >= start:
             yield _batch(chosen, length, int(rng.choice(settings.block_sizes)), settings.anchors, rng)
 
 
 def _batch(chosen: list, length: int, block: int, anchors: int, rng: np.random.Generator) -> Batch:
     rows = Rows.of(chosen, length)
-    arrays = (rows.tokens, rows.document, rows.position, rows.own, rows.anchors(anchors, rng))
-    tokens, document, position, own, places = (torch.from_numpy(array) for array in arrays)
-    return Batch(tokens, document, position, own, places, block)
+    arrays = (rows.tokens, rows.document, rows.position, rows.own, rows.place, rows.anchors(anchors, rng))
+    tokens, document, position, own, place, chosen_anchors = (torch.from_numpy(array) for array in arrays)
+    return Batch(tokens, document, position, own, place, chosen_anchors, block)
 
 
 @torch.no_grad()
@@ -361,6 +369,8 @@ def held_out_report(
                 np.random.default_rng((settings.seed, r)),
             )
             with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
+                # Nothing of these texts is stored, and their places are not those of the texts to train on.
+                batch = batch._replace(place=torch.full_like(batch.place, -1))
                 loss, tau = loss_of(draft, teacher, batch.on(Group(), where), settings)
             losses.append(float(loss))
             taus += [] if math.isnan(tau) else [tau]
@@ -379,9 +389,13 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
+    store: Path | None = None,
 ) -> dict:
-    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report."""
-    return run(settings, _begin, block_loss, target_path, own_path, data, out, device, save_every, autocast)
+    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
+
+    With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
+    """
+    return run(settings, _begin, block_loss, target_path, own_path, data, out, device, save_every, autocast, store)
 
 
 def _begin(target, settings: DrafterTraining, sample: torch.Tensor):
@@ -404,6 +418,7 @@ def run(
     device: str,
     save_every: int,
     autocast: bool | None,
+    store: Path | None = None,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
     from ..models.checkpoint import load_causal_lm, readable
@@ -433,6 +448,13 @@ def run(
     whole_rows = not teacher.keeps_documents_apart(where)
     if whole_rows and group.leads:
         print("documents in one row would disturb each other in this target: every row holds one", file=sys.stderr)
+    if store is not None:
+        if data is not None:
+            raise ValueError(
+                "store_features: got a corpus, too; what is stored is of responses, a corpus has new windows in every step"
+            )
+        about = {"target": str(target_path), "taps": list(settings.tap_ids)}
+        teacher.stored = StoredFeatures.capture(store, own, teacher, settings.seq_len, whole_rows, about, group, where)
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
 
     path = out / "checkpoint.pt"

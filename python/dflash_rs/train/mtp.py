@@ -73,7 +73,7 @@ def head_loss(draft, teacher: Teacher, batch: Batch, settings: MtpTraining) -> t
     `drafter.block_loss`."""
     from ..models.mtp import unrolled_hidden
 
-    _, last = teacher(batch.tokens, batch.position)
+    _, last = teacher.of(batch)
     hidden = unrolled_hidden(draft, last, batch.tokens, batch.anchors, batch.block - 1, batch.document, batch.position)
     return slots_loss(hidden, last, teacher, batch, settings)
 
@@ -87,6 +87,12 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
+    store: Path | None = None,
 ) -> dict:
-    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report."""
-    return drafter.run(settings, begin, head_loss, target_path, own_path, data, out, device, save_every, autocast)
+    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report.
+
+    `store` as in `drafter.train`.
+    """
+    return drafter.run(
+        settings, begin, head_loss, target_path, own_path, data, out, device, save_every, autocast, store
+    )

@@ -1,0 +1,130 @@
+"""The picture of a run of the suite of peers: speed-up by kind of text for every arm, and what is left of it with more requests at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dflash_rs.bench import report
+from dflash_rs.bench.runner import FOREIGN, PLAIN, Row
+from dflash_rs.bench.workloads import ALL
+from dflash_rs.errors import DflashError
+
+# Ours in colours that stand apart in grey, too; others in greys.
+_OURS = ("#2563a8", "#6aa5dd", "#d1741f", "#3a8a4d", "#7a4fa3", "#a33b3b", "#6b8e23", "#c2185b")
+_THEIRS = ("#555555", "#8a8a8a", "#bdbdbd")
+
+
+def _name(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}, seeded"
+
+
+def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Draws into `path` (format by its suffix): a panel for each temperature, and a second line of panels where there are several numbers of
+    requests. Whiskers are quartiles over the rounds."""
+    report.need_matplotlib(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = [row for row in rows if row.mode != PLAIN]
+    if not drawn:
+        raise DflashError("--plot: there is no row beside plain decoding to draw")
+    arms = list(dict.fromkeys(row.mode for row in drawn))
+    ours, theirs = [a for a in arms if a not in FOREIGN], [a for a in arms if a in FOREIGN]
+    colours = dict(zip(ours, _OURS * len(ours))) | dict(zip(theirs, _THEIRS))
+    arms = [*ours, *theirs]
+    temperatures = sorted({row.temperature for row in drawn})
+    levels = sorted({row.concurrency for row in drawn})
+    categories = [kind for kind in dict.fromkeys(row.category or ALL for row in drawn) if kind != ALL]
+    # All of them together come first, unless there is but one kind.
+    kinds = [ALL, *categories] if any((row.category or ALL) == ALL for row in drawn) else categories
+    whole = kinds[0]
+    lines = 1 + (len(levels) > 1)
+    width = max(4.2, 0.16 * len(arms) * len(kinds) + 1.6)
+    figure, axes = plt.subplots(
+        lines, len(temperatures), figsize=(width * len(temperatures), 3.5 * lines), layout="constrained", squeeze=False
+    )
+    at = {(row.mode, row.concurrency, row.temperature, row.category or ALL): row for row in drawn}
+    top = 1.15 * max([1.0, *(max(row.speedup, *(row.speedup_quartiles or [0.0])) for row in drawn)])
+    bar = 0.84 / len(arms)
+    for column, temperature in enumerate(temperatures):
+        axis = axes[0][column]
+        for i, arm in enumerate(arms):
+            mine = [(k, at.get((arm, levels[0], temperature, kind))) for k, kind in enumerate(kinds)]
+            there = [(k, row) for k, row in mine if row is not None]
+            if not there:
+                continue
+            xs = [k + (i - (len(arms) - 1) / 2) * bar for k, _ in there]
+            heights = [row.speedup for _, row in there]
+            axis.bar(
+                xs,
+                heights,
+                bar * 0.9,
+                color=colours[arm],
+                label=arm,
+                yerr=_whiskers([row for _, row in there]),
+                **_WHISKER,
+            )
+            for x, (_, row) in zip(xs, there):
+                low, high = row.speedup_quartiles or [row.speedup] * 2
+                axis.text(
+                    x, high + 0.012 * top, f"{row.speedup:.2f}", ha="center", va="bottom", fontsize=6, rotation=90
+                )
+        axis.set_xticks(range(len(kinds)), kinds)
+        requests = f"{levels[0]} request{'s' if levels[0] > 1 else ''} at once"
+        axis.set(title=f"{_name(temperature)}, {requests}", ylim=(0, top))
+        if lines == 1:
+            continue
+        axis = axes[1][column]
+        for arm in arms:
+            measured = [x for x, level in enumerate(levels) if (arm, level, temperature, whole) in at]
+            if measured:
+                points = [at[arm, levels[x], temperature, whole] for x in measured]
+                axis.errorbar(
+                    measured, [row.speedup for row in points], yerr=_whiskers(points), color=colours[arm], label=arm, marker="o", markersize=4,
+                    linewidth=1.6, elinewidth=0.8, capsize=2,
+                )  # fmt: skip
+        axis.set_xticks(range(len(levels)), [str(level) for level in levels])
+        axis.set(xlabel="requests at once", title=f"{_name(temperature)}, {whole}", ylim=(0, top))
+    for line in axes:
+        line[0].set_ylabel("tokens/s over plain decoding")
+        for axis in line:
+            axis.axhline(1, color="#222222", linewidth=1, linestyle="--")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.title.set_fontsize(9)
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(
+        [handles[arm] for arm in arms if arm in handles], [_legend(arm, rows) for arm in arms if arm in handles],
+        loc="outside lower center", ncols=min(4, len(arms)), frameon=False, fontsize=8,
+    )  # fmt: skip
+    differs = any(row.identical_to_plain is False for row in drawn if row.mode not in FOREIGN)
+    said = "texts differ" if differs else "the text of plain decoding in every row of ours"
+    figure.suptitle(f"{report.machine(head)}; {said}", fontsize=8, color="#555555")
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise DflashError(f"--plot {path}: {error}") from None
+    finally:
+        plt.close(figure)
+
+
+_WHISKER: dict[str, Any] = {"error_kw": {"elinewidth": 0.8, "ecolor": "#222222"}}
+
+
+def _whiskers(rows: Sequence[Row]) -> list[list[float]]:
+    each = [row.speedup_quartiles or [row.speedup] * 2 for row in rows]
+    low = [max(0.0, row.speedup - pair[0]) for row, pair in zip(rows, each)]
+    return [low, [max(0.0, pair[1] - row.speedup) for row, pair in zip(rows, each)]]
+
+
+def _legend(arm: str, rows: Sequence[Row]) -> str:
+    """With tau of its first row over everything."""
+    whole = next((row for row in rows if row.mode == arm and (row.category or ALL) == ALL), None)
+    whole = whole or next(row for row in rows if row.mode == arm)
+    setting = "greedy" if whole.temperature == 0 else f"T={whole.temperature:g}"
+    return f"{arm} (tau {whole.tau:.2f}, {setting})" if whole.tau > 1.005 else arm
