@@ -779,6 +779,53 @@ def swiglu(gate_up: tuple[int, int, int], rows: int, width: int, out: tuple[int,
     """
 
 @final
+class DeltaRule:
+    """A layer with the gated delta rule behind a causal convolution, on the host.
+
+    ``weight`` f32 ``[taps, C]``, ``decay`` and ``dt_bias`` f32 ``[Hv]``; ``C = 2 * key_heads * key_dim + Hv * value_dim``. A token's decay is
+    ``exp(decay * softplus(a + dt_bias))``, its beta ``sigmoid(b)``.
+    """
+
+    def __new__(
+        cls,
+        weight: NDArray[np.float32],
+        decay: NDArray[np.float32],
+        dt_bias: NDArray[np.float32],
+        key_heads: int,
+        key_dim: int,
+        value_dim: int,
+    ) -> DeltaRule: ...
+    def run(
+        self,
+        pending: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        fresh: NDArray[np.int32],
+        slots: int,
+        block: int,
+        memory: tuple[int, int, int],
+        window: tuple[int, int, int],
+        kept: tuple[int, int, int],
+        kept_gates: tuple[int, int, int],
+        mixed: tuple[int, int, int],
+        gates: tuple[int, int, int],
+        out: tuple[int, int, int],
+        end_memory: tuple[int, int, int],
+        end_window: tuple[int, int, int],
+        dtype: str,
+        threads: int = 1,
+    ) -> None:
+        """One layer of a pass: folds in what was kept, runs the new tokens from there without moving the states, keeps what they fed in.
+
+        Request r has packed tokens ``starts[r] .. starts[r + 1]`` (int32 ``[R + 1]``) and the slot ``rows[r]`` (int32 ``[R]``); where ``fresh[r]``
+        is not 0 its text begins with them. ``pending`` int32 ``[rows]``, 0 afterwards for these rows: tokens of ``kept`` to fold in. Arrays of
+        ``dtype``, except states, which are f32, given as (address, row stride, head stride) in elements; the caller keeps them alive:
+        ``memory`` ``[slots, Hv, key_dim * value_dim]``, ``window`` ``[slots, taps - 1, C]``, ``kept`` ``[rows, block, C]``, ``kept_gates``
+        ``[rows, block, 2 * Hv]`` (b, then a), ``mixed`` ``[T, 1, C]``, ``gates`` ``[T, 1, 2 * Hv]``, ``out`` ``[T, Hv, value_dim]``, and for the
+        L requests of more than ``block`` tokens ``end_memory`` ``[L, Hv, key_dim * value_dim]`` and ``end_window`` ``[L, taps - 1, C]``.
+        """
+
+@final
 class PackedWeight:
     """A weight f32 ``[N, K]`` (C-contiguous), and a bias f32 ``[N]``, packed for products with few rows on the host.
 

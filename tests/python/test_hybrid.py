@@ -129,13 +129,34 @@ def test_hundreds_of_steps_in_which_everything_is_rejected_leave_the_state_where
         assert float((own - got).abs().max()) < 2e-3
 
 
-@pytest.mark.parametrize(
-    "fault", ["keep all", "keep one too few", "fold nothing", "fold no window", "run on", "no restore"]
-)
+def broken(mixer, fault: str):
+    """`mixer.run` with a fault."""
+    run = mixer.run
+
+    def wrongly(room, spans, fed):
+        going_on = [span.row for span in spans if not span.fresh]
+        if fault == "fold nothing":
+            room.pending[going_on] = 0
+        window = room.pieces[1][going_on].clone()
+        found = run(room, spans, fed)
+        if fault == "fold no window":
+            room.pieces[1][going_on] = window
+        if fault == "run on":
+            for row, start, end, _ in spans:
+                mixer._advance([piece[row] for piece in room.pieces], [part[start:end] for part in fed])
+        return found
+
+    return wrongly
+
+
+FAULTS = ("keep all", "keep one too few", "fold nothing", "fold no window", "run on", "no restore")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_state_is_seen(monkeypatch, fault):
     made = TargetModel(build("dense"))
     state, draft = made.state, knowing("dense", "greedy")
-    keep, settle = state.keep, Mixer.settle
+    keep = state.keep
     if fault == "keep all":
 
         def too_many(rows, counts):
@@ -144,36 +165,33 @@ def test_a_broken_state_is_seen(monkeypatch, fault):
 
         monkeypatch.setattr(state, "keep", too_many)
     elif fault == "keep one too few":
-        monkeypatch.setattr(
-            state,
-            "keep",
-            lambda rows, n: keep(
-                rows,
-                np.array([c - (1 < c <= draft.block_size) for c in n.tolist()], dtype=np.int32),
-            ),
-        )
+
+        def too_few(rows, counts):
+            keep(rows, np.array([c - (1 < c <= draft.block_size) for c in counts.tolist()], dtype=np.int32))
+
+        monkeypatch.setattr(state, "keep", too_few)
     elif fault == "no restore":
         monkeypatch.setattr(state, "restore", lambda rows, checkpoints: None)
     else:
-
-        def wrongly(self, room, row, fresh):
-            if fault == "fold nothing" and not fresh:
-                room.pending[row] = 0
-            if fault == "fold no window":
-                window = room.pieces[1][row].clone()
-                settle(self, room, row, fresh)
-                if not fresh:
-                    room.pieces[1][row] = window
-            else:
-                settle(self, room, row, fresh)
-
-        monkeypatch.setattr(Mixer, "settle", wrongly)
+        for mixer in state.mixers.values():
+            monkeypatch.setattr(mixer, "run", broken(mixer, fault))
         if fault == "run on":
-            monkeypatch.setattr(torch.Tensor, "clone", lambda self, *a, **k: self)
+            monkeypatch.setattr(state, "keep", lambda rows, counts: None)
     with engine(made, draft, max_batch_tokens=64) as llm:
         outputs = [llm.generate(PROMPTS, PARAMS["greedy"]) for _ in range(2)]
     texts = [[output.token_ids for output in some] for some in outputs]
     assert any(text != alone("dense", "greedy") for text in texts)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 9, "page_size": 1}], ids=["together", "chunks"])
+def test_states_that_torch_moves_give_the_texts_of_those_that_the_kernel_moves(options):
+    made, draft = TargetModel(build("next")), knowing("next", "seeded")
+    assert all(mixer.host is not None for mixer in made.state.mixers.values())
+    for mixer in made.state.mixers.values():
+        mixer.host = None
+    with engine(made, draft, **options) as llm:
+        for _ in range(2):
+            assert ids(llm.generate(PROMPTS, PARAMS["seeded"])) == alone("next", "seeded")
 
 
 def test_a_step_that_is_interrupted_anywhere_in_a_forward_leaves_states_as_they_were(monkeypatch):
@@ -238,10 +256,12 @@ def room_of(mixer: Mixer, rows: int, block: int) -> Room:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "next"])
-def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_and_company(kind, dtype):
-    model = build(kind).to(dtype)
+@pytest.mark.parametrize("way", ["kernel", "torch"])
+def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_and_company(way, dtype):
+    model = build("dense").to(dtype)
     mixer = find_mixers(model, model.model.layers, {3})[0]
+    if way == "torch":
+        mixer.host = None
     assert mixer.pieces[0][1] == torch.float32
     generator = torch.Generator().manual_seed(1)
     count = 23
@@ -272,6 +292,24 @@ def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_a
         mixer.settle(room, 2, False)
         assert torch.equal(torch.cat(out), expected)
         assert all(torch.equal(piece[2], end) for piece, end in zip(room.pieces, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_the_torch_reference_up_to_rounding(dtype):
+    model = build("dense").to(dtype)
+    mixer = find_mixers(model, model.model.layers, {3})[1]
+    generator = torch.Generator().manual_seed(2)
+    fed = [torch.randn(40, *shape, generator=generator).to(kept) for shape, kept in mixer.fed]
+    found = []
+    for host in (mixer.host, None):
+        mixer.host = host
+        state = [torch.zeros(shape, dtype=kept) for shape, kept in mixer.pieces]
+        out = [mixer.advance(state, [part[start : start + 8] for part in fed]) for start in range(0, 40, 8)]
+        found.append((torch.cat(out).float(), state[0]))
+        assert torch.equal(state[1], fed[0][-mixer.taps + 1 :])
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm() / other.norm()) < bound
 
 
 # ---- sizes, costs, refusals ------------------------------------------------------------------------------------------

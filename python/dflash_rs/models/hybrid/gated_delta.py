@@ -14,19 +14,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import _core
 from ...errors import UnsupportedModel
-from .mixer import Mixer
+from .mixer import Mixer, Room, Span
 
 _NORM_EPS = 1e-6
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class GatedDelta(Mixer):
     """One layer. State: S float32 [Hv, dk, dv] and the convolution's last inputs [taps - 1, C]; a token feeds in [C] and gates [2, Hv], b and
-    then a; C = 2 Hk dk + Hv dv."""
+    then a; C = 2 Hk dk + Hv dv.
+
+    On a CPU the extension runs whole passes (`host`); setting that to None selects torch, which takes token after token.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
@@ -47,6 +53,16 @@ class GatedDelta(Mixer):
         self.fed = (((self.channels,), weight.dtype), ((2, self.value_heads), weight.dtype))
         self.gives = (self.value_heads, self.value_dim)
         self._split = hasattr(module, "in_proj_qkv")
+        self.host = None
+        if weight.device.type == "cpu" and weight.dtype in _DTYPES:
+            self.host = _core.DeltaRule(
+                self.weight.numpy(),
+                self.decay.numpy(),
+                self.dt_bias.numpy(),
+                self.key_heads,
+                self.key_dim,
+                self.value_dim,
+            )
 
     def feed(self, hidden: Tensor) -> tuple[list[Tensor], Any]:
         module = self.module
@@ -66,7 +82,47 @@ class GatedDelta(Mixer):
         normed = self.module.norm(out.reshape(-1, self.value_dim), rest.reshape(-1, self.value_dim))
         return self.module.out_proj(normed.reshape(tokens, -1))
 
+    def run(self, room: Room, spans: Sequence[Span], fed: Sequence[Tensor]) -> tuple[Tensor, dict[int, list[Tensor]]]:
+        if self.host is None:
+            return super().run(room, spans, fed)
+        mixed, gates = fed
+        out = mixed.new_empty(mixed.shape[0], *self.gives)
+        long = [span.row for span in spans if span.end - span.start > room.block]
+        ends = [torch.empty(len(long), *shape, dtype=dtype) for shape, dtype in self.pieces]
+        memory, window = room.pieces
+        kept, kept_gates = room.kept
+        self.host.run(
+            room.pending.numpy(),
+            np.array([span.row for span in spans], dtype=np.int32),
+            np.array([0, *(span.end for span in spans)], dtype=np.int32),
+            np.array([span.fresh for span in spans], dtype=np.int32),
+            memory.shape[0],
+            room.block,
+            memory=_address(memory),
+            window=_address(window),
+            kept=_address(kept),
+            kept_gates=_address(kept_gates),
+            mixed=_address(mixed[:, None]),
+            gates=_address(gates[:, None]),
+            out=_address(out),
+            end_memory=_address(ends[0]),
+            end_window=_address(ends[1]),
+            dtype=_DTYPES[mixed.dtype],
+            threads=torch.get_num_threads(),
+        )
+        return out, {row: [part[at] for part in ends] for at, row in enumerate(long)}
+
     def advance(self, state: Sequence[Tensor], fed: Sequence[Tensor]) -> Tensor:
+        if self.host is not None and fed[0].shape[0]:
+            # A room of one row that keeps nothing: the state after the tokens comes back as that of a long row.
+            nothing = [torch.empty(1, 0, *shape, dtype=dtype) for shape, dtype in self.fed]
+            room = Room([piece[None] for piece in state], nothing, torch.zeros(1, dtype=torch.int32))
+            out, ends = self.run(room, [Span(0, 0, fed[0].shape[0], False)], fed)
+            torch._foreach_copy_(list(state), ends[0])
+            return out
+        return self._advance(state, fed)
+
+    def _advance(self, state: Sequence[Tensor], fed: Sequence[Tensor]) -> Tensor:
         memory, window = state
         mixed, gates = fed
         count, heads, group = mixed.shape[0], self.value_heads, self.value_heads // self.key_heads
@@ -97,3 +153,8 @@ class GatedDelta(Mixer):
     def _unit(self, rows: Tensor) -> Tensor:
         rows = rows.view(self.key_heads, self.key_dim)
         return rows * torch.rsqrt((rows * rows).sum(-1, keepdim=True) + _NORM_EPS)
+
+
+def _address(part: Tensor) -> tuple[int, int, int]:
+    """Address, row stride and head stride of [rows, heads, ...], contiguous within a head."""
+    return part.data_ptr(), part.stride(0), part.stride(1)
