@@ -222,12 +222,18 @@ def add_parsers(subparsers) -> None:
     report = _add(
         subparsers,
         "report",
-        "held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up",
+        "held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up; of chats by category",
         "dflash-rs train report --target runs/target --draft runs/draft --prompts runs/prompts.json",
+        "dflash-rs train report --target smollm2 --draft runs/draft --prompts questions.jsonl",
     )
-    report.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target")
-    report.add_argument("--draft", type=Path, required=True, metavar="DIR", help="its drafter")
-    report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="written by `train prompts`")
+    _target(report, "the target")
+    report.add_argument("--draft", type=Path, required=True, metavar="DIR", help="its drafter, DFlash or MTP")
+    report.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="written by `train prompts`, or JSON lines (FILE.jsonl) with id, category, and prompt or turns; default: those of the package",
+    )
     report.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt; default: %(default)s")
     report.set_defaults(run=_clear(_report))
 

@@ -7,33 +7,73 @@ from pathlib import Path
 from typing import Any
 
 
-def loop_report(target: Path, draft: Path, prompts: Path, max_tokens: int) -> list[dict[str, Any]]:
-    """One row per temperature (0, 0.7): tau of the drafter, tau of an n-gram look-up and repeated 4-grams on the same outputs."""
-    from dflash_rs import LLM, SamplingParams
-    from dflash_rs.bench.ngram import lookup_tau, repeated_ngram_share
+def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max_tokens: int) -> list[dict[str, Any]]:
+    """One row per temperature (0, 0.7): tau of the drafter, tau of an n-gram look-up and repeated 4-grams on the same outputs.
 
-    texts = [p["prompt"] for p in json.loads(prompts.read_text(encoding="utf-8"))]
+    `prompts`: a JSON list of texts (`train prompts`), which are continued; or JSON lines of conversations (`bench.workloads`), which are
+    answered as chats where the target has a template; None for those of the package. Conversations have a row for every
+    category, and one for all of them; `held_out_tau` is then that of the drafter's training on texts of the category that were kept apart, at random
+    anchors, None where its folder does not tell.
+    """
+    from dflash_rs import LLM, SamplingParams
+    from dflash_rs.bench.arms import conversations
+    from dflash_rs.bench.ngram import lookup_tau, repeated_ngram_share
+    from dflash_rs.bench.workloads import ALL, bundled_conversations, read_conversations
+
+    texts, talks = [], []
+    if prompts is None:
+        talks = bundled_conversations()
+    elif prompts.suffix == ".jsonl":
+        talks = read_conversations([prompts])
+    else:
+        texts = [p["prompt"] for p in json.loads(prompts.read_text(encoding="utf-8"))]
+    held_out = held_out_taus(Path(draft))
     rows = []
     # Whole blocks: what the drafter can do, not what pays on this machine.
     with LLM(model=target, draft=draft, adaptive=False) as llm:
-        ids = [llm.encode(t) for t in texts]
+        if talks:
+            tasks, ends = conversations(llm, talks, max_tokens)
+            ids, kinds = [task.ids for task in tasks], [task.prompt.category for task in tasks]
+        else:
+            ids, ends, kinds = [llm.encode(t) for t in texts], [], [""] * len(texts)
         for temperature in (0.0, 0.7):
             params = [
-                SamplingParams(temperature=temperature, seed=i, max_tokens=max_tokens, ignore_eos=True)
+                SamplingParams(
+                    temperature=temperature,
+                    seed=i,
+                    max_tokens=max_tokens,
+                    # A text that is continued has no end of its own, an answer has.
+                    ignore_eos=not talks,
+                    stop_token_ids=tuple(ends),
+                )
                 for i in range(len(ids))
             ]
             outputs = llm.generate(ids, params)
-            passes = sum(o.metrics["steps"] for o in outputs)
-            gained = sum(len(o.token_ids) - 1 for o in outputs)
-            pairs = [(p, o.token_ids) for p, o in zip(ids, outputs, strict=True)]
-            rows.append(
-                {
+            for kind in [*dict.fromkeys(kinds), ALL] if talks else [""]:
+                chosen = [i for i in range(len(ids)) if kind in (kinds[i], ALL)]
+                own = [outputs[i] for i in chosen]
+                passes = sum(o.metrics["steps"] for o in own)
+                gained = sum(len(o.token_ids) - 1 for o in own)
+                row = {
                     "temperature": temperature,
-                    "loop_tau": gained / passes,
-                    "ngram_tau": lookup_tau(pairs, llm.block_size),
-                    "repeated_4gram_share": sum(repeated_ngram_share(o.token_ids, 4) for o in outputs) / len(outputs),
-                    "prompts": len(ids),
+                    # Answers of one token have no pass.
+                    "loop_tau": gained / passes if passes else None,
+                    "ngram_tau": lookup_tau([(ids[i], outputs[i].token_ids) for i in chosen], llm.block_size),
+                    "repeated_4gram_share": sum(repeated_ngram_share(o.token_ids, 4) for o in own) / len(own),
+                    "prompts": len(own),
                     "max_tokens": max_tokens,
                 }
-            )
+                rows.append({"category": kind, **row, "held_out_tau": held_out.get(kind)} if talks else row)
     return rows
+
+
+def held_out_taus(draft: Path) -> dict[str, float]:
+    """What a drafter's training says of the texts that it kept apart, by category: tau at random anchors, at its end. Nothing where its folder
+    has no such notes."""
+    try:
+        notes = json.loads((draft / "training.json").read_text(encoding="utf-8"))
+        last = notes["report"]["history"][-1]["held_out"]
+        taus = {kind: found["random_anchor_tau"] for kind, found in last.items()}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return {}
+    return {kind: float(tau) for kind, tau in taus.items() if isinstance(tau, int | float)}
