@@ -1,4 +1,4 @@
-//! `dflash_rs._core.Engine` and the values of its stages.
+//! `dflash_rs._core.Engine` and the values of its stages. In one file because the methods of a class stand in one `#[pymethods]`.
 
 mod record;
 mod values;
