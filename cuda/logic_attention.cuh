@@ -304,13 +304,15 @@ DFLASH_HD void warp_open(const BlockAttentionParams& p, const AttentionTile& t, 
     }
 }
 
+// Scores of a warp: of its rows with every key of a tile, as `multiply` leaves them among the lanes.
+template <typename W, int KEYS>
+using WarpScores = typename W::template Reg<float>[KEYS / 8][4];
+
+// scores = queries keys^T
 template <typename W, int D, int KEYS>
-DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key,
-                           const uint16_t* queries, const uint16_t* keys, const uint16_t* values, WarpState<W, D>& s) {
+DFLASH_HD void warp_scores(int32_t warp, const uint16_t* queries, const uint16_t* keys, WarpScores<W, KEYS>& scores) {
     using Bits = typename W::template Reg<uint32_t>;
-    using Float = typename W::template Reg<float>;
     using Address = typename W::template Reg<const uint16_t*>;
-    Float scores[KEYS / 8][4];
     EACH_LANE(lane) {
         DFLASH_UNROLL
         for (int32_t n = 0; n < KEYS / 8; ++n) {
@@ -340,7 +342,11 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
             W::multiply(scores[2 * n + 1], a, b + 2);
         }
     }
-    bool masked = first_key + KEYS > t.context || first_key < t.unmasked_from;
+}
+
+// Where there is a soft cap, scores become capped ones in units of log2. Returns what they still have to be multiplied by.
+template <typename W, int KEYS>
+DFLASH_HD float warp_cap(const BlockAttentionParams& p, WarpScores<W, KEYS>& scores) {
     float scale = mul(p.scale, 1.44269504f);
     if (p.softcap > 0.0f) {
         float down = div(mul(-2.0f, scale), p.softcap), up = mul(p.softcap, 1.44269504f);
@@ -353,6 +359,15 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
         }
         scale = 1.0f;
     }
+    return scale;
+}
+
+// Scores become weights, and what was gathered so far fades to the new maximum.
+template <typename W, int D, int KEYS>
+DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& t, int32_t first_key, float scale,
+                            WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
+    using Float = typename W::template Reg<float>;
+    bool masked = first_key + KEYS > t.context || first_key < t.unmasked_from;
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         Float largest;
@@ -398,6 +413,13 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
             }
         }
     }
+}
+
+// out += weights values
+template <typename W, int D, int KEYS>
+DFLASH_HD void warp_values(const uint16_t* values, const WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
+    using Bits = typename W::template Reg<uint32_t>;
+    using Address = typename W::template Reg<const uint16_t*>;
     DFLASH_UNROLL
     for (int32_t step = 0; step < KEYS / 16; ++step) {
         Address at;
@@ -421,6 +443,16 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
             W::multiply(s.out[2 * n + 1], a, b + 2);
         }
     }
+}
+
+template <typename W, int D, int KEYS>
+DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key,
+                           const uint16_t* queries, const uint16_t* keys, const uint16_t* values, WarpState<W, D>& s) {
+    WarpScores<W, KEYS> scores;
+    warp_scores<W, D, KEYS>(warp, queries, keys, scores);
+    float scale = warp_cap<W, KEYS>(p, scores);
+    warp_weights<W, D, KEYS>(p, t, first_key, scale, scores, s);
+    warp_values<W, D, KEYS>(values, scores, s);
 }
 
 DFLASH_HD void store2(uint16_t* at, float low, float high) {
