@@ -389,13 +389,43 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
+    shard_target: bool = False,
     store: Path | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
 
+    `shard_target`: every process of ``torchrun`` holds its part of the target's layers (see `shard`); the numbers are the same.
     With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
     """
-    return run(settings, _begin, block_loss, target_path, own_path, data, out, device, save_every, autocast, store)
+    return run(
+        settings,
+        _begin,
+        block_loss,
+        target_path,
+        own_path,
+        data,
+        out,
+        device,
+        save_every,
+        autocast,
+        shard_target,
+        store,
+    )
+
+
+def shard(target, group: Group) -> None:
+    """Spreads the weights of a target's layers over the processes of a group (FSDP2): each gathers a layer's when it comes to it, and gives
+    them back behind it. Embedding, last norm and head stay whole, since the drafter and its loss read them. Every process has to run every pass
+    of the target from now on. Raises ValueError without other processes to share with."""
+    if group.size == 1:
+        raise ValueError(
+            "shard_target: got one process, expected several: torchrun --nproc-per-node N -m dflash_rs.train ..."
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    target.requires_grad_(False)
+    for layer in base_layers(target):
+        fully_shard(layer)
 
 
 def _begin(target, settings: DrafterTraining, sample: torch.Tensor):
@@ -418,6 +448,7 @@ def run(
     device: str,
     save_every: int,
     autocast: bool | None,
+    shard_target: bool = False,
     store: Path | None = None,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
@@ -440,6 +471,8 @@ def run(
     torch.manual_seed(settings.seed)
     draft = begin(target, settings, next(_batches(own, corpus_tokens, settings, True, 0)).tokens[:4])
     target.to(where)
+    if shard_target:
+        shard(target, group)
     if settings.init_from:
         with readable(settings.init_from, "init_from"):
             draft.load_state_dict(load_draft(settings.init_from).state_dict())
@@ -485,8 +518,9 @@ def run(
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
         mean_loss = smooth(mean_loss, value, step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
-        if group.leads and (step % save_every == 0 or step == settings.steps):
+        if (group.leads or shard_target) and (step % save_every == 0 or step == settings.steps):
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
+        if group.leads and (step % save_every == 0 or step == settings.steps):
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
             save_checkpoint(
                 path,

@@ -87,12 +87,11 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
+    shard_target: bool = False,
     store: Path | None = None,
 ) -> dict:
-    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report.
-
-    `store` as in `drafter.train`.
-    """
+    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report. See
+    `drafter.train`."""
     return drafter.run(
-        settings, begin, head_loss, target_path, own_path, data, out, device, save_every, autocast, store
+        settings, begin, head_loss, target_path, own_path, data, out, device, save_every, autocast, shard_target, store
     )
