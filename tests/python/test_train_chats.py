@@ -178,6 +178,9 @@ def test_rows_hold_every_document_once_an_epoch_and_never_more_than_fits():
     assert all(sum(len(t) for t, _ in row) <= 32 for row in rows)
     first = sorted(tuple(t.tolist()) for row in rows for t, _ in row)
     assert first == sorted(tuple(all_of.tokens_of(i)[:32].tolist()) for i in range(len(all_of)))
+    again = [next(source) for _ in rows]
+    shown = [[[text.tolist() for text, _ in row] for row in epoch] for epoch in (rows, again)]
+    assert sorted(shown[0]) == sorted(shown[1]) and shown[0] != shown[1]
     alone = list(itertools.islice(rows_of(all_of, 32, seed=1, whole_rows=True), 8))
     assert all(len(row) == 1 for row in alone)
 

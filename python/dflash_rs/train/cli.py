@@ -91,6 +91,13 @@ def _add_frozen(parser: argparse.ArgumentParser) -> None:
         help="under torchrun, each process holds its part of the target's layers and gathers the others' as it comes to them: for targets that "
         "fill a GPU; the same numbers, slower",
     )
+    parser.add_argument(
+        "--store-features",
+        type=Path,
+        metavar="DIR",
+        help="keep what the target makes of every row there, so that later epochs run the drafter only: (taps + 1) x hidden size x bytes of "
+        "an element for each token",
+    )
 
 
 def _corpus(parser: argparse.ArgumentParser, required: bool = True, purpose: str = "the prepared corpus") -> None:
@@ -253,7 +260,7 @@ def _clear(run):
 
     @functools.wraps(run)
     def checked(args: argparse.Namespace) -> int:
-        made = {"out", "corpus"} if run is _train_target else {"out"}
+        made = {"out", "corpus"} if run is _train_target else {"out", "store_features"}
         for name, value in vars(args).items():
             paths = value if isinstance(value, list) else [value]
             for path in paths if name not in made else ():
@@ -313,7 +320,7 @@ def _train_drafter(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, DrafterTraining)
-    options = (args.device, args.save_every, args.bf16, args.shard_target)
+    options = (args.device, args.save_every, args.bf16, args.shard_target, args.store_features)
     train(settings, args.target, args.responses, args.corpus, args.out, *options)
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
@@ -324,7 +331,7 @@ def _train_mtp(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, MtpTraining)
-    options = (args.device, args.save_every, args.bf16, args.shard_target)
+    options = (args.device, args.save_every, args.bf16, args.shard_target, args.store_features)
     train(settings, args.target, args.responses, args.corpus, args.out, *options)
     print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0

@@ -7,6 +7,7 @@ predicted. A shard is an `.npz` file of many.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -171,30 +172,37 @@ class Rows:
 def rows_of(
     documents: Documents, length: int, seed: int, whole_rows: bool
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Endless rows of at most `length` tokens, every epoch in another order; longer documents are cut. With `whole_rows` a document has
-    its row for itself."""
+    """Endless rows of at most `length` tokens, the same in every epoch, in another order each; longer documents are cut. With `whole_rows` a
+    document has its row for itself."""
     if not len(documents):
         raise ValueError("responses: got no document to train on")
-    epoch = 0
-    while True:
-        order = np.random.default_rng((seed, 11, epoch)).permutation(len(documents))
-        open_rows: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]] = []
-        for i in order:
-            text, own = documents.tokens_of(int(i))[:length], documents.own_of(int(i))[:length]
-            if not own.any():
-                continue
-            if whole_rows:
-                yield [(text, own)]
-                continue
-            fits = next((k for k, (used, _) in enumerate(open_rows) if used + len(text) <= length), None)
-            if fits is None:
-                if len(open_rows) == _OPEN_ROWS:
-                    fullest = max(range(_OPEN_ROWS), key=lambda k: open_rows[k][0])
-                    yield open_rows.pop(fullest)[1]
-                open_rows.append((len(text), [(text, own)]))
-            else:
-                used, row = open_rows[fits]
-                open_rows[fits] = (used + len(text), [*row, (text, own)])
-        for _, row in open_rows:
-            yield row
-        epoch += 1
+    rows = packed(documents, length, seed, whole_rows)
+    if not rows:
+        raise ValueError(f"responses: got no document with a token of the target among its first {length}")
+    yield from rows
+    for epoch in itertools.count(1):
+        for i in np.random.default_rng((seed, 11, epoch)).permutation(len(rows)):
+            yield rows[int(i)]
+
+
+def packed(documents: Documents, length: int, seed: int, whole_rows: bool) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """The rows of an epoch, as `rows_of` gives them."""
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    open_rows: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]] = []
+    for i in np.random.default_rng((seed, 11, 0)).permutation(len(documents)):
+        text, own = documents.tokens_of(int(i))[:length], documents.own_of(int(i))[:length]
+        if not own.any():
+            continue
+        if whole_rows:
+            rows.append([(text, own)])
+            continue
+        fits = next((k for k, (used, _) in enumerate(open_rows) if used + len(text) <= length), None)
+        if fits is None:
+            if len(open_rows) == _OPEN_ROWS:
+                fullest = max(range(_OPEN_ROWS), key=lambda k: open_rows[k][0])
+                rows.append(open_rows.pop(fullest)[1])
+            open_rows.append((len(text), [(text, own)]))
+        else:
+            used, row = open_rows[fits]
+            open_rows[fits] = (used + len(text), [*row, (text, own)])
+    return rows + [row for _, row in open_rows]

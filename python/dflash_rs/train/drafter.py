@@ -26,7 +26,8 @@ import torch
 
 from . import responses
 from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
-from .documents import Documents, Rows, rows_of
+from .documents import Documents, Rows, packed, rows_of
+from .features import FeatureStore
 from .settings import DrafterTraining, MtpTraining
 
 # Rows per category that a report on held-out texts looks at.
@@ -128,6 +129,8 @@ class Teacher:
         self.target = target.eval().requires_grad_(False)
         self.taps, self.mask = taps, mask_token_id
         self._seen: dict[int, torch.Tensor] = {}
+        # Where features are kept; None computes them anew each time.
+        self.store: FeatureStore | None = None
         for k in taps:
             base_layers(target)[k].register_forward_hook(self._keep(k))
 
@@ -143,6 +146,11 @@ class Teacher:
 
         With `position` ``[b, S]``, a row holds several documents, each of which begins at position 0 and sees itself only.
         """
+        return self.passed(tokens, position) if self.store is None else self.store(self.passed, tokens, position)
+
+    @torch.no_grad()
+    def passed(self, tokens: torch.Tensor, position: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by a pass of the target."""
         last = self.target.base_model(input_ids=tokens, position_ids=position, use_cache=False).last_hidden_state
         features = torch.cat([self._seen[k] for k in self.taps], dim=-1) if self.taps else last[..., :0]
         self._seen.clear()
@@ -173,8 +181,8 @@ class Teacher:
         size = 24
         tokens = torch.randint(0, self.target.config.get_text_config().vocab_size, (1, 2 * size), device=device)
         position = torch.arange(size, device=device).repeat(2)[None]
-        _, together = self(tokens, position)
-        _, alone = self(tokens[:, size:])
+        _, together = self.passed(tokens, position)
+        _, alone = self.passed(tokens[:, size:])
         difference = (together[:, size:].float() - alone.float()).norm() / alone.float().norm()
         return bool(difference < 2e-2)
 
@@ -380,14 +388,15 @@ def train(
     save_every: int = 250,
     autocast: bool | None = None,
     shard_target: bool = False,
+    store_features: Path | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
 
     `shard_target`: every process of ``torchrun`` holds its part of the target's layers (see `shard`); the numbers are the same.
+    `store_features`: a folder that keeps what the target makes of each row (see `features`); later epochs run the drafter only.
     """
-    return run(
-        settings, _begin, block_loss, target_path, own_path, data, out, device, save_every, autocast, shard_target
-    )
+    places = (target_path, own_path, data, out)
+    return run(settings, _begin, block_loss, *places, device, save_every, autocast, shard_target, store_features)
 
 
 def shard(target, group: Group) -> None:
@@ -426,11 +435,18 @@ def run(
     save_every: int,
     autocast: bool | None,
     shard_target: bool = False,
+    store_features: Path | None = None,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
     from ..models.checkpoint import load_causal_lm, readable
     from ..models.loader import load_draft
 
+    if store_features is not None and data is not None:
+        raise ValueError("store_features: got a corpus, too, whose windows never come twice; expected responses alone")
+    if store_features is not None and shard_target:
+        raise ValueError(
+            "store_features: got shard_target, too, whose processes have to run every pass together; expected one of them"
+        )
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast
@@ -457,6 +473,14 @@ def run(
     whole_rows = not teacher.keeps_documents_apart(where)
     if whole_rows and group.leads:
         print("documents in one row would disturb each other in this target: every row holds one", file=sys.stderr)
+    if store_features is not None:
+        rows = len(packed(own, settings.seq_len, settings.seed, whole_rows))
+        teacher.store = FeatureStore(store_features, target, settings.tap_ids, rows, settings.seq_len)
+        if group.leads:
+            print(
+                f"features of {rows:,} rows are kept in {store_features}, {teacher.store.bytes_needed / 1e9:,.1f} GB still to come",
+                file=sys.stderr,
+            )
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
 
     path = out / "checkpoint.pt"
