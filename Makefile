@@ -220,7 +220,7 @@ $(VENV)/.stamp-venv:
 # What builds the package and what it runs on. Like the tools installed again only when what is asked for has changed, not
 # whenever pyproject.toml has.
 $(VENV)/.stamp-build: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py scripts/tested-versions.txt
-	$(BIN)/python scripts/requirements.py build torch gguf > $(VENV)/requirements-build.new
+	$(BIN)/python scripts/requirements.py build torch gguf structured > $(VENV)/requirements-build.new
 	if ! cmp -s $(VENV)/requirements-build.new $(VENV)/requirements-build.txt; then \
 	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements-build.new)"; \
 	  echo "(torch alone is a few hundred megabytes as a CPU build, several gigabytes otherwise: this takes minutes)"; \
@@ -231,7 +231,7 @@ $(VENV)/.stamp-build: $(VENV)/.stamp-venv pyproject.toml scripts/requirements.py
 
 # What tests and benchmarks need beside them. torch is named again so that nothing else decides its version.
 $(VENV)/.stamp-tools: $(VENV)/.stamp-build pyproject.toml scripts/requirements.py scripts/tested-versions.txt
-	$(BIN)/python scripts/requirements.py torch gguf bench dev > $(VENV)/requirements.new
+	$(BIN)/python scripts/requirements.py torch gguf structured bench dev > $(VENV)/requirements.new
 	if ! cmp -s $(VENV)/requirements.new $(VENV)/requirements.txt; then \
 	  echo "Installing $$(tr '\n' ' ' < $(VENV)/requirements.new)"; \
 	  $(PIP) install -r $(VENV)/requirements.new; \

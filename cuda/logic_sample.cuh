@@ -8,6 +8,8 @@
 //   mass    counts and weights of 1024 bins of t - top, each 1/32 nat wide; weight of the raw row
 //   pick    draws among the bins before the one where the prefix ends; lists the columns of that bin
 //   finish  finds the end within the list by radix selection on (t, id), draws there; log-probability
+//
+// In one file because each piece reads what the one before it left in the scratch, whose layout stands here.
 #pragma once
 
 #include <math.h>

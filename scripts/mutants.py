@@ -9,6 +9,8 @@ not compile behind a switch is set aside and counted; for Rust, `cargo mutants -
 
 Limits are in processor time, so a busy machine changes no result. Random tests have a fixed seed.
 
+In one file because a script is run by its path and belongs to no package.
+
 Known to make no difference, with the reason: .cargo/mutants.toml for Rust, scripts/mutants-cuda.txt for the kernels.
 """
 

@@ -124,6 +124,12 @@ pub enum Error {
         /// Vocabulary size of the row.
         columns: usize,
     },
+    /// A row that whoever edited it left no token in.
+    #[error("{why}")]
+    NoToken {
+        /// In their own words.
+        why: String,
+    },
     /// An error of one row of a batch.
     #[error("row {row}: {source}")]
     AtRow {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dflash_rs.config import StepCosts
     from dflash_rs.llm import LLM, Output, Stream, StreamEvent
     from dflash_rs.sampling import SamplingParams
+    from dflash_rs.structured import StructuredOutputsParams
 
 _LATER = {
     "DraftTree": "dflash_rs._core",
@@ -33,6 +34,7 @@ _LATER = {
     "PagePool": "dflash_rs._core",
     "Planner": "dflash_rs._core",
     "StepCosts": "dflash_rs.config",
+    "StructuredOutputsParams": "dflash_rs.structured",
     "SamplingParams": "dflash_rs.sampling",
     "WidthPlanner": "dflash_rs._core",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "StepCosts",
     "Stream",
     "StreamEvent",
+    "StructuredOutputsParams",
     "UnsupportedModel",
     "WidthPlanner",
     "__version__",

@@ -192,6 +192,9 @@ def cuda_compact_kv(
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 
+# Rows, raw logits, edited logits, reasons: see `Engine.accept`.
+_Edited: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], Sequence[str | None]]
+
 @final
 class Engine:
     """Continuous batching with speculative blocks over one KV pool.
@@ -236,7 +239,8 @@ class Engine:
         """Queues a request and returns its number, unique for the life of the engine.
 
         ``params``: what it asks for, by name: the options of ``SamplingParams`` with their defaults, but ``seed`` (0, an unsigned 64-bit
-        number), ``stop`` (strings or bytes), and ``draft`` (True; False never verifies drafts for it, its text is the same either way).
+        number), ``stop`` (strings or bytes), ``draft`` (True; False never verifies drafts for it, its text is the same either way), and ``edited``
+        (False; True for one whose rows are edited before they are drawn, see ``accept``).
         ``SamplingParams.for_core`` makes one.
 
         Raises ``InvalidArgument`` naming the option, and for a name that is none; ``OutOfPages`` when prompt and ``max_tokens`` could not
@@ -276,11 +280,21 @@ class Engine:
         Raises ``DflashError`` when an earlier step is unresolved or this one is closed.
         """
 
-    def accept(self, plan: StepPlan, logits: NDArray[np.float32]) -> Accepted:
+    def accept(self, plan: StepPlan, logits: NDArray[np.float32], edited: _Edited | None = None) -> Accepted:
         """Draws the target's tokens and walks the drafts; the GIL is released.
 
         ``logits``: f32 ``[N, vocab_size]``, C-contiguous, raw, in the order of ``plan.logit_rows``. A row that cannot be
         drawn from (NaN, +inf, all -inf) ends its own request with an error and nobody else's: see ``Accepted.failed``.
+
+        ``edited``: rows of requests whose ``params`` say ``edited``: which of the ``N``, rising, i64 ``[E]``; their logits, by which tokens are
+        scored, and what was made of them, from which they are drawn, f32 ``[E, vocab_size]``; and for each why it has no token, or None. The
+        walk ends before a row without one; the request ends with that error once it stands there.
+        """
+
+    def draw_edited(self, plan: StepPlan, edited: _Edited) -> NDArray[np.int64]:
+        """Draws edited rows, as ``accept`` takes them, for a device that walks its drafts itself: ``[E]``, -1 for a row without a token.
+
+        The drafts of the plan have to be set.
         """
 
     def accept_sampled(
@@ -292,11 +306,13 @@ class Engine:
         status: NDArray[np.int32] | None = None,
         top_tokens: NDArray[np.int64] | None = None,
         top_logprobs: NDArray[np.float32] | None = None,
+        edited: _Edited | None = None,
     ) -> Accepted:
         """Walks the drafts with tokens drawn elsewhere, ``[N]`` in the order of ``plan.logit_rows``; ``logprobs`` are their scores.
 
         ``status`` ``[N]``: 0, or why a row has no token (see ``cuda.Sampled``); such a row ends its own request. ``top_tokens`` and
-        ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for.
+        ``top_logprobs`` ``[N, k]``: the likeliest tokens; a request is told as many of them as it asked for. ``edited`` as in ``accept``: rows
+        that are drawn here instead.
         """
 
     def device_sampling(self, plan: StepPlan) -> DeviceSampling:
@@ -340,6 +356,7 @@ class Engine:
         logprobs: NDArray[np.float32] | None = None,
         top_tokens: NDArray[np.int64] | None = None,
         top_logprobs: NDArray[np.float32] | None = None,
+        edited: _Edited | None = None,
     ) -> Accepted:
         """Walks the drafts of a step that a device has walked: as ``accept_sampled``, ``drafts`` ``[>= R, columns]`` by row of the step, None
         where there are none or where they are set; ``accepted`` ``[R]``: what the device kept.
@@ -760,6 +777,53 @@ def swiglu(gate_up: tuple[int, int, int], rows: int, width: int, out: tuple[int,
 
     Arrays are given as (address, row stride, head stride) in elements, as for ``paged_attention``; the caller keeps them alive.
     """
+
+@final
+class DeltaRule:
+    """A layer with the gated delta rule behind a causal convolution, on the host.
+
+    ``weight`` f32 ``[taps, C]``, ``decay`` and ``dt_bias`` f32 ``[Hv]``; ``C = 2 * key_heads * key_dim + Hv * value_dim``. A token's decay is
+    ``exp(decay * softplus(a + dt_bias))``, its beta ``sigmoid(b)``.
+    """
+
+    def __new__(
+        cls,
+        weight: NDArray[np.float32],
+        decay: NDArray[np.float32],
+        dt_bias: NDArray[np.float32],
+        key_heads: int,
+        key_dim: int,
+        value_dim: int,
+    ) -> DeltaRule: ...
+    def run(
+        self,
+        pending: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        fresh: NDArray[np.int32],
+        slots: int,
+        block: int,
+        memory: tuple[int, int, int],
+        window: tuple[int, int, int],
+        kept: tuple[int, int, int],
+        kept_gates: tuple[int, int, int],
+        mixed: tuple[int, int, int],
+        gates: tuple[int, int, int],
+        out: tuple[int, int, int],
+        end_memory: tuple[int, int, int],
+        end_window: tuple[int, int, int],
+        dtype: str,
+        threads: int = 1,
+    ) -> None:
+        """One layer of a pass: folds in what was kept, runs the new tokens from there without moving the states, keeps what they fed in.
+
+        Request r has packed tokens ``starts[r] .. starts[r + 1]`` (int32 ``[R + 1]``) and the slot ``rows[r]`` (int32 ``[R]``); where ``fresh[r]``
+        is not 0 its text begins with them. ``pending`` int32 ``[rows]``, 0 afterwards for these rows: tokens of ``kept`` to fold in. Arrays of
+        ``dtype``, except states, which are f32, given as (address, row stride, head stride) in elements; the caller keeps them alive:
+        ``memory`` ``[slots, Hv, key_dim * value_dim]``, ``window`` ``[slots, taps - 1, C]``, ``kept`` ``[rows, block, C]``, ``kept_gates``
+        ``[rows, block, 2 * Hv]`` (b, then a), ``mixed`` ``[T, 1, C]``, ``gates`` ``[T, 1, 2 * Hv]``, ``out`` ``[T, Hv, value_dim]``, and for the
+        L requests of more than ``block`` tokens ``end_memory`` ``[L, Hv, key_dim * value_dim]`` and ``end_window`` ``[L, taps - 1, C]``.
+        """
 
 @final
 class PackedWeight:

@@ -142,6 +142,7 @@ class LLM(Chats):
 
     def _begin(self, models: Any, options: StepOptions) -> None:
         from .engine.build import Sizes, build
+        from .engine.constraints import Constraints
 
         sizes = Sizes.choose(models, self.config, options.block_size, options.tree_nodes)
         self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
@@ -151,6 +152,7 @@ class LLM(Chats):
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
         self._loop = build(models, self.config, sizes, options)
         self._requests = self._loop.requests
+        self._constraints = Constraints(self.tokenizer, self._bytes, self.vocab_size, self.eos_token_ids)
         self.costs = self._loop.policy.costs
         self._closed = False
         self._turns = Turns()
@@ -214,7 +216,9 @@ class LLM(Chats):
         taken: list[tuple[Asked, list[int]]] = []
         for one in asked(prompts, params):
             try:
-                taken.append((one, one.check(self._encode, self.vocab_size, self._bytes is not None)))
+                taken.append(
+                    (one, one.check(self._encode, self.vocab_size, self._bytes is not None, self._constraints))
+                )
             except InvalidArgument as error:
                 if on_error == "raise":
                     raise

@@ -32,12 +32,16 @@ class Asked:
 
     # What messages call the prompt, where that is not its place in the call.
     called: str | None = None
+    # What constrains its draws.
+    constraint: Any = None
 
     @property
     def name(self) -> str:
         return self.called or f"prompts[{self.index}]"
 
-    def check(self, encode: Callable[[str, str], list[int]], vocab_size: int, has_bytes: bool) -> list[int]:
+    def check(
+        self, encode: Callable[[str, str], list[int]], vocab_size: int, has_bytes: bool, constraints: Any
+    ) -> list[int]:
         """The prompt's tokens. Token ids in arrays and the like become a plain list."""
         if isinstance(self.prompt, Rendered):
             rendered, self.prompt = self.prompt, self.prompt.ids
@@ -54,12 +58,16 @@ class Asked:
         if not tokens:
             raise InvalidArgument(f"{self.name}: got an empty prompt, expected at least one token")
         known_tokens(self.name, tokens, vocab_size)
-        for option in ("logit_bias", "stop_token_ids"):
-            known_tokens(self.option + option, list(getattr(self.params, option)), vocab_size)
+        for option in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            known_tokens(self.option + option, list(getattr(self.params, option) or ()), vocab_size)
         if self.params.stop and not has_bytes:
             raise InvalidArgument(
                 f"{self.option}stop: got strings, expected stop_token_ids: this tokenizer's tokens have no bytes of their own"
             )
+        try:
+            self.constraint = constraints.make(self.params)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{self.option}{error}") from None
         return tokens
 
     def tell(self, error: DflashError) -> DflashError:

@@ -1,6 +1,6 @@
 """What a request may ask for, checked before anything runs: the one place in Python that knows the options one by one.
 
-The transform is applied in this order (the same function with and without speculation): masks, repetition, presence and frequency
+The transform is applied in this order (the same function with and without speculation): processors, constraints, masks, repetition, presence and frequency
 penalties, logit bias, temperature, softmax, top-k and top-p jointly on the tempered distribution, min-p, renormalise, draw.
 
 The core reads the same options by the same names (src/verify/sampling.rs), the command line takes its own from `SamplingParams`.
@@ -9,11 +9,12 @@ The core reads the same options by the same names (src/verify/sampling.rs), the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from .arguments import bad, flag, integer, is_list, real
+from .structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 64
 # Half a character, which no text has.
@@ -42,9 +43,10 @@ class Biases(dict):
         return Biases, (dict(self),)
 
 
-def _option(default: Any, metavar: str | None, help: str) -> Any:
-    """A field with what the command line says of it; `metavar` is None for a switch."""
-    told = {"metavar": metavar, "help": help}
+def _option(default: Any, metavar: str | None, help: str | None, core: bool = True) -> Any:
+    """A field with what the command line says of it; `metavar` is None for a switch, `help` for what it has in another form. `core`: whether the
+    core is told of it."""
+    told = {"metavar": metavar, "help": help, "core": core}
     return field(default_factory=dict, metadata=told) if default == {} else field(default=default, metadata=told)
 
 
@@ -64,6 +66,14 @@ class SamplingParams:
     - `logit_bias`: token id -> finite number added to its logit.
     - `logprobs`: None, or n >= 0: the log-probability of every output token under the model's own softmax (before the
       transform above), and the n likeliest tokens beside it.
+    - `allowed_token_ids`: the only tokens that may be drawn; None allows all. End-of-text tokens are not among them unless they are named.
+    - `bad_words`: strings whose tokens, alone or behind a space, the output may not hold one after the other.
+    - `logits_processors`: functions ``(output tokens, row) -> row`` or ``(prompt tokens, output tokens, row) -> row``, applied in order before
+      everything else. Tokens are lists of ints, the row a float32 torch tensor ``[vocab_size]`` on the CPU, theirs to change; a tensor or a
+      NumPy array of that shape comes back. What one returns may depend on its arguments alone: with drafts they are asked about texts, too,
+      that are not taken in the end. One that raises ends its request with an error.
+    - `structured_outputs`: a `StructuredOutputsParams` (or a mapping with its names): the output follows a JSON schema, a regular expression,
+      a grammar, or is one of several strings.
 
     Parameters never change: they can be hashed, compared, copied and pickled, and ``dataclasses.replace(params, seed=2)`` makes others.
 
@@ -85,6 +95,14 @@ class SamplingParams:
     logprobs: int | None = _option(None, "N", "with --json only: log-probabilities, and the N likeliest tokens")
     ignore_eos: bool = _option(False, None, "go on after the end-of-text token")
     min_tokens: int = _option(0, "N", "tokens before anything but --max-tokens may end the text; default: 0")
+    allowed_token_ids: Sequence[int] | None = _option(
+        None, "ID", "the only tokens that may be drawn; may be given repeatedly; default: all", False
+    )
+    bad_words: Sequence[str] = _option(
+        (), "TEXT", "tokens that may not follow each other; may be given repeatedly", False
+    )
+    logits_processors: Sequence[Callable[..., Any]] = _option((), None, None, False)
+    structured_outputs: StructuredOutputsParams | None = _option(None, None, None, False)
 
     def __post_init__(self) -> None:
         self._real(
@@ -128,10 +146,31 @@ class SamplingParams:
         if len(biases) != len(self.logit_bias):
             raise bad("logit_bias", self.logit_bias, "each token id once")
         object.__setattr__(self, "logit_bias", Biases(biases))
+        self._check_constraints()
 
-    def for_core(self, seed: int, draft: bool) -> dict[str, Any]:
-        """What `_core.Engine.add` takes: every option by its name, this `seed` in place of None, and whether drafts may be verified."""
-        return {option.name: getattr(self, option.name) for option in fields(self)} | {"seed": seed, "draft": draft}
+    def _check_constraints(self) -> None:
+        ids = self.allowed_token_ids
+        if ids is not None:
+            if not is_list(ids) or not ids:
+                raise bad("allowed_token_ids", ids, "a list of at least one token id, or None")
+            allowed = tuple(integer("allowed_token_ids", token, 0, 2**31 - 1) for token in ids)
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        words = self.bad_words
+        if not is_list(words) or not all(isinstance(w, str) and w.strip() and not _SURROGATE.search(w) for w in words):
+            raise bad("bad_words", words, "a list of strings with more than spaces")
+        object.__setattr__(self, "bad_words", tuple(words))
+        if not is_list(self.logits_processors) or not all(callable(process) for process in self.logits_processors):
+            raise bad("logits_processors", self.logits_processors, "a list of functions")
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
+        if self.structured_outputs is not None:
+            wanted = StructuredOutputsParams.of("structured_outputs", self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", wanted)
+
+    def for_core(self, seed: int, draft: bool, edited: bool = False) -> dict[str, Any]:
+        """What `_core.Engine.add` takes: options of the core by their names, this `seed` in place of None, whether drafts may be verified, and
+        whether rows are edited before they are drawn."""
+        told = {option.name: getattr(self, option.name) for option in fields(self) if option.metadata["core"]}
+        return told | {"seed": seed, "draft": draft, "edited": edited}
 
     def _integer(self, name: str, low: int, high: int, expected: str | None = None) -> None:
         object.__setattr__(self, name, integer(name, getattr(self, name), low, high, expected=expected))

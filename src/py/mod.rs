@@ -6,6 +6,7 @@ mod buffers;
 #[allow(unsafe_code, reason = "addresses of torch tensors go to CUDA kernels")]
 mod cuda;
 mod decoder;
+mod delta;
 #[allow(unsafe_code, reason = "arrays of a step are shown in place, as `buffers` says")]
 mod engine;
 mod errors;
@@ -30,6 +31,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::decoder::{HostDecoder, HostInjector};
+    #[pymodule_export]
+    use super::delta::DeltaRule;
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, Record, StepPlan, read_records};
     #[pymodule_export]

@@ -9,206 +9,24 @@
 //!   one behind; a row at position 0 starts from nothing, any other goes on from where its last resolved step left it.
 //! - A retracted request resumes with its resolved tokens and says the same as if it had never been retracted.
 
+mod config;
 mod record;
 mod request;
+mod row;
 
 use std::collections::VecDeque;
 
+pub use config::Config;
+pub(crate) use config::check_tokens;
 pub(crate) use record::Gain;
 pub use record::{Ledger, Reading, Record, RecordHandle, Scores};
 pub use request::{Finish, Request, Vocabulary};
+pub use row::{Running, Scheduled, Work};
 
-use crate::error::{Error, Result, indices};
-use crate::kv::{Checkpoint, CheckpointId, Kv, Launched, RowKey, pages_for};
-use crate::types::{RequestId, SlotId, TokenId};
+use crate::error::{Error, Result};
+use crate::kv::{Kv, pages_for};
+use crate::types::{RequestId, SlotId};
 pub use crate::verify::Params;
-
-/// Sizes of an engine. All are at least 1 unless said otherwise.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Pages of the KV pool.
-    pub num_pages: usize,
-    /// KV slots per page.
-    pub page_size: usize,
-    /// Most requests that run at a time.
-    pub max_running: usize,
-    /// Most tokens a request may have, prompt and output together.
-    pub max_context: usize,
-    /// Tokens of a block, the anchor counted; 1 never drafts.
-    pub block_size: usize,
-    /// Most tokens of a step, prefill and blocks together; at least `max_running`.
-    pub max_batch_tokens: usize,
-    /// Columns of the target's logits; token ids are below.
-    pub vocab_size: usize,
-    /// Tokens that end a text.
-    pub eos_ids: Vec<TokenId>,
-    /// Reuse the KV of equal prefixes.
-    pub prefix_cache: bool,
-    /// `None` for a target all of whose memory of a text is in pages. `Some(n)`: it keeps state per request, of which `n` copies may be
-    /// kept at the ends of cached pages; prefix hits end at these, so with 0 nothing is reused. Needs `depth` 0.
-    pub state_checkpoints: Option<usize>,
-    /// Steps that may be launched and unresolved while the next is planned: 0, or 1 for the overlapped pipeline.
-    pub depth: usize,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            num_pages: 1024,
-            page_size: 16,
-            max_running: 32,
-            max_context: 2048,
-            block_size: 8,
-            max_batch_tokens: 2048,
-            vocab_size: 32_000,
-            eos_ids: Vec::new(),
-            prefix_cache: true,
-            state_checkpoints: None,
-            depth: 0,
-        }
-    }
-}
-
-impl Config {
-    fn validate(&self) -> Result<()> {
-        let most = i32::MAX as usize / 4;
-        for (name, got) in [
-            ("num_pages", self.num_pages),
-            ("page_size", self.page_size),
-            ("max_running", self.max_running),
-            ("max_context", self.max_context),
-            ("block_size", self.block_size),
-            ("max_batch_tokens", self.max_batch_tokens),
-            ("vocab_size", self.vocab_size),
-        ] {
-            if !(1..=most).contains(&got) {
-                let expected = format!("1..{most}");
-                return Err(Error::InvalidArgument {
-                    name,
-                    got: got.to_string(),
-                    expected,
-                });
-            }
-        }
-        if self.max_batch_tokens < self.max_running {
-            return Err(Error::InvalidArgument {
-                name: "max_batch_tokens",
-                got: self.max_batch_tokens.to_string(),
-                expected: format!("at least max_running = {}", self.max_running),
-            });
-        }
-        if let Some(copies) = self.state_checkpoints.filter(|&copies| copies > most) {
-            return Err(Error::InvalidArgument {
-                name: "state_checkpoints",
-                got: copies.to_string(),
-                expected: format!("0..{most}"),
-            });
-        }
-        if self.depth > 1 {
-            let got = self.depth.to_string();
-            return Err(Error::InvalidArgument {
-                name: "depth",
-                got,
-                expected: "0 or 1".into(),
-            });
-        }
-        if self.depth > 0 && self.state_checkpoints.is_some() {
-            // A step that is called off would have moved the states of the one launched after it.
-            return Err(Error::InvalidArgument {
-                name: "depth",
-                got: self.depth.to_string(),
-                expected: "0 with state_checkpoints".into(),
-            });
-        }
-        check_tokens("eos_ids", &self.eos_ids, self.vocab_size)
-    }
-
-    /// Slots a row may need: the whole context, what an unresolved step may have added, a block, and page rounding.
-    fn row_slots(&self) -> usize {
-        self.max_context + (self.depth + 1) * self.block_size + self.page_size - 1
-    }
-}
-
-/// Refuses token ids outside the vocabulary.
-pub(crate) fn check_tokens(name: &'static str, tokens: &[TokenId], vocab_size: usize) -> Result<()> {
-    match tokens.iter().find(|token| token.0 as usize >= vocab_size) {
-        None => Ok(()),
-        Some(token) => Err(Error::InvalidArgument {
-            name,
-            got: format!("token {}", token.0),
-            expected: format!("tokens in {}", indices(vocab_size)),
-        }),
-    }
-}
-
-/// A running request and what is known about where the device is.
-#[derive(Debug)]
-pub struct Running {
-    /// Its row.
-    pub key: RowKey,
-    /// The request.
-    pub request: Request,
-    /// First position from which on draft K/V are valid.
-    pub draft_valid_from: u32,
-    /// The device has at least this many tokens committed once every launched step is through.
-    lo: u32,
-    /// And at most this many.
-    hi: u32,
-    /// Tokens to prefill on this residence: prompt, and output of an earlier one.
-    prefill_end: u32,
-    /// Launched steps whose results still count.
-    unresolved: u32,
-    /// The copy of the target's state that its first pass starts from.
-    restore: Option<CheckpointId>,
-    /// Where its text leaves all that are cached, if the copy lies before that: worth a copy for those who come after.
-    branch: u32,
-    /// Changes when launched steps are called off; results of an older epoch do not count.
-    epoch: u32,
-}
-
-/// What a row does in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// Tokens whose KV is missing; `last` when the final one asks for the next token.
-    Prefill {
-        /// Whether this chunk reaches the end.
-        last: bool,
-    },
-    /// An anchor and drafts.
-    Decode,
-}
-
-/// One row of a step: pages reserved, bounds moved, ready to be laid out.
-#[derive(Debug)]
-pub struct Scheduled {
-    /// The row's part in the step, to be committed or cancelled.
-    pub launched: Launched,
-    /// What it does.
-    pub work: Work,
-    /// Lower bound of the first position; the position itself when `start_known`.
-    pub first: u32,
-    /// Tokens.
-    pub len: u32,
-    /// Whether the host knows where the row starts.
-    pub start_known: bool,
-    /// Whether the host knows the token it starts with.
-    pub anchor_known: bool,
-    /// The copy of the target's state that the row starts from, instead of where it left off.
-    pub restore: Option<CheckpointId>,
-    /// Where the target's state after this row's last token is to be copied.
-    pub save: Option<Checkpoint>,
-    epoch: u32,
-}
-
-impl Scheduled {
-    // Tokens the step commits at least.
-    fn least(&self) -> u32 {
-        match self.work {
-            Work::Prefill { .. } => self.len,
-            Work::Decode => 1,
-        }
-    }
-}
 
 /// Waiting and running requests with their pages.
 #[derive(Debug)]
@@ -313,7 +131,7 @@ impl Scheduler {
         !someone_enters
             && self
                 .running()
-                .all(|running| running.lo >= running.prefill_end && !running.request.params.sampling.needs_history())
+                .all(|running| running.lo >= running.prefill_end && !running.request.params.needs_text())
     }
 
     /// Chooses rows for a step of blocks of at most `max_block` tokens, and launches them into `step`.
@@ -596,28 +414,4 @@ enum Decoded {
     Launched(usize),
     NothingToDo,
     NoPages,
-}
-
-impl Running {
-    fn can_decode(&self) -> bool {
-        self.lo >= self.prefill_end && self.lo + 1 < self.request.max_total
-    }
-
-    /// How many of the next `len` tokens of prompt to compute, so that they end where a copy of the target's state is worth its place: where
-    /// the text leaves those that are cached, at the last whole page of the prompt, and else, when the step has no more room, at any page.
-    fn up_to_a_copy(&self, len: u32, page_size: u32) -> u32 {
-        let last = (self.prefill_end - 1) / page_size * page_size;
-        let cuts = [self.branch, last].into_iter().filter(|&cut| cut > self.lo);
-        let wanted = cuts.min().map_or(len, |cut| cut - self.lo);
-        if wanted <= len {
-            return wanted;
-        }
-        let end = (self.lo + len) / page_size * page_size;
-        if end > self.lo { end - self.lo } else { len }
-    }
-
-    /// The device's committed tokens after all launched steps, as far as the host knows: at least, at most.
-    pub fn bounds(&self) -> (u32, u32) {
-        (self.lo, self.hi)
-    }
 }

@@ -2,9 +2,9 @@
 
 use super::Engine;
 use super::step_plan::StepPlan;
-use super::values::{Accepted, AcceptedArrays, DrawnRows};
+use super::values::{Accepted, AcceptedArrays, DrawnRows, EditedRows, PlanArrays};
 use crate::error::{Error, Result, indices};
-use crate::schedule::Work;
+use crate::schedule::{Running, Scheduled, Scheduler, Work};
 use crate::types::TokenId;
 use crate::verify::{Sampler, top_logprobs, walk_chain, walk_tree};
 
@@ -16,6 +16,17 @@ impl Engine {
     /// `OutOfTurn` when an earlier step is unresolved, this one is closed, or drafts are missing; `Length`. What is
     /// wrong with one row's logits fails that request alone, see [`Accepted::failed`].
     pub fn accept(&mut self, plan: &StepPlan, logits: &[f32]) -> Result<Accepted> {
+        self.accept_edited(plan, logits, &EditedRows::default())
+    }
+
+    /// The same where rows were edited: these are drawn from what was made of them, and scored by what they were.
+    ///
+    /// A row without a token is where plain decoding would end its request, so the walk ends before it: the draft that leads there is kept as
+    /// the last token, and the request ends in the next step, unless this token ends it otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::accept`]; what does not fit together in `edited`.
+    pub fn accept_edited(&mut self, plan: &StepPlan, logits: &[f32], edited: &EditedRows<'_>) -> Result<Accepted> {
         let vocab = self.scheduler.config().vocab_size;
         let expected = plan.arrays().logit_rows.len() * vocab;
         if logits.len() != expected {
@@ -25,33 +36,62 @@ impl Engine {
                 expected,
             });
         }
-        self.accept_rows(plan, |sampler, context, path, token, out| {
-            let Context {
-                running,
-                first_logit,
-                position,
-                ..
-            } = context;
-            let row = &logits[(first_logit + token) * vocab..(first_logit + token + 1) * vocab];
-            let request = &running.request;
-            let place = position + path.len() as u64 + 1;
-            let drawn = sampler.draw_row(row, &request.params.sampling, &request.history, path, place)?;
-            if request.params.scores() {
-                let alternatives = request.params.alternatives() as usize;
-                let top = if alternatives > 0 {
-                    top_logprobs(row, alternatives)?
-                } else {
-                    Vec::new()
-                };
-                let logprob = sampler.logprob(row, drawn)?;
-                score(
-                    out,
-                    logprob,
-                    top.iter().map(|&(token, logprob)| (i64::from(token.0), logprob)),
-                );
-            }
+        self.accept_rows(plan, edited, |sampler, context, path, token, out| {
+            let at = context.first_logit + token;
+            let row = &logits[at * vocab..(at + 1) * vocab];
+            let drawn = context.draw(sampler, row, path)?;
+            context.score(sampler, row, drawn, out)?;
             Ok(drawn)
         })
+    }
+
+    /// Draws edited rows of the next step to resolve, `[E]`: for a device that walks its drafts itself. -1 for a row without a token.
+    ///
+    /// # Errors
+    /// As [`Self::accept_edited`].
+    pub fn draw_edited(&mut self, plan: &StepPlan, edited: &EditedRows<'_>) -> Result<Vec<i64>> {
+        self.call_off_dropped()?;
+        self.next_to_resolve(plan)?;
+        let Self {
+            scheduler,
+            in_flight,
+            sampler,
+            drafts,
+            ..
+        } = self;
+        let (vocab, layout) = (scheduler.config().vocab_size, plan.arrays());
+        edited.check(layout.logit_rows.len(), vocab)?;
+        let mut tokens = Vec::with_capacity(edited.rows.len());
+        for (row, scheduled) in in_flight[0].rows.iter().enumerate() {
+            let end = i64::from(layout.logit_starts[row + 1]);
+            let next = |drawn: usize| edited.rows.get(drawn).copied().filter(|&at| at < end);
+            if next(tokens.len()).is_none() {
+                continue;
+            }
+            let decodes = scheduled.work == Work::Decode;
+            let tree = plan.tree_of(row)?.filter(|_| decodes);
+            drafts.clear();
+            if decodes && tree.is_none() {
+                plan.drafts_of(row, drafts)?;
+            }
+            let running = scheduler.tenant(scheduled);
+            let context = running.map(|running| Context::new(scheduler, scheduled, running, layout.logit_starts[row]));
+            let context = context.transpose()?;
+            while let Some(at) = next(tokens.len()) {
+                let node = (at - i64::from(layout.logit_starts[row])) as usize;
+                let path = match &tree {
+                    None => drafts[..node].to_vec(),
+                    Some(tree) => tree.path_tokens(node),
+                };
+                let drawn = context.as_ref().map(|context| {
+                    let row = edited.row(tokens.len(), vocab)?;
+                    context.draw(sampler, row, &path)
+                });
+                // Whoever has left, and a row without a token, have none.
+                tokens.push(drawn.and_then(Result::ok).map_or(-1, |drawn| i64::from(drawn.0)));
+            }
+        }
+        Ok(tokens)
     }
 
     /// Walks the drafts with tokens that were drawn elsewhere. `sampled` is `[N]` in the order of the plan's `logit_rows`,
@@ -90,7 +130,7 @@ impl Engine {
                 return Err(Error::Length { name, got, expected });
             }
         }
-        self.accept_rows(plan, |_, context, _, token, out| {
+        self.accept_rows(plan, &drawn.edited, |_, context, _, token, out| {
             let at = context.first_logit + token;
             let (chosen, status) = (drawn.tokens[at], drawn.status.get(at).copied().unwrap_or(0));
             if status != 0 {
@@ -118,6 +158,7 @@ impl Engine {
     fn accept_rows(
         &mut self,
         plan: &StepPlan,
+        edited: &EditedRows<'_>,
         mut draw: impl FnMut(&mut Sampler, &Context, &[TokenId], usize, &mut AcceptedArrays) -> Result<TokenId>,
     ) -> Result<Accepted> {
         self.call_off_dropped()?;
@@ -130,8 +171,10 @@ impl Engine {
             drafts,
             ..
         } = self;
+        let (vocab, layout) = (scheduler.config().vocab_size, plan.arrays());
+        edited.check(layout.logit_rows.len(), vocab)?;
         let mut accepted = shared.accepted(plan.step());
-        let layout = plan.arrays();
+        let mut visited = Vec::new();
         for (row, scheduled) in in_flight[0].rows.iter().enumerate() {
             let out = accepted.arrays_mut();
             out.token_starts.push(out.tokens.len() as i32);
@@ -141,70 +184,56 @@ impl Engine {
             let Some(running) = scheduler.tenant(scheduled) else {
                 continue;
             };
-            let start = i64::from(layout.query_starts[row]);
-            if let Work::Prefill { last } = scheduled.work {
-                drafts.clear();
-                if !last {
-                    let end = start + i64::from(scheduled.len);
-                    out.commit_rows.extend(start..end);
-                    out.commit_slots
-                        .extend_from_slice(&layout.slots[start as usize..end as usize]);
+            let start = layout.query_starts[row] as usize;
+            match scheduled.work {
+                Work::Prefill { last: false } => {
+                    keep_chain(out, layout, start, scheduled.len);
                     continue;
                 }
-            } else {
-                plan.drafts_of(row, drafts)?;
+                Work::Prefill { last: true } => drafts.clear(),
+                Work::Decode => plan.drafts_of(row, drafts)?,
             }
-            let committed = scheduler.kv().table().committed(scheduled.launched.key())?;
-            let context = Context {
-                running,
-                first_logit: layout.logit_starts[row] as usize,
-                // Position of the token whose logits come first.
-                position: match scheduled.work {
-                    Work::Prefill { .. } => u64::from(committed + scheduled.len - 1),
-                    Work::Decode => u64::from(committed),
-                },
-            };
-            let kept = (out.tokens.len(), out.top_tokens.len());
+            let context = Context::new(scheduler, scheduled, running, layout.logit_starts[row])?;
+            let before = Lengths::of(out);
+            visited.clear();
             let mut take = |path: &[TokenId], token: usize| {
-                let drawn = draw(sampler, &context, path, token, out)?;
+                let drawn = match edited.find(context.first_logit + token) {
+                    None => draw(sampler, &context, path, token, out)?,
+                    Some(at) => {
+                        let drawn = context.draw(sampler, edited.row(at, vocab)?, path)?;
+                        let raw = &edited.raw[at * vocab..(at + 1) * vocab];
+                        context.score(sampler, raw, drawn, out)?;
+                        drawn
+                    }
+                };
                 out.tokens.push(i64::from(drawn.0));
+                visited.push(token as u32);
                 Ok(drawn)
             };
-            let walked = match plan.tree_of(row)?.filter(|_| scheduled.work == Work::Decode) {
+            let tree = plan.tree_of(row)?.filter(|_| scheduled.work == Work::Decode);
+            let walked = match &tree {
                 None => walk_chain(drafts, |token| take(&drafts[..token], token)).map(|walk| (walk.accepted, None)),
-                Some(tree) => walk_tree(&tree, |node| take(&tree.path_tokens(node), node))
+                Some(tree) => walk_tree(tree, |node| take(&tree.path_tokens(node), node))
                     .map(|walk| (walk.path.len() as u32, Some(walk.path))),
             };
+            let walked = match walked {
+                Err(_) if running.request.params.edited && !visited.is_empty() => {
+                    let path = visited.split_off(1);
+                    Ok((path.len() as u32, tree.is_some().then_some(path)))
+                }
+                walked => walked,
+            };
             match walked {
-                Ok((accepted, path)) => {
-                    out.accepted[row] = accepted as i32;
-                    let valid = match scheduled.work {
-                        Work::Prefill { .. } => scheduled.len,
-                        Work::Decode => accepted + 1,
-                    };
-                    let first = start as usize;
-                    out.commit_slots
-                        .extend_from_slice(&layout.slots[first..first + valid as usize]);
-                    let Some(path) = path else {
-                        out.commit_rows.extend(start..start + i64::from(valid));
-                        continue;
-                    };
-                    out.commit_rows.push(start);
-                    for (depth, &node) in path.iter().enumerate() {
-                        let (node, place) = (first + node as usize, first + depth + 1);
-                        out.commit_rows.push(node as i64);
-                        if node != place {
-                            out.move_from.push(layout.slots[node]);
-                            out.move_to.push(layout.slots[place]);
-                        }
+                Ok((drafts_accepted, path)) => {
+                    out.accepted[row] = drafts_accepted as i32;
+                    match (scheduled.work, path) {
+                        (Work::Prefill { .. }, _) => keep_chain(out, layout, start, scheduled.len),
+                        (Work::Decode, None) => keep_chain(out, layout, start, drafts_accepted + 1),
+                        (Work::Decode, Some(path)) => keep_path(out, layout, start, &path),
                     }
                 }
                 Err(error) => {
-                    out.tokens.truncate(kept.0);
-                    out.logprobs.truncate(kept.0);
-                    out.top_starts.truncate(kept.0);
-                    out.top_tokens.truncate(kept.1);
-                    out.top_logprobs.truncate(kept.1);
+                    before.restore(out);
                     accepted.failed.push((row, error));
                 }
             }
@@ -218,10 +247,95 @@ impl Engine {
     }
 }
 
+/// A request whose rows are drawn.
 struct Context<'a> {
-    running: &'a crate::schedule::Running,
+    running: &'a Running,
     first_logit: usize,
+    /// Position of the token whose logits come first.
     position: u64,
+}
+
+/// What was drawn before a row's turn, to go back to when the row fails.
+struct Lengths {
+    tokens: usize,
+    top_tokens: usize,
+}
+
+impl Lengths {
+    fn of(out: &AcceptedArrays) -> Self {
+        Self {
+            tokens: out.tokens.len(),
+            top_tokens: out.top_tokens.len(),
+        }
+    }
+
+    fn restore(&self, out: &mut AcceptedArrays) {
+        out.tokens.truncate(self.tokens);
+        out.logprobs.truncate(self.tokens);
+        out.top_starts.truncate(self.tokens);
+        out.top_tokens.truncate(self.top_tokens);
+        out.top_logprobs.truncate(self.top_tokens);
+    }
+}
+
+/// Keeps the first `len` packed tokens of a row that begins at `start`.
+fn keep_chain(out: &mut AcceptedArrays, layout: &PlanArrays, start: usize, len: u32) {
+    let end = start + len as usize;
+    out.commit_rows.extend(start as i64..end as i64);
+    out.commit_slots.extend_from_slice(&layout.slots[start..end]);
+}
+
+/// Keeps the anchor of a row that begins at `start`, and the nodes of its tree on `path`. Their KV is to be where a chain's would be.
+fn keep_path(out: &mut AcceptedArrays, layout: &PlanArrays, start: usize, path: &[u32]) {
+    out.commit_slots
+        .extend_from_slice(&layout.slots[start..=start + path.len()]);
+    out.commit_rows.push(start as i64);
+    for (depth, &node) in path.iter().enumerate() {
+        let (node, place) = (start + node as usize, start + depth + 1);
+        out.commit_rows.push(node as i64);
+        if node != place {
+            out.move_from.push(layout.slots[node]);
+            out.move_to.push(layout.slots[place]);
+        }
+    }
+}
+
+impl<'a> Context<'a> {
+    fn new(scheduler: &Scheduler, scheduled: &Scheduled, running: &'a Running, first_logit: i32) -> Result<Self> {
+        let committed = scheduler.kv().table().committed(scheduled.launched.key())?;
+        Ok(Self {
+            running,
+            first_logit: first_logit as usize,
+            position: match scheduled.work {
+                Work::Prefill { .. } => u64::from(committed + scheduled.len - 1),
+                Work::Decode => u64::from(committed),
+            },
+        })
+    }
+
+    fn draw(&self, sampler: &mut Sampler, row: &[f32], path: &[TokenId]) -> Result<TokenId> {
+        let request = &self.running.request;
+        let place = self.position + path.len() as u64 + 1;
+        sampler.draw_row(row, &request.params.sampling, &request.history, path, place)
+    }
+
+    /// Scores a token by its raw row, if the request asked for that.
+    fn score(&self, sampler: &mut Sampler, row: &[f32], drawn: TokenId, out: &mut AcceptedArrays) -> Result<()> {
+        let params = &self.running.request.params;
+        if !params.scores() {
+            return Ok(());
+        }
+        let alternatives = params.alternatives() as usize;
+        let top = if alternatives > 0 {
+            top_logprobs(row, alternatives)?
+        } else {
+            Vec::new()
+        };
+        let logprob = sampler.logprob(row, drawn)?;
+        let top = top.iter().map(|&(token, logprob)| (i64::from(token.0), logprob));
+        score(out, logprob, top);
+        Ok(())
+    }
 }
 
 /// Scores of the token that is pushed next. They are rare: what nobody asked for is filled in at the end.

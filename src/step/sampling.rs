@@ -105,7 +105,7 @@ impl Engine {
             if let (Work::Prefill { .. }, Some(packed)) = (row.work, all.arrays.rows.last_mut()) {
                 packed.anchor = row.len as i32 - 1;
             }
-            all.unresolved |= at > 0 && !row.anchor_known && request.params.sampling.needs_history();
+            all.unresolved |= at > 0 && !row.anchor_known && request.params.needs_text();
         }
         Ok(all)
     }

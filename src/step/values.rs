@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::cuda::params::SamplingRow;
-use crate::error::Error;
+use crate::error::{Error, Result, indices};
 
 /// Where dropped values leave their buffers, and dropped plans their step number.
 #[derive(Debug, Default)]
@@ -300,4 +300,54 @@ pub struct DrawnRows<'a> {
     pub top_tokens: &'a [i64],
     /// `[N, top_count]` their log-softmax, nats.
     pub top_logprobs: &'a [f32],
+    /// Rows that are drawn here instead.
+    pub edited: EditedRows<'a>,
+}
+
+/// Rows that were edited before they are drawn, as their requests asked for (`Params::edited`).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EditedRows<'a> {
+    /// `[E]` which of the plan's `logit_rows`, rising.
+    pub rows: &'a [i64],
+    /// `[E, vocab_size]` the logits as the target gave them: tokens are scored by these.
+    pub raw: &'a [f32],
+    /// `[E, vocab_size]` the logits to draw from.
+    pub logits: &'a [f32],
+    /// Of the rows that have no token: their index among the `E`, rising, and why.
+    pub refused: &'a [(usize, String)],
+}
+
+impl EditedRows<'_> {
+    /// Refuses what does not fit `rows` rows of logits over a vocabulary of `vocab` tokens.
+    pub(super) fn check(&self, rows: usize, vocab: usize) -> Result<()> {
+        for (name, got) in [("edited raw", self.raw.len()), ("edited logits", self.logits.len())] {
+            let expected = self.rows.len() * vocab;
+            if got != expected {
+                return Err(Error::Length { name, got, expected });
+            }
+        }
+        let rising = self.rows.windows(2).all(|pair| pair[0] < pair[1]);
+        let within = |&row: &i64| usize::try_from(row).is_ok_and(|row| row < rows);
+        if !rising || !self.rows.iter().all(within) {
+            return Err(Error::InvalidArgument {
+                name: "edited rows",
+                got: format!("{:?}", self.rows),
+                expected: format!("rising numbers in {}", indices(rows)),
+            });
+        }
+        Ok(())
+    }
+
+    /// The index among the edited rows of row `at` of the logits.
+    pub(super) fn find(&self, at: usize) -> Option<usize> {
+        self.rows.binary_search(&(at as i64)).ok()
+    }
+
+    /// What row `index` of these is drawn from.
+    pub(super) fn row(&self, index: usize, vocab: usize) -> Result<&[f32]> {
+        match self.refused.iter().find(|(refused, _)| *refused == index) {
+            Some((_, why)) => Err(Error::NoToken { why: why.clone() }),
+            None => Ok(&self.logits[index * vocab..(index + 1) * vocab]),
+        }
+    }
 }

@@ -77,6 +77,8 @@ pub struct Params {
     pub logprobs: Option<u32>,
     /// Whether drafts may be verified for it. The text is the same either way.
     pub draft: bool,
+    /// Whether the caller edits its rows before they are drawn: no step is launched ahead of its results then.
+    pub edited: bool,
 }
 
 impl Default for Params {
@@ -93,6 +95,7 @@ impl Default for Params {
             ignore_eos: false,
             logprobs: None,
             draft: true,
+            edited: false,
         }
     }
 }
@@ -153,7 +156,8 @@ impl Params {
         source.texts("stop", &mut self.stop_strings)?;
         source.flag("ignore_eos", &mut self.ignore_eos)?;
         source.maybe_count("logprobs", &mut self.logprobs)?;
-        source.flag("draft", &mut self.draft)
+        source.flag("draft", &mut self.draft)?;
+        source.flag("edited", &mut self.edited)
     }
 }
 
@@ -292,6 +296,11 @@ impl Sampling {
 }
 
 impl Params {
+    /// Whether a draw needs every token before it: they are counted, or looked at by the caller.
+    pub fn needs_text(&self) -> bool {
+        self.edited || self.sampling.needs_history()
+    }
+
     /// Whether tokens are scored.
     pub fn scores(&self) -> bool {
         self.logprobs.is_some()

@@ -19,6 +19,7 @@ from dflash_rs import (
     Planner,
     SamplingParams,
     StepCosts,
+    StructuredOutputsParams,
     WidthPlanner,
     _core,
     serving,
@@ -174,6 +175,8 @@ def bookkeeping():
     yield StepCosts().planner, dict(block_size=4), ("tree_nodes",), ()
     yield EngineConfig, {}, tuple(EngineConfig.__dataclass_fields__), ()
     yield SamplingParams, {}, tuple(SamplingParams.__dataclass_fields__), ()
+    yield StructuredOutputsParams, {}, ("json", "regex", "choice", "grammar", "json_object"), ()
+    yield StructuredOutputsParams, dict(regex="a"), ("disable_any_whitespace",), ()
 
 
 def launched() -> tuple[_core.Engine, _core.StepPlan]:
@@ -198,7 +201,7 @@ def stages():
     names = (*sizes, "eos_ids", "prefix_cache", "vocabulary")
     yield _core.Engine, sizes, names, ("max_batch_tokens", "num_pages")
     core, plan = launched()
-    options = (*SamplingParams.__dataclass_fields__, "draft")
+    options = tuple(SamplingParams().for_core(0, True))
     yield (
         lambda prompt, **options: core.add(prompt, options),
         dict(prompt=[1]),
@@ -216,7 +219,7 @@ def stages():
     outputs = dict(
         sampled=np.zeros(4, I64), status=np.zeros(4, I32), accepted=np.zeros(1, I32), drafts=None, logprobs=None
     )
-    good = dict(plan=plan, **outputs, top_tokens=None, top_logprobs=None)
+    good = dict(plan=plan, **outputs, top_tokens=None, top_logprobs=None, edited=None)
     yield core.accept_outputs, good, tuple(good), ("sampled", "top_tokens", "top_logprobs", "step")
     ones, width = (
         ("query_starts", "start_known", "anchor_known", "context_lens", "valid_from"),
@@ -230,8 +233,19 @@ def stages():
     yield core.fill_inputs, good, tuple(good), ()
     yield core.cancel, {}, ("plan",), ()
     yield core.evict, {}, ("count",), ()
-    yield core.accept, dict(plan=plan, logits=None), ("plan", "logits"), ("logits",)
+    logits = np.zeros((4, 31), F32)
+    good = dict(plan=plan, logits=logits, edited=None)
+    yield core.accept, good, tuple(good), ("logits", "step")
+    edited = (np.array([1]), np.zeros((1, 31), F32), np.zeros((1, 31), F32), [None])
+    yield core.draw_edited, dict(plan=plan, edited=edited), ("plan", "edited"), ("step",)
+    for place in range(len(edited)):
+
+        def draw(part, place=place):
+            return core.draw_edited(plan, (*edited[:place], part, *edited[place + 1 :]))
+
+        yield draw, {}, ("part",), ("edited", "step")
     good = dict(plan=plan, sampled=np.zeros(4, I64), logprobs=None, status=None, top_tokens=None, top_logprobs=None)
+    good |= dict(edited=None)
     yield core.accept_sampled, good, tuple(good), ("sampled", "top_tokens", "top_logprobs", "step")
     accepted = core.accept_sampled(plan, np.zeros(4, I64))
     yield core.commit, dict(plan=None, accepted=accepted, injected=True), ("plan", "accepted", "injected"), ("plan",)
@@ -400,6 +414,7 @@ def test_every_public_name_is_in_the_tables_or_needs_none():
         if isinstance(getattr(dflash_rs, n), type) and issubclass(getattr(dflash_rs, n), DflashError)
     }
     tables = {"DraftTree", "PagePool", "Planner", "WidthPlanner", "StepCosts", "SamplingParams", "serving", "verify"}
+    tables |= {"StructuredOutputsParams"}
     # tests/python/test_requests.py
     elsewhere = {"LLM"}
     assert set(dflash_rs.__all__) == takes_nothing | errors | tables | elsewhere

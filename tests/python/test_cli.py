@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from fake_llm import FakeEvent, FakeLLM
 
-from dflash_rs import SamplingParams, cli
+from dflash_rs import SamplingParams, StructuredOutputsParams, cli
 from dflash_rs.cli import display
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages
 
@@ -142,9 +142,9 @@ def test_every_sampling_option_reaches_the_engine():
     words = (
         "generate x --max-tokens 9 --min-tokens 4 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 "
         "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --logit-bias 5=-2 --logit-bias 6=1.5 "
-        "--stop-token-id 3 --stop-token-id 4 --logprobs 2 --ignore-eos"
+        "--stop-token-id 3 --stop-token-id 4 --logprobs 2 --ignore-eos --allowed-token-id 8 --allowed-token-id 9 --bad-word no"
     ).split()
-    args = cli.build_parser().parse_args([*words, "--stop", "\\n\\n"])
+    args = cli.build_parser().parse_args([*words, "--stop", "\\n\\n", "--bad-word", "not so", "--regex", "[a-z]+"])
     params = cli.generate.sampling_from(args)
     assert (params.max_tokens, params.min_tokens) == (9, 4)
     assert (params.temperature, params.top_k, params.top_p) == (0.5, 4, 0.9)
@@ -152,9 +152,52 @@ def test_every_sampling_option_reaches_the_engine():
     assert (params.presence_penalty, params.frequency_penalty, params.logprobs) == (0.2, 0.3, 2)
     assert dict(params.logit_bias) == {5: -2.0, 6: 1.5}
     assert list(params.stop_token_ids) == [3, 4] and list(params.stop) == ["\n\n"] and params.ignore_eos
+    assert (params.allowed_token_ids, params.bad_words) == ((8, 9), ("no", "not so"))
+    assert params.structured_outputs == StructuredOutputsParams(regex="[a-z]+")
     default = SamplingParams()
     same = [name for name in SamplingParams.__dataclass_fields__ if getattr(params, name) == getattr(default, name)]
-    assert not same, "an option that the words above leave out"
+    assert same == ["logits_processors"], "an option that the words above leave out"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--json-schema", '{"type": "array"}'], {"json": '{"type": "array"}'}),
+        (["--json-schema", "FILE"], {"json": '{"type": "object"}'}),
+        (["--json-object"], {"json_object": True}),
+        (["--regex", "a|b"], {"regex": "a|b"}),
+        (["--choice", "yes", "--choice", "no"], {"choice": ["yes", "no"]}),
+        (["--ebnf", 'root ::= "a"'], {"grammar": 'root ::= "a"'}),
+        (["--ebnf", "FILE"], {"grammar": '{"type": "object"}'}),
+    ],
+)
+def test_what_an_output_has_to_be_is_said_on_the_command_line_or_in_a_file(words, wanted, tmp_path):
+    (tmp_path / "a file").write_text('{"type": "object"}')
+    words = [str(tmp_path / "a file") if word == "FILE" else word for word in words]
+    for command in ("generate x", "chat"):
+        params = cli.generate.sampling_from(cli.build_parser().parse_args([*command.split(), *words]))
+        assert params.structured_outputs == StructuredOutputsParams(**wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--json-schema", "no-such-file"],
+            "--json-schema: got 'no-such-file', expected a JSON schema ({...}) or a file with one (No such file",
+        ),
+        (["--json-schema", "{"], "structured_outputs.json: got '{' ("),
+        (
+            ["--ebnf", "no-such-file"],
+            "--ebnf: got 'no-such-file', expected a grammar (root ::= ...) or a file with one (No such file",
+        ),
+        (["--regex", "a", "--json-object"], "structured_outputs: got regex and json_object, expected one of"),
+        (["--regex", ""], "structured_outputs.regex: got '', expected a non-empty string"),
+    ],
+)
+def test_what_an_output_cannot_be_is_refused_before_anything_loads(words, message, capsys):
+    assert cli.main(["generate", "x", *words]) == cli.BAD_INPUT
+    assert capsys.readouterr().err.startswith(f"dflash-rs: error: {message}")
 
 
 def test_nothing_given_is_what_sampling_params_mean_by_nothing():

@@ -566,7 +566,7 @@ def test_every_sampling_option_that_is_taken_also_runs(one):
         ({"prefix_cache": "x"}, "prefix_cache: got 'x'"),
         ({"adaptive": "no"}, "adaptive: got 'no'"),
         ({"draft": 5}, "draft: got 5"),
-        ({"model": 5}, "model: got 5, expected a model's folder or hub name"),
+        ({"model": 5}, "model: got 5, expected a model's folder, GGUF file or hub name"),
         ({"model": ""}, "model: got ''"),
         ({"model": [assets()]}, "model: got \\["),
         ({"threads": 32767}, "threads: got 32767, expected an integer in 1.."),

@@ -139,7 +139,7 @@ def planned(target: str, venv: Path) -> str:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_demo_installs_no_tools_of_the_tests_and_the_tests_do(tmp_path):
     demo, install, test, bench = (planned(t, tmp_path / "venv") for t in ("demo", "install", "test", "bench-demo"))
-    need, tools = "requirements.py build torch gguf", "requirements.py torch gguf bench dev"
+    need, tools = "requirements.py build torch gguf structured", "requirements.py torch gguf structured bench dev"
     assert need in demo and tools not in demo and need in install and tools not in install
     for more in (test, bench):
         # Once each, and the package before what looks at it.

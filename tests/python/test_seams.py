@@ -135,7 +135,7 @@ def test_a_broken_state_is_seen(plain, monkeypatch, fault):
         monkeypatch.setattr(state, "keep", lambda rows, n: None)
     elif fault == "restore nothing":
         monkeypatch.setattr(state, "restore", lambda rows, checkpoints: None)
-        monkeypatch.setattr(state, "alloc", lambda rows, checkpoints: type(state).alloc(state, rows, checkpoints))
+        monkeypatch.setattr(state, "alloc", lambda *room: type(state).alloc(state, *room))
     else:
         monkeypatch.setattr(state, "save", lambda rows, n, checkpoints: save(rows, 0 * n, checkpoints))
     with engine(target, draft) as llm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -16,7 +17,9 @@ from dflash_rs import InvalidArgument, SamplingParams  # noqa: E402
 from dflash_rs.models.dflash import DFlashDraft  # noqa: E402
 from dflash_rs.train import chats, responses  # noqa: E402
 from dflash_rs.train import drafter as drafter_training  # noqa: E402
-from dflash_rs.train.documents import Documents, Rows, rows_of  # noqa: E402
+from dflash_rs.train.common import Group  # noqa: E402
+from dflash_rs.train.documents import Documents, Rows, Text, rows_of  # noqa: E402
+from dflash_rs.train.features import StoredFeatures  # noqa: E402
 from dflash_rs.train.settings import DrafterTraining, ResponseSettings  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -175,36 +178,39 @@ def test_rows_hold_every_document_once_an_epoch_and_never_more_than_fits():
         rows.append(next(source))
         seen += len(rows[-1])
     assert seen == len(all_of) and len(rows) < len(all_of)
-    assert all(sum(len(t) for t, _ in row) <= 32 for row in rows)
-    first = sorted(tuple(t.tolist()) for row in rows for t, _ in row)
+    assert all(sum(len(text.tokens) for text in row) <= 32 for row in rows)
+    first = sorted(tuple(text.tokens.tolist()) for row in rows for text in row)
+    assert all((all_of.tokens[t.place : t.place + len(t.tokens)] == t.tokens).all() for row in rows for t in row)
     assert first == sorted(tuple(all_of.tokens_of(i)[:32].tolist()) for i in range(len(all_of)))
-    again = [next(source) for _ in rows]
-    shown = [[[text.tolist() for text, _ in row] for row in epoch] for epoch in (rows, again)]
-    assert sorted(shown[0]) == sorted(shown[1]) and shown[0] != shown[1]
     alone = list(itertools.islice(rows_of(all_of, 32, seed=1, whole_rows=True), 8))
     assert all(len(row) == 1 for row in alone)
 
 
 def test_anchors_lie_before_tokens_of_the_target_in_the_same_document():
-    row = [(np.arange(2, 12), np.arange(10) >= 4), (np.arange(2, 8), np.arange(6) >= 3)]
+    row = [Text(np.arange(2, 12), np.arange(10) >= 4, 100), Text(np.arange(2, 8), np.arange(6) >= 3)]
     found = Rows.of([row], 24)
+    assert found.place[0].tolist() == [*range(100, 110), *[-1] * 14]
     assert found.document[0].tolist() == [0] * 10 + [1] * 6 + [-1] * 8
     assert found.position[0, :16].tolist() == [*range(10), *range(6)]
     places = set(found.anchors(200, np.random.default_rng(0))[0].tolist())
     assert places == {3, 4, 5, 6, 7, 8, 12, 13, 14}
 
 
-@pytest.fixture(scope="module")
-def pair():
+def tiny_target():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    target = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, max_position_embeddings=128,
         )
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = tiny_target()
     settings = DrafterTraining(taps="0,1,2", num_layers=2, block_size=4, train_block_sizes="4", anchors=5, seq_len=48)
     draft = DFlashDraft(drafter_training.draft_config(target.config, settings))
     with torch.no_grad():
@@ -224,12 +230,12 @@ def test_documents_in_one_row_give_the_loss_they_have_alone(pair):
     draft, teacher, settings = pair
     assert teacher.keeps_documents_apart(torch.device("cpu"))
     many = documents(17, 24, seed=3)
-    texts = [(many.tokens_of(i).astype(np.int64), many.own_of(i)) for i in range(2)]
+    texts = [Text(many.tokens_of(i).astype(np.int64), many.own_of(i)) for i in range(2)]
     together = Rows.of([texts], 48)
     anchors = [np.array([4, 9, 15]), np.array([3, 12, 22])]
 
     def batch(rows, places):
-        parts = (rows.tokens, rows.document, rows.position, rows.own, places)
+        parts = (rows.tokens, rows.document, rows.position, rows.own, rows.place, places)
         return drafter_training.Batch(*(torch.from_numpy(part) for part in parts), 4)
 
     both, _ = drafter_training.block_loss(
@@ -244,6 +250,74 @@ def test_documents_in_one_row_give_the_loss_they_have_alone(pair):
         ]
         sums, weights = sums + float(alone) * sum(inside), weights + sum(inside)
     assert float(both) == pytest.approx(sums / weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_features_are_those_of_the_target(pair, tmp_path, dtype):
+    _, teacher, settings = pair
+    teacher = drafter_training.Teacher(
+        copy.deepcopy(teacher.target).to(dtype), settings.tap_ids, settings.mask_token_id
+    )
+    many = documents(17, 24, 60, 9, 11, 30, 8, seed=3)
+    where = torch.device("cpu")
+
+    def capture(folder=tmp_path / "features", about="a target", of=many, teacher=teacher):
+        return StoredFeatures.capture(folder, of, teacher, 48, False, {"target": about}, Group(), where)
+
+    stored = capture()
+    rows = next(rows_of(many, 48, seed=1, whole_rows=False))
+    part = Rows.of([rows], 48)
+    place = torch.from_numpy(part.place)
+    features, last = stored.read(place)
+    expected = teacher(torch.from_numpy(part.tokens), torch.from_numpy(part.position))
+    known = place[0] >= 0
+    assert features.dtype == last.dtype == dtype
+    for found, right in zip((features, last), expected, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(found[0][known], right[0][known], atol=tolerance, rtol=tolerance)
+        assert not found[0][~known].any() and found[0][known].any(-1).all()
+
+    # What is there is read, not computed: a target that cannot compute is never asked but for its shape.
+    class Shape(drafter_training.Teacher):
+        def __call__(self, tokens, position=None):
+            assert tokens.shape == (1, 1)
+            return super().__call__(tokens, position)
+
+    again = capture(teacher=Shape(teacher.target, settings.tap_ids, settings.mask_token_id)).read(place)
+    assert torch.equal(again[0], features) and torch.equal(again[1], last)
+    # An interrupted capture goes on where its note says, in parts as in one.
+    (tmp_path / "features" / "captured-0-of-1.json").write_text("0")
+    assert torch.equal(capture().read(place)[1], last)
+    with pytest.raises(ValueError, match="made with target = a target, now it is another"):
+        capture(about="another")
+    with pytest.raises(ValueError, match="made with responses"):
+        capture(of=documents(17, 24))
+
+
+def test_a_training_with_stored_features_is_the_training_without(tmp_path):
+    target = tiny_target()
+    target.save_pretrained(tmp_path / "target")
+    (tmp_path / "responses").mkdir()
+    documents(*range(8, 40), seed=5).save(tmp_path / "responses" / "shard-00000.npz")
+    settings = DrafterTraining(
+        taps="0,1,2", num_layers=1, block_size=4, train_block_sizes="4", anchors=5, seq_len=48, steps=4, batch_size=2, mask_token_id=1
+    )  # fmt: skip
+
+    def losses(name, store=None):
+        report = drafter_training.train(
+            settings, tmp_path / "target", tmp_path / "responses", None, tmp_path / name, "cpu", 1, False, store
+        )
+        return [entry["loss"] for entry in report["history"]]
+
+    online = losses("online")
+    assert losses("stored", tmp_path / "features") == pytest.approx(online, rel=1e-4)
+    own, _ = responses.load(tmp_path / "responses").split()
+    assert (tmp_path / "features" / "features.bin").stat().st_size == own.tokens.size * 4 * 32 * 4
+    np.save(tmp_path / "train.npy", np.arange(2, 1000, dtype=np.int32) % 60)
+    with pytest.raises(ValueError, match="store_features: got a corpus"):
+        drafter_training.train(
+            settings, tmp_path / "target", tmp_path / "responses", tmp_path, tmp_path / "c", "cpu", 1, False, tmp_path / "f"
+        )  # fmt: skip
 
 
 def test_tokens_that_the_target_did_not_write_are_not_learnt(pair):

@@ -14,20 +14,20 @@ VOCAB, WIDTH = 48, 16
 class GatedRecurrence:
     """A `TargetState`, one vector a request: h = a[token] * h + b[token]. Vectors move on in `keep` only."""
 
-    bytes_per_slot = 8 * WIDTH
+    bytes_per_slot, bytes_per_token = 8 * WIDTH, 0
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.decay, self.gain = rng.uniform(0.5, 0.95, (VOCAB, WIDTH)), rng.normal(size=(VOCAB, WIDTH))
         self.copied = 0
-        self.alloc(1, 0)
+        self.alloc(1, 0, 1)
 
-    def alloc(self, rows: int, checkpoints: int) -> None:
+    def alloc(self, rows: int, checkpoints: int, block: int) -> None:
         self.rows, self.copies = np.full((rows, WIDTH), np.nan), np.full((checkpoints, WIDTH), np.nan)
         self.passed: dict[int, np.ndarray] = {}
 
     def free(self) -> None:
-        self.alloc(1, 0)
+        self.alloc(1, 0, 1)
 
     def run(self, row: int, tokens: np.ndarray, start: int) -> np.ndarray:
         """The state after each of the tokens that a row is fed with from position `start` on, [n, WIDTH]."""

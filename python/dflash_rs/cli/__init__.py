@@ -40,6 +40,7 @@ EXTRAS = {
     "tokenizers": "torch",
     "safetensors": "torch",
     "gguf": "gguf",
+    "llguidance": "structured",
     "rich": "torch",
     "matplotlib": "bench",
 }

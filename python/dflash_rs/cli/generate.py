@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TextIO
 
+from dflash_rs.arguments import shown
 from dflash_rs.cli import console, engine
 from dflash_rs.cli.arguments import EXIT_CODES, FORMATTER, add_debug, add_engine, positive
 from dflash_rs.cli.display import Ordered, Painter, Progress, output_json, split_delta, summary
@@ -27,6 +29,7 @@ def add(commands: Any) -> None:
   dflash-rs generate --example 3 --temperature 0.7 --seed 1
   echo 'class Stack:' | dflash-rs generate - --json
   dflash-rs generate --prompt-file prompts.txt --json --max-tokens 256 > answers.jsonl
+  dflash-rs generate 'x = ' --regex '[0-9]+;' --temperature 1
   dflash-rs generate --model Qwen/Qwen3-4B --draft path/to/Qwen3-4B-DFlash-b16 'Prove that 2 is prime.'
 
 """
@@ -70,6 +73,8 @@ _READS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true", "default": None},
     "str | Sequence[str]": {"action": "append"},
     "Sequence[int]": {"action": "append", "type": int},
+    "Sequence[int] | None": {"action": "append", "type": int},
+    "Sequence[str]": {"action": "append"},
     "Mapping[int, float]": {"action": "append", "type": lambda text: _bias(text)},
 }
 
@@ -86,8 +91,18 @@ def add_sampling(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
         if option.metadata["metavar"] is not None:
             reads["metavar"] = option.metadata["metavar"]
         # What may be given repeatedly names one at a time.
-        name = option.name.removesuffix("s") if option.type == "Sequence[int]" else option.name
+        name = option.name.removesuffix("s") if str(option.type).startswith("Sequence[") else option.name
         group.add_argument("--" + name.replace("_", "-"), dest=option.name, help=option.metadata["help"], **reads)
+    shape = parser.add_argument_group("what the text has to be (one of these)")
+    shape.add_argument(
+        "--json-schema", metavar="SCHEMA", help="JSON that this schema describes: the schema, or a file with it"
+    )
+    shape.add_argument("--json-object", action="store_true", default=None, help="any JSON object")
+    shape.add_argument("--regex", metavar="REGEX", help="what this regular expression matches as a whole")
+    shape.add_argument("--choice", action="append", metavar="TEXT", help="one of these; given repeatedly")
+    shape.add_argument(
+        "--ebnf", metavar="GRAMMAR", help="what this grammar (root ::= ...) derives: the grammar, or a file with it"
+    )
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -174,10 +189,35 @@ def sampling_from(args: argparse.Namespace) -> Any:
             named = [token for token, _ in args.logit_bias]
             twice = next(token for token in named if named.count(token) > 1)
             raise InvalidArgument(f"--logit-bias: got token id {twice} {named.count(twice)} times, expected it once")
+    if args.bad_words is not None:
+        options["bad_words"] = [console.as_text("--bad-word", text) for text in args.bad_words]
+    shape = {
+        "json": _text_of("--json-schema", args.json_schema, "a JSON schema ({...})", "{"),
+        "json_object": args.json_object,
+        "regex": None if args.regex is None else console.as_text("--regex", args.regex),
+        "choice": None if args.choice is None else [console.as_text("--choice", text) for text in args.choice],
+        "grammar": _text_of("--ebnf", args.ebnf, "a grammar (root ::= ...)", ":"),
+    }
+    if any(value is not None for value in shape.values()):
+        options["structured_outputs"] = {name: value for name, value in shape.items() if value is not None}
     if args.stop is not None:
         stops = [console.as_text("--stop", text) for text in args.stop]
         options["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stops]
     return SamplingParams(**options)
+
+
+def _text_of(name: str, given: str | None, expected: str, mark: str) -> str | None:
+    """What was given if it has the mark of such texts, else what is in the file of that name."""
+    if given is None:
+        return None
+    text = console.as_text(name, given)
+    if mark in text:
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise InvalidArgument(f"{name}: got {shown(text)}, expected {expected} or a file with one ({why})") from None
 
 
 def collect_prompts(args: argparse.Namespace, stdin: TextIO) -> list[Any]:

@@ -123,7 +123,10 @@ def build(
         target.set_taps(draft.taps)
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
-    state_bytes = 0 if copies is None else (config.max_running + copies) * target.state.bytes_per_slot
+    state_bytes = 0
+    if copies is not None:
+        per_request = target.state.bytes_per_slot + sizes.row * target.state.bytes_per_token
+        state_bytes = config.max_running * per_request + copies * target.state.bytes_per_slot
     pages = _take_memory(models, config, sizes, state_bytes)
     on_device = serves(target, draft)
     overlap = _overlap(options.overlap, target, draft, on_device)
@@ -143,7 +146,7 @@ def build(
     )
     if copies is not None:
         try:
-            target.state.alloc(core.page_table.shape[0], copies)
+            target.state.alloc(core.page_table.shape[0], copies, sizes.row)
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
@@ -162,11 +165,12 @@ def build(
             block_size=sizes.block_size,
             max_context=sizes.max_context,
             tree_nodes=sizes.tree_nodes,
+            constrained=requests.constrained,
             graphs=options.cuda_graphs,
         )
     adapts = draft is not None and options.adaptive
     if draft is not None and adapts and costs is None:
-        found = measure(target, draft, sizes.block_size) if device is None else device.costs()
+        found = measure(target, draft, sizes.block_size, core.page_table.shape[0]) if device is None else device.costs()
     else:
         found = costs if adapts else None
     policy = Policy(
@@ -185,7 +189,15 @@ def build(
     if device is not None:
         return Loop(core, device, policy, requests, overlap=overlap)
     draws_there = _kernels_here(models)
-    host = HostBackend(core, target, draft, policy, page_size=config.page_size, draws_there=draws_there)
+    host = HostBackend(
+        core,
+        target,
+        draft,
+        policy,
+        page_size=config.page_size,
+        constrained=requests.constrained,
+        draws_there=draws_there,
+    )
     return Loop(core, host, policy, requests, overlap=overlap, state_bytes=state_bytes)
 
 

@@ -24,22 +24,27 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _REQUESTS = (1, 4, 8)
 
 
-def measure(target: TargetModel, draft: Drafter, block_size: int) -> StepCosts:
-    """Times passes of both models over numbers of rows, on empty context.
+def measure(target: TargetModel, draft: Drafter, block_size: int, requests: int = 1) -> StepCosts:
+    """Times passes of both models over numbers of rows, on empty context; `requests` may run at a time.
 
-    Uses the first slots of the caches, which hold nothing yet.
+    Uses the first slots of the caches, which hold nothing yet. A target with state is given blocks that follow on a token, half of the last
+    ones kept, as steps give them to it.
     """
     slots = target.num_slots
     rows = [n for n in _ROWS if n <= slots]
+    if target.state is not None:
+        # A token of context before each block.
+        rows = [n for n in rows if -(-n // block_size) <= requests and -(-n // block_size) * (block_size + 1) <= slots]
+    verify_rows = partial(_verify if target.state is None else partial(_fold_and_verify, block=block_size), target)
     if draft.from_text:
-        times = _fastest([partial(_verify, target, n) for n in rows])
+        times = _fastest([partial(verify_rows, n) for n in rows])
         return StepCosts(rising(zip(rows, times, strict=True)))
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
     features = None
     if draft.taps:
         features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
     first = np.zeros(1, dtype=np.int64)
-    passes: list[Callable[[], Any]] = [partial(_verify, target, n) for n in rows]
+    passes: list[Callable[[], Any]] = [partial(verify_rows, n) for n in rows]
     passes += [partial(_propose, draft, n, size) for n, size in blocks]
     told = {"token_ids": first, "before": first - 1} if draft.reads_tokens else {}
     passes.append(lambda: draft.inject(features, first, first, **told))
@@ -75,6 +80,29 @@ def _verify(target: TargetModel, rows: int) -> None:
         device=target.device,
     )
     target.forward(batch)
+
+
+def _fold_and_verify(target: TargetModel, rows: int, *, block: int) -> None:
+    """A pass over blocks that goes on from half of the last ones."""
+    requests, page = -(-rows // block), block + 1
+    starts = np.minimum(np.arange(requests + 1) * block, rows)
+    index, lengths = np.arange(requests), np.diff(starts)
+    assert target.state is not None
+    positions = np.arange(rows) - np.repeat(starts[:-1], lengths) + 1
+    batch = StepBatch.from_arrays(
+        token_ids=np.zeros(rows, dtype=np.int64),
+        positions=positions,
+        slots=np.repeat(index, lengths) * page + positions,
+        query_starts=starts,
+        context_lens=np.ones(requests, dtype=np.int32),
+        page_table=index[:, None].astype(np.int32),
+        row_ids=index,
+        logit_rows=np.arange(rows),
+        page_size=page,
+        device=target.device,
+    )
+    target.forward(batch)
+    target.state.keep(index.astype(np.int32), ((lengths + 1) // 2).astype(np.int32))
 
 
 def _propose(draft: Drafter, requests: int, block: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import cuda
 from ..models.batch import StepBatch
 from .backend import Step
+from .constraints import Constraint, Edited, edit
 from .policy import Policy
 from .timing import StageTimes, stage
 
@@ -33,10 +35,12 @@ class HostBackend:
         policy: Policy,
         *,
         page_size: int,
+        constrained: Mapping[int, Constraint],
         draws_there: bool = False,
     ):
         self.core, self.target, self.draft, self.policy = core, target, draft, policy
         self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
+        self._constrained = constrained
 
     def launch(self, step: Step) -> Step:
         return step
@@ -45,8 +49,8 @@ class HostBackend:
         step = launched
         if step.plan.draft_rows.size:
             self._propose(step)
-        rows, features = self._verify(step)
-        accepted = self._accept(step.plan, rows)
+        rows, edited, features = self._verify(step)
+        accepted = self._accept(step.plan, rows, edited)
         if step.inject and not self.draft.from_text:
             self._inject(step.plan, features, accepted)
         return accepted
@@ -72,8 +76,9 @@ class HostBackend:
         self.policy.admit(step, tokens, probabilities)
 
     @stage("verify")
-    def _verify(self, step: Step) -> tuple[np.ndarray, Any]:
-        """The target's logits float32 [N, V], or its tokens int64 [N] where they are drawn already; and the tapped features."""
+    def _verify(self, step: Step) -> tuple[np.ndarray, Edited | None, Any]:
+        """The target's logits float32 [N, V], or its tokens int64 [N] where they are drawn already; the rows that constraints edited; and the
+        tapped features."""
         plan = step.plan
         batch = StepBatch.from_arrays(
             token_ids=plan.token_ids,
@@ -93,11 +98,19 @@ class HostBackend:
             state.restore(plan.row_ids[starting], plan.state_restore[starting])
         logits, features = self.target.forward(batch)
         sampled = self._draw_there(plan, batch, logits)
-        return logits.float().cpu().numpy() if sampled is None else sampled, features
+        rows = logits.float().cpu().numpy() if sampled is None else sampled
+
+        def fetch(wanted: np.ndarray) -> np.ndarray:
+            if sampled is None:
+                return rows[wanted]
+            return logits[torch.from_numpy(wanted).to(logits.device)].float().cpu().numpy()
+
+        return rows, edit(plan, self._constrained, fetch), features
 
     @stage("accept")
-    def _accept(self, plan: Any, rows: np.ndarray) -> Any:
-        accepted = self.core.accept(plan, rows) if rows.ndim == 2 else self.core.accept_sampled(plan, rows)
+    def _accept(self, plan: Any, rows: np.ndarray, edited: Edited | None) -> Any:
+        accept = self.core.accept if rows.ndim == 2 else self.core.accept_sampled
+        accepted = accept(plan, rows, edited=edited)
         if accepted.move_from.size:
             self.target.move_kv(accepted.move_from, accepted.move_to)
         if (state := self.target.state) is not None:

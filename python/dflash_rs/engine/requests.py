@@ -14,6 +14,7 @@ from ..options import Asked
 from ..outputs import ABORT, ERROR, REASONS, Output, Prompt, StreamEvent, TokenLogprob
 from ..sampling import SamplingParams
 from ..text import Detokenizer
+from .constraints import Constraint
 
 _CALL = functools.partial.__call__
 
@@ -96,6 +97,8 @@ class Requests:
         """`detokenizer` for an engine whose core has no vocabulary."""
         self.core, self._detokenizer = core, detokenizer
         self.active: dict[int, Active] = {}
+        # Of these, those that constrain what may be drawn; the backend edits their rows.
+        self.constrained: dict[int, Constraint] = {}
 
     def __len__(self) -> int:
         return len(self.active)
@@ -116,7 +119,9 @@ class Requests:
                 seed = secrets.randbits(63) if one.params.seed is None else one.params.seed
                 text = None if self._detokenizer is None else self._detokenizer()
                 active = Active(one.index, one.prompt, tokens, one.params, seed, text, ended)
-                add = functools.partial(self.core.add, tokens, one.params.for_core(seed, drafts))
+                add = functools.partial(
+                    self.core.add, tokens, one.params.for_core(seed, drafts, one.constraint is not None)
+                )
                 try:
                     # In one call: no interruption comes between a request's beginning and our knowing its number.
                     ids.extend(map(_CALL, (add,)))
@@ -127,6 +132,9 @@ class Requests:
                     refuse(refused(one.index, one.prompt, one.params, str(told)))
                 else:
                     active.request_id, active.record = ids[-1], self.core.record(ids[-1])
+                    if one.constraint is not None:
+                        one.constraint.begin(tokens, active.record)
+                        self.constrained[active.request_id] = one.constraint
                     actives.append(active)
             found = dict(zip(ids, actives, strict=True))
             self.active.update(found)
@@ -135,6 +143,7 @@ class Requests:
             for request in ids:
                 self.core.abort(request)
                 self.active.pop(request, None)
+                self.constrained.pop(request, None)
             raise
 
     def abort(self, request: int | None) -> bool:
@@ -152,6 +161,7 @@ class Requests:
 
     def _end(self, request: int) -> None:
         active = self.active.pop(request, None)
+        self.constrained.pop(request, None)
         if active is not None:
             active.ended.append(active)
 

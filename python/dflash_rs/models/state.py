@@ -22,9 +22,12 @@ class TargetState(Protocol):
     """Per-request state of a target (`target.state`; None where pages hold everything). All arrays are int32 [n], of the host."""
 
     bytes_per_slot: int
+    bytes_per_token: int
+    """What is remembered of a token of a block until it is decided."""
 
-    def alloc(self, rows: int, checkpoints: int) -> None:
-        """Makes room for so many requests and checkpoints."""
+    def alloc(self, rows: int, checkpoints: int, block: int) -> None:
+        """Makes room for so many requests and checkpoints. A pass's rows of up to `block` tokens may be kept in part, longer ones whole or
+        not at all."""
 
     def free(self) -> None:
         """Gives that room back."""

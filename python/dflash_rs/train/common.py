@@ -126,6 +126,11 @@ class Group:
     def leads(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Until every process of the group is here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """This process's rows of a global batch."""
         if batch.shape[0] % self.size:

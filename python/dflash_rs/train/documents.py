@@ -7,12 +7,12 @@ predicted. A shard is an `.npz` file of many.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -124,36 +124,50 @@ def _read(path: Path) -> Documents:
     return found
 
 
+class Text(NamedTuple):
+    """A document in a row: its tokens ``int32 [n]``, the marks of the target's own ``bool [n]``, and where it begins in `Documents.tokens`
+    (-1 for one from elsewhere)."""
+
+    tokens: np.ndarray
+    own: np.ndarray
+    place: int = -1
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of a batch, each with several documents behind each other.
 
     All ``[b, S]``: tokens int64; document int64, the number of the document within the row, -1 behind the last; position int64, counted
-    from each document's first token; own bool.
+    from each document's first token; own bool; place int64, where the token stands in `Documents.tokens`, -1 for one from elsewhere.
     """
 
     tokens: np.ndarray
     document: np.ndarray
     position: np.ndarray
     own: np.ndarray
+    place: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Rows:
-        """From the (tokens, own) of the documents of each row."""
+    def of(cls, rows: Sequence[Sequence[Text]], length: int) -> Rows:
+        """From the documents of each row."""
         tokens = np.zeros((len(rows), length), dtype=np.int64)
         document = np.full((len(rows), length), -1, dtype=np.int64)
         position = np.zeros((len(rows), length), dtype=np.int64)
         own = np.zeros((len(rows), length), dtype=bool)
+        place = np.full((len(rows), length), -1, dtype=np.int64)
         for r, row in enumerate(rows):
             at = 0
-            for d, (text, marks) in enumerate(row):
-                span = slice(at, at + len(text))
-                tokens[r, span], own[r, span] = text, marks
-                document[r, span], position[r, span] = d, np.arange(len(text))
-                at += len(text)
+            for d, text in enumerate(row):
+                size = len(text.tokens)
+                span = slice(at, at + size)
+                tokens[r, span], own[r, span] = text.tokens, text.own
+                document[r, span], position[r, span] = d, np.arange(size)
+                if text.place >= 0:
+                    place[r, span] = text.place + np.arange(size)
+                at += size
             # What pads a row is a document of its own, in which nothing is to be predicted.
             position[r, at:] = np.arange(length - at)
-        return cls(tokens, document, position, own)
+        return cls(tokens, document, position, own, place)
 
     def anchors(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Random places ``int64 [b, count]`` with a token of the target behind them in the same document, ascending."""
@@ -169,40 +183,41 @@ class Rows:
         return np.stack(chosen)
 
 
-def rows_of(
-    documents: Documents, length: int, seed: int, whole_rows: bool
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Endless rows of at most `length` tokens, the same in every epoch, in another order each; longer documents are cut. With `whole_rows` a
-    document has its row for itself."""
+def rows_of(documents: Documents, length: int, seed: int, whole_rows: bool) -> Iterator[list[Text]]:
+    """Endless rows of at most `length` tokens, every epoch in another order; longer documents are cut. With `whole_rows` a document has
+    its row for itself."""
     if not len(documents):
         raise ValueError("responses: got no document to train on")
-    rows = packed(documents, length, seed, whole_rows)
-    if not rows:
-        raise ValueError(f"responses: got no document with a token of the target among its first {length}")
-    yield from rows
-    for epoch in itertools.count(1):
-        for i in np.random.default_rng((seed, 11, epoch)).permutation(len(rows)):
-            yield rows[int(i)]
+    epoch = 0
+    while True:
+        yield from rows_once(
+            documents, np.random.default_rng((seed, 11, epoch)).permutation(len(documents)), length, whole_rows
+        )
+        epoch += 1
 
 
-def packed(documents: Documents, length: int, seed: int, whole_rows: bool) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """The rows of an epoch, as `rows_of` gives them."""
-    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    open_rows: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]] = []
-    for i in np.random.default_rng((seed, 11, 0)).permutation(len(documents)):
-        text, own = documents.tokens_of(int(i))[:length], documents.own_of(int(i))[:length]
-        if not own.any():
+def rows_once(
+    documents: Documents, order: Sequence[int] | np.ndarray, length: int, whole_rows: bool
+) -> Iterator[list[Text]]:
+    """Rows with every document of `order` once, but for those in which nothing is to be predicted."""
+    open_rows: list[tuple[int, list[Text]]] = []
+    for number in order:
+        i = int(number)
+        text = Text(documents.tokens_of(i)[:length], documents.own_of(i)[:length], int(documents.starts[i]))
+        size = len(text.tokens)
+        if not text.own.any():
             continue
         if whole_rows:
-            rows.append([(text, own)])
+            yield [text]
             continue
-        fits = next((k for k, (used, _) in enumerate(open_rows) if used + len(text) <= length), None)
+        fits = next((k for k, (used, _) in enumerate(open_rows) if used + size <= length), None)
         if fits is None:
             if len(open_rows) == _OPEN_ROWS:
                 fullest = max(range(_OPEN_ROWS), key=lambda k: open_rows[k][0])
-                rows.append(open_rows.pop(fullest)[1])
-            open_rows.append((len(text), [(text, own)]))
+                yield open_rows.pop(fullest)[1]
+            open_rows.append((size, [text]))
         else:
             used, row = open_rows[fits]
-            open_rows[fits] = (used + len(text), [*row, (text, own)])
-    return rows + [row for _, row in open_rows]
+            open_rows[fits] = (used + size, [*row, text])
+    for _, row in open_rows:
+        yield row

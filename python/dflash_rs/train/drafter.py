@@ -26,8 +26,8 @@ import torch
 
 from . import responses
 from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
-from .documents import Documents, Rows, packed, rows_of
-from .features import FeatureStore
+from .documents import Documents, Rows, Text, rows_of
+from .features import StoredFeatures
 from .settings import DrafterTraining, MtpTraining
 
 # Rows per category that a report on held-out texts looks at.
@@ -128,9 +128,8 @@ class Teacher:
     def __init__(self, target, taps: tuple[int, ...], mask_token_id: int | None):
         self.target = target.eval().requires_grad_(False)
         self.taps, self.mask = taps, mask_token_id
+        self.stored: StoredFeatures | None = None
         self._seen: dict[int, torch.Tensor] = {}
-        # Where features are kept; None computes them anew each time.
-        self.store: FeatureStore | None = None
         for k in taps:
             base_layers(target)[k].register_forward_hook(self._keep(k))
 
@@ -146,15 +145,16 @@ class Teacher:
 
         With `position` ``[b, S]``, a row holds several documents, each of which begins at position 0 and sees itself only.
         """
-        return self.passed(tokens, position) if self.store is None else self.store(self.passed, tokens, position)
-
-    @torch.no_grad()
-    def passed(self, tokens: torch.Tensor, position: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same by a pass of the target."""
         last = self.target.base_model(input_ids=tokens, position_ids=position, use_cache=False).last_hidden_state
         features = torch.cat([self._seen[k] for k in self.taps], dim=-1) if self.taps else last[..., :0]
         self._seen.clear()
         return features, last
+
+    def of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and hidden states of a batch: those stored where all of it is, else computed."""
+        if self.stored is not None and bool((batch.place >= 0)[batch.document >= 0].all()):
+            return self.stored.read(batch.place)
+        return self(batch.tokens, batch.position)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the target's head makes of hidden states, in its own dtype."""
@@ -181,8 +181,8 @@ class Teacher:
         size = 24
         tokens = torch.randint(0, self.target.config.get_text_config().vocab_size, (1, 2 * size), device=device)
         position = torch.arange(size, device=device).repeat(2)[None]
-        _, together = self.passed(tokens, position)
-        _, alone = self.passed(tokens[:, size:])
+        _, together = self(tokens, position)
+        _, alone = self(tokens[:, size:])
         difference = (together[:, size:].float() - alone.float()).norm() / alone.float().norm()
         return bool(difference < 2e-2)
 
@@ -256,12 +256,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 class Batch(NamedTuple):
-    """What one step trains on: `document`, `position` and `own` as in `documents.Rows`, anchors int64 [b, A], and the block size."""
+    """What one step trains on: the arrays of `documents.Rows`, anchors int64 [b, A], and the block size."""
 
     tokens: torch.Tensor
     document: torch.Tensor
     position: torch.Tensor
     own: torch.Tensor
+    place: torch.Tensor
     anchors: torch.Tensor
     block: int
 
@@ -269,14 +270,13 @@ class Batch(NamedTuple):
     def whole(cls, tokens: torch.Tensor, anchors: torch.Tensor, block: int) -> Batch:
         """Of rows that are one document each, all of it the target's own."""
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return cls(
-            tokens, torch.zeros_like(tokens), position, torch.ones_like(tokens, dtype=torch.bool), anchors, block
-        )
+        own, elsewhere = torch.ones_like(tokens, dtype=torch.bool), torch.full_like(tokens, -1)
+        return cls(tokens, torch.zeros_like(tokens), position, own, elsewhere, anchors, block)
 
     def on(self, group: Group, device: torch.device) -> Batch:
         """This process's share, on its device."""
-        tokens, document, position, own, anchors = (group.share(part).to(device) for part in self[:-1])
-        return Batch(tokens, document, position, own, anchors, self.block)
+        tokens, document, position, own, place, anchors = (group.share(part).to(device) for part in self[:-1])
+        return Batch(tokens, document, position, own, place, anchors, self.block)
 
 
 def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining):
@@ -287,7 +287,7 @@ def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining)
     from ..models.dflash.training import training_hidden
 
     tokens, anchors, block = batch.tokens, batch.anchors, batch.block
-    features, last = teacher(tokens, batch.position)
+    features, last = teacher.of(batch)
     hidden = training_hidden(draft, features, tokens, anchors, block, batch.document, batch.position)[:, :, 1:]
     return slots_loss(hidden, last, teacher, batch, settings)
 
@@ -333,16 +333,16 @@ def _batches(
         chosen = [next(source) for _ in range(per_batch)]
         if corpus is not None:
             for begin in rng.integers(0, corpus.size - length, settings.batch_size - per_batch):
-                chosen.append([(corpus[begin : begin + length], np.ones(length, dtype=bool))])
+                chosen.append([Text(corpus[begin : begin + length], np.ones(length, dtype=bool))])
         if step >= start:
             yield _batch(chosen, length, int(rng.choice(settings.block_sizes)), settings.anchors, rng)
 
 
 def _batch(chosen: list, length: int, block: int, anchors: int, rng: np.random.Generator) -> Batch:
     rows = Rows.of(chosen, length)
-    arrays = (rows.tokens, rows.document, rows.position, rows.own, rows.anchors(anchors, rng))
-    tokens, document, position, own, places = (torch.from_numpy(array) for array in arrays)
-    return Batch(tokens, document, position, own, places, block)
+    arrays = (rows.tokens, rows.document, rows.position, rows.own, rows.place, rows.anchors(anchors, rng))
+    tokens, document, position, own, place, chosen_anchors = (torch.from_numpy(array) for array in arrays)
+    return Batch(tokens, document, position, own, place, chosen_anchors, block)
 
 
 @torch.no_grad()
@@ -369,6 +369,8 @@ def held_out_report(
                 np.random.default_rng((settings.seed, r)),
             )
             with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
+                # Nothing of these texts is stored, and their places are not those of the texts to train on.
+                batch = batch._replace(place=torch.full_like(batch.place, -1))
                 loss, tau = loss_of(draft, teacher, batch.on(Group(), where), settings)
             losses.append(float(loss))
             taus += [] if math.isnan(tau) else [tau]
@@ -387,16 +389,16 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
+    store: Path | None = None,
     shard_target: bool = False,
-    store_features: Path | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
 
-    `shard_target`: every process of ``torchrun`` holds its part of the target's layers (see `shard`); the numbers are the same.
-    `store_features`: a folder that keeps what the target makes of each row (see `features`); later epochs run the drafter only.
+    With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
+    With `shard_target`, every process of ``torchrun`` holds its part of the target's layers: see `shard`; the numbers are the same.
     """
     places = (target_path, own_path, data, out)
-    return run(settings, _begin, block_loss, *places, device, save_every, autocast, shard_target, store_features)
+    return run(settings, _begin, block_loss, *places, device, save_every, autocast, store, shard_target)
 
 
 def shard(target, group: Group) -> None:
@@ -434,16 +436,14 @@ def run(
     device: str,
     save_every: int,
     autocast: bool | None,
+    store: Path | None = None,
     shard_target: bool = False,
-    store_features: Path | None = None,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
     from ..models.checkpoint import load_causal_lm, readable
     from ..models.loader import load_draft
 
-    if store_features is not None and data is not None:
-        raise ValueError("store_features: got a corpus, too, whose windows never come twice; expected responses alone")
-    if store_features is not None and shard_target:
+    if store is not None and shard_target:
         raise ValueError(
             "store_features: got shard_target, too, whose processes have to run every pass together; expected one of them"
         )
@@ -473,14 +473,13 @@ def run(
     whole_rows = not teacher.keeps_documents_apart(where)
     if whole_rows and group.leads:
         print("documents in one row would disturb each other in this target: every row holds one", file=sys.stderr)
-    if store_features is not None:
-        rows = len(packed(own, settings.seq_len, settings.seed, whole_rows))
-        teacher.store = FeatureStore(store_features, target, settings.tap_ids, rows, settings.seq_len)
-        if group.leads:
-            print(
-                f"features of {rows:,} rows are kept in {store_features}, {teacher.store.bytes_needed / 1e9:,.1f} GB still to come",
-                file=sys.stderr,
+    if store is not None:
+        if data is not None:
+            raise ValueError(
+                "store_features: got a corpus, too; what is stored is of responses, a corpus has new windows in every step"
             )
+        about = {"target": str(target_path), "taps": list(settings.tap_ids)}
+        teacher.stored = StoredFeatures.capture(store, own, teacher, settings.seq_len, whole_rows, about, group, where)
     optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
 
     path = out / "checkpoint.pt"
@@ -511,9 +510,10 @@ def run(
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
         mean_loss = smooth(mean_loss, value, step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
-        if (group.leads or shard_target) and (step % save_every == 0 or step == settings.steps):
+        saves = step % save_every == 0 or step == settings.steps
+        if saves and (group.leads or shard_target):
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
-        if group.leads and (step % save_every == 0 or step == settings.steps):
+        if saves and group.leads:
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
             save_checkpoint(
                 path,

@@ -1,9 +1,8 @@
-"""Features of a frozen target, kept on disk: its pass over a row is made once, and later epochs cost the drafter's part only.
+"""What a frozen target makes of the responses, computed once and kept on disk: every further epoch costs the drafter's part only.
 
-    row --> hash of its tokens and positions --> there? read : one pass over this row alone, written, used
-
-What is read is what was computed, to the bit. Rows are the same in every epoch (`documents.rows_of`), so the second one computes nothing. A file is
-written whole or not at all, so several processes may fill one folder, and an interrupted run goes on with what there is.
+A folder holds ``features.bin``, an array ``[tokens, width]`` in the target's dtype over all tokens of the responses (the tapped layers' outputs
+behind each other, then the hidden state that the head reads), ``settings.json``, which says what it was made of, and ``captured-R-of-N.json``, how
+many rows process R of N has written.
 """
 
 from __future__ import annotations
@@ -12,104 +11,117 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-# Bytes at the begin of each tensor that tell one target from another.
-_TOLD_BY = 4096
-# What stays free on the disk, whatever is promised.
-_SPARE_BYTES = 1 << 30
+from .common import Group, Progress
+from .documents import Documents, Rows, rows_once
 
-Pass = Callable[[torch.Tensor, "torch.Tensor | None"], "tuple[torch.Tensor, torch.Tensor]"]
+if TYPE_CHECKING:
+    from .drafter import Teacher
+
+# NumPy has no bfloat16: its bits travel as integers.
+_ON_DISK = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.float16}
+# Rows that the target runs at once while features are captured, and rows between two notes of how far it is.
+_ROWS, _ROWS_BETWEEN_NOTES = 4, 64
 
 
-class FeatureStore:
-    """A folder of features of one target at some taps: files ``HASH.safetensors`` with `features` and `last`, and ``features.json`` that says of
-    what.
+class StoredFeatures:
+    """Features ``[tokens, K*H]`` and last hidden states ``[tokens, H]`` of all tokens of the responses, out of a folder."""
 
-    Raises ValueError for a folder with features of something else, and where the disk has no room for `rows` rows of `length` tokens.
-    """
+    def __init__(self, values: np.ndarray, width: int, dtype: torch.dtype, device: torch.device):
+        self._values, self._width, self._dtype, self._device = values, width, dtype, device
 
-    def __init__(self, folder: Path, target: Any, taps: tuple[int, ...], rows: int = 0, length: int = 0):
-        self.folder = folder
-        self.computed = self.read = 0
-        kind = {"target": fingerprint(target), "taps": list(taps), "dtype": str(target.dtype).removeprefix("torch.")}
-        folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "features.json"
-        if described.exists():
-            try:
-                found = json.loads(described.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"store_features: {described} cannot be read ({error}); choose another folder"
-                ) from error
-            if found != kind:
-                raise ValueError(
-                    f"store_features: {folder} holds features of another target, taps or dtype (got {found}, expected {kind}); choose another folder"
-                )
-        else:
-            temporary = described.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(kind), encoding="utf-8")
-            os.replace(temporary, described)
-        width = target.config.get_text_config().hidden_size * (len(taps) + 1)
-        # Those that are there already need no room.
-        missing = max(0, rows - sum(1 for _ in folder.glob("*.safetensors")))
-        needed, free = missing * length * width * target.dtype.itemsize, shutil.disk_usage(folder).free
-        if needed + _SPARE_BYTES > free:
+    def read(self, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """place ``int64 [b, S]``, indices into `Documents.tokens`, -1 where there is no token (zeros are given there) -> what a `Teacher` gives."""
+        rows = place.cpu().numpy()
+        found = self._values[np.maximum(rows, 0)]
+        found[rows < 0] = 0
+        both = torch.from_numpy(found).view(self._dtype).to(self._device)
+        return both[..., : self._width], both[..., self._width :]
+
+    @classmethod
+    def capture(
+        cls,
+        folder: Path,
+        documents: Documents,
+        teacher: Teacher,
+        length: int,
+        whole_rows: bool,
+        about: dict,
+        group: Group,
+        device: torch.device,
+    ) -> StoredFeatures:
+        """Reads what is in `folder`, computes what is missing. The processes of a group share the work; an interrupted capture goes on.
+
+        `about` says which target and taps. Raises ValueError where the folder was made of something else, or the disk has no room.
+        """
+        features, last = teacher(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        width, dtype = features.shape[-1], last.dtype
+        if dtype not in _ON_DISK:
             raise ValueError(
-                f"store_features: got {folder} with {free / 1e9:,.1f} GB free, expected {(needed + _SPARE_BYTES) / 1e9:,.1f} GB: {missing:,} rows of "
-                f"{length} tokens, {width * target.dtype.itemsize / 1e3:,.1f} KB a token"
+                f"store_features: got a target in {dtype}, expected one of {', '.join(map(str, _ON_DISK))}"
             )
-        self.bytes_needed = needed
-
-    def __call__(
-        self, run: Pass, tokens: torch.Tensor, position: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `run` gives for these rows, int64 [b, S]: features [b, S, K*H] and last states [b, S, H]."""
-        each = []
-        for r in range(len(tokens)):
-            places = None if position is None else position[r : r + 1]
-            each.append(self._row(run, tokens[r : r + 1], places))
-        features, last = zip(*each)
-        return torch.cat(features), torch.cat(last)
-
-    def _row(self, run: Pass, tokens: torch.Tensor, position: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
-
-        digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
-        digest.update(b"" if position is None else position.cpu().numpy().tobytes())
-        path = self.folder / f"{digest.hexdigest()[:32]}.safetensors"
-        if path.exists():
-            try:
-                found = load_file(path, device=str(tokens.device))
-                features, last = found["features"], found["last"]
-            except (OSError, SafetensorError, KeyError) as error:
-                raise ValueError(
-                    f"store_features: {path} is damaged ({error}): delete it, and it is made again"
-                ) from error
-            if features.shape[:2] != tokens.shape or last.shape[:2] != tokens.shape:
-                raise ValueError(
-                    f"store_features: {path} is damaged (got {list(last.shape)}, expected {list(tokens.shape)} tokens): delete it, and it is made again"
-                )
-            self.read += 1
-            return features, last
-        features, last = run(tokens, position)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        save_file({"features": features.contiguous(), "last": last.contiguous()}, temporary)
-        os.replace(temporary, path)
-        self.computed += 1
-        return features, last
+        shape = (documents.tokens.size, width + last.shape[-1])
+        text = hashlib.sha256(documents.tokens.tobytes() + documents.starts.tobytes()).hexdigest()
+        settings = {
+            **about,
+            "responses": text,
+            "seq_len": length,
+            "dtype": str(dtype),
+            "tokens": shape[0],
+            "width": shape[1],
+        }
+        kind = np.dtype(_ON_DISK[dtype])
+        if group.leads:
+            _prepare(folder, settings, shape[0] * shape[1] * kind.itemsize)
+        group.wait()
+        values = np.memmap(folder / "features.bin", dtype=kind, mode="r+", shape=shape)
+        rows = list(rows_once(documents, np.argsort(-documents.lengths(), kind="stable"), length, whole_rows))[
+            group.rank :: group.size
+        ]
+        note = folder / f"captured-{group.rank}-of-{group.size}.json"
+        done = json.loads(note.read_text(encoding="utf-8")) if note.exists() else 0
+        progress = Progress(len(rows), "rows of features")
+        while done < len(rows):
+            part = Rows.of(rows[done : done + _ROWS], length)
+            tokens, position = torch.from_numpy(part.tokens).to(device), torch.from_numpy(part.position).to(device)
+            both = torch.cat(teacher(tokens, position), dim=-1).cpu()
+            known = part.place >= 0
+            bits = both.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else both.numpy()
+            values[part.place[known]] = bits[known]
+            done = min(done + _ROWS, len(rows))
+            if done % _ROWS_BETWEEN_NOTES == 0 or done == len(rows):
+                values.flush()
+                _write(note, done)
+            if group.leads:
+                progress.show(done, "")
+        group.wait()
+        return cls(values, width, dtype, device)
 
 
-def fingerprint(target: Any) -> str:
-    """Tells a target's weights from others: a hash of the names and shapes of all and the begin of each."""
-    digest = hashlib.sha256()
-    for name, tensor in target.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        begin = tensor.detach().flatten()[: _TOLD_BY // tensor.element_size()].contiguous().cpu()
-        digest.update(begin.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+def _prepare(folder: Path, settings: dict, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != settings:
+            name = next(name for name in settings if found.get(name) != settings[name])
+            raise ValueError(
+                f"store_features: {folder} was made with {name} = {found.get(name)}, now it is {settings[name]}; choose another folder"
+            )
+        return
+    if size > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"store_features: {size / 2**30:.1f} GiB are needed in {folder}, {free / 2**30:.1f} are free")
+    with open(folder / "features.bin", "wb") as file:
+        file.truncate(size)
+    _write(path, settings)
+
+
+def _write(path: Path, value: object) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(temporary, path)

@@ -73,7 +73,7 @@ def head_loss(draft, teacher: Teacher, batch: Batch, settings: MtpTraining) -> t
     `drafter.block_loss`."""
     from ..models.mtp import unrolled_hidden
 
-    _, last = teacher(batch.tokens, batch.position)
+    _, last = teacher.of(batch)
     hidden = unrolled_hidden(draft, last, batch.tokens, batch.anchors, batch.block - 1, batch.document, batch.position)
     return slots_loss(hidden, last, teacher, batch, settings)
 
@@ -87,10 +87,12 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
+    store: Path | None = None,
     shard_target: bool = False,
-    store_features: Path | None = None,
 ) -> dict:
-    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report. See
-    `drafter.train`."""
+    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report.
+
+    `store` and `shard_target` as in `drafter.train`.
+    """
     places = (target_path, own_path, data, out)
-    return drafter.run(settings, begin, head_loss, *places, device, save_every, autocast, shard_target, store_features)
+    return drafter.run(settings, begin, head_loss, *places, device, save_every, autocast, store, shard_target)

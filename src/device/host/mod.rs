@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! decoder   layers and heads in one call
-//! attention, linear, rowwise   one operation each, written once for any vectors
+//! attention, linear, delta, rowwise   one operation each, written once for any vectors
 //! simd <- view                 vectors of every instruction set; rows and chunks of keys in memory
 //! team                         threads that wait close by
 //! ```
@@ -16,6 +16,8 @@
 mod attention;
 pub(crate) mod batch;
 pub mod decoder;
+#[allow(unsafe_code, reason = "heads of one array of states are moved by several threads")]
+mod delta;
 mod linear;
 mod rowwise;
 #[allow(unsafe_code, reason = "intrinsics, once the processor said that it has them")]
@@ -26,6 +28,7 @@ mod team;
 mod view;
 
 pub use batch::{AttentionBatch, BatchArrays};
+pub use delta::{DeltaRule, DeltaTensors, Span};
 pub use linear::{PackedWeight, Precision};
 pub use simd::Isa;
 pub use view::{Bf16, Element, Layout, Rows, RowsMut};

@@ -186,7 +186,7 @@ fn load<L: Lanes>(x: &[f32], at: usize) -> L {
 
 /// `x / (1 + exp(-x))`. The exponential is taken of `-|x|` and so never overflows.
 #[inline(always)]
-fn silu<L: Lanes>(x: L) -> L {
+pub(super) fn silu<L: Lanes>(x: L) -> L {
     let zero = L::splat(0.0);
     let one = L::splat(1.0);
     let negative = zero.sub(x.max(zero.sub(x)));

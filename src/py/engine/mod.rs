@@ -1,4 +1,4 @@
-//! `dflash_rs._core.Engine` and the values of its stages.
+//! `dflash_rs._core.Engine` and the values of its stages. In one file because the methods of a class stand in one `#[pymethods]`.
 
 mod record;
 mod values;
@@ -83,6 +83,55 @@ fn elements<'a, T: Element, D: Dimension>(array: Option<&'a PyReadonlyArray<'_, 
 /// What is written of an array that was checked to be contiguous.
 fn slice<'a, T: Element>(array: &'a mut PyReadwriteArrayDyn<'_, T>) -> PyResult<&'a mut [T]> {
     Ok(array.as_slice_mut()?)
+}
+
+/// Rows that were edited before they are drawn: which, raw logits, what to draw from, and for each why it has no token or `None`.
+struct Edited<'py> {
+    rows: PyReadonlyArray<'py, i64, Ix1>,
+    raw: PyReadonlyArray<'py, f32, Ix2>,
+    logits: PyReadonlyArray<'py, f32, Ix2>,
+    refused: Vec<(usize, String)>,
+}
+
+impl<'py> Edited<'py> {
+    fn read(edited: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Self>> {
+        const EXPECTED: &str = "rows [E], raw and edited logits [E, vocab_size], and a reason or None for each";
+        type Parts<'py> = (
+            Bound<'py, PyAny>,
+            Bound<'py, PyAny>,
+            Bound<'py, PyAny>,
+            Given<Vec<Option<String>>>,
+        );
+        let Some(edited) = edited.filter(|edited| !edited.is_none()) else {
+            return Ok(None);
+        };
+        let (rows, raw, logits, reasons) = edited.extract::<Given<Parts<'py>>>()?.of("edited", EXPECTED)?;
+        let reasons = reasons.of("edited", EXPECTED)?;
+        let rows = array::<i64, Ix1>("edited rows", &rows, "[E]")?;
+        if reasons.len() != rows.shape()[0] {
+            let expected = format!("{}, one for each row", rows.shape()[0]);
+            return Err(invalid("edited", format!("{} reasons", reasons.len()), expected));
+        }
+        let reason = |(at, why): (usize, Option<String>)| why.map(|why| (at, why));
+        Ok(Some(Self {
+            rows,
+            raw: array("edited raw", &raw, "[E, vocab_size]")?,
+            logits: array("edited logits", &logits, "[E, vocab_size]")?,
+            refused: reasons.into_iter().enumerate().filter_map(reason).collect(),
+        }))
+    }
+
+    fn of(edited: Option<&Self>) -> PyResult<step::EditedRows<'_>> {
+        Ok(match edited {
+            None => step::EditedRows::default(),
+            Some(edited) => step::EditedRows {
+                rows: edited.rows.as_slice()?,
+                raw: edited.raw.as_slice()?,
+                logits: edited.logits.as_slice()?,
+                refused: &edited.refused,
+            },
+        })
+    }
 }
 
 fn plan_given<'py>(plan: Given<Bound<'py, StepPlan>>) -> PyResult<Bound<'py, StepPlan>> {
@@ -204,12 +253,15 @@ impl Engine {
         Ok(plan.map(|plan| StepPlan { plan: Mutex::new(plan) }))
     }
 
-    /// Draws the target's tokens from `logits` (f32 `[N, vocab_size]`, C-contiguous) and walks the drafts.
+    /// Draws the target's tokens from `logits` (f32 `[N, vocab_size]`, C-contiguous) and walks the drafts. `edited`: rows that were edited before
+    /// they are drawn, of requests that asked for that.
+    #[pyo3(signature = (plan, logits, edited = None))]
     fn accept<'py>(
         &self,
         py: Python<'py>,
         plan: Given<Bound<'py, StepPlan>>,
         logits: &Bound<'py, PyAny>,
+        edited: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Accepted> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
@@ -217,13 +269,30 @@ impl Engine {
         let rows = locked(&plan.plan).arrays().logit_rows.len();
         shaped("logits", logits.shape(), &[rows, self.vocab_size], "[N, vocab_size]")?;
         let logits = logits.as_slice()?;
-        let accepted = self.with(py, |engine| engine.accept(&locked(&plan.plan), logits))?;
+        let edited = Edited::read(edited)?;
+        let edited = Edited::of(edited.as_ref())?;
+        let accepted = self.with(py, |engine| engine.accept_edited(&locked(&plan.plan), logits, &edited))?;
         Ok(Accepted { accepted })
     }
 
+    /// Draws edited rows, as `accept` takes them, for a device that walks its drafts itself: i64 `[E]`, -1 for a row without a token.
+    fn draw_edited<'py>(
+        &self,
+        py: Python<'py>,
+        plan: Given<Bound<'py, StepPlan>>,
+        edited: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let plan = plan_given(plan)?;
+        let plan = plan.get();
+        let edited = Edited::read(Some(edited))?;
+        let edited = Edited::of(edited.as_ref())?;
+        let tokens = self.with(py, |engine| engine.draw_edited(&locked(&plan.plan), &edited))?;
+        Ok(tokens.into_pyarray(py))
+    }
+
     /// Walks the drafts with tokens drawn elsewhere: `sampled` i64 `[N]`; `logprobs` f32 and `status` i32 `[N]`, `top_tokens` i64 and
-    /// `top_logprobs` f32 `[N, k]` or `None`.
-    #[pyo3(signature = (plan, sampled, logprobs = None, *, status = None, top_tokens = None, top_logprobs = None))]
+    /// `top_logprobs` f32 `[N, k]` or `None`; `edited` as in `accept`.
+    #[pyo3(signature = (plan, sampled, logprobs = None, *, status = None, top_tokens = None, top_logprobs = None, edited = None))]
     #[allow(clippy::too_many_arguments, reason = "what a device returns, by keyword")]
     fn accept_sampled<'py>(
         &self,
@@ -234,9 +303,11 @@ impl Engine {
         status: Option<&Bound<'py, PyAny>>,
         top_tokens: Option<&Bound<'py, PyAny>>,
         top_logprobs: Option<&Bound<'py, PyAny>>,
+        edited: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Accepted> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
+        let edited = Edited::read(edited)?;
         let sampled = array::<i64, Ix1>("sampled", sampled, "[N]")?;
         let logprobs = maybe::<f32, Ix1>("logprobs", logprobs, "[N]")?;
         let status = maybe::<i32, Ix1>("status", status, "[N]")?;
@@ -250,6 +321,7 @@ impl Engine {
             top_count,
             top_tokens: elements(top_tokens.as_ref())?,
             top_logprobs: elements(top_logprobs.as_ref())?,
+            edited: Edited::of(edited.as_ref())?,
         };
         let accepted = self.with(py, |engine| engine.accept_drawn(&locked(&plan.plan), &drawn))?;
         Ok(Accepted { accepted })
@@ -332,8 +404,9 @@ impl Engine {
 
     /// Walks the drafts of a step that a device has walked: `sampled` i64 and `status` i32 `[N]`, `accepted` i32 `[R]` the drafts that it kept,
     /// `drafts` i64 `[>= R, columns]` chains by row, None where there are none or where they are set; `logprobs` f32 `[N]`, `top_tokens` i64 and
-    /// `top_logprobs` f32 `[N, k]`, or None. Raises DflashError when the core keeps something else.
-    #[pyo3(signature = (plan, sampled, status, accepted, *, drafts = None, logprobs = None, top_tokens = None, top_logprobs = None))]
+    /// `top_logprobs` f32 `[N, k]`, or None; `edited` as in `accept`. Raises DflashError when the core keeps something else.
+    #[pyo3(signature = (plan, sampled, status, accepted, *, drafts = None, logprobs = None, top_tokens = None, top_logprobs = None,
+        edited = None))]
     #[allow(clippy::too_many_arguments, reason = "what a device returns, by keyword")]
     fn accept_outputs<'py>(
         &self,
@@ -346,9 +419,11 @@ impl Engine {
         logprobs: Option<&Bound<'py, PyAny>>,
         top_tokens: Option<&Bound<'py, PyAny>>,
         top_logprobs: Option<&Bound<'py, PyAny>>,
+        edited: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Accepted> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
+        let edited = Edited::read(edited)?;
         let sampled = array::<i64, Ix1>("sampled", sampled, "[N]")?;
         let status = array::<i32, Ix1>("status", status, "[N]")?;
         let accepted = array::<i32, Ix1>("accepted", accepted, "[R]")?;
@@ -366,6 +441,7 @@ impl Engine {
                 top_count: top_tokens.as_ref().map_or(0, |array| array.shape()[1]),
                 top_tokens: elements(top_tokens.as_ref())?,
                 top_logprobs: elements(top_logprobs.as_ref())?,
+                edited: Edited::of(edited.as_ref())?,
             },
             accepted: elements(Some(&accepted))?,
         };

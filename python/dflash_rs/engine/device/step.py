@@ -12,13 +12,16 @@ without a graph.
 Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
 to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
 
+What may be drawn for a constrained request is said by the host: in the few steps with one, its rows go there between the target and the walk,
+and their tokens come back.
+
 Every input of a graph is a view of one block of memory that stays where it is, every output a view of another (`Arena`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from ...errors import DflashError
 from ...models.drafter import DeviceDrafter, Drafter
 from ...models.target import TargetModel
 from ..backend import Step
+from ..constraints import Constraint, Edited, edit
 from ..costs import rising
 from ..timing import StageTimes, stage
 from .arena import Arena
@@ -77,7 +81,8 @@ def _splits(max_keys: int) -> int:
 
 class _Flight(NamedTuple):
     """A step on its way: tokens of its blocks or nodes of its trees, what it was asked for, and where its results arrive when `event` has
-    come (None: they are there): the output arena's arrays, and the likeliest tokens with their scores."""
+    come (None: they are there): the output arena's arrays, the likeliest tokens with their scores, the rows that constraints edited, and whether
+    the plan knows its drafts already."""
 
     step: Step
     block: int
@@ -85,6 +90,30 @@ class _Flight(NamedTuple):
     out: dict[str, np.ndarray]
     tops: list[Tensor] | None
     event: Any
+    edited: Edited | None = None
+    told: bool = False
+
+
+class _Aside:
+    """The rows of constrained requests in one step, drawn on the host. `block`: tokens of its blocks or nodes of its trees, 0 without drafts."""
+
+    def __init__(self, backend: DeviceBackend, plan: Any, block: int, trees: bool):
+        self._backend, self._plan, self._block, self._trees = backend, plan, block, trees
+        self.edited: Edited | None = None
+
+    def draw(self, logits: Tensor, sampled: Tensor) -> None:
+        """Replaces tokens in `sampled`. Waits for the device."""
+        self._backend.tell_drafts(self._plan, self._block, self._trees)
+
+        def fetch(rows: np.ndarray) -> np.ndarray:
+            return logits[torch.from_numpy(rows).to(logits.device)].float().cpu().numpy()
+
+        self.edited = edit(self._plan, self._backend.constrained, fetch)
+        if self.edited is None:
+            return
+        tokens = self._backend.core.draw_edited(self._plan, self.edited)
+        rows = torch.from_numpy(self.edited.rows).to(sampled.device)
+        sampled.index_copy_(0, rows, torch.from_numpy(tokens).to(sampled.device))
 
 
 class DeviceBackend:
@@ -105,10 +134,11 @@ class DeviceBackend:
         *,
         block_size: int,
         max_context: int,
+        constrained: Mapping[int, Constraint],
         tree_nodes: int = 0,
         graphs: bool = True,
     ):
-        self.core, self.times = core, StageTimes()
+        self.core, self.times, self.constrained = core, StageTimes(), constrained
         self.target, self.draft = target, None if draft is None else draft.on_device()
         self.device, self.page_size, self.block_size = target.device, config.page_size, block_size
         self.rows = config.max_running
@@ -220,10 +250,13 @@ class DeviceBackend:
             step.trees,
         )
         best = None
+        aside = None
+        if self.constrained and not self.constrained.keys().isdisjoint(plan.request_ids.tolist()):
+            aside = _Aside(self, plan, block if drafting else 0, step.trees)
         if prompts:
-            best = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted)
-        elif wanted.best:
-            best = self._verify(bucket, longest, max_keys, wanted)
+            best = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted, aside)
+        elif wanted.best or aside is not None:
+            best = self._verify(bucket, longest, max_keys, wanted, aside)
         else:
             self._verify_graph(bucket, longest, max_keys, wanted)
         tops = None if best is None else list(best)
@@ -232,7 +265,8 @@ class DeviceBackend:
         self._out.turn()
         # The last copy of the step.
         out = self._out.download()
-        return _Flight(step, block, wanted, out, tops, self._out.copied)
+        edited = None if aside is None else aside.edited
+        return _Flight(step, block, wanted, out, tops, self._out.copied, edited, aside is not None)
 
     def keep(self, step: Step, accepted: Any) -> None:
         """Nothing: targets with state are not served here."""
@@ -259,7 +293,7 @@ class DeviceBackend:
         )
         batch, _, rows, drafting, *_ = plan.outline
         drafts = None
-        if drafting:
+        if drafting and not launched.told:
             chains = out["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
             if wanted.trees:
                 self._set_trees(plan, chains, out["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block))
@@ -274,7 +308,18 @@ class DeviceBackend:
             logprobs=out["logprobs"][:rows] if wanted.scored else None,
             top_tokens=None if tops is None else tops[0][:rows].numpy(),
             top_logprobs=None if tops is None else tops[1][:rows].numpy(),
+            edited=launched.edited,
         )
+
+    def tell_drafts(self, plan: Any, block: int, trees: bool) -> None:
+        """Fills the drafts of a step into its plan before its results are home."""
+        if not block:
+            return
+        chains = self._drafts(block).cpu().numpy()
+        if trees:
+            self._set_trees(plan, chains, self._trees(block)[0].cpu().numpy())
+        else:
+            plan.set_drafts(np.ascontiguousarray(chains[plan.draft_rows]))
 
     def _set_trees(self, plan: Any, drafts: np.ndarray, parents: np.ndarray) -> None:
         rows = plan.draft_rows
@@ -399,7 +444,9 @@ class DeviceBackend:
         parents = self._out.device["parents"][:count].view(-1, row)
         return parents, self._depths[:count].view(-1, row), self._masks[: count * words].view(-1, row, words)
 
-    def _verify(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> tuple[Tensor, Tensor] | None:
+    def _verify(
+        self, requests: int, block: int, max_keys: int, wanted: _Wanted, aside: _Aside | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
         inputs, tokens = self._in.device, requests * block
         token_ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=self.device) for _ in range(3))
@@ -413,10 +460,10 @@ class DeviceBackend:
             anchors=inputs["anchors"][:requests], table=table, token_ids=token_ids, positions=positions, slots=slots,
             drafts=self._drafts(block)[:requests] if block > 1 else None, depths=None if tree is None else tree[1],
         )  # fmt: skip
-        return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted, tree)
+        return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted, tree, aside)
 
     def _mixed(
-        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted
+        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted, aside: _Aside | None
     ) -> tuple[Tensor, Tensor] | None:
         """A step with chunks of prompts: the host knows everything but the drafts."""
         packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
@@ -429,7 +476,9 @@ class DeviceBackend:
             first, end = int(plan.query_starts[row]) + 1, int(plan.query_starts[row + 1])
             token_ids[first:end] = drafts[row, : end - first]
         requests = plan.context_lens.size
-        return self._pass(requests, token_ids, positions, slots, starts, logit_rows, longest, max_keys, wanted)
+        return self._pass(
+            requests, token_ids, positions, slots, starts, logit_rows, longest, max_keys, wanted, None, aside
+        )
 
     def _table(self, requests: int) -> cuda.PageTable:
         return cuda.PageTable(self._in.device["pages"], self._row_ids[:requests], self.page_size)
@@ -437,9 +486,10 @@ class DeviceBackend:
     def _pass(
         self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
         logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted, tree: tuple[Tensor, ...] | None = None,
+        aside: _Aside | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Target, draw, accept, inject; returns the likeliest tokens per row with their scores. `tree`: parents, depths and masks of the
-        packed tokens."""
+        packed tokens; `aside` draws some rows on the host."""
         parents = None if tree is None else tree[0]
         inputs, outputs, edits = self._in.device, self._out.device, self._edits.device
         query_starts, lens = inputs["query_starts"][: requests + 1], inputs["context_lens"][:requests]
@@ -466,6 +516,8 @@ class DeviceBackend:
                 parents=parents,
                 out=cuda.Sampled(sampled, outputs["status"][:rows], outputs["logprobs"][:rows] if wanted.scored else None),
             )  # fmt: skip
+            if aside is not None:
+                aside.draw(logits, sampled)
         room = cuda.empty_accepted(requests, token_ids.shape[0], longest, self.device)
         assert room.commit_slots is not None
         accepted = cuda.accept(

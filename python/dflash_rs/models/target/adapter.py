@@ -7,7 +7,8 @@
 The model's own code runs: attention is swapped through transformers' attention registry, and hidden states are tapped
 with hooks. For the plain Llama-shaped families a shorter path does the same sums with fewer operations
 (`FusedModel`). Both are compared with the ordinary forward on a small ragged batch when the model is loaded, and an
-architecture with state that pages do not hold is refused there. What only length shows is looked at without the length: the masks
+architecture with state that pages do not hold is refused there,
+unless its recurrent layers are known (`models.hybrid`). What only length shows is looked at without the length: the masks
 that the model asks for are evaluated at positions far apart, and one of the compared requests stands at the end of the context.
 """
 
@@ -27,6 +28,8 @@ from ...errors import CheckpointError, InvalidArgument, UnsupportedModel
 from .. import checkpoint
 from ..batch import StepBatch
 from ..drafter import FINAL
+from ..hybrid import MixerState, find_mixers, known_layers
+from ..hybrid.state import attach
 from .check import Check
 from .fused import FusedModel
 from .load import check_finite, read_model
@@ -42,14 +45,13 @@ class TargetModel:
     `matmul_precision`: "highest", or "medium", which multiplies in bfloat16 (sums stay float32); the latter needs the fused forward.
     """
 
-    # Attention remembers in pages alone.
-    state = None
-
     def __init__(
         self, model: nn.Module, *, fused: bool = True, self_check: bool = True, matmul_precision: str = "highest"
     ):
         check_architecture(model.config)
-        if not type(model)._supports_attention_backend:
+        hybrid = bool(known_layers(getattr(model.config.get_text_config(), "model_type", "")))
+        # Hybrids do not say so, although what attends in them does.
+        if not type(model)._supports_attention_backend and not hybrid:
             raise UnsupportedModel(f"{type(model).__name__} does not take its attention from the transformers registry")
         register()
         self.matmul_precision = matmul_precision
@@ -67,6 +69,7 @@ class TargetModel:
         self._tapped: dict[int, Tensor] = {}
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_slots = 0
+        self.state: MixerState | None = None
         with torch.inference_mode():
             with named(model, "its own forward on a few tokens"):
                 check = Check(self) if self_check else None
@@ -74,6 +77,10 @@ class TargetModel:
             model.set_attn_implementation(ATTENTION_NAME)
             with named(model, "its forward with attention over pages"):
                 self.kv_layers, self.decoder_layers, self._layer_outputs = self._probe()
+                mixers = find_mixers(model, self.decoder_layers, set(self.kv_layers))
+            if mixers:
+                self.state = MixerState(mixers, self.device)
+                attach(self.state)
             self._windows = {index: kv.window for index, kv in self.kv_layers.items()}
             shapes = {(kv.key_dim, kv.value_dim) for kv in self.kv_layers.values()}
             self.kernel = all(kernel_serves(self.device, self.dtype, *shape) for shape in shapes)
@@ -88,7 +95,9 @@ class TargetModel:
             raise InvalidArgument(
                 f"matmul_precision: got {matmul_precision!r} for a {type(model).__name__}, expected 'highest': {self.path_reason}"
             )
-        self.caches, self.num_slots = {}, 0
+        self.free()
+        if self.state is not None:
+            self.state.free()
 
     @classmethod
     def load(
@@ -158,10 +167,10 @@ class TargetModel:
         return sum(per_head) * self.dtype.itemsize
 
     def _find_layers(self, attention: dict[int, nn.Module]) -> nn.ModuleList:
-        """The list whose i-th entry holds the module that attended as layer i: a tower for pictures may be as deep."""
+        """The list whose i-th entry holds the module that attended as layer i, if one did: a tower for pictures may be as deep."""
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
-                if all(any(part is attention[i] for part in layer.modules()) for i, layer in enumerate(module)):
+                if all(any(part is attention[i] for part in module[i].modules()) for i in attention):
                     return module
         raise UnsupportedModel(
             f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers found (config num_hidden_layers)"
@@ -189,10 +198,14 @@ class TargetModel:
             for hook in hooks:
                 hook.remove()
         layers = dict(sorted(recorder.layers.items()))
-        if sorted(layers) != list(range(self.num_layers)):
+        kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * self.num_layers
+        known = known_layers(getattr(self.config, "model_type", ""))
+        expected = [i for i in range(self.num_layers) if kinds[i] not in known]
+        if sorted(layers) != expected or not layers:
             raise UnsupportedModel(
-                f"{type(self.model).__name__}: attention ran in layers {sorted(layers)}, expected every one of the "
-                f"{self.num_layers}: a layer without paged attention keeps state that cannot be rolled back"
+                f"{type(self.model).__name__}: attention ran in layers {sorted(layers)}, expected "
+                f"{f'every one of the {self.num_layers}' if len(expected) == self.num_layers else expected}: a layer without paged attention "
+                "keeps state that cannot be rolled back"
             )
         softcap = getattr(self.config, "attn_logit_softcapping", None)
         for index, layer in layers.items():
@@ -270,7 +283,8 @@ class TargetModel:
         kept = self.caches, self.num_slots
         try:
             self.alloc_kv(num_slots)
-            yield
+            with contextlib.nullcontext() if self.state is None else self.state.scratch():
+                yield
         finally:
             self.caches, self.num_slots = kept
 
@@ -291,7 +305,7 @@ class TargetModel:
         """
         if not self.caches:
             raise InvalidArgument("cache: not allocated, call alloc_kv(num_slots) first")
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.nullcontext() if self.state is None else self.state.running(batch):
             attention = step_attention(batch, num_slots=self.num_slots, write=True, kernel=self.kernel)
             return self.run(batch.token_ids, batch.positions, batch.max_length, attention, batch.logit_rows)
 

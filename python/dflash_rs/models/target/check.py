@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +41,8 @@ class Routing(TorchFunctionMode):
         return self
 
     def again(self, spans: list[tuple[int, int, int]]) -> Routing:
-        """To be entered around a forward over packed spans (request, first token, end)."""
+        """To be entered around a forward over packed spans (request, first token, end); what lies beyond a request's tokens goes with its
+        last one."""
         self._request, self._rows, self._count = None, spans, 0
         self._tokens = sum(end - start for _, start, end in spans)
         return self
@@ -65,7 +68,8 @@ class Routing(TorchFunctionMode):
             choices = self._chosen[request]
             if nth >= len(choices) or choices[nth] is None:
                 return found
-            parts.append(choices[nth][start:end])
+            choice = choices[nth]
+            parts.append(choice[torch.arange(start, end).clamp(max=len(choice) - 1)])
         own = self._per_token(found.indices)
         if own is None or any(part.shape[1:] != own.shape[1:] for part in parts):
             return found
@@ -95,15 +99,32 @@ def elsewhere(config, tokens: int):
     return Elsewhere(config=config)
 
 
+@contextlib.contextmanager
+def _without_hints() -> Iterator[None]:
+    """transformers recommends packages for recurrent layers when it runs them, which it does here and nowhere else."""
+    logger = logging.getLogger("transformers.integrations.hub_kernels")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
 class Check:
     """Compares the paged forward with the model's ordinary one on four short requests, two of them fed in chunks.
 
     The last one stands at the end of the context: rotations, scales and embeddings that change with the position, or with the longest
-    request of a batch, differ there. Windows are the probe's business: see `Recorder`.
+    request of a batch, differ there. Windows are the probe's business: see `Recorder`. Where layers keep a state, short chunks are followed by
+    tokens that are rejected, and one chunk is longer than a block.
     """
 
     lengths = (6, 1, 4, 3)
     page_size = 2
+    block = 3
 
     def __init__(self, target: TargetModel):
         generator = torch.Generator().manual_seed(0)
@@ -118,13 +139,16 @@ class Check:
                 if base
                 else {"use_cache": False}
             )
-            with contextlib.nullcontext() if self.routing is None else self.routing.of(r, len(tokens)):
+            routed = contextlib.nullcontext() if self.routing is None else self.routing.of(r, len(tokens))
+            with routed, _without_hints():
                 out = target.model(input_ids=tokens[None].to(target.device), **given)
             self.expected.append(out.logits[0].float())
 
     def _run(self, target: TargetModel) -> list[Tensor]:
         target.alloc_kv(32)
-        pages = np.array([[7, 2, 5], [9, 0, 0], [1, 12, 0], [4, 3, 0]], dtype=np.int32)
+        pages = np.array([[7, 2, 5, 11], [9, 10, 0, 0], [1, 12, 0, 0], [4, 3, 0, 0]], dtype=np.int32)
+        if target.state is not None:
+            target.state.alloc(len(self.lengths), 0, self.block)
         got: list[list[Tensor]] = [[] for _ in self.lengths]
         spans = ([(0, 0, 4), (1, 0, 1), (3, 0, 2)], [(2, 0, 1), (0, 4, 6)], [(3, 2, 3), (2, 1, 4)])
         for step in spans:
@@ -132,12 +156,19 @@ class Check:
                 target._fused is not None
             ):  # its table of rotations would grow to the whole context; they are the model's own
                 step = [span for span in step if span[0] != 3]
-            starts = np.cumsum([0] + [end - start for _, start, end in step])
-            places = np.concatenate([np.arange(start, end) for _, start, end in step])
-            rows = np.repeat([r for r, _, _ in step], np.diff(starts))
+            extra = [0] * len(step)
+            if target.state is not None:
+                extra = [max(0, self.block - (end - start)) for _, start, end in step]
+            fed = [(r, start, end + more) for (r, start, end), more in zip(step, extra, strict=True)]
+            starts = np.cumsum([0] + [end - start for _, start, end in fed])
+            places = np.concatenate([np.arange(start, end) for _, start, end in fed])
+            rows = np.repeat([r for r, _, _ in fed], np.diff(starts))
             batch = StepBatch.from_arrays(
-                token_ids=torch.cat([self.tokens[r][start:end] for r, start, end in step]).numpy(),
-                positions=places + np.array(self.bases)[rows],
+                # Of what is rejected again, any tokens do: those of another place.
+                token_ids=np.array(
+                    [int(self.tokens[r][p % self.lengths[r]]) for r, p in zip(rows, places, strict=True)]
+                ),
+                positions=np.minimum(places + np.array(self.bases)[rows], target.max_context - 1),
                 slots=pages[rows, places // self.page_size].astype(np.int64) * self.page_size + places % self.page_size,
                 query_starts=starts,
                 context_lens=[start for _, start, _ in step],
@@ -147,10 +178,13 @@ class Check:
                 page_size=self.page_size,
                 device=target.device,
             )
-            with contextlib.nullcontext() if self.routing is None else self.routing.again(step):
+            with contextlib.nullcontext() if self.routing is None else self.routing.again(fed):
                 logits = target.forward(batch)[0].float()
-            for (r, _, _), start, end in zip(step, starts[:-1], starts[1:], strict=True):
-                got[r].append(logits[start:end])
+            if target.state is not None:
+                kept = np.array([end - start for _, start, end in step], dtype=np.int32)
+                target.state.keep(np.array([r for r, _, _ in step], dtype=np.int32), kept)
+            for (r, _, _), start, end, more in zip(step, starts[:-1], starts[1:], extra, strict=True):
+                got[r].append(logits[start : end - more])
         return [torch.cat(parts) if parts else self.expected[r] for r, parts in enumerate(got)]
 
     def error(self, target: TargetModel) -> float:

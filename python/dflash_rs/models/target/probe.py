@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
 from .. import checkpoint
+from ..hybrid import known_layers
 
 # transformers takes any name with "flash" in it for a flash-attention package, so the project's own name is out.
 ATTENTION_NAME = "block_paged_kv"
@@ -245,10 +246,10 @@ def check_architecture(config) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{kind}: encoder-decoder models are not supported, expected a causal LM")
     for layer_type in getattr(text, "layer_types", None) or ():
-        if layer_type not in ("full_attention", "sliding_attention"):
+        if layer_type not in ("full_attention", "sliding_attention", *known_layers(kind)):
             raise UnsupportedModel(
-                f"{kind}: layer_types has {layer_type!r}, expected full_attention or sliding_attention: recurrent state and "
-                "chunked attention cannot be rolled back by dropping pages"
+                f"{kind}: layer_types has {layer_type!r}, expected full_attention or sliding_attention, or recurrent layers that are known: "
+                "the state of others and chunked attention cannot be rolled back by dropping pages"
             )
     if shared := getattr(text, "num_kv_shared_layers", None):
         raise UnsupportedModel(f"{kind}: num_kv_shared_layers = {shared!r} is not supported")

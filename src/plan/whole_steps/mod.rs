@@ -1,0 +1,315 @@
+//! Which block length pays, judged by what steps are seen to take.
+//!
+//! ```text
+//!   goodput(w) = expected tokens / time of a step    for every width w that can be run; 1 is a plain step
+//! ```
+//! For an engine whose step cannot be timed in parts, or where the widths that can be run are few (`Planner` chooses from curves
+//! instead). One width goes for the whole batch. Step times are kept for each width and size of the batch, in seconds:
+//!
+//! * *A width that was never tried* is given the benefit of the doubt: a step takes at least what one with fewer requests or a
+//!   narrower one took. It is tried if even so it might be the best.
+//! * *A figure that has grown old* is renewed, the more rarely the more that costs: each width may cost one step in `FRESH`.
+//!
+//! Both look at a width for a few steps in a row, because only the inner ones are timed cleanly.
+//!
+//! A width is timed at other times than the one it is compared with, and meanwhile contexts grow, or the machine is given to others. So
+//! times are kept as shares of a *pace*, which follows the times of the width in use. Of those kept a low one counts: a moment in
+//! which everything is slow makes a width look bad, and what looks bad would not be timed again for long, while a width that looks too good
+//! is found out in a few steps.
+
+use std::cmp::Ordering;
+
+use super::MOST_BLOCK;
+use super::acceptance::Acceptance;
+use crate::error::{Error, Result};
+
+/// Steps in a row that a look at a width takes.
+const LOOK: u8 = 4;
+/// Times that are kept of a width and a size of the batch: those of some looks.
+const KEPT: usize = 16;
+/// How far one step moves the pace. Down three times as far as up, so that a quarter of the steps are faster, as of the times kept.
+const PACE_UP: f64 = 1.002;
+const PACE_DOWN: f64 = 0.994;
+/// Steps after which a time is old, and of which looking at a width may cost one.
+const FRESH: u64 = 256;
+/// By how much a wider step, and a narrower one, have to be better before the width is changed: times and acceptance scatter. To have
+/// drafted too much costs more than to have drafted too little.
+const WIDER: f64 = 1.08;
+const NARROWER: f64 = 1.02;
+/// By how much a width that was never tried has to look better, at best, to be tried.
+const HOPE: f64 = 1.05;
+
+/// Requests that are taken to be one size of a batch: single ones up to 32, then sixteen sizes to each doubling. Of batches that differ
+/// more, one width timed on the small ones and another on the large ones could not be compared.
+fn size_of(requests: usize) -> usize {
+    let below = requests.max(1) - 1;
+    if below < 32 {
+        return below;
+    }
+    let log = below.ilog2() as usize;
+    32 + 16 * (log - 5) + ((below >> (log - 4)) & 15)
+}
+
+/// The most requests of a size.
+fn most_of(size: usize) -> f64 {
+    if size < 32 {
+        return (size + 1) as f64;
+    }
+    let (log, part) = (5 + (size - 32) / 16, (size - 32) % 16);
+    (((17 + part) as u64) << (log - 4)) as f64
+}
+
+/// Times of one width at one size, as shares of the pace.
+#[derive(Clone, Debug, Default)]
+struct Times {
+    kept: Vec<f64>,
+    next: usize,
+    // The lower quartile of those kept.
+    typical: Option<f64>,
+    // Steps of this size so far when it was timed or looked at last.
+    seen: u64,
+    // The same when it was looked at without a time to judge by.
+    tried: Option<u64>,
+}
+
+impl Times {
+    fn add(&mut self, time: f64, now: u64) {
+        self.seen = now;
+        if self.kept.len() < KEPT {
+            self.kept.push(time);
+        } else {
+            self.kept[self.next] = time;
+        }
+        self.next = (self.next + 1) % KEPT;
+        let mut sorted = self.kept.clone();
+        sorted.sort_by(f64::total_cmp);
+        self.typical = Some(sorted[(sorted.len() - 1) / 4]);
+    }
+
+    fn look(&mut self, now: u64) {
+        match self.typical {
+            None => self.tried = Some(now),
+            // Should nothing be timed, the old figure holds for as long as a new one would.
+            Some(_) => self.seen = now,
+        }
+    }
+}
+
+/// What is known of one size of the batch.
+#[derive(Clone, Debug, Default)]
+struct Size {
+    steps: u64,
+    // By width.
+    times: Vec<Times>,
+}
+
+/// Chooses one width for a whole batch, step by step.
+#[derive(Clone, Debug)]
+pub struct WidthPlanner {
+    // Rising.
+    widths: Vec<usize>,
+    acceptance: Acceptance,
+    sizes: Vec<Size>,
+    // The width that is looked at, and for how many more steps.
+    look: (usize, u8),
+    current: usize,
+    pace: f64,
+}
+
+impl WidthPlanner {
+    /// To choose from `widths`, tokens per request with the anchor counted.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is none, or one of 0, of more than 4096, or not larger than the one before.
+    pub fn new(widths: &[usize]) -> Result<Self> {
+        let rising = widths.windows(2).all(|pair| pair[0] < pair[1]);
+        let (Some(&first), Some(&last)) = (widths.first(), widths.last()) else {
+            return Err(refused("no widths".into()));
+        };
+        if !rising || first == 0 || last > MOST_BLOCK {
+            return Err(refused(format!("{widths:?}")));
+        }
+        Ok(Self {
+            widths: widths.into(),
+            acceptance: Acceptance::new(last - 1),
+            sizes: Vec::new(),
+            look: (0, 0),
+            current: widths.len() - 1,
+            pace: 1.0,
+        })
+    }
+
+    /// The widths to choose from.
+    pub fn widths(&self) -> &[usize] {
+        &self.widths
+    }
+
+    /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
+    pub fn acceptance(&self, position: usize) -> f64 {
+        self.acceptance.at(position)
+    }
+
+    /// Books a step: drafts accepted by each request when `width` tokens were verified of each.
+    ///
+    /// # Errors
+    /// `AcceptedExceedsDrafted`, `InvalidArgument` for a width of 0; nothing is booked then.
+    pub fn record(&mut self, width: usize, accepted: &[u32]) -> Result<()> {
+        let Some(drafted) = width.checked_sub(1) else {
+            return Err(Error::InvalidArgument {
+                name: "width",
+                got: "0".into(),
+                expected: "at least 1".into(),
+            });
+        };
+        if let Some(&most) = accepted.iter().max().filter(|&&most| most as usize > drafted) {
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: most,
+                drafted: drafted as u32,
+            });
+        }
+        accepted
+            .iter()
+            .try_for_each(|&n| self.acceptance.record(drafted, n as usize))
+    }
+
+    /// A step of `requests` requests and this width took `time`. A width that is not among those to choose from is ignored.
+    pub fn observe(&mut self, requests: usize, width: usize, time: f64) {
+        if let Ok(index) = self.widths.binary_search(&width)
+            && time > 0.0
+            && time.is_finite()
+        {
+            let (pace, current) = (self.pace, self.current);
+            let size = self.size(requests);
+            let (now, times) = (size.steps, &mut size.times[index]);
+            let before = times.typical.filter(|_| index == current && times.kept.len() == KEPT);
+            times.add(time / pace, now);
+            if let Some(typical) = before {
+                self.pace *= match (typical * pace).total_cmp(&time) {
+                    Ordering::Less => PACE_UP,
+                    Ordering::Equal => 1.0,
+                    Ordering::Greater => PACE_DOWN,
+                };
+            }
+        }
+    }
+
+    /// What a step of `requests` requests takes with each of the widths, as far as it is known.
+    pub fn times(&self, requests: usize) -> Vec<Option<f64>> {
+        let size = self.sizes.get(size_of(requests));
+        (0..self.widths.len())
+            .map(|index| Some(size?.times[index].typical? * self.pace))
+            .collect()
+    }
+
+    /// The width of the next step, of `requests` requests.
+    pub fn choose(&mut self, requests: usize) -> usize {
+        let index = self.index(requests);
+        self.widths[index]
+    }
+
+    fn index(&mut self, requests: usize) -> usize {
+        if requests == 0 || self.widths.len() == 1 {
+            return self.widths.len() - 1;
+        }
+        self.size(requests).steps += 1;
+        if self.look.1 > 0 {
+            self.look.1 -= 1;
+            return self.look.0;
+        }
+        let size = &self.sizes[size_of(requests)];
+        let (tokens, times) = (self.tokens(), self.times(requests));
+        let now = size.steps;
+        // Times are per step of the whole batch, tokens per request: the number of requests is the same on all sides.
+        let (mut best, mut most) = (None, 0.0);
+        let (mut hopeful, mut hope) = (None, 0.0);
+        for (index, &time) in times.iter().enumerate() {
+            if let Some(time) = time {
+                if tokens[index] / time >= most {
+                    (best, most) = (Some(index), tokens[index] / time);
+                }
+            } else if size.times[index].tried.is_none_or(|then| now - then >= FRESH) {
+                let at_best = tokens[index] / self.at_least(requests, index);
+                if at_best >= hope {
+                    (hopeful, hope) = (Some(index), at_best);
+                }
+            }
+        }
+        if let Some(index) = hopeful
+            && (best.is_none() || hope > most * HOPE)
+        {
+            return self.look_at(requests, index);
+        }
+        // Tried, and never timed: whole blocks, as without a planner.
+        let Some(best) = best else {
+            return self.widths.len() - 1;
+        };
+        let margin = if best > self.current { WIDER } else { NARROWER };
+        let stays = times[self.current].is_some_and(|time| tokens[self.current] / time * margin >= most);
+        if !stays {
+            self.current = best;
+        }
+        let step = tokens[best] / most;
+        let due = times.iter().enumerate().position(|(index, &time)| {
+            let Some(time) = time else { return false };
+            let lost = f64::from(LOOK) * (time - tokens[index] / most) / step;
+            index != self.current && (now - size.times[index].seen) as f64 >= FRESH as f64 * lost.max(1.0)
+        });
+        due.map_or(self.current, |index| self.look_at(requests, index))
+    }
+
+    fn look_at(&mut self, requests: usize, index: usize) -> usize {
+        self.look = (index, LOOK - 1);
+        let size = self.size(requests);
+        size.times[index].look(size.steps);
+        index
+    }
+
+    /// Expected tokens of a request's pass, by width.
+    fn tokens(&self) -> Vec<f64> {
+        let (mut tokens, mut alive, mut reached) = (1.0, 1.0, 1);
+        let more = |&width: &usize| {
+            while reached < width {
+                alive *= self.acceptance.at(reached - 1);
+                tokens += alive;
+                reached += 1;
+            }
+            tokens
+        };
+        self.widths.iter().map(more).collect()
+    }
+
+    /// What a step takes at least: as long as a step that is no wider, of its share of the requests.
+    fn at_least(&self, requests: usize, index: usize) -> f64 {
+        let share = |size: usize| (requests as f64 / most_of(size)).min(1.0);
+        let narrower = |size: &Size| {
+            let times = size.times.iter().take(index + 1);
+            times.filter_map(|times| times.typical).fold(0.0, f64::max)
+        };
+        let sizes = self.sizes.iter().enumerate();
+        sizes
+            .map(|(size, known)| narrower(known) * share(size))
+            .fold(0.0, f64::max)
+    }
+
+    fn size(&mut self, requests: usize) -> &mut Size {
+        let index = size_of(requests);
+        while self.sizes.len() <= index {
+            self.sizes.push(Size {
+                steps: 0,
+                times: vec![Times::default(); self.widths.len()],
+            });
+        }
+        &mut self.sizes[index]
+    }
+}
+
+fn refused(got: String) -> Error {
+    Error::InvalidArgument {
+        name: "widths",
+        got,
+        expected: format!("integers in 1..{MOST_BLOCK} that rise"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

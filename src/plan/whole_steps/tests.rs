@@ -1,0 +1,398 @@
+//! Which width is chosen, in worlds whose times and acceptance are known.
+
+use super::*;
+use proptest::prelude::*;
+
+/// A device: what a step takes, and how likely the draft at each position is.
+struct World {
+    fixed: f64,
+    row: f64,
+    drafting: f64,
+    likely: f64,
+    noise: u64,
+}
+
+impl World {
+    fn time(&self, requests: usize, width: usize) -> f64 {
+        let drafting = if width > 1 { self.drafting } else { 0.0 };
+        self.fixed + drafting + self.row * (requests * width) as f64
+    }
+
+    fn tokens(&self, width: usize) -> f64 {
+        (0..width).map(|n| self.likely.powi(n as i32)).sum()
+    }
+
+    fn goodput(&self, requests: usize, width: usize) -> f64 {
+        self.tokens(width) / self.time(requests, width)
+    }
+
+    fn random(&mut self) -> f64 {
+        self.noise = self
+            .noise
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (self.noise >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Takes `steps` steps and tells tokens per request, seconds and the widths. Times are `noise` longer now and then.
+    fn run(
+        &mut self,
+        planner: &mut WidthPlanner,
+        steps: usize,
+        size: impl Fn(usize) -> usize,
+        noise: f64,
+    ) -> (f64, f64, Vec<usize>) {
+        let (mut tokens, mut seconds, mut widths) = (0.0, 0.0, Vec::new());
+        let mut last = 0;
+        for step in 0..steps {
+            let requests = size(step);
+            let width = planner.choose(requests);
+            let mut time = self.time(requests, width);
+            if self.random() < 0.2 {
+                time *= 1.0 + noise * self.random();
+            }
+            // Only where the step before had the same width is the time a clean one.
+            if last == width {
+                planner.observe(requests, width, time);
+            }
+            let accepted: Vec<u32> = (0..requests)
+                .map(|_| (1..width).take_while(|_| self.random() < self.likely).count() as u32)
+                .collect();
+            planner.record(width, &accepted).unwrap();
+            tokens += self.tokens(width);
+            seconds += time;
+            widths.push(width);
+            last = width;
+        }
+        (tokens, seconds, widths)
+    }
+}
+
+const WIDTHS: [usize; 5] = [1, 2, 4, 8, 16];
+
+fn planner() -> WidthPlanner {
+    WidthPlanner::new(&WIDTHS).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn no_width_would_have_been_much_faster(
+        row in 0.001f64..1.0,
+        drafting in 0.0f64..1.0,
+        likely in 0.0f64..0.98,
+        requests in 1usize..64,
+        noise in 0u64..1000,
+    ) {
+        let mut world = World { fixed: 1.0, row, drafting, likely, noise };
+        let mut planner = planner();
+        world.run(&mut planner, 300, |_| requests, 0.0);
+        let (tokens, seconds, _) = world.run(&mut planner, 3000, |_| requests, 0.0);
+        let best = WIDTHS.iter().map(|&w| world.goodput(requests, w)).fold(0.0, f64::max);
+        // What is not WIDER times as good is not changed to; looking at widths costs a little more.
+        prop_assert!(tokens / seconds >= 0.87 * best, "{} of {}", tokens / seconds, best);
+    }
+
+    #[test]
+    fn batches_that_change_and_times_that_scatter_do_not_make_it_much_slower_than_plain_steps(
+        row in 0.001f64..1.0,
+        drafting in 0.0f64..1.0,
+        likely in 0.0f64..0.98,
+        low in 1usize..40,
+        span in 1usize..20,
+        noise in 0u64..1000,
+    ) {
+        let mut world = World { fixed: 1.0, row, drafting, likely, noise };
+        let mut planner = planner();
+        let size = |step: usize| low + step / 7 % span;
+        let (tokens, seconds, _) = world.run(&mut planner, 6000, size, 0.5);
+        // The same steps, plain, and disturbed as often.
+        let plain: f64 = (0..6000).map(|step| world.time(size(step), 1)).sum::<f64>() * 1.05;
+        prop_assert!(tokens / seconds >= 0.85 * 6000.0 / plain, "{} of {}", tokens / seconds, 6000.0 / plain);
+    }
+
+    #[test]
+    fn sizes_of_batches_rise_without_gaps(requests in 1usize..5000) {
+        let (size, next) = (size_of(requests), size_of(requests + 1));
+        prop_assert!(next == size || next == size + 1);
+        prop_assert_eq!(next > size, most_of(size) == requests as f64);
+    }
+}
+
+fn world(row: f64, likely: f64) -> World {
+    World {
+        fixed: 1.0,
+        row,
+        drafting: 0.2,
+        likely,
+        noise: 7,
+    }
+}
+
+#[test]
+fn whole_blocks_come_first_and_every_width_is_tried_where_nothing_is_known() {
+    let (_, _, widths) = world(0.001, 0.9).run(&mut planner(), 24, |_| 1, 0.0);
+    for (look, width) in [16, 8, 4, 2, 1].iter().enumerate() {
+        assert!(widths[4 * look..4 * look + 4].iter().all(|w| w == width), "{widths:?}");
+    }
+    assert_eq!(widths[20..], [16; 4]);
+}
+
+#[test]
+fn another_size_is_judged_by_its_neighbours_and_little_is_tried_again() {
+    let (mut world, mut planner) = (world(0.5, 0.5), planner());
+    world.run(&mut planner, 100, |_| 24, 0.0);
+    let (_, _, widths) = world.run(&mut planner, 100, |_| 20, 0.0);
+    assert!(widths.iter().all(|&w| w <= 2), "{widths:?}");
+}
+
+#[test]
+fn what_is_far_too_slow_is_looked_at_rarely_and_still_now_and_then() {
+    let (mut world, mut planner) = (world(0.2, 0.0), planner());
+    world.run(&mut planner, 100, |_| 16, 0.0);
+    let (_, _, widths) = world.run(&mut planner, 20_000, |_| 16, 0.0);
+    let count = |width| widths.iter().filter(|&&w| w == width).count();
+    assert!((1..60).contains(&count(16)), "{}", count(16));
+    assert!(count(1) > 19_000, "{}", count(1));
+}
+
+#[test]
+fn drafts_that_get_better_are_noticed() {
+    let mut planner = planner();
+    world(0.01, 0.0).run(&mut planner, 2000, |_| 8, 0.0);
+    assert_eq!(planner.choose(8), 1);
+    world(0.01, 0.95).run(&mut planner, 2000, |_| 8, 0.0);
+    let (_, _, widths) = world(0.01, 0.95).run(&mut planner, 100, |_| 8, 0.0);
+    assert!(widths.iter().filter(|&&w| w >= 8).count() > 80, "{widths:?}");
+}
+
+#[test]
+fn steps_that_get_dearer_are_noticed() {
+    let mut planner = planner();
+    let (_, _, widths) = world(0.001, 0.8).run(&mut planner, 300, |_| 8, 0.0);
+    assert_eq!(widths[299], 16);
+    let (_, _, widths) = world(1.0, 0.8).run(&mut planner, 1500, |_| 8, 0.0);
+    assert!(widths[1400..].iter().filter(|&&w| w <= 2).count() > 80, "{widths:?}");
+}
+
+/// Tokens per second of the planner and of plain steps, at one moment's pace after the other.
+fn under(pace: impl Fn(usize) -> f64, world: &mut World, requests: usize, steps: usize) -> (f64, f64) {
+    let (mut planner, mut last) = (planner(), 0);
+    let (mut tokens, mut seconds, mut plain) = (0.0, 0.0, 0.0);
+    for step in 0..steps {
+        let width = planner.choose(requests);
+        let time = world.time(requests, width) * pace(step);
+        if last == width {
+            planner.observe(requests, width, time);
+        }
+        let accepted: Vec<u32> = (0..requests)
+            .map(|_| (1..width).take_while(|_| world.random() < world.likely).count() as u32)
+            .collect();
+        planner.record(width, &accepted).unwrap();
+        tokens += world.tokens(width);
+        seconds += time;
+        plain += world.time(requests, 1) * pace(step);
+        last = width;
+    }
+    (tokens / seconds, steps as f64 / plain)
+}
+
+#[test]
+fn a_machine_that_slows_down_and_contexts_that_grow_do_not_look_like_one_width() {
+    // Drafting is worth little here, and does not pay.
+    let slower = |step: usize| 1.0 + step as f64 / 2000.0;
+    let waves = |step: usize| 1.5 + (step as f64 / 400.0).sin() / 2.0;
+    // Bad moments of ten steps, which a look can fall into.
+    let moments = |step: usize| if step / 10 % 7 == 3 { 2.5 } else { 1.0 };
+    for (name, pace) in [
+        ("slower", &slower as &dyn Fn(usize) -> f64),
+        ("waves", &waves),
+        ("moments", &moments),
+    ] {
+        for requests in [1, 3, 16] {
+            let (own, plain) = under(pace, &mut world(0.1, 0.3), requests, 8000);
+            assert!(own > 0.94 * plain, "{name}, {requests}: {own} of {plain}");
+        }
+    }
+}
+
+#[test]
+fn where_nothing_can_be_timed_whole_blocks_are_taken_most_of_the_time() {
+    let mut planner = planner();
+    let widths: Vec<usize> = (0..1000).map(|_| planner.choose(3)).collect();
+    assert!(widths.iter().filter(|&&w| w == 16).count() > 900);
+    assert_eq!(planner.times(3), [None; 5]);
+}
+
+#[test]
+fn where_nothing_can_be_timed_every_width_is_looked_at_again_after_as_many_steps() {
+    let mut planner = planner();
+    assert!((0..9).all(|_| planner.choose(0) == 16), "a step of nobody is none");
+    let widths: Vec<usize> = (0..2 * FRESH as usize + 40).map(|_| planner.choose(3)).collect();
+    for (step, &width) in widths.iter().enumerate() {
+        let look = step % FRESH as usize;
+        let expected = if look < 20 { [16, 8, 4, 2, 1][look / 4] } else { 16 };
+        assert_eq!(width, expected, "{step}");
+    }
+}
+
+#[test]
+fn sizes_of_batches_are_single_ones_up_to_32_and_sixteen_to_each_doubling() {
+    assert_eq!(
+        [1, 2, 32, 33, 34, 35, 64, 65, 68, 69, 128].map(size_of),
+        [0, 1, 31, 32, 32, 33, 47, 48, 48, 49, 63]
+    );
+    assert_eq!(size_of(0), 0);
+    let mut requests = 0;
+    for size in 0..32 + 16 * 6 {
+        while size_of(requests + 1) == size {
+            requests += 1;
+        }
+        assert_eq!((size_of(requests + 1), most_of(size)), (size + 1, requests as f64));
+    }
+    assert_eq!(requests, 2048);
+}
+
+#[test]
+fn a_typical_time_is_the_lower_quartile_of_the_latest() {
+    let mut times = Times::default();
+    let all: Vec<f64> = (0..50).map(|at| f64::from(at * 37 % 50)).collect();
+    for (at, &time) in all.iter().enumerate() {
+        times.add(time, at as u64);
+        let mut latest = all[(at + 1).saturating_sub(KEPT)..=at].to_vec();
+        latest.sort_by(f64::total_cmp);
+        assert_eq!(
+            (times.typical, times.seen),
+            (Some(latest[(latest.len() - 1) / 4]), at as u64)
+        );
+    }
+    times.look(90);
+    assert_eq!((times.seen, times.tried), (90, None));
+    let mut untimed = Times::default();
+    untimed.look(90);
+    assert_eq!((untimed.seen, untimed.tried), (0, Some(90)));
+}
+
+/// A planner of two widths that knows these times of steps of four requests, and uses the first of them.
+fn knowing(widths: [usize; 2], times: [Option<f64>; 2]) -> WidthPlanner {
+    let mut planner = WidthPlanner::new(&widths).unwrap();
+    planner.current = 0;
+    let size = planner.size(4);
+    size.steps = 1000;
+    for (known, time) in size.times.iter_mut().zip(times) {
+        (known.typical, known.seen) = (time, 1000);
+    }
+    planner
+}
+
+#[test]
+fn a_width_is_left_for_a_wider_one_or_a_narrower_one_only_where_that_is_better_by_its_margin() {
+    // Nothing is known of drafts: a width of 2 has 1.7 tokens.
+    let wider = |better: f64| knowing([1, 2], [Some(1.0), Some(1.7 / better)]).choose(4);
+    assert_eq!((wider(WIDER - 0.005), wider(WIDER + 0.005)), (1, 2));
+    let narrower = |better: f64| {
+        let mut planner = knowing([1, 2], [Some(1.0), Some(1.7 * better)]);
+        planner.current = 1;
+        planner.choose(4)
+    };
+    assert_eq!((narrower(NARROWER - 0.005), narrower(NARROWER + 0.005)), (2, 1));
+}
+
+#[test]
+fn a_width_that_was_never_tried_is_tried_only_where_it_looks_better_by_a_margin_at_best() {
+    let with = |chance: f64| {
+        let mut planner = knowing([1, 2], [Some(1.0), None]);
+        planner.acceptance = Acceptance::seen(1e9, 1e9 * chance);
+        planner.choose(4)
+    };
+    // At best it takes no longer than a plain step.
+    assert_eq!((with(HOPE - 1.005), with(HOPE - 0.995)), (1, 2));
+}
+
+#[test]
+fn a_step_takes_at_least_what_one_no_wider_takes_for_its_share_of_the_requests() {
+    let planner = knowing([1, 2], [Some(1.0), Some(3.0)]);
+    let least = |requests, index| planner.at_least(requests, index);
+    assert_eq!([least(2, 0), least(4, 0), least(8, 0)], [0.5, 1.0, 1.0]);
+    assert_eq!([least(2, 1), least(4, 1), least(8, 1)], [1.5, 3.0, 3.0]);
+    assert_eq!(knowing([1, 2], [None, Some(3.0)]).at_least(4, 0), 0.0);
+}
+
+#[test]
+fn an_old_time_is_renewed_the_more_rarely_the_more_that_costs() {
+    // The other width has 1.7 tokens in 6.8: as slow as 3.4 times its due, of which a look of four steps loses half of its time.
+    let mut planner = knowing([1, 2], [Some(2.0), Some(6.8)]);
+    let lost = 4.0 * (6.8 - 1.7 * 2.0) / 2.0;
+    let due = 1000 + (FRESH as f64 * lost).ceil() as u64;
+    planner.size(4).steps = due - 2;
+    assert_eq!((planner.choose(4), planner.size(4).steps), (1, due - 1));
+    assert_eq!((planner.choose(4), planner.look), (2, (1, LOOK - 1)));
+    assert_eq!(planner.size(4).times[1].seen, due);
+    // What would lose nothing is renewed after so many steps all the same.
+    let mut planner = knowing([1, 2], [Some(1.0), Some(1.7)]);
+    planner.size(4).steps = 1000 + FRESH - 2;
+    assert_eq!((planner.choose(4), planner.choose(4)), (1, 2));
+}
+
+#[test]
+fn the_pace_follows_the_times_of_the_width_in_use_once_enough_are_known() {
+    let mut planner = WidthPlanner::new(&[1, 2]).unwrap();
+    planner.current = 0;
+    for _ in 0..KEPT {
+        planner.observe(4, 1, 3.0);
+        planner.observe(4, 2, 5.0);
+        assert_eq!(planner.pace, 1.0);
+    }
+    planner.observe(4, 1, 3.0);
+    planner.observe(4, 2, 9.0);
+    assert_eq!(planner.pace, 1.0);
+    planner.observe(4, 1, 3.1);
+    assert_eq!(planner.pace, PACE_UP);
+    assert_eq!(planner.times(4), [Some(3.0 * PACE_UP), Some(5.0 * PACE_UP)]);
+    planner.observe(4, 1, 2.9);
+    assert_eq!(planner.pace, PACE_UP * PACE_DOWN);
+    // It is kept as a share of the pace.
+    planner.pace = 2.0;
+    for _ in 0..KEPT {
+        planner.observe(9, 2, 5.0);
+    }
+    assert_eq!((planner.times(9), planner.pace), (vec![None, Some(5.0)], 2.0));
+    planner.observe(4, 1, 4.0);
+    assert_eq!(planner.pace, 2.0 * PACE_DOWN, "6 would be typical now");
+    assert_eq!(planner.times(1), [None; 2]);
+    for nothing in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        planner.observe(1, 1, nothing);
+        assert_eq!(planner.times(1), [None; 2], "{nothing}");
+    }
+}
+
+#[test]
+fn its_widths_and_what_it_learnt_of_drafts_can_be_asked() {
+    let mut planner = planner();
+    assert_eq!(planner.widths(), WIDTHS);
+    assert_eq!((planner.acceptance(0), planner.acceptance(14)), (0.7, 0.7));
+    planner.record(2, &[1]).unwrap();
+    assert!((planner.acceptance(0) - 3.8 / 5.0).abs() < 1e-12);
+}
+
+#[test]
+fn one_width_is_no_choice() {
+    let mut planner = WidthPlanner::new(&[8]).unwrap();
+    planner.observe(4, 8, 0.1);
+    planner.observe(4, 5, 0.1);
+    planner.observe(4, 8, f64::NAN);
+    assert_eq!((planner.choose(4), planner.times(4)), (8, vec![Some(0.1)]));
+}
+
+#[test]
+fn what_cannot_be_is_refused_by_name() {
+    for widths in [&[][..], &[0, 2], &[2, 2], &[4, 2], &[1, 4097]] {
+        let error = WidthPlanner::new(widths).unwrap_err().to_string();
+        assert!(error.starts_with("widths: got"), "{error}");
+    }
+    let mut planner = planner();
+    let before = planner.acceptance(0);
+    assert!(planner.record(4, &[1, 4]).is_err() && planner.record(0, &[]).is_err());
+    assert_eq!(planner.acceptance(0), before);
+}
