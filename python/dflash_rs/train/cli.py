@@ -84,15 +84,6 @@ def _add_run(parser: argparse.ArgumentParser, save_every: int) -> None:
     )
 
 
-def _add_frozen(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shard-target",
-        action="store_true",
-        help="under torchrun, each process holds its part of the target's layers and gathers the others' as it comes to them: for targets that "
-        "fill a GPU; the same numbers, slower",
-    )
-
-
 def _corpus(parser: argparse.ArgumentParser, required: bool = True, purpose: str = "the prepared corpus") -> None:
     parser.add_argument("--corpus", type=Path, required=required, metavar="DIR", help=purpose)
 
@@ -110,6 +101,15 @@ def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.Argume
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n  ".join(("examples:", *examples)) + "\n\nWhat it does and what to look at: docs/training.md.",
+    )
+
+
+def _shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-target",
+        action="store_true",
+        help="under torchrun, each process holds its part of the target's layers and gathers the others' as it comes to them: for targets that "
+        "fill a GPU; the same numbers, slower",
     )
 
 
@@ -199,7 +199,7 @@ def add_parsers(subparsers) -> None:
     _corpus(drafter, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(drafter, save_every=250)
     _store(drafter)
-    _add_frozen(drafter)
+    _shard(drafter)
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
 
@@ -215,7 +215,7 @@ def add_parsers(subparsers) -> None:
     _corpus(head, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(head, save_every=250)
     _store(head)
-    _add_frozen(head)
+    _shard(head)
     _add_settings(head, MtpTraining)
     head.set_defaults(run=_clear(_train_mtp))
 
@@ -324,8 +324,18 @@ def _train_drafter(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, DrafterTraining)
-    options = (args.device, args.save_every, args.bf16, args.shard_target, args.store_features)
-    train(settings, args.target, args.responses, args.corpus, args.out, *options)
+    train(
+        settings,
+        args.target,
+        args.responses,
+        args.corpus,
+        args.out,
+        args.device,
+        args.save_every,
+        args.bf16,
+        args.store_features,
+        args.shard_target,
+    )
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 
@@ -335,8 +345,18 @@ def _train_mtp(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, MtpTraining)
-    options = (args.device, args.save_every, args.bf16, args.shard_target, args.store_features)
-    train(settings, args.target, args.responses, args.corpus, args.out, *options)
+    train(
+        settings,
+        args.target,
+        args.responses,
+        args.corpus,
+        args.out,
+        args.device,
+        args.save_every,
+        args.bf16,
+        args.store_features,
+        args.shard_target,
+    )
     print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 

@@ -389,28 +389,16 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
-    shard_target: bool = False,
     store: Path | None = None,
+    shard_target: bool = False,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
 
-    `shard_target`: every process of ``torchrun`` holds its part of the target's layers (see `shard`); the numbers are the same.
     With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
+    With `shard_target`, every process of ``torchrun`` holds its part of the target's layers: see `shard`; the numbers are the same.
     """
-    return run(
-        settings,
-        _begin,
-        block_loss,
-        target_path,
-        own_path,
-        data,
-        out,
-        device,
-        save_every,
-        autocast,
-        shard_target,
-        store,
-    )
+    places = (target_path, own_path, data, out)
+    return run(settings, _begin, block_loss, *places, device, save_every, autocast, store, shard_target)
 
 
 def shard(target, group: Group) -> None:
@@ -448,8 +436,8 @@ def run(
     device: str,
     save_every: int,
     autocast: bool | None,
-    shard_target: bool = False,
     store: Path | None = None,
+    shard_target: bool = False,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
     from ..models.checkpoint import load_causal_lm, readable
@@ -518,9 +506,10 @@ def run(
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
         mean_loss = smooth(mean_loss, value, step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
-        if (group.leads or shard_target) and (step % save_every == 0 or step == settings.steps):
+        saves = step % save_every == 0 or step == settings.steps
+        if saves and (group.leads or shard_target):
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
-        if group.leads and (step % save_every == 0 or step == settings.steps):
+        if saves and group.leads:
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
             save_checkpoint(
                 path,

@@ -87,11 +87,12 @@ def train(
     device: str = "auto",
     save_every: int = 250,
     autocast: bool | None = None,
-    shard_target: bool = False,
     store: Path | None = None,
+    shard_target: bool = False,
 ) -> dict:
-    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report. See
-    `drafter.train`."""
-    return drafter.run(
-        settings, begin, head_loss, target_path, own_path, data, out, device, save_every, autocast, shard_target, store
-    )
+    """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report.
+
+    `store` and `shard_target` as in `drafter.train`.
+    """
+    places = (target_path, own_path, data, out)
+    return drafter.run(settings, begin, head_loss, *places, device, save_every, autocast, store, shard_target)
