@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import DflashError
 from .outputs import Output, StreamEvent
@@ -14,6 +14,15 @@ from .outputs import Output, StreamEvent
 if TYPE_CHECKING:
     from .engine.requests import Active
     from .llm import LLM
+
+
+def _first(answers: list[Output]) -> Output:
+    """The first answer to a prompt, which knows the others."""
+    answers.sort(key=lambda output: output.answer)
+    if len(answers) > 1:
+        for output in answers:
+            output.__dict__["_outputs"] = answers
+    return answers[0]
 
 
 class Stream(Iterator[StreamEvent]):
@@ -59,17 +68,25 @@ class Stream(Iterator[StreamEvent]):
                     raise
             raise StopIteration
 
-    def _outputs(self) -> dict[int, Output]:
-        """By their prompts' places, the outputs of everything that is still to come: its events are never made."""
+    def _outputs(self, progress: Any = None) -> dict[int, Output]:
+        """By their prompts' places, the outputs of everything that is still to come, the first answers with the others: its events are never
+        made. `progress` is shown how many requests are done, and their tokens."""
         with self._turn:
-            outputs = {event.index: event.output for event in self._events if event.output is not None}
+            answers = {event.index: [event.output] for event in self._events if event.output is not None}
+            done = tokens = 0
             while self._waiting:
                 self._llm._advance(self._ended)
                 while self._ended:
                     active = self._ended.popleft()
-                    outputs[active.index] = active.output()
+                    output = active.output()
+                    answers.setdefault(active.index, []).append(output)
                     del self._waiting[active.request_id]
-            return outputs
+                    done, tokens = done + 1, tokens + len(output.token_ids)
+                if progress is not None:
+                    progress.show(done, tokens)
+            if progress is not None:
+                progress.clear()
+            return {index: _first(its) for index, its in answers.items()}
 
     def close(self) -> None:
         """Ends what is unfinished; its pages return at the end of the running step at the latest. Waits for nothing."""
