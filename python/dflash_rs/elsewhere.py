@@ -73,6 +73,7 @@ ENGINE: Mapping[str, str | None] = {
     "enforce_eager": "cuda_graphs=False",
     "gpu_memory_utilization": "num_pages",
     "load_format": None,
+    "logits_processors": "logits_processors of SamplingParams",
     "max_model_len": "max_context",
     "max_num_batched_tokens": "max_batch_tokens",
     "max_num_seqs": "max_running",

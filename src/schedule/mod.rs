@@ -444,7 +444,10 @@ impl Scheduler {
             return Ok(None);
         };
         // A page for each row that runs already, or the newcomer would have to give way at the next page boundary.
-        let Some(admitted) = self.kv.admit(&request.tokens, self.order.len(), request.params.drafts())? else {
+        let Some(admitted) = self
+            .kv
+            .admit(&request.tokens, self.order.len(), request.params.drafts())?
+        else {
             return Ok(None);
         };
         let Some(mut request) = self.waiting.pop_front() else {

@@ -218,7 +218,11 @@ impl Request {
         if ends_text && !early {
             // The stop token's own text is left out unless it is asked for; what was held back for a stop string is text after all.
             if let Some(watch) = &mut self.watch {
-                let own = if self.params.include_stop { watch.vocabulary.of(token).len() } else { 0 };
+                let own = if self.params.include_stop {
+                    watch.vocabulary.of(token).len()
+                } else {
+                    0
+                };
                 watch.text_end = watch.total + own;
             }
             return Finish::StopToken;
