@@ -96,6 +96,7 @@ ENGINE: Mapping[str, str | None] = {
     "trust_remote_code": None,
 }
 
+_MOST_NAMES = 12
 _C = TypeVar("_C", bound=type)
 
 
@@ -120,7 +121,9 @@ def known(name: str, given: Mapping[Any, Any], names: Collection[str], table: Ma
     other = {key: value for key, value in given.items() if key not in names}
     refuse({key: value for key, value in other.items() if isinstance(key, str)}, table)
     if other:
-        raise InvalidArgument(f"{name}: got {shown(next(iter(other)))}, expected some of {', '.join(names)}")
+        # In full they would not fit into a message.
+        some = [*names][:_MOST_NAMES] + (["..."] if len(names) > _MOST_NAMES else [])
+        raise InvalidArgument(f"{name}: got {shown(next(iter(other)))}, expected some of {', '.join(some)}")
 
 
 def explained(table: Mapping[str, str | None]) -> Callable[[_C], _C]:

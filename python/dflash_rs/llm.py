@@ -14,6 +14,7 @@ import numpy as np
 
 from . import elsewhere
 from .arguments import bad, flag, integer, one_name, thread_count
+from .asynchronous import AsyncCalls, Driver
 from .chat import Chats
 from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
@@ -44,7 +45,7 @@ Params = SamplingParams | Mapping[str, Any] | None
 _MOST_LOGITS = 1 << 25
 
 
-class LLM(Chats):
+class LLM(Chats, AsyncCalls):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
     - `model`: folder or hub name of a Hugging Face causal LM, a GGUF file of a Llama- or Qwen-shaped one (converted once, see
@@ -165,6 +166,7 @@ class LLM(Chats):
         self.costs = self._loop.policy.costs
         self._closed = False
         self._turns = Turns()
+        self._driver = Driver()
         _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
         self._leaving: deque[RequestId | None] = deque()
@@ -318,6 +320,19 @@ class LLM(Chats):
             self._loop.step()
             events = read(waiting)
         return events
+
+    def _ready_for(self, waiting: list[dict[int, Active]]) -> list[list[StreamEvent]]:
+        """What is new for each of these groups of requests, after a step if nothing is for any."""
+        from .engine.requests import read
+
+        def work() -> list[list[StreamEvent]]:
+            news = [read(its) for its in waiting]
+            if any(waiting) and not any(news):
+                self._loop.step()
+                news = [read(its) for its in waiting]
+            return news
+
+        return self._turns.take(work, self._settle)
 
     def _advance(self, ended: deque[Active]) -> None:
         """Takes a step, unless there is somebody who has ended."""

@@ -108,8 +108,8 @@ class Asked:
             try:
                 return SamplingParams.of(self.option.rstrip(".") or "params", self.params)
             except InvalidArgument as error:
-                said = str(error)
-                raise InvalidArgument(said if said.startswith(self.option) else f"{self.option}{said}") from None
+                said, whole = str(error), self.option.rstrip(".")
+                raise InvalidArgument(said if whole and said.startswith(whole) else f"{self.option}{said}") from None
         if not isinstance(self.params, SamplingParams):
             raise bad(self.option.rstrip("."), self.params, "SamplingParams")
         return self.params

@@ -72,6 +72,15 @@ class Output:
         return self.__dict__.get("_outputs") or [self]
 
 
+def first_of(answers: list[Output]) -> Output:
+    """The first answer to a prompt, which knows the others."""
+    answers.sort(key=lambda output: output.answer)
+    if len(answers) > 1:
+        for output in answers:
+            output.__dict__["_outputs"] = answers
+    return answers[0]
+
+
 @dataclass
 class StreamEvent:
     """What one step added to one request.

@@ -9,20 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import DflashError
-from .outputs import Output, StreamEvent
+from .outputs import Output, StreamEvent, first_of
 
 if TYPE_CHECKING:
     from .engine.requests import Active
     from .llm import LLM
-
-
-def _first(answers: list[Output]) -> Output:
-    """The first answer to a prompt, which knows the others."""
-    answers.sort(key=lambda output: output.answer)
-    if len(answers) > 1:
-        for output in answers:
-            output.__dict__["_outputs"] = answers
-    return answers[0]
 
 
 class Stream(Iterator[StreamEvent]):
@@ -86,7 +77,7 @@ class Stream(Iterator[StreamEvent]):
                     progress.show(done, tokens)
             if progress is not None:
                 progress.clear()
-            return {index: _first(its) for index, its in answers.items()}
+            return {index: first_of(its) for index, its in answers.items()}
 
     def close(self) -> None:
         """Ends what is unfinished; its pages return at the end of the running step at the latest. Waits for nothing."""

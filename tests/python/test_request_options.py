@@ -145,6 +145,7 @@ WRONG = [
     (dict(prompts=[{"prompt": 5}]), "prompts[0].prompt: got 5, expected a string, or prompt_token_ids"),
     (dict(prompts={"prompt_token_ids": ["a"]}), "prompts[0].prompt_token_ids: got an entry 'a'"),
     (dict(prompts="x", params={"temperatur": 1}), "params: got 'temperatur', expected some of temperature, top_k"),
+    (dict(prompts="x", params=[{"temperatur": 1}]), "params[0]: got 'temperatur', expected some of temperature, top_k"),
     (dict(prompts="x", params=[{"temperature": -1}]), "params[0].temperature: got -1, expected 0 (greedy)"),
     (dict(prompts="x", params={"max_new_tokens": 5}), "max_new_tokens: got 5, expected max_tokens, as it is called here"),
     (dict(prompts="x", params=WARM, sampling_params=WARM), "sampling_params: got it beside params, expected one of them"),
