@@ -52,7 +52,7 @@ def test_help_answers_without_loading_torch():
     assert "examples:" in done.stdout and "exit codes:" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "bench", "train", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "check", "train", "doctor"])
 def test_every_command_explains_itself(command, capsys):
     parser = cli.build_parser()
     with pytest.raises(SystemExit) as end:
@@ -399,7 +399,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_is_explained():
-    assert len(list(parsers())) == 17
+    assert len(list(parsers())) == 18
     for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)
@@ -442,7 +442,7 @@ def test_training_threads_are_those_that_the_machine_has(tmp_path, capsys):
     assert error.startswith(f"dflash-rs: error: --threads: got {most + 1}, expected an integer in 1..{most}")
 
 
-@pytest.mark.parametrize("command", ["generate x", "bench", "train target --corpus a --out b", "doctor"])
+@pytest.mark.parametrize("command", ["generate x", "bench", "check", "train target --corpus a --out b", "doctor"])
 def test_an_unknown_option_is_answered_with_the_usage_of_its_command(command, fake, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--nothing"])
