@@ -204,6 +204,37 @@ def test_the_last_layer_and_layers_out_of_range_cannot_be_tapped():
             target.set_taps([layer])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_twins_share_weights_and_nothing_else(fused):
+    texts = ([5, 9, 3, 40, 7], [8, 1, 22, 6, 30])
+    own = TargetModel(qwen3_target(), fused=fused)
+    twin = own.twin()
+    assert twin.path == own.path and twin.embedding.weight is own.embedding.weight
+    pages = Pages(1, 12, 4)
+    found = []
+    for target, taps in ((own, (1,)), (twin, (0, 3))):
+        target.set_taps(taps)
+        target.alloc_kv(pages.num_slots)
+    for start, end in ((0, 3), (3, 5)):  # in turns, over the same slots
+        found.append([t.forward(pages.batch([(0, start, text[start:end])])) for t, text in zip((own, twin), texts)])
+    for i, taps in enumerate(((1,), (0, 3))):
+        alone = TargetModel(qwen3_target(), fused=fused)
+        alone.set_taps(taps)
+        alone.alloc_kv(pages.num_slots)
+        for (start, end), step in zip(((0, 3), (3, 5)), found):
+            want = alone.forward(pages.batch([(0, start, texts[i][start:end])]))
+            assert torch.equal(step[i][0], want[0]) and torch.equal(step[i][1], want[1])
+    twin.free()
+    assert own.num_slots == pages.num_slots and own.caches
+
+
+def test_a_target_with_state_has_no_twin():
+    target = TargetModel(qwen3_target())
+    target.state = object()
+    with pytest.raises(UnsupportedModel, match="keeps state beside pages"):
+        target.twin()
+
+
 def test_a_forward_without_a_cache_says_what_to_call():
     target = TargetModel(qwen3_target())
     with pytest.raises(InvalidArgument, match="alloc_kv"):

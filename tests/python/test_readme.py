@@ -52,6 +52,17 @@ def test_every_command_line_in_the_documentation_parses():
         cli.build_parser().parse_args(words)
 
 
+def test_every_command_of_the_page_about_training_parses():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ {4,}(?:torchrun --nproc-per-node \d+ -m )?(dflash[-_]rs[ .].*)$", text, re.MULTILINE)
+    # The one with an ellipsis shows how to start processes.
+    lines = [line.replace("dflash_rs.train", "dflash-rs train") for line in lines if not line.endswith("...")]
+    assert len(lines) >= 7 and sum(line.startswith("dflash-rs train drafter") for line in lines) >= 2
+    for line in lines:
+        words = shlex.split(re.sub(r"\$k", "0", line.removesuffix("&").strip()), comments=True)[1:]
+        cli.build_parser().parse_args(words)
+
+
 def test_what_a_stranger_types_first_is_what_the_demo_runs():
     """So the commands of the README's first block are run, too, whenever the demo is."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -120,7 +120,7 @@ class Shared:
         if not self._parts:
             return False
         (target, _, tokenizer, token_bytes), (model_dir, _) = next(iter(self._parts.values()))
-        if not hasattr(target, "twin"):
+        if target.state is not None or not hasattr(target, "twin"):
             return False
         _, place = pick_models(self._args.model, key[0])
         twin, drafter = target.twin(), None

@@ -104,6 +104,15 @@ def _add(subparsers, name: str, purpose: str, *examples: str) -> argparse.Argume
     )
 
 
+def _shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-target",
+        action="store_true",
+        help="under torchrun, each process holds its part of the target's layers and gathers the others' as it comes to them: for targets that "
+        "fill a GPU; the same numbers, slower",
+    )
+
+
 def _store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store-features",
@@ -190,6 +199,7 @@ def add_parsers(subparsers) -> None:
     _corpus(drafter, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(drafter, save_every=250)
     _store(drafter)
+    _shard(drafter)
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
 
@@ -205,6 +215,7 @@ def add_parsers(subparsers) -> None:
     _corpus(head, False, "a prepared corpus, for true text beside the target's own; default: none")
     _add_run(head, save_every=250)
     _store(head)
+    _shard(head)
     _add_settings(head, MtpTraining)
     head.set_defaults(run=_clear(_train_mtp))
 
@@ -323,6 +334,7 @@ def _train_drafter(args: argparse.Namespace) -> int:
         args.save_every,
         args.bf16,
         args.store_features,
+        args.shard_target,
     )
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
@@ -343,6 +355,7 @@ def _train_mtp(args: argparse.Namespace) -> int:
         args.save_every,
         args.bf16,
         args.store_features,
+        args.shard_target,
     )
     print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0

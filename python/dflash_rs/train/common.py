@@ -116,6 +116,8 @@ class Group:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(torch.distributed.get_rank(), size)
@@ -128,6 +130,14 @@ class Group:
         """Until every process of the group is here."""
         if self.size > 1:
             torch.distributed.barrier()
+
+    def most(self, count: int) -> int:
+        """The largest of what the processes say."""
+        if self.size == 1:
+            return count
+        counts = [0] * self.size
+        torch.distributed.all_gather_object(counts, count)
+        return max(counts)
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """This process's rows of a global batch."""
@@ -166,12 +176,26 @@ def load_checkpoint(path: Path) -> dict | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU or else the CPU; anything else must exist."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` is the first GPU, or under ``torchrun`` the GPU of this process's number, or else the CPU; anything else must exist."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: got {name!r}, expected 'cpu' or 'auto': torch sees no CUDA GPU here")
-    return torch.device(name)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if name not in ("auto", "cuda"):
+        if not alone:
+            raise ValueError(
+                f"device: got {name!r} for every process of torchrun, expected 'auto': each has a GPU of its own"
+            )
+        return torch.device(name)
+    if alone:
+        return torch.device("cuda")
+    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= there:
+        raise ValueError(
+            f"device: got process {own} of this machine and {there} GPUs, expected at most one process for each GPU"
+        )
+    return torch.device("cuda", own)
 
 
 @dataclass

@@ -390,12 +390,30 @@ def train(
     save_every: int = 250,
     autocast: bool | None = None,
     store: Path | None = None,
+    shard_target: bool = False,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
 
     With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
+    With `shard_target`, every process of ``torchrun`` holds its part of the target's layers: see `shard`; the numbers are the same.
     """
-    return run(settings, _begin, block_loss, target_path, own_path, data, out, device, save_every, autocast, store)
+    places = (target_path, own_path, data, out)
+    return run(settings, _begin, block_loss, *places, device, save_every, autocast, store, shard_target)
+
+
+def shard(target, group: Group) -> None:
+    """Spreads the weights of a target's layers over the processes of a group (FSDP2): each gathers a layer's when it comes to it, and gives
+    them back behind it. Embedding, last norm and head stay whole, since the drafter and its loss read them. Every process has to run every pass
+    of the target from now on. Raises ValueError without other processes to share with."""
+    if group.size == 1:
+        raise ValueError(
+            "shard_target: got one process, expected several: torchrun --nproc-per-node N -m dflash_rs.train ..."
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    target.requires_grad_(False)
+    for layer in base_layers(target):
+        fully_shard(layer)
 
 
 def _begin(target, settings: DrafterTraining, sample: torch.Tensor):
@@ -419,6 +437,7 @@ def run(
     save_every: int,
     autocast: bool | None,
     store: Path | None = None,
+    shard_target: bool = False,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
     from ..models.checkpoint import load_causal_lm, readable
@@ -440,6 +459,8 @@ def run(
     torch.manual_seed(settings.seed)
     draft = begin(target, settings, next(_batches(own, corpus_tokens, settings, True, 0)).tokens[:4])
     target.to(where)
+    if shard_target:
+        shard(target, group)
     if settings.init_from:
         with readable(settings.init_from, "init_from"):
             draft.load_state_dict(load_draft(settings.init_from).state_dict())
@@ -485,8 +506,10 @@ def run(
             raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
         mean_loss = smooth(mean_loss, value, step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
-        if group.leads and (step % save_every == 0 or step == settings.steps):
+        saves = step % save_every == 0 or step == settings.steps
+        if saves and (group.leads or shard_target):
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
+        if saves and group.leads:
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
             save_checkpoint(
                 path,

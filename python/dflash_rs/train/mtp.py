@@ -88,11 +88,11 @@ def train(
     save_every: int = 250,
     autocast: bool | None = None,
     store: Path | None = None,
+    shard_target: bool = False,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report.
 
-    `store` as in `drafter.train`.
+    `store` and `shard_target` as in `drafter.train`.
     """
-    return drafter.run(
-        settings, begin, head_loss, target_path, own_path, data, out, device, save_every, autocast, store
-    )
+    places = (target_path, own_path, data, out)
+    return drafter.run(settings, begin, head_loss, *places, device, save_every, autocast, store, shard_target)

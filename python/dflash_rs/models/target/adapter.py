@@ -120,7 +120,12 @@ class TargetModel:
             return target
 
     def twin(self) -> TargetModel:
-        """Another target over the same weights, with KV and taps of its own: for a second engine that takes turns with the first."""
+        """Another target over the same weights, with KV and taps of its own: for a second engine that takes turns with the first.
+        Raises UnsupportedModel for a target with state beside its pages, which would be shared."""
+        if self.state is not None:
+            raise UnsupportedModel(
+                f"{self._name}: keeps state beside pages, so an engine has to have a target of its own"
+            )
         other = copy.copy(self)
         other.caches, other.num_slots = {}, 0
         other.taps, other._hooks, other._tapped = (), [], {}
