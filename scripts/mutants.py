@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "target" / "mutants"
 TOOLS = ROOT / "target" / "tools"
 
-RUST_TESTS = "kv engine engine_model rounds lossless ratio rng sampling stats tree draft drawn draws lookup".split()
+RUST_TESTS = (
+    "kv engine engine_model rounds lossless ratio rng sampling stats tree draft drawn draws edited lookup".split()
+)
 CUDA_TESTS = ["cuda_host"]
 COPIED = "src tests cuda benches docs/architecture.md build.rs Cargo.toml Cargo.lock rust-toolchain.toml".split()
 NONE, RECORD = 2**32 - 1, 2**32 - 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from importlib import metadata
@@ -61,6 +62,23 @@ def test_every_command_of_the_page_about_training_parses():
     for line in lines:
         words = shlex.split(re.sub(r"\$k", "0", line.removesuffix("&").strip()), comments=True)[1:]
         cli.build_parser().parse_args(words)
+
+
+# Options of other programs that the pages name.
+OTHERS = {"--json", "--model-path", "--no-deps", "--nproc-per-node", "--port", "--rounds", "--wheel"}
+OTHERS |= {"--speculative-algorithm", "--speculative-draft-model-path"}
+
+
+def test_every_option_that_the_documentation_names_is_one():
+    known, parsers = set(), [cli.build_parser()]
+    while parsers:
+        for action in parsers.pop()._actions:
+            known |= set(action.option_strings)
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+    for page in (*PAGES, "docs/training.md", "docs/benchmarks.md"):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", (ROOT / page).read_text(encoding="utf-8")))
+        assert named - known <= OTHERS, page
+    assert len(known) > 50
 
 
 def test_what_a_stranger_types_first_is_what_the_demo_runs():
