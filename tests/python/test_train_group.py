@@ -132,6 +132,14 @@ def test_a_target_cannot_be_spread_over_one_process(responses, tmp_path, capsys)
     assert "shard_target: got one process, expected several" in capsys.readouterr().err
 
 
+@pytest.mark.pair
+def test_a_spread_target_and_stored_features_are_refused_together(responses, tmp_path, capsys):
+    words = [*command(responses, tmp_path / "out"), "--shard-target", "--store-features", str(tmp_path / "features")]
+    assert cli.main(["train", *words]) == 2
+    assert "store_features: got shard_target, too" in capsys.readouterr().err
+    assert not (tmp_path / "features").exists()
+
+
 SPREAD = """
 import sys, torch
 from torch.distributed.tensor import DTensor
