@@ -151,6 +151,7 @@ impl Life {
             stop_ids: ask.stop_id.map(TokenId).into_iter().collect(),
             stop_strings: ask.stops.iter().map(|stop| stop.as_bytes().to_vec()).collect(),
             ignore_eos: ask.ignore_eos,
+            edited: false,
             draft: ask.draft,
             logprobs: None,
         };

@@ -212,7 +212,8 @@ class Engine:
     requests go on from their last resolved token. All sizes are in tokens (KV slots) unless said otherwise.
     ``state_checkpoints`` is for a target that keeps state which pages do not hold: how many copies of it the prefix cache may keep; a hit
     ends where one is, so with 0 nothing is reused. A row's state is in the slot of its number in ``StepPlan.row_ids``.
-    ``vocabulary`` (the bytes of each token, in order of ids) is needed for stop strings only. ``depth`` is how many steps
+    ``vocabulary`` (the bytes of each token, in order of ids) is needed for stop strings only, ``special_vocabulary`` (the same with the names of
+    tokens that are no text) for requests with ``skip_special_tokens`` False. ``depth`` is how many steps
     may be unresolved while the next one is planned: 0, or 1 for an overlapped pipeline.
 
     Raises ``InvalidArgument`` naming the size that is out of range (``max_batch_tokens`` must be at least
@@ -234,6 +235,7 @@ class Engine:
         state_checkpoints: int | None = None,
         depth: int = 0,
         vocabulary: Sequence[bytes] | None = None,
+        special_vocabulary: Sequence[bytes] | None = None,
     ) -> Engine: ...
     def add(self, prompt: Sequence[int] | NDArray[np.integer], params: dict[str, Any] | None = None) -> int:
         """Queues a request and returns its number, unique for the life of the engine.
@@ -675,6 +677,10 @@ class Record:
     @property
     def finish(self) -> int:
         """Why it ended, as in ``read``; 0 while it has not."""
+
+    @property
+    def stopped_by(self) -> int | None:
+        """Which of its stop strings it ended with, None for none."""
 
     @property
     def error(self) -> str | None:

@@ -115,6 +115,13 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def one_name(name: str, value: Any, other: Any) -> Any:
+    """An argument that also goes by another name, ``sampling_`` and its own."""
+    if value is not None and other is not None:
+        raise InvalidArgument(f"sampling_{name}: got it beside {name}, expected one of them")
+    return other if value is None else value
+
+
 def thread_count(name: str, value: Any) -> int:
     """`value` as a number of threads that this machine has processors for: OpenMP crashes where it cannot start as many."""
     most = os.cpu_count() or 1

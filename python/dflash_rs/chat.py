@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import bad, flag, is_list, shown
+from .arguments import bad, flag, is_list, one_name, shown
 from .errors import InvalidArgument
 from .sampling import SamplingParams
 
@@ -243,6 +243,7 @@ class Chats:
         template = self._template(
             add_generation_prompt, continue_final_message, tools, chat_template, chat_template_kwargs
         )
+        params = one_name("params", params, more.pop("sampling_params", None))
         return self.generate(*self._turns_of(template, messages, params, more), **more)
 
     def stream_chat(
@@ -261,6 +262,7 @@ class Chats:
         template = self._template(
             add_generation_prompt, continue_final_message, tools, chat_template, chat_template_kwargs
         )
+        params = one_name("params", params, more.pop("sampling_params", None))
         return self.stream(*self._turns_of(template, messages, params, more), **more)
 
     def encode_chat(
@@ -311,6 +313,8 @@ def _ending(params: Any, ends: tuple[int, ...]) -> Any:
         params = SamplingParams()
     if not ends:
         return params
+    if isinstance(params, Mapping):
+        params = SamplingParams.of("params", params)
     if is_list(params):
         return [_ending(one, ends) for one in params]
     if not isinstance(params, SamplingParams) or params.ignore_eos or set(ends) <= set(params.stop_token_ids):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import bad, flag, integer, thread_count
+from . import elsewhere
+from .arguments import bad, flag, integer, one_name, thread_count
+from .asynchronous import AsyncCalls, Driver
 from .chat import Chats
 from .config import EngineConfig, StepCosts
 from .errors import DflashError, InvalidArgument
 from .options import (
     Asked,
     StepOptions,
+    Terms,
     asked,
     encodable,
     import_torch,
@@ -27,7 +31,7 @@ from .options import (
     pick_models,
     pick_precision,
 )
-from .outputs import Output, Prompt, StreamEvent
+from .outputs import Output, Prompt, RequestId, StreamEvent, TokenLogprob, prompt_scores
 from .sampling import SamplingParams
 from .streams import Stream
 from .text import Detokenizer
@@ -36,8 +40,12 @@ from .turns import Turns
 if TYPE_CHECKING:
     from .engine.requests import Active
 
+Params = SamplingParams | Mapping[str, Any] | None
+# Numbers of the logits that a prompt is scored by at a time.
+_MOST_LOGITS = 1 << 25
 
-class LLM(Chats):
+
+class LLM(Chats, AsyncCalls):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
     - `model`: folder or hub name of a Hugging Face causal LM, a GGUF file of a Llama- or Qwen-shaped one (converted once, see
@@ -92,7 +100,9 @@ class LLM(Chats):
         tree_nodes: int = 0,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
+        **unknown: Any,
     ):
+        elsewhere.unknown("LLM", unknown, elsewhere.ENGINE)
         torch = import_torch()
 
         from .engine.build import Models
@@ -156,9 +166,10 @@ class LLM(Chats):
         self.costs = self._loop.policy.costs
         self._closed = False
         self._turns = Turns()
+        self._driver = Driver()
         _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
-        self._leaving: deque[int | None] = deque()
+        self._leaving: deque[RequestId | None] = deque()
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -178,62 +189,85 @@ class LLM(Chats):
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | Sequence[Params] = None,
         *,
+        sampling_params: Params | Sequence[Params] = None,
         draft: bool = True,
         on_error: str = "raise",
+        request_ids: str | Sequence[str] | None = None,
+        use_tqdm: bool = False,
+        **unknown: Any,
     ) -> list[Output]:
-        """Completes prompts (strings, or lists of token ids) and returns one `Output` each, in order.
+        """Completes prompts (strings, lists of token ids, or mappings with "prompt" or "prompt_token_ids") and returns one `Output` each, in
+        order; where `SamplingParams.n` asks for more, the first answer, whose `outputs` are all of them.
 
-        `params`: one for all or one each. `draft=False` decodes plainly on the same engine: the same text, slower.
+        `params`, or by its other name `sampling_params`: one for all or one each, `SamplingParams` or mappings with their names.
+        `draft=False` decodes plainly on the same engine: the same text, slower (`SamplingParams.max_drafts` says so for one request).
+        `request_ids`: what the requests are called in outputs and by `abort`, a string for each; None numbers them. `use_tqdm`: a line of
+        progress on standard error.
 
         A prompt that cannot be taken, or whose parameters cannot be honoured, is an InvalidArgument (or OutOfPages) that names it,
         ``prompts[2]: ...`` or ``params[2].logit_bias: ...``, before any runs. With ``on_error="return"`` the others run, and at its place
         comes an `Output` without tokens, with ``finish_reason="error"`` and that message as its `error`; what is wrong with the call
         as a whole raises all the same. A request that fails later always comes back with ``finish_reason="error"``.
         """
-        with self.stream(prompts, params, draft=draft, on_error=on_error) as events:
-            outputs = events._outputs()
+        elsewhere.unknown("generate", unknown, elsewhere.CALLS)
+        bar: Any = None
+        if flag("use_tqdm", use_tqdm):
+            from .cli.display import Progress as bar
+        with self.stream(
+            prompts,
+            params,
+            sampling_params=sampling_params,
+            draft=draft,
+            on_error=on_error,
+            request_ids=request_ids,
+        ) as events:
+            outputs = events._outputs(bar and bar(len(events._waiting), sys.stderr))
         return [outputs[i] for i in range(len(outputs))]
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | Sequence[Params] = None,
         *,
+        sampling_params: Params | Sequence[Params] = None,
         draft: bool = True,
         on_error: str = "raise",
+        request_ids: str | Sequence[str] | None = None,
+        **unknown: Any,
     ) -> Stream:
         """Like `generate`, but an iterator of tokens as they are committed. Closing or dropping it aborts what is unfinished:
         ``with llm.stream(...) as events:``. With ``on_error="return"`` refused prompts are the first events."""
         from .engine.requests import refused
 
+        elsewhere.unknown("stream", unknown, elsewhere.CALLS)
         flag("draft", draft)
         if not isinstance(on_error, str) or on_error not in ("raise", "return"):
             raise bad("on_error", on_error, "'raise' or 'return'")
         self._check_open()
         stream = Stream(self)
         taken: list[tuple[Asked, list[int]]] = []
-        for one in asked(prompts, params):
+        terms = Terms(self._encode, self.vocab_size, self.max_context, self._bytes is not None, self._constraints)
+        for one in asked(prompts, one_name("params", params, sampling_params), request_ids):
             try:
-                taken.append(
-                    (one, one.check(self._encode, self.vocab_size, self._bytes is not None, self._constraints))
-                )
+                taken.append((one, one.check(terms)))
             except InvalidArgument as error:
                 if on_error == "raise":
                     raise
-                stream._events.append(refused(one.index, one.prompt, one.params, str(error)))
+                stream._events.append(refused(one, str(error)))
         drafts, strict = draft and self._draft is not None, on_error == "raise"
         self._turns.take(lambda: self._submit(stream, taken, drafts, strict), self._settle)
         return stream
 
-    def abort(self, request_id: int | None) -> bool:
-        """Ends a request wherever it is; its pages return. False when it is unknown or already finished."""
-        if request_id is not None:
+    def abort(self, request_id: RequestId | None) -> bool:
+        """Ends a request wherever it is, all answers of one that its caller named; its pages return. False when it is unknown or already
+        finished."""
+        if request_id is not None and not isinstance(request_id, str):
             request_id = integer("request_id", request_id, 0, expected="the request_id of an event or output")
         if self._turns.mine():
             self._leaving.append(request_id)
-            return request_id in self._requests.active
+            return bool(self._requests.runs(request_id))
         return self._turns.take(lambda: self._requests.abort(request_id), self._settle)
 
     def _drop(self, requests: list[int]) -> None:
@@ -264,6 +298,13 @@ class LLM(Chats):
     def _submit(self, stream: Stream, taken: list[tuple[Asked, list[int]]], drafts: bool, strict: bool) -> None:
         """Hands over what can run. All or nothing if `strict`, else what the core refuses becomes an event of the stream."""
         self._check_open()
+        running = next((one for one, _ in taken if one.request_id in self._requests.named), None)
+        if running is not None:
+            raise bad("request_ids", running.request_id, "one that no unfinished request has")
+        for one, tokens in taken:
+            most = one.params.prompt_logprobs
+            if most is not None and len(tokens) < self.max_context:
+                one.prompt_logprobs = self._scores(tokens, most)
         refuse: Callable[[StreamEvent], None] | None = None if strict else stream._events.append
         stream._waiting.update(self._requests.submit(taken, drafts, refuse, stream._ended))
 
@@ -280,38 +321,70 @@ class LLM(Chats):
             events = read(waiting)
         return events
 
+    def _ready_for(self, waiting: list[dict[int, Active]]) -> list[list[StreamEvent]]:
+        """What is new for each of these groups of requests, after a step if nothing is for any."""
+        from .engine.requests import read
+
+        def work() -> list[list[StreamEvent]]:
+            news = [read(its) for its in waiting]
+            if any(waiting) and not any(news):
+                self._loop.step()
+                news = [read(its) for its in waiting]
+            return news
+
+        return self._turns.take(work, self._settle)
+
     def _advance(self, ended: deque[Active]) -> None:
         """Takes a step, unless there is somebody who has ended."""
         self._turns.take(lambda: None if ended else self._loop.step(), self._settle)
+
+    def _scores(self, tokens: list[int], most: int) -> list[TokenLogprob | None]:
+        """How likely each token is after those before it, and the `most` likeliest ones in its place; None for the first."""
+        chunk = max(1, min(self.config.max_batch_tokens, _MOST_LOGITS // self.vocab_size))
+        scores: list[TokenLogprob | None] = [None]
+        with self._target.scratch(len(tokens)):
+            for first in range(0, len(tokens) - 1, chunk):
+                part = tokens[first : min(first + chunk, len(tokens) - 1)]
+                scores += prompt_scores(self._forward(part, first, len(tokens)), tokens[first + 1 :], most)
+        return scores
+
+    def _forward(self, tokens: list[int], first: int, room: int, last: bool = False) -> np.ndarray:
+        """Float32 logits ``[n, vocab_size]`` after each of `tokens`, or after the `last` alone. They stand at positions from `first` on of a text
+        that has `room` slots of scratch memory."""
+        from .models.batch import StepBatch
+
+        n = len(tokens)
+        batch = StepBatch.from_arrays(
+            token_ids=np.asarray(tokens, dtype=np.int64),
+            positions=np.arange(first, first + n),
+            slots=np.arange(first, first + n),
+            query_starts=np.array([0, n]),
+            context_lens=np.array([first]),
+            page_table=np.zeros((1, 1), dtype=np.int32),
+            row_ids=np.array([0]),
+            logit_rows=np.arange(n)[-1:] if last else np.arange(n),
+            page_size=room,
+            device=self.device,
+        )
+        logits = self._target.forward(batch)[0].float().cpu().numpy()
+        if (state := self._target.state) is not None:
+            state.keep(np.zeros(1, dtype=np.int32), np.array([n], dtype=np.int32))
+        return logits
 
     # ---- looking inside ------------------------------------------------------------------------------------------
 
     def next_token_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Float32 logits ``[vocab_size]`` after `ids`, by one forward over all of them, without the running requests' cache."""
-        from .models.batch import StepBatch
-
         self._check_open()
-        tokens = np.asarray(known_tokens("ids", ids, self.vocab_size), dtype=np.int64)
-        n = tokens.size
+        tokens = known_tokens("ids", ids, self.vocab_size)
+        n = len(tokens)
         if not 1 <= n <= self.max_context:
             raise InvalidArgument(f"ids: got {n} tokens, expected 1..{self.max_context}, this engine's max_context")
-        batch = StepBatch.from_arrays(
-            token_ids=tokens,
-            positions=np.arange(n),
-            slots=np.arange(n),
-            query_starts=np.array([0, n]),
-            context_lens=np.array([0]),
-            page_table=np.zeros((1, 1), dtype=np.int32),
-            row_ids=np.array([0]),
-            logit_rows=np.array([n - 1]),
-            page_size=n,
-            device=self.device,
-        )
 
         def run() -> np.ndarray:
             self._check_open()
             with self._target.scratch(n):
-                return self._target.forward(batch)[0][0].float().cpu().numpy()
+                return self._forward(tokens, 0, n, last=True)[0]
 
         return self._turns.take(run, self._settle)
 

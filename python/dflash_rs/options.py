@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, known_models
+from . import _core, elsewhere, known_models
 from .arguments import bad, flag, is_list, shown
 from .chat import Rendered
 from .config import StepCosts, assets
@@ -20,28 +20,42 @@ from .outputs import Prompt
 from .sampling import SamplingParams
 
 
+class Terms(NamedTuple):
+    """What an engine takes: `encode` makes token ids of a text by its name in the call, `constraints` what constrains draws."""
+
+    encode: Callable[[str, str], list[int]]
+    vocab_size: int
+    max_context: int
+    has_bytes: bool
+    constraints: Any
+
+
+_IN_A_PROMPT = ("prompt", "prompt_token_ids")
+
+
 @dataclass
 class Asked:
     """A prompt of a call and its parameters, not yet checked, with their names for errors."""
 
     index: int
-    prompt: Prompt
+    prompt: Any
     params: Any
     # ``params[2].`` where each prompt has its own, else nothing.
     option: str
 
     # What messages call the prompt, where that is not its place in the call.
     called: str | None = None
-    # What constrains its draws.
-    constraint: Any = None
+    # What the caller calls the request.
+    request_id: str | None = None
+    # For each answer what constrains its draws, or None.
+    constraints: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[Any] | None = None
 
     @property
     def name(self) -> str:
         return self.called or f"prompts[{self.index}]"
 
-    def check(
-        self, encode: Callable[[str, str], list[int]], vocab_size: int, has_bytes: bool, constraints: Any
-    ) -> list[int]:
+    def check(self, terms: Terms) -> list[int]:
         """The prompt's tokens. Token ids in arrays and the like become a plain list."""
         if isinstance(self.prompt, Rendered):
             rendered, self.prompt = self.prompt, self.prompt.ids
@@ -49,26 +63,56 @@ class Asked:
             if rendered.error is not None:
                 raise InvalidArgument(rendered.error)
             tokens = rendered.ids
-        elif isinstance(self.prompt, str):
-            tokens = encode(self.name, self.prompt)
         else:
-            tokens = self.prompt = token_list(self.name, self.prompt, "a string or a list of token ids")
-        if not isinstance(self.params, SamplingParams):
-            raise bad(self.option.rstrip("."), self.params, "SamplingParams")
+            tokens = self._tokens(terms.encode)
+        self.params = self._params()
         if not tokens:
             raise InvalidArgument(f"{self.name}: got an empty prompt, expected at least one token")
-        known_tokens(self.name, tokens, vocab_size)
+        most = self.params.truncate_prompt_tokens
+        if most is not None:
+            tokens = tokens[-(most if most > 0 else terms.max_context - 1) :]
+        known_tokens(self.name, tokens, terms.vocab_size)
         for option in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
-            known_tokens(self.option + option, list(getattr(self.params, option) or ()), vocab_size)
-        if self.params.stop and not has_bytes:
+            known_tokens(self.option + option, list(getattr(self.params, option) or ()), terms.vocab_size)
+        if self.params.stop and not terms.has_bytes:
             raise InvalidArgument(
                 f"{self.option}stop: got strings, expected stop_token_ids: this tokenizer's tokens have no bytes of their own"
             )
         try:
-            self.constraint = constraints.make(self.params)
+            self.constraints = [terms.constraints.make(self.params) for _ in range(self.params.n)]
         except InvalidArgument as error:
             raise InvalidArgument(f"{self.option}{error}") from None
         return tokens
+
+    def _tokens(self, encode: Callable[[str, str], list[int]]) -> list[int]:
+        name = self.name
+        if isinstance(self.prompt, Mapping):
+            given = dict(self.prompt)
+            elsewhere.known(name, given, _IN_A_PROMPT, elsewhere.CALLS)
+            text, ids = given.get("prompt"), given.get("prompt_token_ids")
+            if ids is not None:
+                self.prompt = (
+                    text if isinstance(text, str) else token_list(f"{name}.prompt_token_ids", ids, "token ids")
+                )
+                return token_list(f"{name}.prompt_token_ids", ids, "a list of token ids")
+            if not isinstance(text, str):
+                raise bad(f"{name}.prompt", text, "a string, or prompt_token_ids")
+            self.prompt, name = text, f"{name}.prompt"
+        if isinstance(self.prompt, str):
+            return encode(name, self.prompt)
+        self.prompt = token_list(name, self.prompt, "a string or a list of token ids")
+        return self.prompt
+
+    def _params(self) -> SamplingParams:
+        if isinstance(self.params, Mapping):
+            try:
+                return SamplingParams.of(self.option.rstrip(".") or "params", self.params)
+            except InvalidArgument as error:
+                said, whole = str(error), self.option.rstrip(".")
+                raise InvalidArgument(said if whole and said.startswith(whole) else f"{self.option}{said}") from None
+        if not isinstance(self.params, SamplingParams):
+            raise bad(self.option.rstrip("."), self.params, "SamplingParams")
+        return self.params
 
     def tell(self, error: DflashError) -> DflashError:
         """The core's error about this request, with the names that the caller knows."""
@@ -92,27 +136,50 @@ def array_of(value: Any) -> Any:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
-    prompts = array_of(prompts)
-    if not (is_list(prompts) or (isinstance(prompts, np.ndarray) and prompts.ndim > 0)):
-        raise bad("prompts", prompts, "a string, token ids, or a list of these")
-    if len(prompts) and isinstance(prompts[0], int | np.integer):
-        return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
+    given = array_of(prompts)
+    if not (is_list(given) or (isinstance(given, np.ndarray) and given.ndim > 0)):
+        raise bad("prompts", given, "a string, token ids, or a list of these")
+    if len(given) and isinstance(given[0], int | np.integer):
+        return [given]
+    return list(given)
 
 
-def asked(prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Asked]:
+def asked(prompts: Prompt | Sequence[Prompt], params: Any, request_ids: Any = None) -> list[Asked]:
     """The requests of a call; what is wrong with one of them is looked at later."""
     texts = as_list(prompts)
-    if params is None or isinstance(params, SamplingParams):
-        shared = params or SamplingParams()
-        return [Asked(i, text, shared, "") for i, text in enumerate(texts)]
+    if params is None or isinstance(params, SamplingParams | Mapping):
+        shared = SamplingParams.of("params", {} if params is None else params)
+        all_of_them = [Asked(i, text, shared, "") for i, text in enumerate(texts)]
+    else:
+        all_of_them = _each(texts, params)
+    if request_ids is not None:
+        for one, name in zip(all_of_them, _names(request_ids, len(texts))):
+            one.request_id = name
+    return all_of_them
+
+
+def _each(texts: list[Prompt], params: Any) -> list[Asked]:
+    """Prompts with parameters of their own."""
     if not is_list(params):
         raise bad("params", params, "SamplingParams, or a list of them")
     if len(params) != len(texts):
         raise InvalidArgument(f"params: got {len(params)}, expected one, or one for each of {len(texts)} prompts")
     return [Asked(i, text, one, f"params[{i}].") for i, (text, one) in enumerate(zip(texts, params))]
+
+
+def _names(request_ids: Any, count: int) -> list[str]:
+    """What the caller calls the requests of a call."""
+    names = [request_ids] if isinstance(request_ids, str) else request_ids
+    if not is_list(names) or not all(isinstance(name, str) and name for name in names):
+        raise bad("request_ids", request_ids, "a non-empty string for each prompt")
+    if len(names) != count:
+        raise InvalidArgument(f"request_ids: got {len(names)}, expected one for each of {count} prompts")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidArgument(f"request_ids: got {shown(twice)} twice, expected each once")
+    return list(names)
 
 
 def token_list(name: str, prompt: Any, expected: str) -> list[int]:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
+from . import elsewhere
 from .arguments import bad, flag, integer, is_list, real
 from .structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 64
+MAX_ANSWERS = 1024
 # Half a character, which no text has.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Below this a temperature is meant to be 0, and the tempered logits would leave float32.
@@ -50,6 +52,7 @@ def _option(default: Any, metavar: str | None, help: str | None, core: bool = Tr
     return field(default_factory=dict, metadata=told) if default == {} else field(default=default, metadata=told)
 
 
+@elsewhere.explained(elsewhere.SAMPLING)
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling options of one request.
@@ -66,6 +69,12 @@ class SamplingParams:
     - `logit_bias`: token id -> finite number added to its logit.
     - `logprobs`: None, or n >= 0: the log-probability of every output token under the model's own softmax (before the
       transform above), and the n likeliest tokens beside it.
+    - `n`: answers to each prompt, with the seeds ``seed``, ``seed + 1`` and so on (modulo 2^64). More than one need a temperature above 0.
+    - `max_drafts`: drafts verified in a step at most; 0 decodes plainly, None leaves it to the engine. The text is the same.
+    - `prompt_logprobs`: like `logprobs`, for the prompt's tokens, each after those before it. It takes a pass of its own over the prompt.
+    - `truncate_prompt_tokens`: the last so many tokens of the prompt are taken; -1 is as many as the context has room for.
+    - `skip_special_tokens`: leave tokens that are no text out of it; False writes their names, and `stop` strings see them.
+    - `include_stop_str_in_output`: what ended the text, a stop string or the text of a stop token, is part of it.
     - `allowed_token_ids`: the only tokens that may be drawn; None allows all. End-of-text tokens are not among them unless they are named.
     - `bad_words`: strings whose tokens, alone or behind a space, the output may not hold one after the other.
     - `logits_processors`: functions ``(output tokens, row) -> row`` or ``(prompt tokens, output tokens, row) -> row``, applied in order before
@@ -95,6 +104,14 @@ class SamplingParams:
     logprobs: int | None = _option(None, "N", "with --json only: log-probabilities, and the N likeliest tokens")
     ignore_eos: bool = _option(False, None, "go on after the end-of-text token")
     min_tokens: int = _option(0, "N", "tokens before anything but --max-tokens may end the text; default: 0")
+    n: int = _option(1, None, None, False)
+    max_drafts: int | None = _option(None, "N", "drafts verified in a step at most; 0 decodes plainly: the same text")
+    prompt_logprobs: int | None = _option(None, "N", "with --json only: the same for the prompt's tokens", False)
+    truncate_prompt_tokens: int | None = _option(
+        None, "N", "take the last N tokens of a prompt; -1: what has room", False
+    )
+    skip_special_tokens: bool = _option(True, None, None)
+    include_stop_str_in_output: bool = _option(False, None, "the text ends with what stopped it")
     allowed_token_ids: Sequence[int] | None = _option(
         None, "ID", "the only tokens that may be drawn; may be given repeatedly; default: all", False
     )
@@ -124,7 +141,19 @@ class SamplingParams:
         self._real("frequency_penalty", -2.0, 2.0)
         if self.logprobs is not None:
             self._integer("logprobs", 0, MAX_LOGPROBS)
-        flag("ignore_eos", self.ignore_eos)
+        if self.prompt_logprobs is not None:
+            self._integer("prompt_logprobs", 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            flag(name, getattr(self, name))
+        self._integer("n", 1, MAX_ANSWERS)
+        if self.n > 1 and self.temperature == 0:
+            raise bad("n", self.n, "1 with temperature 0: greedy answers are all the same")
+        if self.max_drafts is not None:
+            self._integer("max_drafts", 0, 2**31 - 1)
+        if self.truncate_prompt_tokens is not None:
+            self._integer("truncate_prompt_tokens", -1, 2**31 - 1)
+            if self.truncate_prompt_tokens == 0:
+                raise bad("truncate_prompt_tokens", 0, "-1 or an integer of at least 1")
 
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         good = is_list(stops) and all(isinstance(s, str) and s and not _SURROGATE.search(s) for s in stops)
@@ -165,6 +194,16 @@ class SamplingParams:
         if self.structured_outputs is not None:
             wanted = StructuredOutputsParams.of("structured_outputs", self.structured_outputs)
             object.__setattr__(self, "structured_outputs", wanted)
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> SamplingParams:
+        """`value`, or what a mapping of such names means. Raises InvalidArgument naming what is wrong."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise bad(name, value, "SamplingParams, or a mapping with their names")
+        elsewhere.known(name, value, [option.name for option in fields(cls)], elsewhere.SAMPLING)
+        return cls(**value)
 
     def for_core(self, seed: int, draft: bool, edited: bool = False) -> dict[str, Any]:
         """What `_core.Engine.add` takes: options of the core by their names, this `seed` in place of None, whether drafts may be verified, and

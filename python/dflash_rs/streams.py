@@ -6,10 +6,10 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import DflashError
-from .outputs import Output, StreamEvent
+from .outputs import Output, StreamEvent, first_of
 
 if TYPE_CHECKING:
     from .engine.requests import Active
@@ -59,17 +59,25 @@ class Stream(Iterator[StreamEvent]):
                     raise
             raise StopIteration
 
-    def _outputs(self) -> dict[int, Output]:
-        """By their prompts' places, the outputs of everything that is still to come: its events are never made."""
+    def _outputs(self, progress: Any = None) -> dict[int, Output]:
+        """By their prompts' places, the outputs of everything that is still to come, the first answers with the others: its events are never
+        made. `progress` is shown how many requests are done, and their tokens."""
         with self._turn:
-            outputs = {event.index: event.output for event in self._events if event.output is not None}
+            answers = {event.index: [event.output] for event in self._events if event.output is not None}
+            done = tokens = 0
             while self._waiting:
                 self._llm._advance(self._ended)
                 while self._ended:
                     active = self._ended.popleft()
-                    outputs[active.index] = active.output()
+                    output = active.output()
+                    answers.setdefault(active.index, []).append(output)
                     del self._waiting[active.request_id]
-            return outputs
+                    done, tokens = done + 1, tokens + len(output.token_ids)
+                if progress is not None:
+                    progress.show(done, tokens)
+            if progress is not None:
+                progress.clear()
+            return {index: first_of(its) for index, its in answers.items()}
 
     def close(self) -> None:
         """Ends what is unfinished; its pages return at the end of the running step at the latest. Waits for nothing."""

@@ -92,6 +92,19 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
     return [b"" if token is None or token in hidden else convert(token) for token in tokens]
 
 
+def with_special_tokens(tokenizer: Any, table: list[bytes]) -> list[bytes]:
+    """The bytes of every id, special tokens by their names: what a text shows that leaves none of them out."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return table
+    hidden = _special_tokens(tokenizer)
+    silent = [token for token, word in enumerate(table) if not word]
+    shown = list(table)
+    for token, name in zip(silent, tokenizer.convert_ids_to_tokens(silent)):
+        if name is not None and name in hidden:
+            shown[token] = name.encode()
+    return shown
+
+
 def _special_tokens(tokenizer: Any) -> set[str]:
     """Tokens that are no text: those with a role (end of text, padding) and those that only the tokenizer's file calls special."""
     added = tokenizer.added_tokens_decoder.values()
@@ -101,8 +114,8 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 class Detokenizer:
     """Text of a growing output. `push` returns what is certain; `finish` the rest, cut where the engine says."""
 
-    def __init__(self, tokenizer: Any, table: list[bytes] | None):
-        self._tokenizer, self._table = tokenizer, table
+    def __init__(self, tokenizer: Any, table: list[bytes] | None, skip_special_tokens: bool = True):
+        self._tokenizer, self._table, self._skip = tokenizer, table, skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._bytes = bytearray()
         self._shown_bytes = 0
@@ -140,4 +153,4 @@ class Detokenizer:
         return new
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)

@@ -15,6 +15,7 @@ use crate::types::TokenId;
 use crate::verify::{History, Params, Sampling, Source};
 
 const TOKENS: &str = "a list of nothing but token ids";
+const MOST_NAMES: usize = 12;
 // Beyond every vocabulary.
 const MOST_COLUMNS: usize = i32::MAX as usize;
 
@@ -46,7 +47,10 @@ impl<'py> Options<'_, 'py> {
                 .cast::<PyString>()
                 .is_ok_and(|key| options.asked.iter().any(|name| key == name));
             if !known {
-                let expected = format!("some of {}", options.asked.join(", "));
+                // In full they would not fit into a message.
+                let some = &options.asked[..options.asked.len().min(MOST_NAMES)];
+                let more = if some.len() < options.asked.len() { ", ..." } else { "" };
+                let expected = format!("some of {}{more}", some.join(", "));
                 return Err(invalid(argument, shown(&key), expected));
             }
         }

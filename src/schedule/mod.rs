@@ -184,11 +184,7 @@ impl Scheduler {
         else {
             return Ok(Decoded::NothingToDo);
         };
-        let block = if running.request.params.draft {
-            max_block as u32
-        } else {
-            1
-        };
+        let block = running.request.params.row(max_block as u32);
         let wanted = block.min(running.request.max_total - running.lo - 1);
         let mut len = wanted;
         let mut reserved = self.kv.reserve(running.key, running.hi + len, len)?;
@@ -266,7 +262,10 @@ impl Scheduler {
             return Ok(None);
         };
         // A page for each row that runs already, or the newcomer would have to give way at the next page boundary.
-        let Some(admitted) = self.kv.admit(&request.tokens, self.order.len(), request.params.draft)? else {
+        let Some(admitted) = self
+            .kv
+            .admit(&request.tokens, self.order.len(), request.params.drafts())?
+        else {
             return Ok(None);
         };
         let Some(mut request) = self.waiting.pop_front() else {

@@ -82,6 +82,8 @@ pub(crate) struct Gain<'a> {
     pub accepted: u32,
     pub text_end: Option<usize>,
     pub finish: Finish,
+    /// Which stop string it ended with.
+    pub stopped_by: Option<usize>,
 }
 
 /// Log-probabilities of an output's tokens, of a request that asked for them.
@@ -108,6 +110,7 @@ pub struct Record {
     first: Option<Instant>,
     ended: Option<Instant>,
     finish: Finish,
+    stopped_by: Option<usize>,
     error: Option<String>,
     /// Pieces that were read, and what has become of their text.
     read: usize,
@@ -204,7 +207,8 @@ impl Drop for RecordHandle {
 }
 
 impl Record {
-    pub(super) fn new(vocabulary: Option<&Arc<Vocabulary>>) -> Self {
+    /// `shows_stop`: the token that ends the output may have text.
+    pub(super) fn new(vocabulary: Option<&Arc<Vocabulary>>, shows_stop: bool) -> Self {
         Self {
             tokens: Vec::new(),
             pieces: Vec::new(),
@@ -214,9 +218,10 @@ impl Record {
             first: None,
             ended: None,
             finish: Finish::Running,
+            stopped_by: None,
             error: None,
             read: 0,
-            text: vocabulary.map(|vocabulary| Text::new(Arc::clone(vocabulary))),
+            text: vocabulary.map(|vocabulary| Text::new(Arc::clone(vocabulary), shows_stop)),
         }
     }
 
@@ -237,6 +242,7 @@ impl Record {
             });
         }
         if gain.finish != Finish::Running {
+            self.stopped_by = gain.stopped_by;
             self.end(gain.finish);
         }
     }
@@ -344,6 +350,11 @@ impl Record {
         self.finish
     }
 
+    /// Which of its stop strings it ended with.
+    pub fn stopped_by(&self) -> Option<usize> {
+        self.stopped_by
+    }
+
     /// The message of the failure it ended with.
     pub fn error(&self) -> Option<&str> {
         self.error.as_deref()
@@ -367,21 +378,25 @@ struct Text {
     at: usize,
     certain: usize,
     shown: String,
+    shows_stop: bool,
 }
 
 impl Text {
-    fn new(vocabulary: Arc<Vocabulary>) -> Self {
+    fn new(vocabulary: Arc<Vocabulary>, shows_stop: bool) -> Self {
         Self {
             vocabulary,
             rest: Vec::new(),
             at: 0,
             certain: 0,
             shown: String::new(),
+            shows_stop,
         }
     }
 
     /// Takes tokens; `text_end` bytes of the output are known to be text. Returns what that makes visible.
     fn push(&mut self, tokens: &[TokenId], text_end: usize, finish: Finish) -> String {
+        let ended = finish == Finish::StopToken && !self.shows_stop;
+        let tokens = &tokens[..tokens.len() - usize::from(ended)];
         for &token in tokens {
             self.rest.extend_from_slice(self.vocabulary.of(token));
         }

@@ -81,9 +81,9 @@ struct Watch {
 }
 
 impl Watch {
-    /// Appends a token's bytes; `true` when they complete a stop string, unless it is too `early` for one. `text_end` is where it began
+    /// Appends a token's bytes; says which stop string they complete, unless it is too `early` for one. `text_end` is where it began
     /// then, otherwise everything but the longest ending that may still become a stop string.
-    fn push(&mut self, token: TokenId, stops: &[Vec<u8>], early: bool) -> bool {
+    fn push(&mut self, token: TokenId, stops: &[Vec<u8>], early: bool) -> Option<usize> {
         let fresh = self.vocabulary.of(token);
         let keep = self.tail.len().min(self.longest - 1);
         self.tail.drain(..self.tail.len() - keep);
@@ -96,10 +96,11 @@ impl Watch {
             let fresh = self.tail[from..].windows(stop.len());
             fresh.into_iter().position(|window| window == stop).map(|at| from + at)
         };
-        let first = stops.iter().filter_map(complete).min();
-        if let Some(first) = first.filter(|_| !early) {
+        let at = |(which, stop)| complete(stop).map(|at| (at, which));
+        let first = stops.iter().enumerate().filter_map(at).min();
+        if let Some((first, which)) = first.filter(|_| !early) {
             self.text_end = base + first;
-            return true;
+            return Some(which);
         }
         let held = (1..self.longest.min(self.tail.len() + 1))
             .rev()
@@ -110,7 +111,7 @@ impl Watch {
             })
             .unwrap_or(0);
         self.text_end = self.total - held;
-        false
+        None
     }
 }
 
@@ -137,6 +138,8 @@ pub struct Request {
     pub(crate) lookup: Lookup,
     /// What was looked up for the step at hand.
     pub(crate) guesses: Vec<Guess>,
+    /// Which stop string it ended with.
+    pub(crate) stopped_by: Option<usize>,
     watch: Option<Watch>,
 }
 
@@ -162,6 +165,7 @@ impl Request {
         } else {
             History::default()
         };
+        let include_stop = params.include_stop;
         Self {
             id,
             prompt_len: prompt.len(),
@@ -169,10 +173,11 @@ impl Request {
             params,
             history,
             max_total,
-            record: RecordHandle::new(ledger, Record::new(vocabulary)),
+            record: RecordHandle::new(ledger, Record::new(vocabulary, include_stop)),
             cached_tokens: 0,
             lookup: Lookup::new(),
             guesses: Vec::new(),
+            stopped_by: None,
             watch,
         }
     }
@@ -211,15 +216,24 @@ impl Request {
         let ends_text = !self.params.ignore_eos && eos.contains(&token) || self.params.stop_ids.contains(&token);
         // Early ones are masked where tokens are drawn; one that comes all the same is a token like any other.
         if ends_text && !early {
-            // The stop token has no text of its own; what was held back for a stop string is text after all.
+            // The stop token's own text is left out unless it is asked for; what was held back for a stop string is text after all.
             if let Some(watch) = &mut self.watch {
-                watch.text_end = watch.total;
+                let own = if self.params.include_stop {
+                    watch.vocabulary.of(token).len()
+                } else {
+                    0
+                };
+                watch.text_end = watch.total + own;
             }
             return Finish::StopToken;
         }
         if let Some(watch) = &mut self.watch
-            && watch.push(token, &self.params.stop_strings, early)
+            && let Some(which) = watch.push(token, &self.params.stop_strings, early)
         {
+            if self.params.include_stop {
+                watch.text_end += self.params.stop_strings[which].len();
+            }
+            self.stopped_by = Some(which);
             return Finish::StopString;
         }
         if self.tokens.len() >= self.max_total as usize {
@@ -314,6 +328,21 @@ mod tests {
             assert_eq!(request.push(TokenId(token), &[]), Finish::Running);
             assert_eq!(request.text_end(), Some(text_end), "after {:?}", request.tokens);
         }
+    }
+
+    #[test]
+    fn a_request_knows_which_stop_string_it_ended_with_and_may_keep_it() {
+        for (include, end) in [(false, 1), (true, 3)] {
+            let mut request = request(&["c", "bc"], 9);
+            request.params.include_stop = include;
+            assert_eq!(request.push(TokenId(5), &[]), Finish::StopString);
+            assert_eq!((request.stopped_by, request.text_end()), (Some(1), Some(end)));
+        }
+        let mut request = request(&["xx"], 9);
+        request.params.include_stop = true;
+        assert_eq!(request.push(TokenId(0), &[]), Finish::Running);
+        assert_eq!(request.push(TokenId(5), &[TokenId(5)]), Finish::StopToken);
+        assert_eq!((request.stopped_by, request.text_end()), (None, Some(4)));
     }
 
     #[test]

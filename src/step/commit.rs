@@ -28,6 +28,7 @@ struct Given<'a> {
     accepted: u32,
     finish: Finish,
     text_end: Option<usize>,
+    stopped_by: Option<usize>,
     cached_tokens: u32,
 }
 
@@ -114,6 +115,7 @@ impl Engine {
             accepted,
             finish,
             text_end: request.text_end(),
+            stopped_by: request.stopped_by,
             cached_tokens: request.cached_tokens,
         };
         given.tell(request.id.0, events.arrays_mut());
@@ -204,6 +206,7 @@ impl Given<'_> {
             accepted: self.accepted,
             text_end: self.text_end,
             finish: self.finish,
+            stopped_by: self.stopped_by,
         };
         record.push(&gain, self.cached_tokens);
     }

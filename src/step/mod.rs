@@ -59,6 +59,8 @@ pub struct Engine {
     stats: Stats,
     lookups: LookupRates,
     vocabulary: Option<Arc<Vocabulary>>,
+    /// With the names of tokens that are no text.
+    special: Option<Arc<Vocabulary>>,
     ledger: Arc<Mutex<Ledger>>,
     eos: Vec<TokenId>,
     next_request: u64,
@@ -115,10 +117,27 @@ impl Engine {
             stats: Stats::new(),
             lookups: LookupRates::new(),
             vocabulary: vocabulary.map(Arc::new),
+            special: None,
             ledger: Arc::default(),
             next_request: 0,
             next_step: 0,
         })
+    }
+
+    /// The bytes of every token, those that are no text by their names: for requests that do not skip these.
+    ///
+    /// # Errors
+    /// `Length` for a vocabulary of the wrong size.
+    pub fn with_special_tokens(mut self, vocabulary: Vocabulary) -> Result<Self> {
+        if vocabulary.len() != self.scheduler.config().vocab_size {
+            return Err(Error::Length {
+                name: "special_vocabulary",
+                got: vocabulary.len(),
+                expected: self.scheduler.config().vocab_size,
+            });
+        }
+        self.special = Some(Arc::new(vocabulary));
+        Ok(self)
     }
 
     /// The sizes.
@@ -176,10 +195,19 @@ impl Engine {
         }
         check_tokens("prompt", &prompt, config.vocab_size)?;
         params.validate(config.vocab_size, self.vocabulary.is_some())?;
+        if !params.skip_special_tokens && self.vocabulary.is_some() && self.special.is_none() {
+            let expected = "True, or an engine that knows their names".into();
+            return refuse("skip_special_tokens", "False".into(), expected);
+        }
         params.settle(prompt.len(), &self.eos);
         let max_total = (prompt.len() + params.max_tokens as usize).min(config.max_context) as u32;
         let id = RequestId(self.next_request);
-        let request = Request::new(id, prompt, params, max_total, self.vocabulary.as_ref(), &self.ledger);
+        let vocabulary = if params.skip_special_tokens {
+            self.vocabulary.as_ref()
+        } else {
+            self.special.as_ref()
+        };
+        let request = Request::new(id, prompt, params, max_total, vocabulary, &self.ledger);
         self.scheduler.enqueue(request)?;
         self.next_request += 1;
         Ok(id)
@@ -202,7 +230,7 @@ impl Engine {
         let mut others = 0;
         let mut temperatures = Vec::with_capacity(self.scheduler.num_running());
         for request in oldest {
-            if request.params.draft {
+            if request.params.drafts() {
                 temperatures.push(request.params.sampling.temperature);
             } else {
                 others += 1;

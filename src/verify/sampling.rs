@@ -77,6 +77,12 @@ pub struct Params {
     pub logprobs: Option<u32>,
     /// Whether drafts may be verified for it. The text is the same either way.
     pub draft: bool,
+    /// `Some(n)`: at most `n` drafts are verified for it in a step.
+    pub max_drafts: Option<u32>,
+    /// Whether tokens that are no text (end of text, padding, roles) are left out of its text.
+    pub skip_special_tokens: bool,
+    /// Whether what it ended with, a stop string or a stop token, is part of its text.
+    pub include_stop: bool,
     /// Whether the caller edits its rows before they are drawn: no step is launched ahead of its results then.
     pub edited: bool,
 }
@@ -95,6 +101,9 @@ impl Default for Params {
             ignore_eos: false,
             logprobs: None,
             draft: true,
+            max_drafts: None,
+            skip_special_tokens: true,
+            include_stop: false,
             edited: false,
         }
     }
@@ -157,6 +166,9 @@ impl Params {
         source.flag("ignore_eos", &mut self.ignore_eos)?;
         source.maybe_count("logprobs", &mut self.logprobs)?;
         source.flag("draft", &mut self.draft)?;
+        source.maybe_count("max_drafts", &mut self.max_drafts)?;
+        source.flag("skip_special_tokens", &mut self.skip_special_tokens)?;
+        source.flag("include_stop_str_in_output", &mut self.include_stop)?;
         source.flag("edited", &mut self.edited)
     }
 }
@@ -299,6 +311,19 @@ impl Params {
     /// Whether a draw needs every token before it: they are counted, or looked at by the caller.
     pub fn needs_text(&self) -> bool {
         self.edited || self.sampling.needs_history()
+    }
+
+    /// Whether drafts are verified for it at all.
+    pub fn drafts(&self) -> bool {
+        self.draft && self.max_drafts != Some(0)
+    }
+
+    /// Most tokens of its row in a step of rows of `block` tokens, the anchor counted.
+    pub fn row(&self, block: u32) -> u32 {
+        if !self.drafts() {
+            return 1;
+        }
+        self.max_drafts.map_or(block, |most| block.min(most.saturating_add(1)))
     }
 
     /// Whether tokens are scored.

@@ -96,3 +96,12 @@ def test_a_dead_end_is_where_plain_decoding_has_it(llm):
         assert tokens([good]) == expected[:1]
         assert failed.finish_reason == "error" and "logits_processors[0]: raised RuntimeError: 'seven'" in failed.error
         assert failed.token_ids == expected[1][0][:7]
+
+
+def test_requests_that_draft_less_than_others_say_the_same(llm):
+    each = [SamplingParams(temperature=0.8, seed=4, max_tokens=16, max_drafts=most) for most in (0, 2, None)]
+    plain = tokens(llm.generate(PROMPTS[:3], each, draft=False))
+    outputs = llm.generate(PROMPTS[:3], each)
+    assert tokens(outputs) == plain
+    drafted = [len(o.metrics["accepted_per_position"]) for o in outputs]
+    assert drafted[0] == 0 < drafted[1] <= 2 < drafted[2]

@@ -16,6 +16,8 @@ class FakeOutput:
     logprobs: Any = None
     metrics: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    stop_reason: Any = None
+    prompt_logprobs: Any = None
 
 
 @dataclass

@@ -52,7 +52,7 @@ def test_help_answers_without_loading_torch():
     assert "examples:" in done.stdout and "exit codes:" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "bench", "train", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "check", "train", "doctor"])
 def test_every_command_explains_itself(command, capsys):
     parser = cli.build_parser()
     with pytest.raises(SystemExit) as end:
@@ -142,7 +142,8 @@ def test_every_sampling_option_reaches_the_engine():
     words = (
         "generate x --max-tokens 9 --min-tokens 4 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 "
         "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --logit-bias 5=-2 --logit-bias 6=1.5 "
-        "--stop-token-id 3 --stop-token-id 4 --logprobs 2 --ignore-eos --allowed-token-id 8 --allowed-token-id 9 --bad-word no"
+        "--stop-token-id 3 --stop-token-id 4 --logprobs 2 --ignore-eos --allowed-token-id 8 --allowed-token-id 9 --bad-word no "
+        "--max-drafts 2 --prompt-logprobs 1 --truncate-prompt-tokens 30 --special-tokens --include-stop-str-in-output"
     ).split()
     args = cli.build_parser().parse_args([*words, "--stop", "\\n\\n", "--bad-word", "not so", "--regex", "[a-z]+"])
     params = cli.generate.sampling_from(args)
@@ -156,7 +157,10 @@ def test_every_sampling_option_reaches_the_engine():
     assert params.structured_outputs == StructuredOutputsParams(regex="[a-z]+")
     default = SamplingParams()
     same = [name for name in SamplingParams.__dataclass_fields__ if getattr(params, name) == getattr(default, name)]
-    assert same == ["logits_processors"], "an option that the words above leave out"
+    assert (params.max_drafts, params.prompt_logprobs, params.truncate_prompt_tokens) == (2, 1, 30)
+    assert not params.skip_special_tokens and params.include_stop_str_in_output
+    # Functions have no words, and answers of one prompt no lines of their own.
+    assert same == ["n", "logits_processors"], "an option that the words above leave out"
 
 
 @pytest.mark.parametrize(
@@ -395,7 +399,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_is_explained():
-    assert len(list(parsers())) == 17
+    assert len(list(parsers())) == 18
     for kind in parsers():
         for action in kind._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (kind.prog, action.dest)
@@ -438,7 +442,7 @@ def test_training_threads_are_those_that_the_machine_has(tmp_path, capsys):
     assert error.startswith(f"dflash-rs: error: --threads: got {most + 1}, expected an integer in 1..{most}")
 
 
-@pytest.mark.parametrize("command", ["generate x", "bench", "train target --corpus a --out b", "doctor"])
+@pytest.mark.parametrize("command", ["generate x", "bench", "check", "train target --corpus a --out b", "doctor"])
 def test_an_unknown_option_is_answered_with_the_usage_of_its_command(command, fake, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--nothing"])

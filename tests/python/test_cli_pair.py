@@ -268,3 +268,13 @@ def test_a_warning_is_one_line_of_the_commands_own_and_loading_draws_nothing(tmp
         f"dflash-rs: warning: target {folder}: a Qwen3ForCausalLM has no place for 1 of its tensors (mtp.weight); they are "
         "ignored\n"
     )
+
+
+def test_check_finds_the_pair_lossless_in_every_situation():
+    done = dflash(*"check --prompts 2 --max-tokens 20 --rounds 1 --rejected 40 --json -".split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = {case["name"]: case for case in json.loads(done.stdout)["cases"]}
+    assert len(cases) == 12 and all(case["passed"] for case in cases.values())
+    # Two prompts, and one of several hundred tokens.
+    assert cases["own drafts, alone"]["texts"] == 6 and cases["own drafts, alone"]["tau"] > 1.3
+    assert cases["all drafts wrong, 40 tokens"]["tau"] == 1

@@ -497,6 +497,15 @@ def test_rows_are_edited_by_the_branch_they_are_on_and_those_no_walk_reaches_are
     assert edit(plan, {}, None) is None and edit(plan, {5: made}, None) is None
 
 
+def test_words_that_the_tokenizer_has_no_tokens_for_are_refused():
+    for ids in ([], [3, 29]):
+        made = Constraints(lambda text, ids=ids, **_: SimpleNamespace(input_ids=ids), LETTERS, 29, [26])
+        with pytest.raises(
+            InvalidArgument, match="^bad_words: got 'word', expected words that this tokenizer has tokens for"
+        ):
+            made.make(SamplingParams(bad_words=["word"]))
+
+
 def test_a_target_with_state_takes_constraints_as_well():
     target, draft = RecurrentTarget(), LookUp()
 

@@ -77,6 +77,25 @@ def test_tokens_drawn_on_the_device_are_those_of_the_host(llm, calls, monkeypatc
     assert texts(llm, PARAMS) == drawn
 
 
+def test_rows_of_constrained_requests_are_drawn_on_the_host_beside_others(llm, calls, monkeypatch):
+    def odd(output, row):
+        row[len(output) % 5 :: 5] = -np.inf
+        return row
+
+    each = [
+        PARAMS[1],
+        SamplingParams(max_tokens=20, logits_processors=[odd], temperature=0.7, seed=3, presence_penalty=0.2),
+        PARAMS[0],
+        SamplingParams(max_tokens=20, bad_words=["in", "range"], ignore_eos=True),
+        PARAMS[2],
+    ]
+    drawn, steps = texts(llm, each), llm.stats()["steps"]
+    assert calls
+    monkeypatch.setattr(llm._loop.backend, "draws_there", False)
+    assert texts(llm, each) == drawn and llm.stats()["steps"] > steps
+    assert drawn[1] != texts(llm, [SamplingParams(max_tokens=20, temperature=0.7, seed=3, presence_penalty=0.2)] * 5)[1]
+
+
 @pytest.mark.parametrize("option", [{"logprobs": 1}, {"logprobs": 0, "presence_penalty": 0.5}])
 def test_what_the_device_does_not_do_is_done_on_the_host(llm, calls, monkeypatch, option):
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=6, **option)

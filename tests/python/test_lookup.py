@@ -95,12 +95,12 @@ def test_a_stream_that_is_left_an_abort_and_an_interruption_harm_nobody(monkeypa
         backend = type(engine._loop.backend)
         accept, calls = backend._accept, 0
 
-        def interrupted(self, plan, rows):
+        def interrupted(self, plan, *rows):
             nonlocal calls
             calls += 1
             if calls % 3 == 0:
                 raise KeyboardInterrupt
-            return accept(self, plan, rows)
+            return accept(self, plan, *rows)
 
         monkeypatch.setattr(backend, "_accept", interrupted)
         stream = engine.stream(PROMPTS[:5], GREEDY)

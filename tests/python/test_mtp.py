@@ -344,12 +344,12 @@ def test_an_interruption_and_an_abort_harm_nobody(plain, monkeypatch):
         backend = type(llm._loop.backend)
         accept, calls = backend._accept, 0
 
-        def interrupted(self, plan, rows):
+        def interrupted(self, plan, *rows):
             nonlocal calls
             calls += 1
             if calls % 3 == 0:
                 raise KeyboardInterrupt
-            return accept(self, plan, rows)
+            return accept(self, plan, *rows)
 
         monkeypatch.setattr(backend, "_accept", interrupted)
         stream = llm.stream(PROMPTS, [params("seeded", i) for i in range(len(PROMPTS))])

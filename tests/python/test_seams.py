@@ -148,12 +148,12 @@ def test_a_step_that_is_called_off_leaves_states_as_they_were(plain, monkeypatch
     with engine(target, draft, max_batch_tokens=9) as llm:
         accept, calls = type(llm._loop.backend)._accept, 0
 
-        def interrupted(self, plan, rows):
+        def interrupted(self, plan, *rows):
             nonlocal calls
             calls += 1
             if calls % 3 == 0:
                 raise KeyboardInterrupt
-            return accept(self, plan, rows)
+            return accept(self, plan, *rows)
 
         monkeypatch.setattr(type(llm._loop.backend), "_accept", interrupted)
         stream = llm.stream(PROMPTS, PARAMS["greedy"])

@@ -312,7 +312,7 @@ def test_a_training_with_stored_features_is_the_training_without(tmp_path):
 
     def losses(name, store=None):
         report = drafter_training.train(
-            settings, tmp_path / "target", tmp_path / "responses", None, tmp_path / name, "cpu", 1, False, store
+            settings, tmp_path / "target", tmp_path / "responses", None, tmp_path / name, "cpu", 1, False, store=store
         )
         return [entry["loss"] for entry in report["history"]]
 
@@ -323,7 +323,7 @@ def test_a_training_with_stored_features_is_the_training_without(tmp_path):
     np.save(tmp_path / "train.npy", np.arange(2, 1000, dtype=np.int32) % 60)
     with pytest.raises(ValueError, match="store_features: got a corpus"):
         drafter_training.train(
-            settings, tmp_path / "target", tmp_path / "responses", tmp_path, tmp_path / "c", "cpu", 1, False, tmp_path / "f"
+            settings, tmp_path / "target", tmp_path / "responses", tmp_path, tmp_path / "c", "cpu", 1, False, store=tmp_path / "f"
         )  # fmt: skip
 
 

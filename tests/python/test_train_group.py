@@ -124,20 +124,21 @@ def test_a_target_spread_over_two_processes_trains_the_very_drafter_of_a_whole_o
     histories = [common.load_checkpoint(tmp_path / name / "checkpoint.pt")["history"] for name in ("whole", "spread")]
     assert histories[0] == histories[1] and histories[0][-1]["step"] == 3
     assert all(set(entry["held_out"]) <= {"a", "b"} and entry["held_out"] for entry in histories[0])
+    # Both compute their part of the features, of other rows at once: the same up to rounding.
+    in_two_processes(
+        [*command(responses, tmp_path / "stored"), "--shard-target", "--store-features", str(tmp_path / "f")]
+    )
+    stored = load_file(tmp_path / "stored" / "model.safetensors")
+    for name, values in whole.items():
+        torch.testing.assert_close(stored[name].float(), values.float(), atol=2e-3, rtol=2e-2)
+    notes = sorted(path.name for path in (tmp_path / "f").glob("captured-*"))
+    assert notes == ["captured-0-of-2.json", "captured-1-of-2.json"]
 
 
 @pytest.mark.pair
 def test_a_target_cannot_be_spread_over_one_process(responses, tmp_path, capsys):
     assert cli.main(["train", *command(responses, tmp_path / "out"), "--shard-target"]) == 2
     assert "shard_target: got one process, expected several" in capsys.readouterr().err
-
-
-@pytest.mark.pair
-def test_a_spread_target_and_stored_features_are_refused_together(responses, tmp_path, capsys):
-    words = [*command(responses, tmp_path / "out"), "--shard-target", "--store-features", str(tmp_path / "features")]
-    assert cli.main(["train", *words]) == 2
-    assert "store_features: got shard_target, too" in capsys.readouterr().err
-    assert not (tmp_path / "features").exists()
 
 
 SPREAD = """

@@ -1,4 +1,4 @@
-"""The command `dflash-rs`: generate, chat, bench, train, models, doctor.
+"""The command `dflash-rs`: generate, chat, bench, check, train, models, doctor.
 
 Nothing heavy is imported before the arguments are understood: `--help` and a misspelt option answer at once.
 Results go to standard output, everything said about them to standard error, so that output can be piped. Text is written in
@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from dflash_rs.cli import bench, chat, doctor, generate, models, train
+from dflash_rs.cli import bench, chat, check, doctor, generate, models, train
 from dflash_rs.cli.arguments import EXIT_CODES, FORMATTER, Version
 from dflash_rs.cli.console import (
     BAD_INPUT,
@@ -121,7 +121,7 @@ Every command says more, and how to use it, with --help.
     )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, bench, train, models, doctor):
+    for command in (generate, chat, bench, check, train, models, doctor):
         command.add(commands)
     for kind in commands.choices.values():
         kind.set_defaults(parser=kind)

@@ -11,6 +11,7 @@ from dflash_rs.cli import console
 EXIT_CODES = """exit codes:
   0    done
   1    it failed while running (for `bench`: also when a float32 text differs with drafting;
+       for `check`: when a text differs by more than rounding;
        for `doctor`: when the bundled pair cannot generate, or SGLang cannot serve)
   2    the arguments, a prompt or a checkpoint cannot be used
   130  interrupted with Ctrl-C"""

@@ -125,10 +125,16 @@ def output_json(output: Any, prompt: Any) -> dict[str, Any]:
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
-        "logprobs": None if output.logprobs is None else [asdict(one) for one in output.logprobs],
+        "stop_reason": output.stop_reason,
+        "logprobs": _scores(output.logprobs),
+        "prompt_logprobs": _scores(output.prompt_logprobs),
         "metrics": output.metrics,
         "error": output.error,
     }
+
+
+def _scores(scores: Any) -> Any:
+    return None if scores is None else [None if one is None else asdict(one) for one in scores]
 
 
 def summary(output: Any) -> str:

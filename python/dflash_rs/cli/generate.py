@@ -85,14 +85,22 @@ def add_sampling(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
 
     group = parser.add_argument_group("sampling (honoured exactly, with and without drafting)")
     for option in fields(SamplingParams):
-        if option.name in without or str(option.type) not in _READS:
+        told = option.metadata["help"]
+        if option.name in without or told is None or str(option.type) not in _READS:
             continue
         reads = dict(_READS[str(option.type)])
         if option.metadata["metavar"] is not None:
             reads["metavar"] = option.metadata["metavar"]
         # What may be given repeatedly names one at a time.
         name = option.name.removesuffix("s") if str(option.type).startswith("Sequence[") else option.name
-        group.add_argument("--" + name.replace("_", "-"), dest=option.name, help=option.metadata["help"], **reads)
+        group.add_argument("--" + name.replace("_", "-"), dest=option.name, help=told, **reads)
+    group.add_argument(
+        "--special-tokens",
+        action="store_false",
+        default=None,
+        dest="skip_special_tokens",
+        help="show tokens that are no text by their names",
+    )
     shape = parser.add_argument_group("what the text has to be (one of these)")
     shape.add_argument(
         "--json-schema", metavar="SCHEMA", help="JSON that this schema describes: the schema, or a file with it"
@@ -117,8 +125,9 @@ def _bias(text: str) -> tuple[int, float]:
 
 def run(args: argparse.Namespace) -> int:
     """`dflash-rs generate`."""
-    if args.logprobs is not None and not args.json:
-        raise InvalidArgument(f"--logprobs: got {args.logprobs} without --json, which alone shows log-probabilities")
+    for name, count in (("--logprobs", args.logprobs), ("--prompt-logprobs", args.prompt_logprobs)):
+        if count is not None and not args.json:
+            raise InvalidArgument(f"{name}: got {count} without --json, which alone shows log-probabilities")
     prompts = collect_prompts(args, sys.stdin)
     params = sampling_from(args)
     llm = engine.make_engine(args)

@@ -18,7 +18,7 @@ from ..models.target import TargetModel
 from ..models.target.load import describe
 from ..models.threads import while_loading
 from ..options import StepOptions
-from ..text import Detokenizer, token_bytes
+from ..text import Detokenizer, token_bytes, with_special_tokens
 from .costs import measure
 from .device.step import DeviceBackend, serves
 from .host import HostBackend
@@ -143,6 +143,7 @@ def build(
         depth=int(overlap),
         state_checkpoints=copies,
         vocabulary=models.bytes,
+        special_vocabulary=None if models.bytes is None else with_special_tokens(models.tokenizer, models.bytes),
     )
     if copies is not None:
         try:
@@ -154,7 +155,9 @@ def build(
                 f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
                 f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
             ) from error
-    requests = Requests(core, None if models.bytes is not None else lambda: Detokenizer(models.tokenizer, None))
+    requests = Requests(
+        core, None if models.bytes is not None else lambda skip: Detokenizer(models.tokenizer, None, skip)
+    )
     device = None
     if on_device:
         device = DeviceBackend(

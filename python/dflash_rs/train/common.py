@@ -131,6 +131,14 @@ class Group:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def most(self, count: int) -> int:
+        """The largest of what the processes say."""
+        if self.size == 1:
+            return count
+        counts = [0] * self.size
+        torch.distributed.all_gather_object(counts, count)
+        return max(counts)
+
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """This process's rows of a global batch."""
         if batch.shape[0] % self.size:

@@ -443,10 +443,6 @@ def run(
     from ..models.checkpoint import load_causal_lm, readable
     from ..models.loader import load_draft
 
-    if store is not None and shard_target:
-        raise ValueError(
-            "store_features: got shard_target, too, whose processes have to run every pass together; expected one of them"
-        )
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast

@@ -86,7 +86,12 @@ class StoredFeatures:
         note = folder / f"captured-{group.rank}-of-{group.size}.json"
         done = json.loads(note.read_text(encoding="utf-8")) if note.exists() else 0
         progress = Progress(len(rows), "rows of features")
-        while done < len(rows):
+        # A target that is spread over the processes runs in all of them or in none.
+        passes = group.most(-(-(len(rows) - done) // _ROWS))
+        for _ in range(passes):
+            if done == len(rows):
+                teacher(torch.zeros(1, 1, dtype=torch.int64, device=device))
+                continue
             part = Rows.of(rows[done : done + _ROWS], length)
             tokens, position = torch.from_numpy(part.tokens).to(device), torch.from_numpy(part.position).to(device)
             both = torch.cat(teacher(tokens, position), dim=-1).cpu()

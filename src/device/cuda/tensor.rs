@@ -221,105 +221,51 @@ impl Checks {
         granularity: usize,
         access: Access,
     ) -> Result<Address> {
-        let Tensor {
-            address,
-            device,
-            shape: got,
-            strides,
-            ..
-        } = tensor;
-        if *device < 0 {
+        self.same_device(name, tensor.device)?;
+        check_kind(name, tensor, dtype, shape)?;
+        let elements = tensor
+            .shape
+            .iter()
+            .fold(1usize, |product, &extent| product.saturating_mul(extent));
+        if elements == 0 {
+            return Ok(tensor.address as Address);
+        }
+        let span = span_of(name, tensor, (granularity / dtype.bytes()).max(1), granularity)?;
+        if access == Access::Write {
+            check_no_overlap(name, tensor)?;
+        }
+        if tensor.address == 0 {
+            return Err(Error::NullPointer { name, elements });
+        }
+        let alignment = granularity.max(dtype.bytes());
+        if !tensor.address.is_multiple_of(alignment) {
+            return Err(Error::MisalignedPointer {
+                name,
+                address: tensor.address,
+                alignment,
+            });
+        }
+        let end = span
+            .checked_mul(dtype.bytes())
+            .and_then(|bytes| tensor.address.checked_add(bytes))
+            .ok_or_else(|| too_far(name, tensor))?;
+        self.extents.push((name, access, tensor.address..end));
+        Ok(tensor.address as Address)
+    }
+
+    fn same_device(&mut self, name: &'static str, device: i32) -> Result<()> {
+        if device < 0 {
             return Err(bad(name, "a tensor on the CPU", "one on a CUDA device"));
         }
-        let (first, expected) = *self.device.get_or_insert((name, *device));
-        if *device != expected {
+        let (first, expected) = *self.device.get_or_insert((name, device));
+        if device != expected {
             return Err(bad(
                 name,
                 format!("a tensor on cuda:{device}"),
                 format!("one on cuda:{expected}, where {first} is"),
             ));
         }
-        if tensor.dtype != dtype {
-            return Err(bad(name, tensor.dtype.name(), dtype.name()));
-        }
-        if got.len() != shape.len() || !shape.iter().zip(got).all(|(wanted, &extent)| wanted.allows(extent)) {
-            return Err(bad(
-                name,
-                format!("shape {got:?}"),
-                format!("shape {}", describe(shape)),
-            ));
-        }
-        if strides.len() != got.len() {
-            return Err(bad(
-                name,
-                format!("{} strides", strides.len()),
-                format!("{}, one per dimension", got.len()),
-            ));
-        }
-        let elements = got
-            .iter()
-            .fold(1usize, |product, &extent| product.saturating_mul(extent));
-        if elements == 0 {
-            return Ok(*address as Address);
-        }
-        if let (Some(&extent), Some(&stride)) = (got.last(), strides.last())
-            && extent > 1
-            && stride != 1
-        {
-            return Err(bad(name, format!("strides {strides:?}"), "1 as the last one"));
-        }
-        let step = (granularity / dtype.bytes()).max(1) as i64;
-        let mut span = 1usize;
-        let mut by_stride: Vec<(i64, usize)> = Vec::with_capacity(got.len());
-        for (index, (&extent, &stride)) in got.iter().zip(strides).enumerate() {
-            if extent <= 1 {
-                continue;
-            }
-            let last = index + 1 == got.len();
-            if stride < 0 || (!last && stride % step != 0) {
-                return Err(bad(
-                    name,
-                    format!("strides {strides:?}"),
-                    format!("multiples of {step} elements ({granularity} bytes), not negative"),
-                ));
-            }
-            by_stride.push((stride, extent));
-            span = (extent - 1)
-                .checked_mul(stride as usize)
-                .and_then(|reach| span.checked_add(reach))
-                .ok_or_else(|| too_far(name, tensor))?;
-        }
-        if access == Access::Write {
-            by_stride.sort_unstable();
-            let mut reach = 1i64;
-            for (stride, extent) in by_stride {
-                if stride < reach {
-                    return Err(bad(
-                        name,
-                        format!("strides {strides:?} for shape {got:?}, which make elements overlap"),
-                        "an address of its own for every element that is written",
-                    ));
-                }
-                reach = reach.saturating_add(stride.saturating_mul(extent as i64 - 1));
-            }
-        }
-        if *address == 0 {
-            return Err(Error::NullPointer { name, elements });
-        }
-        let alignment = granularity.max(dtype.bytes());
-        if !address.is_multiple_of(alignment) {
-            return Err(Error::MisalignedPointer {
-                name,
-                address: *address,
-                alignment,
-            });
-        }
-        let end = span
-            .checked_mul(dtype.bytes())
-            .and_then(|bytes| address.checked_add(bytes))
-            .ok_or_else(|| too_far(name, tensor))?;
-        self.extents.push((name, access, *address..end));
-        Ok(*address as Address)
+        Ok(())
     }
 
     /// The device of all tensors, after refusing written memory that is shared.
@@ -341,6 +287,83 @@ impl Checks {
         }
         Ok(self.device.map(|(_, device)| device))
     }
+}
+
+/// Refuses another element type, another shape, or strides that are not one per dimension.
+fn check_kind(name: &'static str, tensor: &Tensor, dtype: Dtype, shape: &[Extent]) -> Result<()> {
+    if tensor.dtype != dtype {
+        return Err(bad(name, tensor.dtype.name(), dtype.name()));
+    }
+    let (got, strides) = (&tensor.shape, &tensor.strides);
+    if got.len() != shape.len() || !shape.iter().zip(got).all(|(wanted, &extent)| wanted.allows(extent)) {
+        return Err(bad(
+            name,
+            format!("shape {got:?}"),
+            format!("shape {}", describe(shape)),
+        ));
+    }
+    if strides.len() != got.len() {
+        return Err(bad(
+            name,
+            format!("{} strides", strides.len()),
+            format!("{}, one per dimension", got.len()),
+        ));
+    }
+    Ok(())
+}
+
+/// Elements from the first to the last one. Refuses strides that are negative, no multiples of `step`, or other than 1 at the end.
+fn span_of(name: &'static str, tensor: &Tensor, step: usize, granularity: usize) -> Result<usize> {
+    let (shape, strides) = (&tensor.shape, &tensor.strides);
+    if let (Some(&extent), Some(&stride)) = (shape.last(), strides.last())
+        && extent > 1
+        && stride != 1
+    {
+        return Err(bad(name, format!("strides {strides:?}"), "1 as the last one"));
+    }
+    let mut span = 1usize;
+    for (index, (&extent, &stride)) in shape.iter().zip(strides).enumerate() {
+        if extent <= 1 {
+            continue;
+        }
+        let last = index + 1 == shape.len();
+        if stride < 0 || (!last && stride % step as i64 != 0) {
+            return Err(bad(
+                name,
+                format!("strides {strides:?}"),
+                format!("multiples of {step} elements ({granularity} bytes), not negative"),
+            ));
+        }
+        span = (extent - 1)
+            .checked_mul(stride as usize)
+            .and_then(|reach| span.checked_add(reach))
+            .ok_or_else(|| too_far(name, tensor))?;
+    }
+    Ok(span)
+}
+
+/// Refuses strides by which two elements share an address. They are not negative.
+fn check_no_overlap(name: &'static str, tensor: &Tensor) -> Result<()> {
+    let (shape, strides) = (&tensor.shape, &tensor.strides);
+    let mut by_stride: Vec<_> = strides
+        .iter()
+        .zip(shape)
+        .filter(|&(_, &extent)| extent > 1)
+        .map(|(&stride, &extent)| (stride, extent))
+        .collect();
+    by_stride.sort_unstable();
+    let mut reach = 1i64;
+    for (stride, extent) in by_stride {
+        if stride < reach {
+            return Err(bad(
+                name,
+                format!("strides {strides:?} for shape {shape:?}, which make elements overlap"),
+                "an address of its own for every element that is written",
+            ));
+        }
+        reach = reach.saturating_add(stride.saturating_mul(extent as i64 - 1));
+    }
+    Ok(())
 }
 
 fn too_far(name: &'static str, tensor: &Tensor) -> Error {

@@ -87,6 +87,121 @@ impl Ancestors {
     }
 }
 
+fn bad<T>(name: &'static str, got: String, expected: String) -> Result<T> {
+    Err(Error::InvalidArgument { name, got, expected })
+}
+
+impl BatchArrays<'_> {
+    /// How many rows the table has, once the arrays' lengths fit each other.
+    fn check_lengths(&self) -> Result<usize> {
+        if self.page_size == 0 {
+            return bad("page_size", "0".into(), "at least 1".into());
+        }
+        if self.query_starts.first() != Some(&0) {
+            return bad(
+                "query_starts",
+                format!("{:?} first", self.query_starts.first()),
+                "0 first".into(),
+            );
+        }
+        let expected = self.query_starts.len() - 1;
+        let lengths = [
+            ("context_lens", Some(self.context_lens.len())),
+            ("row_ids", Some(self.row_ids.len())),
+            ("valid_from", self.valid_from.map(<[i32]>::len)),
+        ];
+        for (name, got) in lengths {
+            if let Some(got) = got.filter(|&got| got != expected) {
+                return Err(Error::Length { name, got, expected });
+            }
+        }
+        if self.table_width != 0 && !self.page_table.len().is_multiple_of(self.table_width) {
+            return bad(
+                "page_table",
+                format!("{} entries", self.page_table.len()),
+                format!("whole rows of {} pages", self.table_width),
+            );
+        }
+        Ok(self.page_table.len().checked_div(self.table_width).unwrap_or(0))
+    }
+
+    /// Request `r`, whose pages come behind `page_start` others, and its row of the table's `table_rows`.
+    fn request(&self, r: usize, page_start: usize, table_rows: usize) -> Result<(Request, usize)> {
+        let (start, end) = (self.query_starts[r], self.query_starts[r + 1]);
+        if end < start {
+            return bad(
+                "query_starts",
+                format!("{start} then {end} at index {}", r + 1),
+                "offsets that do not fall".into(),
+            );
+        }
+        let Ok(context) = usize::try_from(self.context_lens[r]) else {
+            return bad(
+                "context_lens",
+                format!("{} at index {r}", self.context_lens[r]),
+                "at least 0".into(),
+            );
+        };
+        let (width, page_size) = (self.table_width, self.page_size);
+        let needed = context.div_ceil(page_size);
+        if needed > width {
+            return bad(
+                "context_lens",
+                format!("{context} at index {r}"),
+                format!(
+                    "at most {}, {width} pages of {page_size} slots in a row of page_table",
+                    width * page_size
+                ),
+            );
+        }
+        let row = usize::try_from(self.row_ids[r])
+            .ok()
+            .filter(|&row| row < table_rows || needed == 0);
+        let Some(row) = row else {
+            return bad(
+                "row_ids",
+                format!("{} at index {r}", self.row_ids[r]),
+                format!("a row of page_table, {}", indices(table_rows)),
+            );
+        };
+        let valid_from = self.valid_from.map_or(0, |v| v[r]);
+        let Some(valid_from) = usize::try_from(valid_from).ok().filter(|&v| v <= context) else {
+            return bad(
+                "valid_from",
+                format!("{valid_from} at index {r}"),
+                format!("0..{context} (the context length)"),
+            );
+        };
+        let request = Request {
+            start: start as usize,
+            len: (end - start) as usize,
+            context,
+            valid_from,
+            page_start,
+        };
+        Ok((request, row))
+    }
+
+    /// The pages of a context in a row of the table.
+    fn add_pages(&self, row: usize, context: usize, pages: &mut Vec<usize>) -> Result<()> {
+        let (page_size, num_slots) = (self.page_size, self.num_slots);
+        for index in 0..context.div_ceil(page_size) {
+            let page = self.page_table[row * self.table_width + index];
+            let used = page_size.min(context - index * page_size);
+            let first = usize::try_from(page).ok().and_then(|page| page.checked_mul(page_size));
+            if first.is_none_or(|first| first + used > num_slots) {
+                return bad(
+                    "page_table",
+                    format!("page {page} at [{row}, {index}]"),
+                    format!("a page of {page_size} slots within num_slots {num_slots}"),
+                );
+            }
+            pages.push(page as usize);
+        }
+        Ok(())
+    }
+}
+
 impl AttentionBatch {
     /// Checks a step.
     ///
@@ -95,130 +210,19 @@ impl AttentionBatch {
     /// longer than its row of the table, pages and slots outside the cache, `valid_from` beyond the context, masks that are not closed
     /// ancestor sets.
     pub fn new(arrays: BatchArrays<'_>) -> Result<Self> {
-        let BatchArrays {
-            query_starts,
-            context_lens,
-            page_table,
-            table_width,
-            row_ids,
-            page_size,
-            num_slots,
-            ..
-        } = arrays;
-        let bad = |name, got: String, expected: String| Err(Error::InvalidArgument { name, got, expected });
-        if page_size == 0 {
-            return bad("page_size", "0".into(), "at least 1".into());
-        }
-        if query_starts.first() != Some(&0) {
-            return bad(
-                "query_starts",
-                format!("{:?} first", query_starts.first()),
-                "0 first".into(),
-            );
-        }
-        let count = query_starts.len() - 1;
-        for (name, got) in [("context_lens", context_lens.len()), ("row_ids", row_ids.len())] {
-            if got != count {
-                return Err(Error::Length {
-                    name,
-                    got,
-                    expected: count,
-                });
-            }
-        }
-        if let Some(valid_from) = arrays.valid_from
-            && valid_from.len() != count
-        {
-            return Err(Error::Length {
-                name: "valid_from",
-                got: valid_from.len(),
-                expected: count,
-            });
-        }
-        if table_width != 0 && !page_table.len().is_multiple_of(table_width) {
-            return bad(
-                "page_table",
-                format!("{} entries", page_table.len()),
-                format!("whole rows of {table_width} pages"),
-            );
-        }
-        let table_rows = page_table.len().checked_div(table_width).unwrap_or(0);
-
+        let rows = arrays.check_lengths()?;
+        let count = arrays.query_starts.len() - 1;
         let mut requests = Vec::with_capacity(count);
         let mut pages = Vec::new();
         for r in 0..count {
-            let (start, end) = (query_starts[r], query_starts[r + 1]);
-            if end < start {
-                return bad(
-                    "query_starts",
-                    format!("{start} then {end} at index {}", r + 1),
-                    "offsets that do not fall".into(),
-                );
-            }
-            let Ok(context) = usize::try_from(context_lens[r]) else {
-                return bad(
-                    "context_lens",
-                    format!("{} at index {r}", context_lens[r]),
-                    "at least 0".into(),
-                );
-            };
-            let needed = context.div_ceil(page_size);
-            if needed > table_width {
-                return bad(
-                    "context_lens",
-                    format!("{context} at index {r}"),
-                    format!(
-                        "at most {}, {table_width} pages of {page_size} slots in a row of page_table",
-                        table_width * page_size
-                    ),
-                );
-            }
-            let row = usize::try_from(row_ids[r])
-                .ok()
-                .filter(|&row| row < table_rows || needed == 0);
-            let Some(row) = row else {
-                return bad(
-                    "row_ids",
-                    format!("{} at index {r}", row_ids[r]),
-                    format!("a row of page_table, {}", indices(table_rows)),
-                );
-            };
-            let valid_from = arrays.valid_from.map_or(0, |v| v[r]);
-            let Some(valid_from) = usize::try_from(valid_from).ok().filter(|&v| v <= context) else {
-                return bad(
-                    "valid_from",
-                    format!("{valid_from} at index {r}"),
-                    format!("0..{context} (the context length)"),
-                );
-            };
-            let page_start = pages.len();
-            for index in 0..needed {
-                let page = page_table[row * table_width + index];
-                let used = page_size.min(context - index * page_size);
-                let first = usize::try_from(page).ok().and_then(|page| page.checked_mul(page_size));
-                if first.is_none_or(|first| first + used > num_slots) {
-                    return bad(
-                        "page_table",
-                        format!("page {page} at [{row}, {index}]"),
-                        format!("a page of {page_size} slots within num_slots {num_slots}"),
-                    );
-                }
-                pages.push(page as usize);
-            }
-            let (start, len) = (start as usize, (end - start) as usize);
-            requests.push(Request {
-                start,
-                len,
-                context,
-                valid_from,
-                page_start,
-            });
+            let (request, row) = arrays.request(r, pages.len(), rows)?;
+            arrays.add_pages(row, request.context, &mut pages)?;
+            requests.push(request);
         }
-        let tokens = query_starts[count] as usize;
-
+        let tokens = arrays.query_starts[count] as usize;
         let slots = arrays
             .slots
-            .map(|slots| checked_slots(slots, tokens, num_slots))
+            .map(|slots| checked_slots(slots, tokens, arrays.num_slots))
             .transpose()?;
         let ancestors = arrays
             .ancestors
@@ -230,8 +234,8 @@ impl AttentionBatch {
             slots,
             ancestors,
             tokens,
-            page_size,
-            num_slots,
+            page_size: arrays.page_size,
+            num_slots: arrays.num_slots,
         })
     }
 

@@ -443,23 +443,16 @@ impl Injector {
         Ok(())
     }
 
-    /// Writes the context of `positions.len()` tokens. `features` is `[M, 1, K*H]`; `rows[i]` is the row of token `i` in it.
-    ///
-    /// # Errors
-    /// `InvalidArgument` or `Length` naming the input that does not fit; nothing is written then.
-    #[allow(clippy::too_many_arguments, reason = "the arrays of a stage")]
-    pub fn run(
+    fn check_inputs(
         &self,
-        kernels: HostKernels,
-        features: Rows<'_, f32>,
+        features: &Rows<'_, f32>,
         rows: &[i64],
         positions: &[i64],
         slots: &[usize],
-        rotary: Rows<'_, f32>,
-        caches: Vec<(RowsMut<'_, f32>, RowsMut<'_, f32>)>,
-        scratch: &mut Scratch,
+        rotary: &Rows<'_, f32>,
+        caches: &[(RowsMut<'_, f32>, RowsMut<'_, f32>)],
     ) -> Result<()> {
-        let (count, hidden, dim) = (positions.len(), self.norm.len(), self.head_dim);
+        let (count, dim) = (positions.len(), self.head_dim);
         check_len("slots", slots.len(), count)?;
         check_len("rows", rows.len(), count)?;
         check_len("caches", caches.len(), self.key_norms.len())?;
@@ -478,7 +471,7 @@ impl Injector {
         if let Some(position) = positions.iter().find(|&&p| p < 0 || p as usize >= limit) {
             return invalid("positions", position, indices(limit));
         }
-        for (k_cache, v_cache) in &caches {
+        for (k_cache, v_cache) in caches {
             for layout in [k_cache.layout(), v_cache.layout()] {
                 if (layout.heads, layout.dim) != (self.kv_heads, dim) {
                     let got = format!("[{}, {}, {}]", layout.rows, layout.heads, layout.dim);
@@ -489,7 +482,28 @@ impl Injector {
                 }
             }
         }
+        Ok(())
+    }
 
+    /// Writes the context of `positions.len()` tokens. `features` is `[M, 1, K*H]`; `rows[i]` is the row of token `i` in it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `Length` naming the input that does not fit; nothing is written then.
+    #[allow(clippy::too_many_arguments, reason = "the arrays of a stage")]
+    pub fn run(
+        &self,
+        kernels: HostKernels,
+        features: Rows<'_, f32>,
+        rows: &[i64],
+        positions: &[i64],
+        slots: &[usize],
+        rotary: Rows<'_, f32>,
+        caches: Vec<(RowsMut<'_, f32>, RowsMut<'_, f32>)>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        self.check_inputs(&features, rows, positions, slots, &rotary, &caches)?;
+        let (count, hidden, dim) = (positions.len(), self.norm.len(), self.head_dim);
+        let wide = self.fc.inputs();
         let (isa, threads) = (kernels.isa, kernels.threads);
         let picked = resized(&mut scratch.gate_up, count * wide);
         for (to, &row) in picked.chunks_exact_mut(wide.max(1)).zip(rows) {

@@ -154,9 +154,10 @@ impl Engine {
     #[pyo3(signature = (
         *, num_pages, vocab_size, page_size = Count::new(16), max_running = Count::new(32), max_context = Count::new(2048),
         block_size = Count::new(8), max_batch_tokens = Count::new(2048), eos_ids = Given::new(Vec::new()), prefix_cache = Flag::TRUE,
-        state_checkpoints = None, depth = Count::ZERO, vocabulary = None,
+        state_checkpoints = None, depth = Count::ZERO, vocabulary = None, special_vocabulary = None,
     ), text_signature = "(*, num_pages, vocab_size, page_size=16, max_running=32, max_context=2048, block_size=8, \
-        max_batch_tokens=2048, eos_ids=[], prefix_cache=True, state_checkpoints=None, depth=0, vocabulary=None)")]
+        max_batch_tokens=2048, eos_ids=[], prefix_cache=True, state_checkpoints=None, depth=0, vocabulary=None, \
+        special_vocabulary=None)")]
     #[allow(clippy::too_many_arguments)]
     fn new(
         num_pages: Count,
@@ -171,6 +172,7 @@ impl Engine {
         state_checkpoints: Option<Count>,
         depth: Count,
         vocabulary: Option<Given<Vec<Bound<'_, PyBytes>>>>,
+        special_vocabulary: Option<Given<Vec<Bound<'_, PyBytes>>>>,
     ) -> PyResult<Self> {
         let vocab_size = vocab_size.count("vocab_size")?;
         let config = Config {
@@ -188,11 +190,15 @@ impl Engine {
                 .transpose()?,
             depth: depth.count("depth")?,
         };
-        let vocabulary = vocabulary
-            .map(|tokens| tokens.of("vocabulary", "a list of the bytes of each token, or None"))
-            .transpose()?;
-        let vocabulary = vocabulary.map(|tokens| Vocabulary::new(tokens.iter().map(|token| token.as_bytes())));
-        let engine = step::Engine::new(config, vocabulary.transpose()?)?;
+        let table = |name, tokens: Option<Given<Vec<Bound<'_, PyBytes>>>>| -> PyResult<Option<Vocabulary>> {
+            let Some(tokens) = tokens else { return Ok(None) };
+            let tokens = tokens.of(name, "a list of the bytes of each token, or None")?;
+            Ok(Some(Vocabulary::new(tokens.iter().map(|token| token.as_bytes()))?))
+        };
+        let mut engine = step::Engine::new(config, table("vocabulary", vocabulary)?)?;
+        if let Some(special) = table("special_vocabulary", special_vocabulary)? {
+            engine = engine.with_special_tokens(special)?;
+        }
         let table = engine.scheduler().kv().table();
         let (table, width) = (Arc::clone(table.flat()), table.width());
         Ok(Self {

@@ -75,6 +75,12 @@ impl Record {
         self.record.with(|record| record.finish()) as u8
     }
 
+    /// Which of its stop strings it ended with, None for none.
+    #[getter]
+    fn stopped_by(&self) -> Option<usize> {
+        self.record.with(|record| record.stopped_by())
+    }
+
     /// The message of the failure it ended with.
     #[getter]
     fn error(&self) -> Option<String> {
