@@ -129,6 +129,21 @@ def test_engines_over_one_set_of_weights_live_beside_each_other(plain, monkeypat
     again.close()
 
 
+def test_a_target_with_state_is_read_for_every_engine(monkeypatch):
+    made = []
+
+    def engine(args, **more):
+        made.append((args.draft, args.no_draft, args.block_size, args.tree_nodes))
+        target = SimpleNamespace(state=object(), twin=lambda: pytest.fail("its state was shared"))
+        return SimpleNamespace(_target=target, _draft=None, tokenizer=None, _bytes=None, model_dir="m", draft_dir=None)
+
+    monkeypatch.setattr(cli.engine, "make_engine", engine)
+    make = cli.engine.Shared(cli.build_parser().parse_args(["bench", "--suite", "peers"]))
+    for draft, block_size, tree_nodes in ((None, None, 0), ("d", None, 0), ("d", 4, 9)):
+        make(draft, 2, block_size, tree_nodes)
+    assert made == [(None, True, None, None), ("d", False, None, None), ("d", False, 4, 9)]
+
+
 def run(*words: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -186,6 +186,13 @@ def test_rows_hold_every_document_once_an_epoch_and_never_more_than_fits():
     assert all(len(row) == 1 for row in alone)
 
 
+def test_texts_without_a_token_of_the_target_are_refused_instead_of_searched_for_ever():
+    late = Documents.of([([1, 2, 3, 4], [False, False, False, True], "")])
+    with pytest.raises(ValueError, match="responses: got no document with a token of the target among its first 3"):
+        next(rows_of(late, 3, 0, False))
+    assert len(next(rows_of(late, 4, 0, False))) == 1
+
+
 def test_anchors_lie_before_tokens_of_the_target_in_the_same_document():
     row = [Text(np.arange(2, 12), np.arange(10) >= 4, 100), Text(np.arange(2, 8), np.arange(6) >= 3)]
     found = Rows.of([row], 24)

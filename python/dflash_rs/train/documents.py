@@ -188,6 +188,8 @@ def rows_of(documents: Documents, length: int, seed: int, whole_rows: bool) -> I
     its row for itself."""
     if not len(documents):
         raise ValueError("responses: got no document to train on")
+    if not any(documents.own_of(i)[:length].any() for i in range(len(documents))):
+        raise ValueError(f"responses: got no document with a token of the target among its first {length}")
     epoch = 0
     while True:
         yield from rows_once(
