@@ -118,6 +118,7 @@ fn what_a_device_drew_is_kept_with_its_scores_as_if_the_engine_had_drawn_it() {
         top_count: 3,
         top_tokens: &top_tokens,
         top_logprobs: &top_logprobs,
+        ..DrawnRows::default()
     };
     let given = engine.accept_drawn(&plan, &drawn).unwrap();
     let (own, given) = (own.arrays(), given.arrays());
@@ -223,6 +224,7 @@ fn what_a_device_drew_has_as_many_entries_as_the_plan_asks_for() {
         top_count: 2,
         top_tokens: &[1, 3, 2, 3],
         top_logprobs: &[-1.0, -3.0, -2.0, -3.0],
+        ..DrawnRows::default()
     };
     for (drawn, array, got, expected) in [
         (DrawnRows { tokens: &[1], ..whole }, "sampled", 1, 2),

@@ -152,7 +152,7 @@ impl Life {
             stop_strings: ask.stops.iter().map(|stop| stop.as_bytes().to_vec()).collect(),
             ignore_eos: ask.ignore_eos,
             draft: ask.draft,
-            logprobs: None,
+            ..Params::default()
         };
         let before = self.engine.counts().unwrap();
         let total = (ask.prompt.len() + ask.max_tokens as usize).min(self.config.max_context);
