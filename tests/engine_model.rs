@@ -153,7 +153,7 @@ impl Life {
             ignore_eos: ask.ignore_eos,
             edited: false,
             draft: ask.draft,
-            logprobs: None,
+            ..Params::default()
         };
         let before = self.engine.counts().unwrap();
         let total = (ask.prompt.len() + ask.max_tokens as usize).min(self.config.max_context);
