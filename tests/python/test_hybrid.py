@@ -14,6 +14,7 @@ from models_helpers import VOCAB, Pages
 from dflash_rs import LLM, SamplingParams
 from dflash_rs.errors import DflashError, InvalidArgument, UnsupportedModel
 from dflash_rs.models.hybrid import find_mixers
+from dflash_rs.models.hybrid.gated_delta import _Delta
 from dflash_rs.models.hybrid.mixer import Mixer, Room, Span
 from dflash_rs.models.target import TargetModel
 from dflash_rs.models.target.probe import check_architecture
@@ -143,7 +144,7 @@ def broken(mixer, fault: str):
             room.pieces[1][going_on] = window
         if fault == "run on":
             for row, start, end, _ in spans:
-                mixer._advance([piece[row] for piece in room.pieces], [part[start:end] for part in fed])
+                _Delta.advance(mixer, [piece[row] for piece in room.pieces], [part[start:end] for part in fed])
         return found
 
     return wrongly
@@ -371,7 +372,7 @@ def test_a_layer_that_is_not_known_is_refused_by_name():
 
     model.model.layers[1].linear_attn.__class__ = OtherRule
     with pytest.raises(
-        UnsupportedModel, match="layer 1 has neither paged attention nor a recurrent layer that is known"
+        UnsupportedModel, match="layer 1 has neither paged attention nor recurrent layers that are known"
     ):
         TargetModel(model)
 

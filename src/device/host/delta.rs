@@ -43,6 +43,7 @@ pub struct DeltaRule {
     key_heads: usize,
     key_dim: usize,
     value_dim: usize,
+    beta_scale: f32,
 }
 
 /// A request's tokens in a pass.
@@ -101,7 +102,8 @@ impl Work {
 }
 
 impl DeltaRule {
-    /// `weight` `[taps, C]`, `decay` and `dt_bias` `[Hv]`: a token's decay is `exp(decay * softplus(a + dt_bias))`.
+    /// `weight` `[taps, C]`, `decay` and `dt_bias` `[Hv]`: a token's decay is `exp(decay * softplus(a + dt_bias))`, its
+    /// beta `beta_scale * sigmoid(b)`.
     ///
     /// # Errors
     /// `InvalidArgument` for sizes that do not fit each other.
@@ -112,6 +114,7 @@ impl DeltaRule {
         key_heads: usize,
         key_dim: usize,
         value_dim: usize,
+        beta_scale: f32,
     ) -> Result<Self> {
         let wrong = |name, got: usize, expected: String| {
             Err(Error::InvalidArgument {
@@ -146,6 +149,7 @@ impl DeltaRule {
             key_heads,
             key_dim,
             value_dim,
+            beta_scale,
         })
     }
 
@@ -397,7 +401,7 @@ impl DeltaRule {
         let (beta, decay) = made.split_at_mut(heads);
         for head in 0..heads {
             let b = f64::from(b[head]);
-            beta[head] = rounded::<E>((1.0 / (1.0 + (-b).exp())) as f32);
+            beta[head] = rounded::<E>(rounded::<E>((1.0 / (1.0 + (-b).exp())) as f32) * self.beta_scale);
             let x = f64::from(a[head] + self.dt_bias[head]);
             // As torch has it: a sum that exp would not change any more is left as it is.
             let softplus = if x > 20.0 { x } else { x.exp().ln_1p() };
