@@ -83,7 +83,16 @@ impl Layer {
             value_dim,
             ..
         } = self.shape;
-        DeltaRule::new(&self.weight, &self.decay, &self.dt_bias, key_heads, key_dim, value_dim, BETA_SCALE).unwrap()
+        DeltaRule::new(
+            &self.weight,
+            &self.decay,
+            &self.dt_bias,
+            key_heads,
+            key_dim,
+            value_dim,
+            BETA_SCALE,
+        )
+        .unwrap()
     }
 
     /// Outputs `[n, Hv, dv]` and the state after the tokens, in double precision, straight from the definition.

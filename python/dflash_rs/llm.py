@@ -152,7 +152,7 @@ class LLM(Chats):
         self._loop = build(models, self.config, sizes, options)
         self._requests = self._loop.requests
         self.costs = self._loop.policy.costs
-        self._closed = False
+        self._closed = self._freed = False
         self._turns = Turns()
         _MADE.add(self)
         # Requests to abort when whoever has the turn gives it up.
@@ -243,7 +243,9 @@ class LLM(Chats):
         while self._leaving:
             self._requests.abort(self._leaving[0])
             self._leaving.popleft()
-        if self._closed:
+        if self._closed and not self._freed:
+            # Once: by the time its last stream is dropped, its models may be those of another engine.
+            self._freed = True
             for request in list(self._requests.active):
                 self._requests.abort(request)
             self._loop.drop()

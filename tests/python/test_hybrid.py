@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from hybrid_models import CONTEXT, KINDS, Knowing, build
+from hybrid_models import CONTEXT, KINDS, OTHERS, Knowing, build
 from models_helpers import VOCAB, Pages
 
 from dflash_rs import LLM, SamplingParams
@@ -56,7 +56,7 @@ def knowing(kind: str, name: str, **options) -> Knowing:
     return draft
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + OTHERS)
 def test_greedy_texts_are_those_of_transformers(kind):
     model = build(kind)
     for prompt, text in zip(PROMPTS, alone(kind, "greedy"), strict=True):
@@ -98,6 +98,21 @@ def test_drafts_chunks_reuse_and_retraction_change_nothing(kind, name, options):
         again = llm.generate([PROMPTS[5]], PARAMS[name])[0]
         assert (again.metrics["cached_prompt_tokens"] > 0) == options.get("prefix_cache", True)
         assert again.token_ids == alone(kind, name)[5]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_rules_say_the_same_in_chunks_with_few_pages_and_in_any_company(kind):
+    for name in PARAMS:
+        draft = knowing(kind, name)
+        with engine(kind, draft, max_batch_tokens=24, page_size=4, num_pages=36, max_running=6) as llm:
+            for _ in range(2):
+                assert ids(llm.generate(PROMPTS, PARAMS[name])) == alone(kind, name)
+                with llm.stream([PROMPTS[3], PROMPTS[5]], PARAMS[name]) as gone:
+                    next(gone)
+            stats = llm.stats()
+            assert stats["tau"] > 1.5 and stats["retractions"] > 0
+            again = llm.generate([PROMPTS[5]], PARAMS[name])[0]
+            assert again.metrics["cached_prompt_tokens"] > 0 and again.token_ids == alone(kind, name)[5]
 
 
 @pytest.mark.parametrize("wrong", ["none", "last", "all"])
@@ -257,13 +272,15 @@ def room_of(mixer: Mixer, rows: int, block: int) -> Room:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["kernel", "torch"])
-def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_and_company(way, dtype):
-    model = build("dense").to(dtype)
-    mixer = find_mixers(model, model.model.layers, {3})[0]
-    if way == "torch":
+@pytest.mark.parametrize("kind", ["dense", "dense, by torch", *OTHERS])
+def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_and_company(kind, dtype):
+    model = build(kind.partition(",")[0]).to(dtype)
+    attended = {0, 1, 2, 3} if kind == "falcon" else {3}
+    mixer = find_mixers(model, model.model.layers, attended)[0]
+    if kind.endswith("by torch"):
         mixer.host = None
-    assert mixer.pieces[0][1] == torch.float32
+    # States are float32, last inputs what they came as.
+    assert [piece[1] for piece in mixer.pieces] == [torch.float32, dtype][-len(mixer.pieces) :]
     generator = torch.Generator().manual_seed(1)
     count = 23
     fed = [torch.randn(2 * count, *shape, generator=generator).to(kept) for shape, kept in mixer.fed]

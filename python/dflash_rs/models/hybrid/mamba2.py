@@ -23,6 +23,9 @@ from .mixer import Mixer
 class Mamba2(Mixer):
     """One layer. State: S float32 [H, P, N] and the convolution's last inputs [taps - 1, C], C = H P + 2 G N; a token feeds in [C] and dt [H]."""
 
+    # Float32 until the norm, as the chunks of transformers have it.
+    gives_dtype = torch.float32
+
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.heads, self.dim, self.groups = module.num_heads, module.head_dim, module.n_groups
@@ -34,7 +37,7 @@ class Mamba2(Mixer):
         self.weight = weight[:, 0].t().float().contiguous()
         self.bias = None if module.conv1d.bias is None else module.conv1d.bias.detach().float()
         self.rate, self.skip = -module.A_log.detach().float().exp(), module.D.detach()
-        self.dt_bias, self.limits = module.dt_bias.detach(), module.time_step_limit
+        self.dt_bias, self.limits = module.dt_bias.detach(), tuple(module.time_step_limit)
         self.pieces = (
             ((self.heads, self.dim, self.size), torch.float32),
             ((self.taps - 1, channels), weight.dtype),
@@ -58,8 +61,7 @@ class Mamba2(Mixer):
         mixed, steps = fed
         count, shared = mixed.shape[0], self.groups * self.size
         inputs = torch.cat((window, mixed))
-        # Float32 until the norm, as the chunks of transformers have it.
-        out = torch.empty(count, self.heads, self.dim, device=mixed.device)
+        out = mixed.new_empty(count, self.heads, self.dim, dtype=self.gives_dtype)
         # A token at a time and in operations whose shapes do not hang on how many there are: that is what makes its bits its own.
         for t in range(count):
             taps = inputs[t : t + self.taps].float() * self.weight
