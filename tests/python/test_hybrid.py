@@ -260,6 +260,22 @@ def test_a_state_that_is_not_finite_fails_its_request_and_nobody_else(monkeypatc
         assert output.error is not None or output.token_ids == text
 
 
+def test_weights_in_bfloat16_have_float32_states_and_the_models_own_log_probabilities():
+    made = TargetModel(build("dense").to(torch.bfloat16))
+    draft = knowing("dense", "greedy")
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0)
+    with engine(made, draft, max_batch_tokens=16) as llm:
+        assert {room.pieces[0].dtype for room in made.state._rooms.values()} == {torch.float32}
+        outputs = llm.generate(PROMPTS, params)
+    model = build("dense").to(torch.bfloat16)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output.token_ids]), use_cache=False).logits[0].float()
+        own = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        got = torch.tensor([entry.logprob for entry in output.logprobs])
+        assert float((own - got).abs().mean()) < 0.05
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
