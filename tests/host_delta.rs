@@ -4,6 +4,8 @@ use dflash_rs::device::host::{Bf16, DeltaRule, DeltaTensors, Element, HostKernel
 use dflash_rs::error::Result;
 use proptest::prelude::*;
 
+const BETA_SCALE: f32 = 1.5;
+
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     key_heads: usize,
@@ -81,7 +83,16 @@ impl Layer {
             value_dim,
             ..
         } = self.shape;
-        DeltaRule::new(&self.weight, &self.decay, &self.dt_bias, key_heads, key_dim, value_dim).unwrap()
+        DeltaRule::new(
+            &self.weight,
+            &self.decay,
+            &self.dt_bias,
+            key_heads,
+            key_dim,
+            value_dim,
+            BETA_SCALE,
+        )
+        .unwrap()
     }
 
     /// Outputs `[n, Hv, dv]` and the state after the tokens, in double precision, straight from the definition.
@@ -117,7 +128,7 @@ impl Layer {
                     f64::from(gates[t * 2 * heads + head]),
                     f64::from(gates[t * 2 * heads + heads + head] + self.dt_bias[head]),
                 );
-                let beta = 1.0 / (1.0 + (-b).exp());
+                let beta = f64::from(BETA_SCALE) / (1.0 + (-b).exp());
                 let decay = (f64::from(self.decay[head]) * a.exp().ln_1p()).exp();
                 let s = &mut state[head * dk * dv..][..dk * dv];
                 for x in s.iter_mut() {
@@ -444,9 +455,9 @@ fn what_does_not_fit_is_refused_by_name_and_changes_nothing() {
     assert_eq!(refused(&[one(0, 0, 2)], 0), "starts: got 2 tokens, expected all 3");
     assert_eq!(refused(&[one(0, 0, 3)], 3), "pending: got 3, expected 0..2");
     assert_eq!(refused(&[one(0, 0, 3)], -1), "pending: got -1, expected 0..2");
-    let wrong = DeltaRule::new(&layer.weight[1..], &layer.decay, &layer.dt_bias, 1, 4, 3).unwrap_err();
+    let wrong = DeltaRule::new(&layer.weight[1..], &layer.decay, &layer.dt_bias, 1, 4, 3, 1.0).unwrap_err();
     assert_eq!(wrong.to_string(), "weight: got 41, expected taps of 14 channels");
-    assert!(DeltaRule::new(&layer.weight, &layer.decay, &layer.dt_bias[1..], 1, 4, 3).is_err());
-    assert!(DeltaRule::new(&layer.weight, &layer.decay, &layer.dt_bias, 3, 4, 3).is_err());
-    assert!(DeltaRule::new(&layer.weight, &layer.decay, &layer.dt_bias, 1, 0, 3).is_err());
+    assert!(DeltaRule::new(&layer.weight, &layer.decay, &layer.dt_bias[1..], 1, 4, 3, 1.0).is_err());
+    assert!(DeltaRule::new(&layer.weight, &layer.decay, &layer.dt_bias, 3, 4, 3, 1.0).is_err());
+    assert!(DeltaRule::new(&layer.weight, &layer.decay, &layer.dt_bias, 1, 0, 3, 1.0).is_err());
 }

@@ -789,7 +789,7 @@ class DeltaRule:
     """A layer with the gated delta rule behind a causal convolution, on the host.
 
     ``weight`` f32 ``[taps, C]``, ``decay`` and ``dt_bias`` f32 ``[Hv]``; ``C = 2 * key_heads * key_dim + Hv * value_dim``. A token's decay is
-    ``exp(decay * softplus(a + dt_bias))``, its beta ``sigmoid(b)``.
+    ``exp(decay * softplus(a + dt_bias))``, its beta ``beta_scale * sigmoid(b)``.
     """
 
     def __new__(
@@ -800,6 +800,7 @@ class DeltaRule:
         key_heads: int,
         key_dim: int,
         value_dim: int,
+        beta_scale: float = 1.0,
     ) -> DeltaRule: ...
     def run(
         self,

@@ -164,7 +164,7 @@ class LLM(Chats, AsyncCalls):
         self._requests = self._loop.requests
         self._constraints = Constraints(self.tokenizer, self._bytes, self.vocab_size, self.eos_token_ids)
         self.costs = self._loop.policy.costs
-        self._closed = False
+        self._closed = self._freed = False
         self._turns = Turns()
         self._driver = Driver()
         _MADE.add(self)
@@ -281,7 +281,9 @@ class LLM(Chats, AsyncCalls):
         while self._leaving:
             self._requests.abort(self._leaving[0])
             self._leaving.popleft()
-        if self._closed:
+        if self._closed and not self._freed:
+            # Once: by the time its last stream is dropped, its models may be those of another engine.
+            self._freed = True
             for request in list(self._requests.active):
                 self._requests.abort(request)
             self._loop.drop()

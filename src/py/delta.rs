@@ -27,6 +27,8 @@ struct Places {
 #[pymethods]
 impl DeltaRule {
     #[new]
+    #[pyo3(signature = (weight, decay, dt_bias, key_heads, key_dim, value_dim, beta_scale=Given::new(1.0)),
+           text_signature = "(weight, decay, dt_bias, key_heads, key_dim, value_dim, beta_scale=1.0)")]
     fn new(
         weight: &Bound<'_, PyAny>,
         decay: &Bound<'_, PyAny>,
@@ -34,8 +36,9 @@ impl DeltaRule {
         key_heads: Given<usize>,
         key_dim: Given<usize>,
         value_dim: Given<usize>,
+        beta_scale: Given<f32>,
     ) -> PyResult<Self> {
-        named!(key_heads, key_dim, value_dim);
+        named!(key_heads, key_dim, value_dim, beta_scale);
         let weight = array::<f32, Ix2>("weight", weight, "[taps, channels]")?;
         let decay = array::<f32, Ix1>("decay", decay, "[heads]")?;
         let dt_bias = array::<f32, Ix1>("dt_bias", dt_bias, "[heads]")?;
@@ -48,6 +51,7 @@ impl DeltaRule {
             key_heads,
             key_dim,
             value_dim,
+            beta_scale,
         )?;
         if rule.channels() != shape[1] {
             let expected = format!("[taps, {}]", rule.channels());

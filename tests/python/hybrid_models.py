@@ -36,20 +36,46 @@ _EXPERTS = {
 }
 
 
+_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_expand": 2}
+_FOUR = ["linear_attention"] * 3 + ["full_attention"]
+# Classes of transformers without their endings, and what is small in them; the first layers are recurrent, the last attends.
+_MADE = {
+    "dense": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _DELTA | {"intermediate_size": 80}),
+    "experts": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _DELTA | _EXPERTS),
+    "next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _DELTA | _EXPERTS | {"intermediate_size": 80}),
+    "olmo": (
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        _DELTA | {"intermediate_size": 80, "layer_types": _FOUR, "linear_allow_neg_eigval": True, "eos_token_id": None},
+    ),
+    "kimi": (
+        "KimiLinearConfig",
+        "KimiLinearForCausalLM",
+        {
+            "intermediate_size": 80, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "layer_types": _FOUR,
+            "linear_head_dim": 8, "linear_num_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+            "num_key_value_heads": 4, "first_k_dense_replace": 1, "eos_token_id": None, "bos_token_id": None,
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {"intermediate_size": 80, "layer_types": ["conv"] * 3 + ["full_attention"], "conv_bias": True},
+    ),
+    "bamba": ("BambaConfig", "BambaForCausalLM", _MAMBA | {"intermediate_size": 80, "attn_layer_indices": [3]}),
+    "falcon": ("FalconH1Config", "FalconH1ForCausalLM", _MAMBA | {"intermediate_size": 80, "mamba_d_ssm": 96}),
+}  # fmt: skip
+# Those of the mission, and one of each other rule.
+KINDS, OTHERS = ("dense", "experts", "next"), ("olmo", "kimi", "lfm2", "bamba", "falcon")
+
+
 def build(kind: str, seed: int = 0):
-    """A model of transformers: "dense", "experts" (both Qwen3.5) or "next" (Qwen3-Next); the first layers are recurrent, the last attends."""
+    """A tiny model of transformers with random weights."""
     import transformers
 
-    config, model, more = {
-        "dense": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _DELTA | {"intermediate_size": 80}),
-        "experts": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _DELTA | _EXPERTS),
-        "next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _DELTA | _EXPERTS | {"intermediate_size": 80}),
-    }[kind]
-    made = getattr(transformers, model)(getattr(transformers, config)(**_TEXT, **more))
+    config, model, more = _MADE[kind]
+    made = getattr(transformers, model)(getattr(transformers, config)(**_TEXT | more))
     return randomise(made, seed).eval()
-
-
-KINDS = ("dense", "experts", "next")
 
 
 class Knowing(Oracle):

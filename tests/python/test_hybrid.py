@@ -8,12 +8,13 @@ import functools
 import numpy as np
 import pytest
 import torch
-from hybrid_models import CONTEXT, KINDS, Knowing, build
+from hybrid_models import CONTEXT, KINDS, OTHERS, Knowing, build
 from models_helpers import VOCAB, Pages
 
 from dflash_rs import LLM, SamplingParams
 from dflash_rs.errors import DflashError, InvalidArgument, UnsupportedModel
 from dflash_rs.models.hybrid import find_mixers
+from dflash_rs.models.hybrid.gated_delta import _Delta
 from dflash_rs.models.hybrid.mixer import Mixer, Room, Span
 from dflash_rs.models.target import TargetModel
 from dflash_rs.models.target.probe import check_architecture
@@ -55,7 +56,7 @@ def knowing(kind: str, name: str, **options) -> Knowing:
     return draft
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + OTHERS)
 def test_greedy_texts_are_those_of_transformers(kind):
     model = build(kind)
     for prompt, text in zip(PROMPTS, alone(kind, "greedy"), strict=True):
@@ -97,6 +98,21 @@ def test_drafts_chunks_reuse_and_retraction_change_nothing(kind, name, options):
         again = llm.generate([PROMPTS[5]], PARAMS[name])[0]
         assert (again.metrics["cached_prompt_tokens"] > 0) == options.get("prefix_cache", True)
         assert again.token_ids == alone(kind, name)[5]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_rules_say_the_same_in_chunks_with_few_pages_and_in_any_company(kind):
+    for name in PARAMS:
+        draft = knowing(kind, name)
+        with engine(kind, draft, max_batch_tokens=24, page_size=4, num_pages=36, max_running=6) as llm:
+            for _ in range(2):
+                assert ids(llm.generate(PROMPTS, PARAMS[name])) == alone(kind, name)
+                with llm.stream([PROMPTS[3], PROMPTS[5]], PARAMS[name]) as gone:
+                    next(gone)
+            stats = llm.stats()
+            assert stats["tau"] > 1.5 and stats["retractions"] > 0
+            again = llm.generate([PROMPTS[5]], PARAMS[name])[0]
+            assert again.metrics["cached_prompt_tokens"] > 0 and again.token_ids == alone(kind, name)[5]
 
 
 @pytest.mark.parametrize("wrong", ["none", "last", "all"])
@@ -143,7 +159,7 @@ def broken(mixer, fault: str):
             room.pieces[1][going_on] = window
         if fault == "run on":
             for row, start, end, _ in spans:
-                mixer._advance([piece[row] for piece in room.pieces], [part[start:end] for part in fed])
+                _Delta.advance(mixer, [piece[row] for piece in room.pieces], [part[start:end] for part in fed])
         return found
 
     return wrongly
@@ -244,6 +260,22 @@ def test_a_state_that_is_not_finite_fails_its_request_and_nobody_else(monkeypatc
         assert output.error is not None or output.token_ids == text
 
 
+def test_weights_in_bfloat16_have_float32_states_and_the_models_own_log_probabilities():
+    made = TargetModel(build("dense").to(torch.bfloat16))
+    draft = knowing("dense", "greedy")
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0)
+    with engine(made, draft, max_batch_tokens=16) as llm:
+        assert {room.pieces[0].dtype for room in made.state._rooms.values()} == {torch.float32}
+        outputs = llm.generate(PROMPTS, params)
+    model = build("dense").to(torch.bfloat16)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output.token_ids]), use_cache=False).logits[0].float()
+        own = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        got = torch.tensor([entry.logprob for entry in output.logprobs])
+        assert float((own - got).abs().mean()) < 0.05
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
@@ -256,13 +288,15 @@ def room_of(mixer: Mixer, rows: int, block: int) -> Room:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["kernel", "torch"])
-def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_and_company(way, dtype):
-    model = build("dense").to(dtype)
-    mixer = find_mixers(model, model.model.layers, {3})[0]
-    if way == "torch":
+@pytest.mark.parametrize("kind", ["dense", "dense, by torch", *OTHERS])
+def test_a_tokens_output_and_the_state_after_it_are_the_same_bits_in_any_block_and_company(kind, dtype):
+    model = build(kind.partition(",")[0]).to(dtype)
+    attended = {0, 1, 2, 3} if kind == "falcon" else {3}
+    mixer = find_mixers(model, model.model.layers, attended)[0]
+    if kind.endswith("by torch"):
         mixer.host = None
-    assert mixer.pieces[0][1] == torch.float32
+    # States are float32, last inputs what they came as.
+    assert [piece[1] for piece in mixer.pieces] == [torch.float32, dtype][-len(mixer.pieces) :]
     generator = torch.Generator().manual_seed(1)
     count = 23
     fed = [torch.randn(2 * count, *shape, generator=generator).to(kept) for shape, kept in mixer.fed]
@@ -371,7 +405,7 @@ def test_a_layer_that_is_not_known_is_refused_by_name():
 
     model.model.layers[1].linear_attn.__class__ = OtherRule
     with pytest.raises(
-        UnsupportedModel, match="layer 1 has neither paged attention nor a recurrent layer that is known"
+        UnsupportedModel, match="layer 1 has neither paged attention nor recurrent layers that are known"
     ):
         TargetModel(model)
 

@@ -16,7 +16,7 @@ PAGE = (TESTS.parent / "docs" / "models.md").read_text(encoding="utf-8")
 # One of each kind: windows in masks only, soft caps, sinks, experts, latent attention, learned positions, heads of different sizes.
 EXACT = ("phimoe", "gemma2", "gpt_oss", "gemma4_text", "qwen3_moe", "deepseek_v3", "gpt2")
 # Recurrent layers, of a text model, of the text part of one with a tower for pictures, and among experts.
-EXACT += ("qwen3_5_text", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+EXACT += ("qwen3_5_text", "qwen3_5", "qwen3_5_moe", "qwen3_next", "nemotron_h", "granitemoehybrid")
 REFUSED = {
     "bloom": "BloomForCausalLM does not take its attention from the transformers registry",
     "minimax": "layer_types has 'linear_attention'",

@@ -81,6 +81,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
     "dots3_note": {"num_key_value_heads": 4},

@@ -120,7 +120,6 @@ def _servers(args: argparse.Namespace, prompts: Any) -> Any:
 
 def _battery(args: argparse.Namespace, prompts: Any) -> Any:
     from dflash_rs.check import Battery
-    from dflash_rs.llm import LLM
 
     llm = engine.make_engine(args, max_running=1)
     texts = [llm.encode(prompt.text) for prompt in prompts]
@@ -142,7 +141,7 @@ def _battery(args: argparse.Namespace, prompts: Any) -> Any:
     def engine_of(drafter: Any, **sizes: Any) -> Any:
         # The pair's own drafter as it was asked for; one that is scripted in whole blocks, whatever pays.
         own = {"block_size": block, "tree_nodes": nodes} if drafter is draft and draft is not None else {}
-        return LLM.from_parts(target, drafter, adaptive=False, **made, **own, **sizes)
+        return type(llm).from_parts(target, drafter, adaptive=False, **made, **own, **sizes)
 
     return Battery(
         engine_of,

@@ -1,6 +1,6 @@
 """Layers that fold a text into a state: `mixer.Mixer` is one of them, `state.MixerState` keeps what they remember of every request."""
 
-from .kinds import find_mixers, known_layers
+from .kinds import attending, find_mixers, known_layers
 from .state import MixerState
 
-__all__ = ["MixerState", "find_mixers", "known_layers"]
+__all__ = ["MixerState", "attending", "find_mixers", "known_layers"]

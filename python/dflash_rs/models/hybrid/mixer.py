@@ -49,6 +49,8 @@ class Mixer(ABC):
     pieces: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     fed: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     gives: tuple[int, ...]
+    # Where outputs have another type than what is fed in.
+    gives_dtype: torch.dtype | None = None
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -70,7 +72,7 @@ class Mixer(ABC):
 
         Outputs [T, *gives], and the states after the rows that are longer than a block, by row: these are kept whole or not at all.
         """
-        out = fed[0].new_empty(fed[0].shape[0], *self.gives)
+        out = fed[0].new_empty(fed[0].shape[0], *self.gives, dtype=self.gives_dtype)
         ends = {}
         for row, start, end, fresh in spans:
             self.settle(room, row, fresh)

@@ -178,8 +178,10 @@ def attach(state: MixerState) -> None:
     """From now on the layers' modules run through `state`."""
 
     def forward_of(index: int):
-        def forward(hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **_) -> Tensor:
-            if cache_params is not None or attention_mask is not None:
+        def forward(
+            hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, past_key_values=None, **_
+        ) -> Tensor:
+            if any(given is not None for given in (cache_params, past_key_values, attention_mask)):
                 raise UnsupportedModel(f"layer {index}: its recurrent layer gets a cache or a mask, expected neither")
             return state.mix(index, hidden_states)
 

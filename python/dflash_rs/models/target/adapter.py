@@ -28,7 +28,7 @@ from ...errors import CheckpointError, InvalidArgument, UnsupportedModel
 from .. import checkpoint
 from ..batch import StepBatch
 from ..drafter import FINAL
-from ..hybrid import MixerState, find_mixers, known_layers
+from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
 from .check import Check
 from .fused import FusedModel
@@ -198,9 +198,7 @@ class TargetModel:
             for hook in hooks:
                 hook.remove()
         layers = dict(sorted(recorder.layers.items()))
-        kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * self.num_layers
-        known = known_layers(getattr(self.config, "model_type", ""))
-        expected = [i for i in range(self.num_layers) if kinds[i] not in known]
+        expected = attending(self.config)
         if sorted(layers) != expected or not layers:
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: attention ran in layers {sorted(layers)}, expected "

@@ -15,14 +15,20 @@
 //! every instruction set: columns of a state never meet, and sums over its rows run in two interleaved halves, from the first row to the
 //! last. States are f32; inputs are rounded to their own type where transformers rounds them.
 
-mod stages;
+mod walk;
 
-use self::stages::{Head, Make};
-use super::simd::dispatch;
-use super::view::{Element, Rows, RowsMut};
+use self::walk::Tokens;
+use super::rowwise::silu;
+use super::simd::{Lanes, Routine, dispatch};
+use super::view::{Element, LANES, Rows, RowsMut};
 use super::{HostKernels, team};
 use crate::error::{Error, Result};
 
+/// Vectors of columns that are taken at a time: 128 rows of them are 16 KiB.
+const VECTORS: usize = 2;
+const COLUMNS: usize = VECTORS * LANES;
+/// Added to a sum of squares before its root is taken.
+const NORM_EPS: f32 = 1e-6;
 /// Multiply-adds that are worth a helper.
 const WORK_PER_THREAD: usize = 1 << 17;
 /// Tokens whose inputs are made in one part.
@@ -40,6 +46,7 @@ pub struct DeltaRule {
     key_heads: usize,
     key_dim: usize,
     value_dim: usize,
+    beta_scale: f32,
 }
 
 /// A request's tokens in a pass.
@@ -98,7 +105,8 @@ impl Work {
 }
 
 impl DeltaRule {
-    /// `weight` `[taps, C]`, `decay` and `dt_bias` `[Hv]`: a token's decay is `exp(decay * softplus(a + dt_bias))`.
+    /// `weight` `[taps, C]`, `decay` and `dt_bias` `[Hv]`: a token's decay is `exp(decay * softplus(a + dt_bias))`, its
+    /// beta `beta_scale * sigmoid(b)`.
     ///
     /// # Errors
     /// `InvalidArgument` for sizes that do not fit each other.
@@ -109,6 +117,7 @@ impl DeltaRule {
         key_heads: usize,
         key_dim: usize,
         value_dim: usize,
+        beta_scale: f32,
     ) -> Result<Self> {
         let wrong = |name, got: usize, expected: String| {
             Err(Error::InvalidArgument {
@@ -143,6 +152,7 @@ impl DeltaRule {
             key_heads,
             key_dim,
             value_dim,
+            beta_scale,
         })
     }
 
@@ -381,5 +391,162 @@ fn settle<E: Element>(rule: &DeltaRule, tensors: &mut DeltaTensors<'_, E>, works
             }
         }
         tensors.pending[row] = 0;
+    }
+}
+
+impl DeltaRule {
+    /// `given` is b and a of every head; `made` gets beta and decay. One number per head and token: the library's exponentials will do.
+    fn gates<E: Element>(&self, given: &[E], made: &mut [f32]) {
+        let heads = self.value_heads();
+        let mut values = vec![0.0; 2 * heads];
+        E::widen(given, &mut values);
+        let (b, a) = values.split_at(heads);
+        let (beta, decay) = made.split_at_mut(heads);
+        for head in 0..heads {
+            let b = f64::from(b[head]);
+            beta[head] = rounded::<E>(rounded::<E>((1.0 / (1.0 + (-b).exp())) as f32) * self.beta_scale);
+            let x = f64::from(a[head] + self.dt_bias[head]);
+            // As torch has it: a sum that exp would not change any more is left as it is.
+            let softplus = if x > 20.0 { x } else { x.exp().ln_1p() };
+            let g = self.decay[head] * softplus as f32;
+            decay[head] = f64::from(g).exp() as f32;
+        }
+    }
+}
+
+/// What is left of a number in the type `E`.
+fn rounded<E: Element>(x: f32) -> f32 {
+    let (mut narrow, mut wide) = ([E::default()], [0.0]);
+    E::narrow(&[x], &mut narrow);
+    E::widen(&narrow, &mut wide);
+    wide[0]
+}
+
+/// Sixteen elements, or as many as there are and zeros.
+#[inline(always)]
+fn some<L: Lanes>(x: &[f32], at: usize) -> L {
+    if let Some(x) = x.get(at..at + LANES) {
+        return L::load(x.try_into().expect("sixteen elements"));
+    }
+    let mut padded = [0.0; LANES];
+    padded[..x.len() - at].copy_from_slice(&x[at..]);
+    L::load(&padded)
+}
+
+/// Query, key and value of one token out of its inputs: `made` `[C]`.
+struct Make<'a, E> {
+    rule: &'a DeltaRule,
+    inputs: Vec<&'a [E]>,
+    made: &'a mut [f32],
+}
+
+impl<E: Element> Routine for Make<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { rule, inputs, made } = self;
+        let channels = made.len();
+        let mut at = 0;
+        while at < channels {
+            let count = LANES.min(channels - at);
+            let (mut narrow, mut wide) = ([E::default(); LANES], [0.0; LANES]);
+            let mut sum = L::splat(0.0);
+            for (tap, input) in inputs.iter().enumerate() {
+                E::widen(&input[at..at + count], &mut wide[..count]);
+                let weight = &rule.weight[tap * channels..(tap + 1) * channels];
+                sum = L::load(&wide).mul_add(some::<L>(weight, at), sum);
+            }
+            sum.store(&mut wide);
+            E::narrow(&wide, &mut narrow);
+            E::widen(&narrow, &mut wide);
+            silu(L::load(&wide)).store(&mut wide);
+            E::narrow(&wide, &mut narrow);
+            E::widen(&narrow, &mut wide);
+            made[at..at + count].copy_from_slice(&wide[..count]);
+            at += count;
+        }
+        let keys = rule.key_heads * rule.key_dim;
+        let scale = 1.0 / (rule.key_dim as f32).sqrt();
+        for (head, rows) in made[..2 * keys].chunks_exact_mut(rule.key_dim).enumerate() {
+            let mut sums = L::splat(0.0);
+            for at in (0..rows.len()).step_by(LANES) {
+                let x = some::<L>(rows, at);
+                sums = x.mul_add(x, sums);
+            }
+            let inverse = 1.0 / (sums.sum() + NORM_EPS).sqrt();
+            let scale = if head < rule.key_heads { scale } else { 1.0 };
+            for x in rows {
+                *x = *x * inverse * scale;
+            }
+        }
+    }
+}
+
+/// One head of one request.
+struct Head<'a, 'b, E> {
+    rule: &'a DeltaRule,
+    head: usize,
+    work: &'a Work,
+    made: &'a [f32],
+    gates: &'a [f32],
+    memory: &'a mut [f32],
+    end: Option<&'a mut [f32]>,
+    out: &'a RowsMut<'b, E>,
+}
+
+impl<E: Element> Routine for Head<'_, '_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self {
+            rule,
+            head,
+            work,
+            made,
+            gates,
+            memory,
+            mut end,
+            out,
+        } = self;
+        let (rows, width) = (rule.key_dim, rule.value_dim);
+        let heads = rule.value_heads();
+        let keys = rule.key_heads * rows;
+        let key_head = head / (heads / rule.key_heads);
+        let tokens = Tokens {
+            made,
+            gates,
+            channels: rule.channels(),
+            heads,
+            head,
+            query: key_head * rows,
+            key: keys + key_head * rows,
+            value: 2 * keys + head * width,
+            rows,
+        };
+        let mut state = vec![0.0; rows * COLUMNS];
+        for first in (0..width).step_by(COLUMNS) {
+            let columns = COLUMNS.min(width - first);
+            state.fill(0.0);
+            if !work.span.fresh {
+                for (state, memory) in state.chunks_exact_mut(COLUMNS).zip(memory.chunks_exact(width)) {
+                    state[..columns].copy_from_slice(&memory[first..first + columns]);
+                }
+            }
+            tokens.advance::<L, false>(0..work.pending, &mut state, first..first + columns, |_, _| ());
+            if work.span.fresh || work.pending > 0 {
+                for (memory, state) in memory.chunks_exact_mut(width).zip(state.chunks_exact(COLUMNS)) {
+                    memory[first..first + columns].copy_from_slice(&state[..columns]);
+                }
+            }
+            let write = |token: usize, values: &[f32]| {
+                // SAFETY: this part alone has this head of its request's tokens.
+                let row = unsafe { out.row(work.span.start + token - work.pending, head) };
+                E::narrow(values, &mut row[first..first + columns]);
+            };
+            tokens.advance::<L, true>(work.pending..work.tokens(), &mut state, first..first + columns, write);
+            if let Some(end) = end.as_deref_mut() {
+                for (end, state) in end.chunks_exact_mut(width).zip(state.chunks_exact(COLUMNS)) {
+                    end[first..first + columns].copy_from_slice(&state[..columns]);
+                }
+            }
+        }
     }
 }
