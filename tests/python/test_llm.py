@@ -589,7 +589,7 @@ def test_an_engine_option_of_the_wrong_kind_or_size_is_named(options, message):
     ("call", "message"),
     [
         (lambda llm: llm.generate("a", 5), "params: got 5"),
-        (lambda llm: llm.generate("a", {"temperature": 1.0}), "params: got {"),
+        (lambda llm: llm.generate("a", {"temperatur": 1.0}), "params: got 'temperatur', expected some of temperature"),
         (lambda llm: llm.decode([99999]), "ids: got token id 99999, expected token ids in 0..4095"),
         (lambda llm: llm.decode([-1]), "ids: got token id -1"),
         (lambda llm: llm.decode("abc"), "ids: got 'abc'"),
