@@ -319,23 +319,18 @@ def _responses(args: argparse.Namespace) -> int:
     return 0
 
 
+def _training_of(args: argparse.Namespace) -> tuple:
+    """What the trainings of every drafter take behind their settings."""
+    places = (args.target, args.responses, args.corpus, args.out)
+    return (*places, args.device, args.save_every, args.bf16, args.store_features, args.shard_target)
+
+
 def _train_drafter(args: argparse.Namespace) -> int:
     from .drafter import DrafterTraining, train
 
     _threads(args)
     settings = _settings(args, DrafterTraining)
-    train(
-        settings,
-        args.target,
-        args.responses,
-        args.corpus,
-        args.out,
-        args.device,
-        args.save_every,
-        args.bf16,
-        args.store_features,
-        args.shard_target,
-    )
+    train(settings, *_training_of(args))
     print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 
@@ -345,18 +340,7 @@ def _train_mtp(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, MtpTraining)
-    train(
-        settings,
-        args.target,
-        args.responses,
-        args.corpus,
-        args.out,
-        args.device,
-        args.save_every,
-        args.bf16,
-        args.store_features,
-        args.shard_target,
-    )
+    train(settings, *_training_of(args))
     print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
     return 0
 
