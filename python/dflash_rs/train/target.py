@@ -148,6 +148,7 @@ def _teacher(settings: TargetTraining, where: torch.device, autocast: bool):
     model = load_causal_lm(settings.teacher, torch.bfloat16 if autocast else torch.float32)[0]
     if (got := model.get_output_embeddings().weight.shape[0]) != settings.vocab_size:
         raise ValueError(f"teacher: {settings.teacher} has {got} tokens, expected vocab_size={settings.vocab_size}")
+    model.set_attn_implementation("eager")
     return model.to(where).eval().requires_grad_(False)
 
 
