@@ -64,7 +64,8 @@ def smooth(mean: float | None, value: float, count: int) -> float:
 
 
 class Optimizers:
-    """Muon on matrices inside the layers, AdamW on embeddings, norms and everything else.
+    """Muon on matrices inside the layers, AdamW on embeddings, norms and everything else. The matrices of several experts in one tensor
+    are matrices each.
 
     Muon's update is rescaled to AdamW's root mean square (`match_rms_adamw`), so one learning rate serves both.
     """
@@ -72,10 +73,17 @@ class Optimizers:
     def __init__(self, module: torch.nn.Module, lr: float, weight_decay: float, matrices_outside: tuple[str, ...]):
         matrices: list[torch.nn.Parameter] = []
         rest: list[torch.nn.Parameter] = []
+        # Parameters that hold several matrices, and these, which share their memory.
+        self._stacks: list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]] = []
         for name, p in module.named_parameters():
-            if p.requires_grad:
-                is_matrix = p.ndim == 2 and not any(part in name for part in matrices_outside)
-                (matrices if is_matrix else rest).append(p)
+            if not p.requires_grad:
+                continue
+            inside = not any(part in name for part in matrices_outside)
+            if inside and p.ndim == 3 and min(p.shape[1:]) > 1:
+                self._stacks.append((p, [torch.nn.Parameter(part) for part in p.detach().unbind(0)]))
+                matrices += self._stacks[-1][1]
+            else:
+                (matrices if inside and p.ndim == 2 else rest).append(p)
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(
@@ -86,6 +94,10 @@ class Optimizers:
         self.lr = lr
 
     def step(self, factor: float) -> None:
+        for whole, matrices in self._stacks:
+            for i, matrix in enumerate(matrices):
+                matrix.grad = None if whole.grad is None else whole.grad[i]
+            whole.grad = None
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.lr * factor

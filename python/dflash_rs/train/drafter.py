@@ -29,23 +29,28 @@ from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_d
 from .documents import Documents, Rows, Text, rows_of
 from .features import StoredFeatures
 from .settings import DrafterTraining, MtpTraining
+from .warm_start import base_layers, warm_start
 
 # Rows per category that a report on held-out texts looks at.
 _HELD_OUT_ROWS = 6
 
 
 def draft_config(target_config, settings: DrafterTraining):
-    """The drafter's shape: the target's own widths, `num_layers` full-attention layers."""
+    """The drafter's shape: the target's own widths, `num_layers` full-attention layers, MLPs as wide as what a token of the target goes
+    through unless `intermediate_size` says otherwise."""
     from ..models.dflash import DraftConfig
 
     rope = dict(getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0})
+    # A drafter rotates whole heads, by one position.
+    for name in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+        rope.pop(name, None)
     return DraftConfig(
         hidden_size=target_config.hidden_size,
         num_hidden_layers=settings.num_layers,
         num_attention_heads=target_config.num_attention_heads,
         num_key_value_heads=target_config.num_key_value_heads,
         head_dim=target_config.head_dim,
-        intermediate_size=target_config.intermediate_size,
+        intermediate_size=settings.intermediate_size or _units_per_token(target_config),
         vocab_size=target_config.vocab_size,
         target_layer_ids=settings.tap_ids,
         mask_token_id=settings.mask_token_id,
@@ -57,69 +62,15 @@ def draft_config(target_config, settings: DrafterTraining):
     )
 
 
-@torch.no_grad()
-def warm_start(draft, target, sample: torch.Tensor) -> None:
-    """Starts the drafter from the target's last layers and norm, with `fc` the mean of the taps.
-
-    A cold drafter under a tied head predicts MASK itself and spends its first thousand steps unlearning that. A drafter normalises queries
-    and keys; where the target does not, the norms' weights give them the size they have in the target on `sample`, int64 [b, S].
-    """
-    layers = base_layers(target)
-    sizes: dict[str, list[float]] = {}
-    hooks = []
-    for i in range(len(draft.layers)):
-        source = layers[len(layers) - len(draft.layers) + i]
-        for name in ("q", "k"):
-            if not hasattr(source.self_attn, f"{name}_norm"):
-                projection = getattr(source.self_attn, f"{name}_proj")
-                hooks.append(projection.register_forward_hook(_keep_size(sizes, f"{i}.{name}", draft.config.head_dim)))
-    if hooks:
-        target.base_model(input_ids=sample, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    for i, layer in enumerate(draft.layers):
-        source = layers[len(layers) - len(draft.layers) + i]
-        missing, _ = layer.load_state_dict(_matching(layer, source), strict=False)
-        strange = [name for name in missing if not name.endswith(("q_norm.weight", "k_norm.weight"))]
-        if strange:
-            raise ValueError(
-                f"target: its layers have no {strange[0]} that fits a drafter's, so a drafter cannot begin from them"
-            )
-        for name in ("q", "k"):
-            if found := sizes.get(f"{i}.{name}"):
-                getattr(layer.self_attn, f"{name}_norm").weight.fill_(sum(found) / len(found))
-    draft.norm.weight.copy_(target.base_model.norm.weight)
-    width = draft.config.hidden_size
-    taps = len(draft.config.target_layer_ids)
-    draft.fc.weight.copy_(
-        torch.eye(width).repeat(1, taps) / taps + 0.02 / math.sqrt(width) * torch.randn(width, width * taps)
-    )
-    draft.hidden_norm.weight.copy_(layers[-1].input_layernorm.weight)
-
-
-def _matching(layer, source) -> dict[str, torch.Tensor]:
-    """The tensors of a target's layer that a drafter's layer has, too. Biases that a drafter has no place for are left out."""
-    own = layer.state_dict()
-    return {
-        name: value for name, value in source.state_dict().items() if name in own and own[name].shape == value.shape
-    }
-
-
-def _keep_size(sizes: dict[str, list[float]], name: str, head_dim: int):
-    def hook(module, args, output):
-        heads = output.float().unflatten(-1, (-1, head_dim))
-        sizes.setdefault(name, []).append(float(heads.square().mean(-1).sqrt().mean()))
-
-    return hook
-
-
-def base_layers(target):
-    """The decoder layers of a transformers model. Raises ValueError where they are not where they usually are."""
-    base = target.base_model
-    layers = getattr(base, "layers", None)
-    if layers is None or not hasattr(base, "norm"):
-        raise ValueError(f"target: {type(target).__name__} has no model.layers and model.norm, which training looks at")
-    return layers
+def _units_per_token(config) -> int:
+    """Hidden MLP units that a token of the target goes through."""
+    if getattr(config, "intermediate_size", None):
+        return config.intermediate_size
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    each, experts = (getattr(config, name, None) or 0 for name in ("moe_intermediate_size", "num_experts_per_tok"))
+    if not shared + each * experts:
+        raise ValueError("intermediate_size: got 0, expected a number: the target's configuration does not tell")
+    return shared + each * experts
 
 
 class Teacher:
