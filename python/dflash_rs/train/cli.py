@@ -136,6 +136,11 @@ def _store(parser: argparse.ArgumentParser) -> None:
 
 def add_parsers(subparsers) -> None:
     """Adds target, responses, drafter, mtp, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
+    for add in (_add_target, _add_responses, _add_drafter, _add_mtp, _add_prompts, _add_report):
+        add(subparsers)
+
+
+def _add_target(subparsers) -> None:
     target = _add(
         subparsers,
         "target",
@@ -170,6 +175,8 @@ def add_parsers(subparsers) -> None:
     _add_settings(target, TargetTraining)
     target.set_defaults(run=_clear(_train_target))
 
+
+def _add_responses(subparsers) -> None:
     own = _add(
         subparsers,
         "responses",
@@ -206,6 +213,8 @@ def add_parsers(subparsers) -> None:
     _add_settings(own, ResponseSettings)
     own.set_defaults(run=_clear(_responses))
 
+
+def _add_drafter(subparsers) -> None:
     drafter = _add(
         subparsers,
         "drafter",
@@ -222,6 +231,8 @@ def add_parsers(subparsers) -> None:
     _add_settings(drafter, DrafterTraining)
     drafter.set_defaults(run=_clear(_train_drafter))
 
+
+def _add_mtp(subparsers) -> None:
     head = _add(
         subparsers,
         "mtp",
@@ -238,6 +249,8 @@ def add_parsers(subparsers) -> None:
     _add_settings(head, MtpTraining)
     head.set_defaults(run=_clear(_train_mtp))
 
+
+def _add_prompts(subparsers) -> None:
     prompts = _add(
         subparsers,
         "prompts",
@@ -249,6 +262,8 @@ def add_parsers(subparsers) -> None:
     prompts.add_argument("--count", type=int, default=48, metavar="N", help="prompts; default: %(default)s")
     prompts.set_defaults(run=_clear(_prompts))
 
+
+def _add_report(subparsers) -> None:
     report = _add(
         subparsers,
         "report",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,22 @@ def load_checkpoint(path: Path) -> dict | None:
         return None
     with readable(path, "checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def resumed(path: Path, settings: object) -> dict | None:
+    """The checkpoint at `path` of a run with these `settings`, None where there is none. Raises ValueError where others made it."""
+    state = load_checkpoint(path)
+    if state is not None and state["settings"] != asdict(settings):  # type: ignore[call-overload]
+        raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
+    return state
+
+
+def finite(loss: torch.Tensor, step: int, path: Path) -> float:
+    """A step's loss. Raises FloatingPointError where it is not finite: what comes after would be lost."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
+    return value
 
 
 def pick_device(name: str) -> torch.device:

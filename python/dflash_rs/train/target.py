@@ -23,8 +23,9 @@ from .common import (
     Optimizers,
     Progress,
     batches,
-    load_checkpoint,
+    finite,
     pick_device,
+    resumed,
     save_checkpoint,
     smooth,
     trapezoid,
@@ -152,6 +153,31 @@ def _teacher(settings: TargetTraining, where: torch.device, autocast: bool):
     return model.to(where).eval().requires_grad_(False)
 
 
+def _resumed(settings: TargetTraining, path: Path, where: torch.device):
+    """Model, optimisers, steps done and history of the run whose checkpoint is at `path`, or of one that begins."""
+    state = resumed(path, settings)
+    if state is None:
+        model = _beginning(settings).to(where)
+        return model, _optimizers(model, settings), 0, []
+    model = build(settings, state["num_layers"])
+    model.load_state_dict(state["model"])
+    model.to(where)
+    optimizers = _optimizers(model, settings)
+    optimizers.load_state_dict(state["optimizers"])
+    return model, optimizers, state["step"], state["history"]
+
+
+def _state(settings: TargetTraining, model, optimizers: Optimizers, step: int, history: list[dict]) -> dict:
+    return {
+        "settings": asdict(settings),
+        "step": step,
+        "history": history,
+        "num_layers": len(model.model.layers),
+        "model": model.state_dict(),
+        "optimizers": optimizers.state_dict(),
+    }
+
+
 def train(
     settings: TargetTraining,
     data: Path,
@@ -174,21 +200,7 @@ def train(
     torch.manual_seed(settings.seed)
 
     path = out / "checkpoint.pt"
-    state = load_checkpoint(path)
-    if state is not None:
-        if state["settings"] != asdict(settings):
-            raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
-        step, history = state["step"], state["history"]
-        model = build(settings, state["num_layers"])
-        model.load_state_dict(state["model"])
-        model.to(where)
-        optimizers = _optimizers(model, settings)
-        optimizers.load_state_dict(state["optimizers"])
-    else:
-        step, history = 0, []
-        model = _beginning(settings).to(where)
-        optimizers = _optimizers(model, settings)
-
+    model, optimizers, step, history = _resumed(settings, path, where)
     teacher = _teacher(settings, where, autocast)
     progress = Progress(settings.steps, "steps")
     source = batches(tokens, settings.seq_len, settings.batch_size, settings.seed, step)
@@ -204,29 +216,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(trapezoid(step, settings.steps, settings.warmup_steps, settings.decay))
         step += 1
-        value = float(own)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
-        running = smooth(running, value, step - begun)
+        running = smooth(running, finite(own, step, path), step - begun)
         if group.leads and (step % save_every == 0 or step == settings.steps):
-            history.append(
-                {
-                    "step": step,
-                    "train_loss": running,
-                    "held_out_loss": held_out_loss(model, held_out, settings.seq_len, _EVAL_WINDOWS),
-                }
-            )
-            save_checkpoint(
-                path,
-                {
-                    "settings": asdict(settings),
-                    "step": step,
-                    "history": history,
-                    "num_layers": len(model.model.layers),
-                    "model": model.state_dict(),
-                    "optimizers": optimizers.state_dict(),
-                },
-            )
+            loss_there = held_out_loss(model, held_out, settings.seq_len, _EVAL_WINDOWS)
+            history.append({"step": step, "train_loss": running, "held_out_loss": loss_there})
+            save_checkpoint(path, _state(settings, model, optimizers, step, history))
         last = f"  held out {history[-1]['held_out_loss']:.3f}" if history else ""
         if group.leads:
             progress.show(step, f"loss {running:.3f}{last}", force=step % save_every == 0)
