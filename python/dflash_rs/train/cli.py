@@ -215,39 +215,40 @@ def _add_responses(subparsers) -> None:
 
 
 def _add_drafter(subparsers) -> None:
-    drafter = _add(
+    _add_drafters(
         subparsers,
         "drafter",
         "train a DFlash drafter for a target",
+        DrafterTraining,
+        _train_drafter,
         "dflash-rs train drafter --target runs/target --responses runs/responses --corpus runs/corpus --out runs/draft",
         "dflash-rs train drafter --target smollm2 --responses runs/responses --seq-len 512 --taps 2,8,15,21,27 --mask-token-id 16 --out runs/draft",
     )
-    _target(drafter, "the model to draft for")
-    drafter.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
-    _corpus(drafter, False, "a prepared corpus, for true text beside the target's own; default: none")
-    _add_run(drafter, save_every=250)
-    _store(drafter)
-    _shard(drafter)
-    _add_settings(drafter, DrafterTraining)
-    drafter.set_defaults(run=_clear(_train_drafter))
 
 
 def _add_mtp(subparsers) -> None:
-    head = _add(
+    _add_drafters(
         subparsers,
         "mtp",
         "train a multi-token-prediction head for a target",
+        MtpTraining,
+        _train_mtp,
         "dflash-rs train mtp --target runs/target --responses runs/responses --corpus runs/corpus --out runs/mtp",
         "dflash-rs train mtp --target smollm2 --responses runs/responses --seq-len 512 --block-size 5 --out runs/mtp",
     )
-    _target(head, "the model to draft for")
-    head.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
-    _corpus(head, False, "a prepared corpus, for true text beside the target's own; default: none")
-    _add_run(head, save_every=250)
-    _store(head)
-    _shard(head)
-    _add_settings(head, MtpTraining)
-    head.set_defaults(run=_clear(_train_mtp))
+
+
+def _add_drafters(subparsers, name: str, told: str, settings: type, run, *examples: str) -> None:
+    """A training of whatever drafts for a target."""
+    parser = _add(subparsers, name, told, *examples)
+    _target(parser, "the model to draft for")
+    parser.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
+    _corpus(parser, False, "a prepared corpus, for true text beside the target's own; default: none")
+    _add_run(parser, save_every=250)
+    _store(parser)
+    _shard(parser)
+    _add_settings(parser, settings)
+    parser.set_defaults(run=_clear(run))
 
 
 def _add_prompts(subparsers) -> None:
