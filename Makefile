@@ -6,7 +6,7 @@
 # make install the same without the watching: what builds the package and what runs it, none of the tools of the tests
 # make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
 # make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
-# make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
+# make kernels compile the CUDA kernels for every architecture and compare what they take and issue with cuda/{registers,instructions}.txt
 # make test-processors  what depends on the processor, as a lesser one would run it; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
@@ -241,9 +241,9 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-build pyproject.toml scripts/requirements.p
 	touch $@
 
 # The touch: cargo cannot know that a build which found no compiler would now find one.
-$(VENV)/.stamp-nvcc: $(VENV)/.stamp-venv scripts/nvcc-requirements.txt
+$(VENV)/.stamp-nvcc: $(VENV)/.stamp-venv scripts/nvcc-requirements.txt scripts/sass-requirements.txt
 ifneq ($(DFLASH_CUDA),0)
-	$(PIP) install -r scripts/nvcc-requirements.txt
+	$(PIP) install -r scripts/nvcc-requirements.txt -r scripts/sass-requirements.txt
 	touch build.rs
 endif
 	touch $@
