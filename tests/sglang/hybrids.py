@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from servers import TARGET, Server
+
 from dflash_rs.models.dflash import DraftConfig
 from dflash_rs.models.loader import build_draft, save_draft
-from servers import TARGET, Server
 
 VOCAB, HIDDEN, BLOCK = 256, 48, 6
 # Every second layer attends; the states of two layers have to be kept apart.
@@ -67,8 +68,15 @@ def write_target(kind: str, folder: Path, seed: int = 0) -> Path:
         text["rope_parameters"] = {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
         }  # fmt: skip
-        outside = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
-        made = getattr(transformers, config)(text_config=text, vision_config=_VISION, tie_word_embeddings=False, **outside)
+        outside = {
+            "image_token_id": 250,
+            "video_token_id": 251,
+            "vision_start_token_id": 252,
+            "vision_end_token_id": 253,
+        }
+        made = getattr(transformers, config)(
+            text_config=text, vision_config=_VISION, tie_word_embeddings=False, **outside
+        )
     else:
         made = getattr(transformers, config)(**text)
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +143,15 @@ class Steering:
         self.say()
 
 
-def server(log: Path, target: Path, env: dict[str, str] | None = None, **options: Any) -> Server:
+class Interpreted(Server):
+    """Its answers take a while on a busy machine."""
+
+    def open(self, path: str, body: Any = None, timeout: float = 900) -> Any:
+        """An open response."""
+        return super().open(path, body, timeout)
+
+
+def server(log: Path, target: Path, env: dict[str, str] | None = None, **options: Any) -> Interpreted:
     """A server of such a target, without a tokenizer, its states in the target's type."""
     common = {
         "model_path": target,
@@ -146,4 +162,4 @@ def server(log: Path, target: Path, env: dict[str, str] | None = None, **options
         "max_mamba_cache_size": 48,
     }
     interpreted = {"TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
-    return Server(log, env=interpreted | (env or {}), **(common | options))
+    return Interpreted(log, env=interpreted | (env or {}), **(common | options))

@@ -118,7 +118,7 @@ class Version(Seams):
         kernel = getattr(getattr(layers, "kernel_dispatcher", None), "verify_kernel", None)
         names = type(layers).__name__, type(kernel).__name__
         if names != ("GDNAttnBackend", "TritonGDNKernel"):
-            return f"the target's recurrent layers ({', '.join(names)}) have been seen to verify whole blocks only"
+            return f"other widths have not been tried with the target's recurrent layers, {' with '.join(names)}"
         if runner.req_to_token_pool.mamba_pool.mamba_cache.intermediate_ssm is None:
             return "--enable-linear-replayssm-spec keeps what whole blocks were fed with"
         return None
