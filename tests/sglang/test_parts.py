@@ -840,7 +840,7 @@ def test_every_width_has_attention_backends_and_graphs_of_its_own(
     [
         ({"selector": 1}, "SimpleNamespace selects among candidates"),
         ({"_is_domino": True}, "SimpleNamespace rolls its block out"),
-        ({"_need_mamba_verify_commit": True}, "the target keeps a state besides its KV"),
+        ({"_need_mamba_verify_commit": True}, "other widths have not been tried with the target's recurrent layers"),
         (
             {"server_args": SimpleNamespace(enable_two_batch_overlap=True, enable_pdmux=False)},
             "--enable-two-batch-overlap and",

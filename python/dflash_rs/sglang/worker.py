@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
-from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
 from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare
@@ -89,6 +89,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def init_attention_backends(self) -> None:
         """SGLang's, and with them what is known of which widths a step can have."""
         super().init_attention_backends()
+        states.check(*compat.installed().state_types(self), self.model_runner.dtype)
         if self.options.adaptive is False:
             return
         widths = self.options.widths_of(self.block_size)
