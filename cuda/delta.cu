@@ -33,12 +33,14 @@ __device__ void delta_inputs_block(const DeltaRuleParams& p) {
 
 // A token, up to what its key reads next; `read` is what it reads itself.
 template <int DK, bool READ>
-__device__ __forceinline__ float delta_token(const DeltaStage<DK>& stage, int32_t t, int32_t half, int32_t column, float* s, float& read) {
+__device__ __forceinline__ float delta_token(const DeltaStage<DK>& stage, int32_t t, int32_t half, int32_t column, float* s,
+                                             float& read) {
     read = add(read, __shfl_xor_sync(0xffffffffu, read, 16));
     float delta = mul(sub(stage.value(t, column), read), stage.beta(t)), out = 0.0f;
     read = 0.0f;
     int32_t next = READ ? t + 1 : t;
-    delta_walk<DK, true, READ>(s, stage.key(t, half), stage.query(t, half), delta, out, stage.key(next, half), stage.decay(next), read);
+    delta_walk<DK, true, READ>(s, stage.key(t, half), stage.query(t, half), delta, out, stage.key(next, half), stage.decay(next),
+                               read);
     return add(out, __shfl_xor_sync(0xffffffffu, out, 16));
 }
 
@@ -93,9 +95,9 @@ extern "C" __global__ void __launch_bounds__(128, 8) delta_inputs(const __grid_c
 }
 
 // Blocks of a multiprocessor: left to itself the compiler reads ahead until the registers are gone.
-#define DELTA_KERNEL(dim, blocks)                                                                                         \
+#define DELTA_KERNEL(dim, blocks)                                                                                           \
     extern "C" __global__ void __launch_bounds__(128, blocks) delta_rule_##dim(const __grid_constant__ DeltaRuleParams p) { \
-        dflash::delta_rule_block<dim>(p);                                                                                 \
+        dflash::delta_rule_block<dim>(p);                                                                                   \
     }
 
 DELTA_KERNEL(32, 5)

@@ -61,9 +61,7 @@ struct DeltaWork {
     bool keeps; // what it feeds in is kept
 };
 
-DFLASH_HD int32_t delta_channels(const DeltaRuleParams& p) {
-    return 2 * p.key_heads * p.key_dim + p.value_heads * p.value_dim;
-}
+DFLASH_HD int32_t delta_channels(const DeltaRuleParams& p) { return 2 * p.key_heads * p.key_dim + p.value_heads * p.value_dim; }
 
 DFLASH_HD int32_t delta_scales(const DeltaRuleParams& p) { return 2 * p.key_heads + 2 * p.value_heads; }
 
@@ -149,8 +147,8 @@ DFLASH_HD void delta_measure(const DeltaRuleParams& p, const DeltaWork& w, const
 // Beta and decay of a head at token `k`.
 DFLASH_HD void delta_gate(const DeltaRuleParams& p, const DeltaWork& w, int32_t k, int32_t head) {
     int32_t width = 2 * p.value_heads;
-    const uint16_t* given = k < w.pending ? p.kept_gates + (w.slot * p.block + k) * width
-                                          : p.gates + int64_t(w.start + k - w.pending) * width;
+    const uint16_t* given =
+        k < w.pending ? p.kept_gates + (w.slot * p.block + k) * width : p.gates + int64_t(w.start + k - w.pending) * width;
     float* to = p.scales + (w.made + k) * delta_scales(p) + 2 * p.key_heads;
     double b = double(float_of_bf16(given[head]));
     to[head] = rounded_bf16(mul(rounded_bf16(float(1.0 / (1.0 + exp(-b)))), p.beta_scale));
@@ -206,9 +204,7 @@ struct DeltaStage {
     float* gates;   // [DELTA_STAGE, beta and decay]
 
     DFLASH_HD explicit DeltaStage(float* shared)
-        : vectors(shared),
-          values(shared + DELTA_STAGE * 2 * ROW),
-          gates(values + DELTA_STAGE * DELTA_COLUMNS) {}
+        : vectors(shared), values(shared + DELTA_STAGE * 2 * ROW), gates(values + DELTA_STAGE * DELTA_COLUMNS) {}
 
     DFLASH_HD const float* key(int32_t token, int32_t half) const { return vectors + token * 2 * ROW + half * HALF; }
     DFLASH_HD const float* query(int32_t token, int32_t half) const { return key(token, half) + ROW; }
@@ -219,8 +215,8 @@ struct DeltaStage {
 
 // Brings `count` tokens from `first` on, seen from a head and its columns from `column` on.
 template <int DK>
-DFLASH_HD void delta_fetch(const DeltaRuleParams& p, const DeltaWork& w, int32_t head, int32_t column, int32_t first, int32_t count,
-                           const DeltaStage<DK>& stage, int32_t thread, int32_t threads) {
+DFLASH_HD void delta_fetch(const DeltaRuleParams& p, const DeltaWork& w, int32_t head, int32_t column, int32_t first,
+                           int32_t count, const DeltaStage<DK>& stage, int32_t thread, int32_t threads) {
     int32_t keys = p.key_heads * DK, key_head = head / (p.value_heads / p.key_heads);
     const uint16_t* made = p.made + (w.made + first) * delta_channels(p);
     const float* scales = p.scales + (w.made + first) * delta_scales(p);

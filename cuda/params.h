@@ -285,11 +285,11 @@ struct CompactKvParams {
 //   window that it is made of moves on, which none of them could do before all others have read it.
 //   made and scales have place for all tokens of the pass, folded ones included, those of request r from query_starts[r] + r * block on.
 struct DeltaRuleParams {
-    const uint16_t* mixed;       // [T, C] what the convolution gets: query, key, value; C = 2 key_heads key_dim + value_heads value_dim
-    const uint16_t* gates;       // [T, 2 value_heads] b, then a
-    const float* weight;         // [taps, C]
-    const float* decay;          // [value_heads]
-    const float* dt_bias;        // [value_heads]
+    const uint16_t* mixed; // [T, C] what the convolution gets: query, key, value; C = 2 key_heads key_dim + value_heads value_dim
+    const uint16_t* gates; // [T, 2 value_heads] b, then a
+    const float* weight;   // [taps, C]
+    const float* decay;    // [value_heads]
+    const float* dt_bias;  // [value_heads]
     const int32_t* query_starts; // [R + 1]
     const int32_t* context_lens; // [R]
     const int64_t* slots;        // [R]
@@ -304,8 +304,8 @@ struct DeltaRuleParams {
     uint16_t* end_window;        // [ends, taps - 1, C]
     uint16_t* out;               // [T, value_heads, value_dim]
     uint16_t* made;              // [T + R block, C] scratch
-    float* scales;               // [T + R block, 2 key_heads + 2 value_heads] scratch: 1 / length of queries and keys, beta, exp(g)
-    int32_t* pending;            // [R] scratch: tokens to fold in, -1 where that cannot be
+    float* scales;    // [T + R block, 2 key_heads + 2 value_heads] scratch: 1 / length of queries and keys, beta, exp(g)
+    int32_t* pending; // [R] scratch: tokens to fold in, -1 where that cannot be
     int32_t num_requests;
     int32_t num_tokens; // T, or the padded number of rows in mixed
     int32_t longest;    // largest number of tokens of one request

@@ -217,7 +217,7 @@ def cuda_delta_rule(
     end_memory: _CudaTensor | None = None,
     end_window: _CudaTensor | None = None,
 ) -> None:
-    """See `dflash_rs.cuda.delta_rule`."""
+    """See `dflash_rs.recurrent.delta_rule`."""
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The CUDA kernels on torch tensors: one function per kernel family, launched on torch's current stream.
 
     prepare_block ──> (drafter) ──> tree_top_k, tree_build ──> (target) ──> sample_rows ──> accept ──> kv_inject, compact_kv
-                                     block_attention in both models, delta_rule in recurrent layers
+                                     block_attention in both models, recurrent.delta_rule in layers with state
 
 Nothing here synchronises with the host, and nothing is allocated when every output is passed in: a launch can then be
 captured in a CUDA graph, after `load()` has loaded the kernels. Sizes, types, strides, devices and overlaps are checked before
@@ -30,8 +30,6 @@ except ImportError as error:
 HEAD_DIMS = (64, 128, 256)
 # Keys are cut at multiples of this and partial results joined in order. It decides the bits of a long row, so it is one number.
 SPLIT_KEYS = 512
-# Widths of keys, and most taps of the convolution before them, of a recurrent layer that `delta_rule` runs.
-DELTA_KEY_DIMS, DELTA_MAX_TAPS = (32, 64, 96, 128, 192, 256), 8
 
 _DTYPES = {
     torch.float32: "float32",
@@ -567,116 +565,4 @@ def compact_kv(path: Tensor, context_lens: Tensor, caches: KvCaches, table: Page
         page_table=_view(table.pages),
         row_ids=_view(table.row_ids),
         page_size=table.page_size,
-    )
-
-
-class DeltaWeights(NamedTuple):
-    """Of a layer with the gated delta rule, all float32: weight [taps, C] of the convolution, decay and dt_bias [Hv]: a token's decay is
-    exp(decay * softplus(a + dt_bias)), its beta beta_scale * sigmoid(b)."""
-
-    weight: Tensor
-    decay: Tensor
-    dt_bias: Tensor
-    beta_scale: float
-
-
-class DeltaStates(NamedTuple):
-    """What such a layer remembers of requests, C = 2 Hk dk + Hv dv: memory float32 [slots, Hv, dk, dv], window [slots, taps - 1, C] and
-    stands int32 [slots] (tokens that a slot's state has seen); of the last pass, kept [rows, B, C] and kept_gates [rows, B, 2 Hv], rows being
-    the first slots."""
-
-    memory: Tensor
-    window: Tensor
-    kept: Tensor
-    kept_gates: Tensor
-    stands: Tensor
-
-
-class DeltaEnds(NamedTuple):
-    """States after requests of more than B tokens: places int32 [R] (negative for others), memory float32 [L, Hv, dk, dv], window
-    [L, taps - 1, C]."""
-
-    places: Tensor
-    memory: Tensor
-    window: Tensor
-
-
-@named
-def delta_rule(
-    mixed: Tensor,
-    gates: Tensor,
-    weights: DeltaWeights,
-    states: DeltaStates,
-    *,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    slots: Tensor,
-    longest: int,
-    ends: DeltaEnds | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gated delta rule behind a short convolution (Gated DeltaNet, arXiv 2412.06464) over a pass -> [T, Hv, dv].
-
-    mixed [T, C] and gates [T, 2 Hv] (b, then a) are what the tokens feed in. The state of request r, in slot slots[r] (int64 [R], distinct),
-    has seen stands[slot] tokens; context_lens[r] [R] says by how many more of what its last pass kept it has to move first: 0..B. From there
-    the new tokens run without moving it, and up to B of them are kept. A request at 0 starts from nothing; one with more than B tokens is
-    kept whole or not at all, and the state after it goes to `ends`. `longest` bounds the tokens of a request. Where a context is out of
-    reach of its state the outputs are NaN and nothing changes.
-    """
-    if out is None:
-        out = torch.empty((mixed.shape[0], *states.memory.shape[1::2]), dtype=mixed.dtype, device=mixed.device)
-    _delta(mixed, gates, weights, states, query_starts, context_lens, slots, longest, ends, None, out)
-    return out
-
-
-@named
-def delta_copy(
-    weights: DeltaWeights, states: DeltaStates, *, context_lens: Tensor, slots: Tensor, into: Tensor
-) -> None:
-    """Copies states, moved on to `context_lens` by what their last pass kept, to the slots `into` (int64 [R]). The states stay where
-    they are. See `delta_rule` for the rest."""
-    like, heads = states.kept, states.memory.shape[1]
-    mixed, gates = (like.new_empty(0, width) for width in (like.shape[-1], 2 * heads))
-    starts = torch.zeros(slots.shape[0] + 1, dtype=torch.int32, device=like.device)
-    out = like.new_empty(0, *states.memory.shape[1::2])
-    _delta(mixed, gates, weights, states, starts, context_lens, slots, 0, None, into, out)
-
-
-def _delta(
-    mixed: Tensor, gates: Tensor, weights: DeltaWeights, states: DeltaStates, query_starts: Tensor, context_lens: Tensor, slots: Tensor,
-    longest: int, ends: DeltaEnds | None, into: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    _, heads, dk, dv = states.memory.shape
-    rows = mixed.shape[0] + slots.shape[0] * states.kept.shape[1]
-    # Of key heads there are as many as fill the channels; what does not add up is refused below.
-    key_heads = max(mixed.shape[-1] - heads * dv, 0) // (2 * dk)
-    made = torch.empty((rows, mixed.shape[-1]), dtype=mixed.dtype, device=mixed.device)
-    scales = torch.empty((rows, 2 * (key_heads + heads)), dtype=torch.float32, device=mixed.device)
-    pending = torch.empty(slots.shape[0], dtype=torch.int32, device=mixed.device)
-    _launch(
-        _core.cuda_delta_rule,
-        mixed,
-        mixed=_view(mixed),
-        gates=_view(gates),
-        weight=_view(weights.weight),
-        decay=_view(weights.decay),
-        dt_bias=_view(weights.dt_bias),
-        query_starts=_view(query_starts),
-        context_lens=_view(context_lens),
-        slots=_view(slots),
-        memory=_view(states.memory),
-        window=_view(states.window),
-        kept=_view(states.kept),
-        kept_gates=_view(states.kept_gates),
-        stands=_view(states.stands),
-        out=_view(out),
-        made=_view(made),
-        scales=_view(scales),
-        pending=_view(pending),
-        longest=longest,
-        beta_scale=weights.beta_scale,
-        into=_maybe(into),
-        ends=None if ends is None else _view(ends.places),
-        end_memory=None if ends is None else _view(ends.memory),
-        end_window=None if ends is None else _view(ends.window),
     )
