@@ -38,6 +38,7 @@ static size_t parameter_bytes(const char* name) {
         {"tree_top_k", sizeof(struct TreeTopKParams)},
         {"tree_build", sizeof(struct TreeBuildParams)},
         {"compact_kv", sizeof(struct CompactKvParams)},
+        {"delta_", sizeof(struct DeltaRuleParams)},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strncmp(name, known[i].prefix, strlen(known[i].prefix)) == 0) return known[i].bytes;

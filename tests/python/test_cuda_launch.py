@@ -77,7 +77,7 @@ def test_the_stages_of_a_step_are_launched_in_order(calls):
         "block_attention_128", "block_attention_128", "block_attention_combine_128", "block_attention_128",
         "sample_scan_bf16", "sample_mass_bf16", "sample_pick_bf16", "sample_finish_bf16", "sample_scan_f32", "sample_finish_f32",
         "accept", "accept", "tree_top_k_bf16", "tree_build", "compact_kv",
-        "block_attention_64", "block_attention_combine_64",
+        "block_attention_64", "block_attention_combine_64", "delta_inputs", "delta_rule_128", "delta_inputs", "delta_rule_128",
     ]  # fmt: skip
 
 
@@ -146,6 +146,22 @@ def test_sampling_and_acceptance_share_the_rows(calls):
     assert first.sampled == second.sampled == named["sampled"]
     assert first.new_context_lens != first.context_lens and second.new_context_lens == second.context_lens
     assert (first.out_stride, first.path_stride, first.max_nodes) == (8, 8, 8)
+
+
+def test_a_recurrent_layer_is_two_launches_and_copies_have_no_tokens(calls):
+    named, log = calls
+    entries, parameters = launches(log, "delta_", "DeltaRuleParams")
+    first, second, *copies = parameters
+    assert bytes(first) == bytes(second) and bytes(copies[0]) == bytes(copies[1])
+    assert (first.memory, first.mixed, first.out, first.end_memory) == tuple(
+        named[f"delta_{name}"] for name in ("memory", "mixed", "out", "ends")
+    )
+    sizes = (first.num_requests, first.num_tokens, first.longest, first.block, first.key_heads, first.value_heads)
+    assert sizes == (3, 24, 20, 5, 2, 6)
+    assert (first.key_dim, first.value_dim, first.taps, first.beta_scale, first.into) == (128, 64, 4, 2.0, 0)
+    assert (copies[0].into, copies[0].num_requests, copies[0].num_tokens) == (named["delta_into"], 2, 0)
+    # Heads of query, key and value, and the gates; then a block for each request, head and 64 columns.
+    assert [entry["grid"] for entry in entries] == [[3, 11, 1], [18, 1, 1], [2, 11, 1], [12, 1, 1]]
 
 
 @needs_kernels
