@@ -33,7 +33,7 @@ struct Launched {
 }
 
 impl Driver for Recorder {
-    fn current_device(&self) -> Result<i32> {
+    fn current_device(&self, _: i32) -> Result<i32> {
         if self.without_kernels {
             Err(Error::NoKernels)
         } else {
