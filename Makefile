@@ -27,7 +27,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo chat test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
-  sglang-hybrids sglang-demo sglang-install bench-core bench-demo bench-trees bench-rows bench-peers bench-host bench-reference bench-sglang soak mutants mutants-tools
+  sglang-hybrids sglang-demo sglang-install bench-core bench-demo bench-trees bench-rows bench-hybrid bench-peers bench-host bench-reference \
+  bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -151,7 +152,7 @@ $(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VE
 	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --target $(SGLANG_VENV)/sglang-0.5.17 -r $<
 	touch $@
 
-bench: bench-core bench-demo bench-trees bench-rows bench-peers bench-host bench-reference bench-sglang
+bench: bench-core bench-demo bench-trees bench-rows bench-hybrid bench-peers bench-host bench-reference bench-sglang
 
 bench-core: install venv
 	cargo bench --locked
@@ -171,6 +172,11 @@ bench-trees: install venv
 
 bench-rows: install venv
 	$(BIN)/python benchmarks/pass_rows.py --json benchmarks/results/pass_rows.json
+
+bench-hybrid: install venv
+	$(BIN)/dflash-rs bench --suite demo --model bundled-hybrid --concurrency 1,2,4,8 --profile \
+	  --json benchmarks/results/hybrid_demo.json
+	$(BIN)/python benchmarks/hybrid.py --json benchmarks/results/hybrid.json
 
 # PEERS names a target and its drafters, such as PEERS="--model smollm2 --draft auto --draft runs/mtp".
 PEERS ?=

@@ -77,7 +77,13 @@ class BundledModel:
         return assets() / self.draft
 
 
-BUNDLED = {model.name: model for model in (BundledModel("bundled", "target", "draft"),)}
+BUNDLED = {
+    model.name: model
+    for model in (
+        BundledModel("bundled", "target", "draft"),
+        BundledModel("bundled-hybrid", "hybrid-target", "hybrid-draft"),
+    )
+}
 
 # Changes whenever converting would give other files.
 _CONVERSION = 1

@@ -49,9 +49,9 @@ class LLM(Chats, AsyncCalls):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
     - `model`: folder or hub name of a Hugging Face causal LM, a GGUF file of a Llama- or Qwen-shaped one (converted once, see
-      `dflash_rs.models.gguf`), or the name of a known model that was fetched (``dflash-rs models list``); None is the bundled pair. `draft`:
-      folder or hub name of a DFlash checkpoint; None decodes plainly; "auto" is the drafter that comes with this package, and only goes
-      with the bundled model and known ones; "lookup" drafts what the text said before, with any model (a folder of that name is
+      `dflash_rs.models.gguf`), or the name of a known model that was fetched (``dflash-rs models list``); None, or "bundled", is the bundled pair,
+      "bundled-hybrid" the one whose target has recurrent layers and experts. `draft`: folder or hub name of a DFlash checkpoint; None decodes
+      plainly; "auto" is the drafter that comes with this package, and only goes with bundled models and known ones; "lookup" drafts what the text said before, with any model (a folder of that name is
       ``Path("lookup")`` or "./lookup").
     - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
       GPU). float32 makes rounding differences between block sizes as rare as they can be.

@@ -257,7 +257,9 @@ def pick_precision(name: str, device: Any, dtype: Any) -> str:
 
 def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
     """Where the two models are: folders or hub names."""
-    expected = "a model's folder, GGUF file or hub name, the name of a known model, or None for the bundled one"
+    expected = (
+        "a model's folder, GGUF file or hub name, the name of a known or bundled model, or None for the bundled one"
+    )
     if model is None:
         model = assets() / "target"
         draft = assets() / "draft" if isinstance(draft, str) and draft == "auto" else draft

@@ -122,6 +122,19 @@ def test_measured_costs_are_times():
     assert 1 <= width <= block <= 6 and not trees
 
 
+def test_costs_are_measured_over_tokens_that_differ():
+    # Equal ones would all go to the same experts: a block would seem to cost what one row does.
+    target = TargetModel(qwen3_target())
+    draft = random_draft().bind_target(target.embedding, target.lm_head)
+    target.set_taps(draft.config.target_layer_ids)
+    target.alloc_kv(64)
+    draft.alloc_kv(64)
+    forward, seen = target.forward, []
+    target.forward = lambda batch: (seen.append(batch.token_ids.tolist()), forward(batch))[1]
+    measure(target, draft, 6)
+    assert all(len(set(tokens)) == len(tokens) for tokens in seen) and max(map(len, seen)) == 64
+
+
 def test_a_cache_of_a_few_slots_is_measured_as_far_as_it_goes():
     target = TargetModel(qwen3_target())
     draft = random_draft().bind_target(target.embedding, target.lm_head)

@@ -43,14 +43,14 @@ def add_engine(parser: argparse.ArgumentParser, *, drafters: bool = False) -> An
     group.add_argument(
         "--model",
         metavar="PATH",
-        help="target: folder, GGUF file, Hugging Face id, or a name of `dflash-rs models list`; default: the bundled pair",
+        help="target: folder, GGUF file, Hugging Face id, a name of `dflash-rs models list`, or bundled-hybrid; default: the bundled pair",
     )
     group.add_argument(
         "--draft",
         metavar="PATH",
         action="append" if drafters else "store",
         help="its drafter (DFlash, MTP): folder or Hugging Face id; lookup: drafts from the text itself, for any target; default: what "
-        "comes with a known model"
+        "comes with a known or bundled model"
         + ("; may be repeated, each is measured beside plain decoding of its own" if drafters else ""),
     )
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: auto")

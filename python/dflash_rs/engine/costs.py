@@ -65,10 +65,15 @@ def rising(points) -> tuple[tuple[int, float], ...]:
     return tuple(curve.items())
 
 
+def _tokens(target: TargetModel, rows: int) -> np.ndarray:
+    """Different ones, as a text has them: equal ones would all go to the same experts, and many rows would seem to cost what one does."""
+    return np.arange(1, rows + 1) * 7919 % target.vocab_size
+
+
 def _verify(target: TargetModel, rows: int) -> None:
     index = np.arange(rows)
     batch = StepBatch.from_arrays(
-        token_ids=np.zeros(rows, dtype=np.int64),
+        token_ids=_tokens(target, rows),
         positions=index,
         slots=index,
         query_starts=np.array([0, rows]),
@@ -90,7 +95,7 @@ def _fold_and_verify(target: TargetModel, rows: int, *, block: int) -> None:
     assert target.state is not None
     positions = np.arange(rows) - np.repeat(starts[:-1], lengths) + 1
     batch = StepBatch.from_arrays(
-        token_ids=np.zeros(rows, dtype=np.int64),
+        token_ids=_tokens(target, rows),
         positions=positions,
         slots=np.repeat(index, lengths) * page + positions,
         query_starts=starts,
