@@ -147,7 +147,8 @@ def build(
     )
     if copies is not None:
         try:
-            target.state.alloc(core.page_table.shape[0], copies, sizes.row)
+            state = target.state.on_device() if on_device else target.state
+            state.alloc(core.page_table.shape[0], copies, sizes.row)
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
@@ -190,7 +191,7 @@ def build(
         from_text=draft is not None and draft.from_text,
     )
     if device is not None:
-        return Loop(core, device, policy, requests, overlap=overlap)
+        return Loop(core, device, policy, requests, overlap=overlap, state_bytes=state_bytes)
     draws_there = _kernels_here(models)
     host = HostBackend(
         core,
