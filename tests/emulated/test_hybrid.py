@@ -16,6 +16,7 @@ from models_helpers import VOCAB, randomise
 from no_values import NoValues
 
 from dflash_rs import LLM, SamplingParams
+from dflash_rs.engine.device import step as device_step
 from dflash_rs.engine.device.step import DeviceBackend, serves
 from dflash_rs.engine.host import HostBackend
 from dflash_rs.models.target import TargetModel
@@ -58,7 +59,8 @@ class KnowingThere:
     def alloc_kv(self, num_slots):
         pass
 
-    free = prepare = alloc_kv
+    def prepare(self, limit):
+        pass
 
     def free(self):
         pass
@@ -132,10 +134,14 @@ def knowing(alone):
     return draft
 
 
-@pytest.mark.parametrize("name", PARAMS)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"max_batch_tokens": 7}, {"max_batch_tokens": 24, "page_size": 1}, {"num_pages": 22, "max_running": 4}],
+    "name, options",
+    [
+        ("greedy", {}),
+        ("seeded", {"max_batch_tokens": 7}),
+        ("greedy", {"max_batch_tokens": 24, "page_size": 1}),
+        ("seeded", {"num_pages": 22, "max_running": 4}),
+    ],
     ids=["together", "chunks", "longer chunks", "few pages"],
 )
 def test_drafts_chunks_reuse_and_retraction_change_nothing(target, alone, knowing, name, options):
@@ -211,6 +217,55 @@ def test_a_broken_state_is_seen(target, alone, knowing, monkeypatch, fault):
     assert any(output.token_ids != text for some in outputs for output, text in zip(some, alone("greedy")))
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["before a layer", "behind it"])
+def test_an_interruption_anywhere_in_a_pass_leaves_each_layer_before_or_behind_it(
+    target, alone, knowing, monkeypatch, inside
+):
+    with engine(target, knowing("greedy"), cuda_graphs=False, max_batch_tokens=12) as llm:
+        state, calls = llm._loop.backend._state, 0
+        mix = state.mix
+
+        def interrupted(index, hidden):
+            nonlocal calls
+            calls += 1
+            if inside and calls % 7 == 3:
+                raise KeyboardInterrupt
+            found = mix(index, hidden)
+            if not inside and calls % 7 == 5:
+                raise KeyboardInterrupt
+            return found
+
+        monkeypatch.setattr(state, "mix", interrupted)
+        stream = llm.stream(PROMPTS, PARAMS["greedy"])
+        interruptions = 0
+        while llm._requests.active:
+            try:
+                llm._loop.step()
+            except KeyboardInterrupt:
+                interruptions += 1
+        texts = {event.index: event.output.token_ids for event in stream if event.output is not None}
+    assert interruptions > 5 and [texts[i] for i in range(len(PROMPTS))] == alone("greedy")
+
+
+def test_what_a_pass_costs_is_measured_and_disturbs_no_text(target, alone, knowing, monkeypatch):
+    monkeypatch.setattr(device_step, "_ROUNDS", 1)
+    with engine(target, knowing("greedy"), adaptive=True) as llm:
+        assert [rows for rows, _ in llm.costs.target] == [1, 2, 3, 5, 10]
+        assert ids(llm.generate(PROMPTS, PARAMS["greedy"])) == alone("greedy")
+
+
+def test_constraints_and_scores_run_beside_the_graphs(target, alone, knowing):
+    def nothing(output, row):
+        return row
+
+    params = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True, logprobs=2)
+    with engine(target, knowing("greedy")) as llm:
+        assert ids(llm.generate(PROMPTS, params)) == alone("greedy")
+        edited = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True, logits_processors=[nothing])
+        assert ids(llm.generate(PROMPTS, edited)) == alone("greedy")
+        assert llm.stats()["tau"] > 1.5
+
+
 def test_what_has_no_kernel_does_not_stay_on_the_device(gpu, target):
     assert serves(target, None)
     for kind in ("kimi", "bamba", "dense"):  # other rules, and keys of eight elements
@@ -220,7 +275,12 @@ def test_what_has_no_kernel_does_not_stay_on_the_device(gpu, target):
 
 
 def test_experts_run_without_a_graph(target, gpu):
-    made_of = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    made_of = {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     experts = made("Qwen3Next", **made_of)
     assert experts.path == "modules" and "asks the device for values" in experts.path_reason
     with engine(experts) as llm:

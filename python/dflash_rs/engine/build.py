@@ -18,6 +18,7 @@ from ..models.target import TargetModel
 from ..models.target.load import describe
 from ..models.threads import while_loading
 from ..options import StepOptions
+from ..recurrent import DELTA_KEY_DIMS
 from ..text import Detokenizer, token_bytes, with_special_tokens
 from .costs import measure
 from .device.step import DeviceBackend, serves
@@ -263,6 +264,13 @@ def _kernels_here(models: Models) -> bool:
     if draft is not None and draft.on_device() is None and serves(target, None):
         warn(
             f"steps go through torch: got a drafter of the kind {draft.kind}, which has no part in steps that stay on the GPU"
+        )
+        cuda.load(target.device)
+        return True
+    if target.state is not None and target.kernel and target.state.on_device() is None:
+        warn(
+            f"steps go through torch: got recurrent layers without kernels, or in {target.dtype}; expected the gated delta rule in bfloat16 "
+            f"with keys of {', '.join(map(str, DELTA_KEY_DIMS))} elements"
         )
         cuda.load(target.device)
         return True

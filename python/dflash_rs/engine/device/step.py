@@ -12,6 +12,10 @@ without a graph.
 Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
 to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
 
+States of recurrent layers stay on the device, too, at their addresses: a row's slot is data, and by how many kept tokens its state has to move
+on is what its context says. The host speaks up where a prompt begins from a copy of a state, where one is to be made, and where a chunk
+of prompt longer than a block was kept.
+
 What may be drawn for a constrained request is said by the host: in the few steps with one, its rows go there between the target and the walk,
 and their tokens come back.
 
@@ -538,9 +542,7 @@ class DeviceBackend:
         if self._state is None:
             return contextlib.nullcontext()
         whose = () if plan is None else (plan.block_len, plan.row_ids)
-        return self._state.running(
-            query_starts, lens, self._in.device["table_rows"][: lens.shape[0]], longest, *whose
-        )
+        return self._state.running(query_starts, lens, self._in.device["table_rows"][: lens.shape[0]], longest, *whose)
 
     # ---- costs ---------------------------------------------------------------------------------------------------
 
