@@ -6,9 +6,10 @@
 # make install the same without the watching: what builds the package and what runs it, none of the tools of the tests
 # make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
 # make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
-# make kernels compile the CUDA kernels for every architecture and compare their registers with cuda/registers.txt
+# make kernels compile the CUDA kernels for every architecture and compare what they take and issue with cuda/{registers,instructions}.txt
 # make test-processors  what depends on the processor, as a lesser one would run it; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
+# make sglang-hybrids   the same with targets that have recurrent layers, all cases of it (half an hour and more); few are part of `make test`
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
@@ -26,7 +27,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo chat test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
-  sglang-demo sglang-install bench-core bench-demo bench-trees bench-rows bench-peers bench-host bench-reference bench-sglang soak mutants mutants-tools
+  sglang-hybrids sglang-demo sglang-install bench-core bench-demo bench-trees bench-rows bench-peers bench-host bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -124,6 +125,10 @@ sweep: install venv
 # for the package under test.
 sglang-test: sglang-install
 	$(SGLANG)/python -m pytest tests/sglang
+
+# Says what it ran, and how long each case took.
+sglang-hybrids: sglang-install
+	$(SGLANG)/python -m pytest tests/sglang/test_hybrids.py tests/sglang/test_states.py -m "long or not long" -v --durations=0
 
 sglang-demo: sglang-install
 	$(SGLANG)/python tests/sglang/demo.py $(SERVE)
@@ -241,9 +246,9 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-build pyproject.toml scripts/requirements.p
 	touch $@
 
 # The touch: cargo cannot know that a build which found no compiler would now find one.
-$(VENV)/.stamp-nvcc: $(VENV)/.stamp-venv scripts/nvcc-requirements.txt
+$(VENV)/.stamp-nvcc: $(VENV)/.stamp-venv scripts/nvcc-requirements.txt scripts/sass-requirements.txt
 ifneq ($(DFLASH_CUDA),0)
-	$(PIP) install -r scripts/nvcc-requirements.txt
+	$(PIP) install -r scripts/nvcc-requirements.txt -r scripts/sass-requirements.txt
 	touch build.rs
 endif
 	touch $@

@@ -76,6 +76,7 @@ SDIST_FILES = (
     "cuda/host_check.cpp",
     "cuda/README.md",
     "cuda/registers.txt",
+    "cuda/instructions.txt",
     "docs/*.md",
     "python/dflash_rs/*.py",
     "python/dflash_rs/py.typed",

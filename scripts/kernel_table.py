@@ -1,10 +1,11 @@
-"""What every kernel takes of a multiprocessor, for every architecture, compared with the committed cuda/registers.txt.
+"""What every kernel takes of a multiprocessor, for every architecture, compared with the committed cuda/registers.txt; and what a
+warp issues on the ways that decide the speed, compared with cuda/instructions.txt (issue_table.py has the counting and the model).
 
     python scripts/kernel_table.py           build, compare, list what differs; exit code 1 if anything got worse
-    python scripts/kernel_table.py --write   build, write the table
+    python scripts/kernel_table.py --write   build, write the tables
 
-Fewer registers or spilled bytes than the table says are welcome and pass. More, and a kernel that the table does not know or that
-is gone, do not: look at the kernel, then write the table again.
+Fewer registers, spilled bytes or instructions than the tables say are welcome and pass. More, and a kernel that the table does not know or that
+is gone, do not: look at the kernel, then write the tables again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import issue_table
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "cuda" / "registers.txt"
+ISSUED = ROOT / "cuda" / "instructions.txt"
 HEAD = "kernel arch registers spilled_bytes shared_bytes".split()
 
 
@@ -82,6 +86,11 @@ def _order(key: tuple[str, str]) -> tuple[str, int]:
     return key[0], int(re.sub(r"\D", "", key[1]))
 
 
+def usages(table: Table) -> issue_table.Usages:
+    """The table as issue_table.py wants it."""
+    return {key: (usage.registers, usage.shared) for key, usage in table.items()}
+
+
 def differences(old: Table, new: Table) -> tuple[list[str], list[str]]:
     """What got worse, and what got better."""
     worse, better = [], []
@@ -99,8 +108,8 @@ def differences(old: Table, new: Table) -> tuple[list[str], list[str]]:
     return worse, better
 
 
-def build() -> tuple[str, str]:
-    """Compiles all kernels for all architectures through build.rs; its log and the compiler's version."""
+def build() -> tuple[Path, str]:
+    """Compiles all kernels for all architectures through build.rs; the folder of its outputs and the compiler's version."""
     environment = {k: v for k, v in os.environ.items() if k != "DFLASH_CUDA_ARCHS"} | {"DFLASH_CUDA": "1"}
     if sys.prefix != sys.base_prefix:
         environment["PYO3_PYTHON"] = sys.executable
@@ -112,39 +121,45 @@ def build() -> tuple[str, str]:
         if message.get("reason") == "build-script-executed":
             variables = dict(message["env"])
             if "DFLASH_BUILT_NVCC" in variables:
-                return (Path(message["out_dir"]) / "kernels.ptxas").read_text(encoding="utf-8"), variables[
-                    "DFLASH_BUILT_NVCC"
-                ]
+                return Path(message["out_dir"]), variables["DFLASH_BUILT_NVCC"]
     sys.exit("cargo build reported no run of build.rs")
 
 
 def main() -> int:
     """Builds, then writes or compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write cuda/registers.txt")
+    parser.add_argument("--write", action="store_true", help="write cuda/registers.txt and cuda/instructions.txt")
     args = parser.parse_args()
-    log, nvcc = build()
-    table = parse_log(log)
+    folder, nvcc = build()
+    table = parse_log((folder / "kernels.ptxas").read_text(encoding="utf-8"))
     if not table:
         sys.exit("ptxas reported no kernel")
+    counts = issue_table.count_all(issue_table.disassemble(folder / "kernels.fatbin"), ROOT / "cuda")
     architectures = sorted({arch for _, arch in table}, key=lambda arch: int(re.sub(r"\D", "", arch)))
     summary = f"{len({kernel for kernel, _ in table})} kernels for {', '.join(architectures)} by nvcc {nvcc}"
+    names = " and ".join(str(path.relative_to(ROOT)) for path in (TABLE, ISSUED))
     if args.write:
         TABLE.write_text(to_text(table, nvcc), encoding="utf-8")
-        print(f"{TABLE.relative_to(ROOT)}: {summary}")
+        ISSUED.write_text(issue_table.to_text(counts, usages(table), nvcc), encoding="utf-8")
+        print(f"{names}: {summary}")
         return 0
-    old = TABLE.read_text(encoding="utf-8") if TABLE.is_file() else ""
-    worse, better = differences(parse_table(old), table)
+    old, old_counts = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in (TABLE, ISSUED))
+    worse, better = (
+        [*of_table, *of_counts]
+        for of_table, of_counts in zip(
+            differences(parse_table(old), table),
+            issue_table.differences(issue_table.parse_text(old_counts), counts),
+            strict=True,
+        )
+    )
     for line in better:
         print(f"better  {line}")
     for line in worse:
         print(f"WORSE   {line}")
     if worse:
-        print(
-            f"{TABLE.relative_to(ROOT)}: {len(worse)} entries differ; if that is wanted: scripts/kernel_table.py --write"
-        )
+        print(f"{names}: {len(worse)} entries differ; if that is wanted: scripts/kernel_table.py --write")
         return 1
-    print(f"{summary}: none takes more than {TABLE.relative_to(ROOT)} says")
+    print(f"{summary}: none takes or issues more than {names} say")
     return 0
 
 

@@ -5,6 +5,7 @@ use numpy::{
     Element, PyArray, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray, PyReadwriteArrayDyn,
     PyUntypedArray, PyUntypedArrayMethods, dtype,
 };
+use pyo3::PyClass;
 use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
@@ -49,6 +50,26 @@ impl<T> Given<T> {
 
     /// The value.
     pub(super) fn of(self, name: &'static str, expected: &str) -> PyResult<T> {
+        self.0.map_err(|got| invalid(name, got, expected))
+    }
+}
+
+/// An argument that is one of this module's own objects: told by its class alone, since it stands in every call of a step.
+pub(super) struct Object<'py, T>(Result<Bound<'py, T>, String>);
+
+impl<'py, T: PyClass> FromPyObject<'_, 'py> for Object<'py, T> {
+    type Error = PyErr;
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        Ok(Self(match object.cast::<T>() {
+            Ok(own) => Ok(own.to_owned()),
+            Err(_) => Err(shown(&object)),
+        }))
+    }
+}
+
+impl<'py, T> Object<'py, T> {
+    /// The object.
+    pub(super) fn of(self, name: &'static str, expected: &str) -> PyResult<Bound<'py, T>> {
         self.0.map_err(|got| invalid(name, got, expected))
     }
 }
@@ -129,6 +150,13 @@ impl<T: Kind> Argument for Given<T> {
     type Value = T;
     fn named(self, name: &'static str) -> PyResult<T> {
         self.0.map_err(|got| invalid(name, got, T::expected()))
+    }
+}
+
+impl<'py, T: Kind> Argument for Object<'py, T> {
+    type Value = Bound<'py, T>;
+    fn named(self, name: &'static str) -> PyResult<Self::Value> {
+        self.of(name, &T::expected())
     }
 }
 

@@ -8,7 +8,7 @@ use numpy::ndarray::Ix1;
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use super::arrays::{Given, Kind, array, named};
+use super::arrays::{Given, Kind, Object, array, named};
 use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, mask_named, unknown};
 use crate::device::AttentionParams;
 use crate::device::host::batch::checked_slots;
@@ -97,7 +97,7 @@ pub struct HostDecoder {
 #[pymethods]
 impl HostDecoder {
     #[new]
-    fn new(norm: &Bound<'_, PyAny>, head: Given<Bound<'_, PackedWeight>>, eps: Given<f32>) -> PyResult<Self> {
+    fn new(norm: &Bound<'_, PyAny>, head: Object<'_, PackedWeight>, eps: Given<f32>) -> PyResult<Self> {
         named!(head, eps);
         let head = Head {
             norm: floats("norm", norm)?,
@@ -118,11 +118,11 @@ impl HostDecoder {
     fn add_layer(
         &mut self,
         attention_norm: &Bound<'_, PyAny>,
-        qkv: Given<Bound<'_, PackedWeight>>,
-        out: Given<Bound<'_, PackedWeight>>,
+        qkv: Object<'_, PackedWeight>,
+        out: Object<'_, PackedWeight>,
         mlp_norm: &Bound<'_, PyAny>,
-        gate_up: Given<Bound<'_, PackedWeight>>,
-        down: Given<Bound<'_, PackedWeight>>,
+        gate_up: Object<'_, PackedWeight>,
+        down: Object<'_, PackedWeight>,
         heads: Given<usize>,
         kv_heads: Given<usize>,
         head_dim: Given<usize>,
@@ -170,7 +170,7 @@ impl HostDecoder {
     fn draft<'py>(
         &self,
         py: Python<'py>,
-        batch: Given<Bound<'_, AttentionBatch>>,
+        batch: Object<'_, AttentionBatch>,
         token_ids: &Bound<'_, PyAny>,
         positions: &Bound<'_, PyAny>,
         embedding: Given<Table>,
@@ -262,9 +262,9 @@ impl HostInjector {
     #[new]
     #[pyo3(signature = (*, fc, norm, key_values, key_norms, kv_heads, head_dim, eps))]
     fn new(
-        fc: Given<Bound<'_, PackedWeight>>,
+        fc: Object<'_, PackedWeight>,
         norm: &Bound<'_, PyAny>,
-        key_values: Given<Bound<'_, PackedWeight>>,
+        key_values: Object<'_, PackedWeight>,
         key_norms: Given<Vec<Option<Bound<'_, PyAny>>>>,
         kv_heads: Given<usize>,
         head_dim: Given<usize>,

@@ -12,7 +12,7 @@ use crate::device::host::{
 };
 use crate::device::{AttentionParams, Mask};
 use crate::error::Error;
-use crate::py::arrays::{Given, Kind, array, named};
+use crate::py::arrays::{Given, Kind, Object, array, named};
 use numpy::ndarray::{Ix1, Ix2};
 use numpy::{PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -154,13 +154,13 @@ pub(super) fn not_contiguous(name: &'static str) -> Error {
     }
 }
 
-impl Kind for Bound<'_, AttentionBatch> {
+impl Kind for AttentionBatch {
     fn expected() -> String {
         "an AttentionBatch".into()
     }
 }
 
-impl Kind for Bound<'_, PackedWeight> {
+impl Kind for PackedWeight {
     fn expected() -> String {
         "a PackedWeight".into()
     }
@@ -234,7 +234,7 @@ impl AttentionBatch {
 #[allow(clippy::too_many_arguments, reason = "one crossing per layer")]
 pub(super) fn paged_attention(
     py: Python<'_>,
-    batch: Given<Bound<'_, AttentionBatch>>,
+    batch: Object<'_, AttentionBatch>,
     q: Given<Pointer>,
     k: Given<Pointer>,
     v: Given<Pointer>,

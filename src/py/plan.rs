@@ -4,7 +4,7 @@ use numpy::ndarray::{Ix1, Ix2, Ix3};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::arrays::{Count, Given, array, shaped};
+use super::arrays::{Count, Given, Object, array, shaped};
 use super::engine::{Accepted, StepPlan};
 use super::errors::invalid;
 use crate::plan;
@@ -40,7 +40,7 @@ fn temperature(given: Given<f32>) -> PyResult<f32> {
 }
 
 /// Number and drafting requests of the step that an offer is for.
-fn step_of(plan: Option<Given<Bound<'_, StepPlan>>>) -> PyResult<Option<(u64, Vec<u64>)>> {
+fn step_of(plan: Option<Object<'_, StepPlan>>) -> PyResult<Option<(u64, Vec<u64>)>> {
     let Some(plan) = plan else { return Ok(None) };
     let plan = plan.of("plan", "a StepPlan, or None")?;
     let plan = plan.get().locked();
@@ -130,7 +130,7 @@ impl Planner {
         temperatures: &Bound<'py, PyAny>,
         most: &Bound<'py, PyAny>,
         others: Count,
-        plan: Option<Given<Bound<'py, StepPlan>>>,
+        plan: Option<Object<'py, StepPlan>>,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, depth]")?;
         let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[n]")?;
@@ -163,7 +163,7 @@ impl Planner {
         temperatures: &Bound<'py, PyAny>,
         most: &Bound<'py, PyAny>,
         others: Count,
-        plan: Option<Given<Bound<'py, StepPlan>>>,
+        plan: Option<Object<'py, StepPlan>>,
     ) -> PyResult<Trees<'py>> {
         let anchors = array::<i64, Ix1>("anchors", anchors, "[n]")?;
         let tokens = array::<i64, Ix3>("tokens", tokens, "[n, depth, k]")?;
@@ -203,7 +203,7 @@ impl Planner {
     }
 
     /// Books a step: what each request verified and which of it was accepted.
-    fn record_step(&mut self, plan: Given<Bound<'_, StepPlan>>, accepted: Given<Bound<'_, Accepted>>) -> PyResult<()> {
+    fn record_step(&mut self, plan: Object<'_, StepPlan>, accepted: Object<'_, Accepted>) -> PyResult<()> {
         let (plan, accepted) = (plan.of("plan", "a StepPlan")?, accepted.of("accepted", "an Accepted")?);
         let plan = plan.get().locked();
         let mut outcome = Ok(());

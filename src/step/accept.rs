@@ -3,6 +3,7 @@
 use super::Engine;
 use super::step_plan::StepPlan;
 use super::values::{Accepted, AcceptedArrays, DrawnRows, EditedRows, PlanArrays};
+use crate::draft::DraftTree;
 use crate::error::{Error, Result, indices};
 use crate::schedule::{Running, Scheduled, Scheduler, Work};
 use crate::types::TokenId;
@@ -174,7 +175,6 @@ impl Engine {
         let (vocab, layout) = (scheduler.config().vocab_size, plan.arrays());
         edited.check(layout.logit_rows.len(), vocab)?;
         let mut accepted = shared.accepted(plan.step());
-        let mut visited = Vec::new();
         for (row, scheduled) in in_flight[0].rows.iter().enumerate() {
             let out = accepted.arrays_mut();
             out.token_starts.push(out.tokens.len() as i32);
@@ -195,8 +195,8 @@ impl Engine {
             }
             let context = Context::new(scheduler, scheduled, running, layout.logit_starts[row])?;
             let before = Lengths::of(out);
-            visited.clear();
-            let mut take = |path: &[TokenId], token: usize| {
+            let tree = plan.tree_of(row)?.filter(|_| scheduled.work == Work::Decode);
+            let walked = context.walk(drafts, tree.as_ref(), |path, token| {
                 let drawn = match edited.find(context.first_logit + token) {
                     None => draw(sampler, &context, path, token, out)?,
                     Some(at) => {
@@ -207,22 +207,8 @@ impl Engine {
                     }
                 };
                 out.tokens.push(i64::from(drawn.0));
-                visited.push(token as u32);
                 Ok(drawn)
-            };
-            let tree = plan.tree_of(row)?.filter(|_| scheduled.work == Work::Decode);
-            let walked = match &tree {
-                None => walk_chain(drafts, |token| take(&drafts[..token], token)).map(|walk| (walk.accepted, None)),
-                Some(tree) => walk_tree(tree, |node| take(&tree.path_tokens(node), node))
-                    .map(|walk| (walk.path.len() as u32, Some(walk.path))),
-            };
-            let walked = match walked {
-                Err(_) if running.request.params.edited && !visited.is_empty() => {
-                    let path = visited.split_off(1);
-                    Ok((path.len() as u32, tree.is_some().then_some(path)))
-                }
-                walked => walked,
-            };
+            });
             match walked {
                 Ok((drafts_accepted, path)) => {
                     out.accepted[row] = drafts_accepted as i32;
@@ -311,6 +297,35 @@ impl<'a> Context<'a> {
                 Work::Decode => u64::from(committed),
             },
         })
+    }
+
+    /// Follows the row's drafts while they are what `take` gives after each: how many are kept and, of a tree, which nodes.
+    fn walk(
+        &self,
+        drafts: &[TokenId],
+        tree: Option<&DraftTree>,
+        mut take: impl FnMut(&[TokenId], usize) -> Result<TokenId>,
+    ) -> Result<(u32, Option<Vec<u32>>)> {
+        let edited = self.running.request.params.edited;
+        let mut visited = Vec::new();
+        let mut visit = |path: &[TokenId], token: usize| {
+            let drawn = take(path, token)?;
+            if edited {
+                visited.push(token as u32);
+            }
+            Ok(drawn)
+        };
+        let walked = match tree {
+            None => walk_chain(drafts, |token| visit(&drafts[..token], token)).map(|walk| (walk.accepted, None)),
+            Some(tree) => walk_tree(tree, |node| visit(&tree.path_tokens(node), node))
+                .map(|walk| (walk.path.len() as u32, Some(walk.path))),
+        };
+        // The row after the last one visited has no token: the walk ends before it.
+        if walked.is_err() && !visited.is_empty() {
+            let path = visited.split_off(1);
+            return Ok((path.len() as u32, tree.is_some().then_some(path)));
+        }
+        walked
     }
 
     fn draw(&self, sampler: &mut Sampler, row: &[f32], path: &[TokenId]) -> Result<TokenId> {

@@ -33,8 +33,9 @@ def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
         raise DflashError("--plot: there is no row beside plain decoding to draw")
     arms = list(dict.fromkeys(row.mode for row in drawn))
     ours, theirs = [a for a in arms if a not in FOREIGN], [a for a in arms if a in FOREIGN]
+    # In the order in which arms are drawn.
     colours = dict(zip(ours, _OURS * len(ours))) | dict(zip(theirs, _THEIRS))
-    arms = [*ours, *theirs]
+    arms = list(colours)
     temperatures = sorted({row.temperature for row in drawn})
     levels = sorted({row.concurrency for row in drawn})
     categories = [kind for kind in dict.fromkeys(row.category or ALL for row in drawn) if kind != ALL]
@@ -46,48 +47,15 @@ def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     figure, axes = plt.subplots(
         lines, len(temperatures), figsize=(width * len(temperatures), 3.5 * lines), layout="constrained", squeeze=False
     )
-    at = {(row.mode, row.concurrency, row.temperature, row.category or ALL): row for row in drawn}
+    at: At = {(row.mode, row.concurrency, row.temperature, row.category or ALL): row for row in drawn}
     top = 1.15 * max([1.0, *(max(row.speedup, *(row.speedup_quartiles or [0.0])) for row in drawn)])
-    bar = 0.84 / len(arms)
+    requests = f"{levels[0]} request{'s' if levels[0] > 1 else ''} at once"
     for column, temperature in enumerate(temperatures):
-        axis = axes[0][column]
-        for i, arm in enumerate(arms):
-            mine = [(k, at.get((arm, levels[0], temperature, kind))) for k, kind in enumerate(kinds)]
-            there = [(k, row) for k, row in mine if row is not None]
-            if not there:
-                continue
-            xs = [k + (i - (len(arms) - 1) / 2) * bar for k, _ in there]
-            heights = [row.speedup for _, row in there]
-            axis.bar(
-                xs,
-                heights,
-                bar * 0.9,
-                color=colours[arm],
-                label=arm,
-                yerr=_whiskers([row for _, row in there]),
-                **_WHISKER,
-            )
-            for x, (_, row) in zip(xs, there):
-                low, high = row.speedup_quartiles or [row.speedup] * 2
-                axis.text(
-                    x, high + 0.012 * top, f"{row.speedup:.2f}", ha="center", va="bottom", fontsize=6, rotation=90
-                )
-        axis.set_xticks(range(len(kinds)), kinds)
-        requests = f"{levels[0]} request{'s' if levels[0] > 1 else ''} at once"
-        axis.set(title=f"{_name(temperature)}, {requests}", ylim=(0, top))
-        if lines == 1:
-            continue
-        axis = axes[1][column]
-        for arm in arms:
-            measured = [x for x, level in enumerate(levels) if (arm, level, temperature, whole) in at]
-            if measured:
-                points = [at[arm, levels[x], temperature, whole] for x in measured]
-                axis.errorbar(
-                    measured, [row.speedup for row in points], yerr=_whiskers(points), color=colours[arm], label=arm, marker="o", markersize=4,
-                    linewidth=1.6, elinewidth=0.8, capsize=2,
-                )  # fmt: skip
-        axis.set_xticks(range(len(levels)), [str(level) for level in levels])
-        axis.set(xlabel="requests at once", title=f"{_name(temperature)}, {whole}", ylim=(0, top))
+        _draw_kinds(axes[0][column], at, levels[0], temperature, kinds, colours, top)
+        axes[0][column].set(title=f"{_name(temperature)}, {requests}", ylim=(0, top))
+        if lines > 1:
+            _draw_levels(axes[1][column], at, levels, temperature, whole, colours)
+            axes[1][column].set(xlabel="requests at once", title=f"{_name(temperature)}, {whole}", ylim=(0, top))
     for line in axes:
         line[0].set_ylabel("tokens/s over plain decoding")
         for axis in line:
@@ -111,6 +79,45 @@ def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
         raise DflashError(f"--plot {path}: {error}") from None
     finally:
         plt.close(figure)
+
+
+# Rows by arm, requests at once, temperature and kind of text.
+At = dict[tuple[str, int, float, str], Row]
+
+
+def _draw_kinds(
+    axis: Any, at: At, level: int, temperature: float, kinds: Sequence[str], colours: dict[str, str], top: float
+) -> None:
+    """A group of bars for each kind of text, a bar for each arm."""
+    bar = 0.84 / len(colours)
+    for i, (arm, colour) in enumerate(colours.items()):
+        mine = [(k, at.get((arm, level, temperature, kind))) for k, kind in enumerate(kinds)]
+        there = [(k, row) for k, row in mine if row is not None]
+        if not there:
+            continue
+        xs = [k + (i - (len(colours) - 1) / 2) * bar for k, _ in there]
+        heights = [row.speedup for _, row in there]
+        whiskers = _whiskers([row for _, row in there])
+        axis.bar(xs, heights, bar * 0.9, color=colour, label=arm, yerr=whiskers, **_WHISKER)
+        for x, (_, row) in zip(xs, there):
+            _, high = row.speedup_quartiles or [row.speedup] * 2
+            axis.text(x, high + 0.012 * top, f"{row.speedup:.2f}", ha="center", va="bottom", fontsize=6, rotation=90)
+    axis.set_xticks(range(len(kinds)), kinds)
+
+
+def _draw_levels(
+    axis: Any, at: At, levels: Sequence[int], temperature: float, kind: str, colours: dict[str, str]
+) -> None:
+    """A line for each arm over the requests at once."""
+    for arm, colour in colours.items():
+        measured = [x for x, level in enumerate(levels) if (arm, level, temperature, kind) in at]
+        if measured:
+            points = [at[arm, levels[x], temperature, kind] for x in measured]
+            axis.errorbar(
+                measured, [row.speedup for row in points], yerr=_whiskers(points), color=colour, label=arm, marker="o", markersize=4,
+                linewidth=1.6, elinewidth=0.8, capsize=2,
+            )  # fmt: skip
+    axis.set_xticks(range(len(levels)), [str(level) for level in levels])
 
 
 _WHISKER: dict[str, Any] = {"error_kw": {"elinewidth": 0.8, "ecolor": "#222222"}}

@@ -119,15 +119,12 @@ def build(
     options: StepOptions,
 ) -> Loop:
     """An engine of `models`: takes the memory, and measures what steps cost unless the options say it or nobody asks (`adaptive`)."""
-    target, draft, costs = models.target, models.draft, options.costs
+    target, draft = models.target, models.draft
     if draft is not None:
         target.set_taps(draft.taps)
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
-    state_bytes = 0
-    if copies is not None:
-        per_request = target.state.bytes_per_slot + sizes.row * target.state.bytes_per_token
-        state_bytes = config.max_running * per_request + copies * target.state.bytes_per_slot
+    state_bytes = _state_bytes(target, config, sizes, copies)
     pages = _take_memory(models, config, sizes, state_bytes)
     on_device = serves(target, draft)
     overlap = _overlap(options.overlap, target, draft, on_device)
@@ -147,20 +144,11 @@ def build(
         special_vocabulary=None if models.bytes is None else with_special_tokens(models.tokenizer, models.bytes),
     )
     if copies is not None:
-        try:
-            state = target.state.on_device() if on_device else target.state
-            state.alloc(core.page_table.shape[0], copies, sizes.row)
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            raise InvalidArgument(
-                f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
-                f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
-            ) from error
+        state = target.state.on_device() if on_device else target.state
+        _take_states(state, core, config, sizes, copies, state_bytes)
     requests = Requests(
         core, None if models.bytes is not None else lambda skip: Detokenizer(models.tokenizer, None, skip)
     )
-    device = None
     if on_device:
         device = DeviceBackend(
             core,
@@ -173,12 +161,36 @@ def build(
             constrained=requests.constrained,
             graphs=options.cuda_graphs,
         )
+        policy = _policy(models, core, config, sizes, options, device)
+        return Loop(core, device, policy, requests, overlap=overlap, state_bytes=state_bytes)
+    policy = _policy(models, core, config, sizes, options, None)
+    host = HostBackend(
+        core,
+        target,
+        draft,
+        policy,
+        page_size=config.page_size,
+        constrained=requests.constrained,
+        draws_there=_kernels_here(models),
+    )
+    return Loop(core, host, policy, requests, overlap=overlap, state_bytes=state_bytes)
+
+
+def _policy(
+    models: Models,
+    core: _core.Engine,
+    config: EngineConfig,
+    sizes: Sizes,
+    options: StepOptions,
+    device: DeviceBackend | None,
+) -> Policy:
+    target, draft, costs = models.target, models.draft, options.costs
     adapts = draft is not None and options.adaptive
     if draft is not None and adapts and costs is None:
         found = measure(target, draft, sizes.block_size, core.page_table.shape[0]) if device is None else device.costs()
     else:
         found = costs if adapts else None
-    policy = Policy(
+    return Policy(
         core,
         block_size=sizes.block_size,
         tree_nodes=sizes.tree_nodes,
@@ -191,19 +203,28 @@ def build(
         widths=[] if device is None else device.widths,
         from_text=draft is not None and draft.from_text,
     )
-    if device is not None:
-        return Loop(core, device, policy, requests, overlap=overlap, state_bytes=state_bytes)
-    draws_there = _kernels_here(models)
-    host = HostBackend(
-        core,
-        target,
-        draft,
-        policy,
-        page_size=config.page_size,
-        constrained=requests.constrained,
-        draws_there=draws_there,
-    )
-    return Loop(core, host, policy, requests, overlap=overlap, state_bytes=state_bytes)
+
+
+def _state_bytes(target: Any, config: EngineConfig, sizes: Sizes, copies: int | None) -> int:
+    """Memory of states: one for each running request with what its last row fed in, and `copies`."""
+    if copies is None:
+        return 0
+    per_request = target.state.bytes_per_slot + sizes.row * target.state.bytes_per_token
+    return config.max_running * per_request + copies * target.state.bytes_per_slot
+
+
+def _take_states(
+    state: Any, core: _core.Engine, config: EngineConfig, sizes: Sizes, copies: int, state_bytes: int
+) -> None:
+    try:
+        state.alloc(core.page_table.shape[0], copies, sizes.row)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise InvalidArgument(
+            f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
+            f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
+        ) from error
 
 
 def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bool:
@@ -269,8 +290,8 @@ def _kernels_here(models: Models) -> bool:
         return True
     if target.state is not None and target.kernel and target.state.on_device() is None:
         warn(
-            f"steps go through torch: got recurrent layers without kernels, or in {target.dtype}; expected the gated delta rule in bfloat16 "
-            f"with keys of {', '.join(map(str, DELTA_KEY_DIMS))} elements"
+            "steps go through torch: got recurrent layers that no kernel serves, expected the gated delta rule with keys of "
+            f"{', '.join(map(str, DELTA_KEY_DIMS))} elements"
         )
         cuda.load(target.device)
         return True

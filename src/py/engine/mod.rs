@@ -14,7 +14,7 @@ use numpy::{
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::py::arrays::{Count, Flag, Given, array, array_mut, shaped};
+use crate::py::arrays::{Count, Flag, Given, Object, array, array_mut, shaped};
 use crate::py::buffers::{bytes, table_view};
 use crate::py::errors::{invalid, token_ids};
 use crate::py::params::{self, DeviceSampling};
@@ -134,7 +134,7 @@ impl<'py> Edited<'py> {
     }
 }
 
-fn plan_given<'py>(plan: Given<Bound<'py, StepPlan>>) -> PyResult<Bound<'py, StepPlan>> {
+fn plan_given<'py>(plan: Object<'py, StepPlan>) -> PyResult<Bound<'py, StepPlan>> {
     plan.of("plan", "a StepPlan")
 }
 
@@ -238,7 +238,7 @@ impl Engine {
     }
 
     /// Whether any request that a launched step is for is still there.
-    fn is_wanted<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<bool> {
+    fn is_wanted<'py>(&self, py: Python<'py>, plan: Object<'py, StepPlan>) -> PyResult<bool> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
         Ok(self.with(py, |engine| engine.is_wanted(&locked(&plan.plan))))
@@ -265,7 +265,7 @@ impl Engine {
     fn accept<'py>(
         &self,
         py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
+        plan: Object<'py, StepPlan>,
         logits: &Bound<'py, PyAny>,
         edited: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Accepted> {
@@ -285,7 +285,7 @@ impl Engine {
     fn draw_edited<'py>(
         &self,
         py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
+        plan: Object<'py, StepPlan>,
         edited: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let plan = plan_given(plan)?;
@@ -303,7 +303,7 @@ impl Engine {
     fn accept_sampled<'py>(
         &self,
         py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
+        plan: Object<'py, StepPlan>,
         sampled: &Bound<'py, PyAny>,
         logprobs: Option<&Bound<'py, PyAny>>,
         status: Option<&Bound<'py, PyAny>>,
@@ -334,7 +334,7 @@ impl Engine {
     }
 
     /// What the step's rows ask of their draws, for a device that draws them.
-    fn device_sampling<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<DeviceSampling> {
+    fn device_sampling<'py>(&self, py: Python<'py>, plan: Object<'py, StepPlan>) -> PyResult<DeviceSampling> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
         Ok(self
@@ -353,8 +353,8 @@ impl Engine {
     fn fill_inputs<'py>(
         &self,
         py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
-        wanted: Given<Bound<'py, DeviceSampling>>,
+        plan: Object<'py, StepPlan>,
+        wanted: Object<'py, DeviceSampling>,
         bucket: Count,
         uncertain: Count,
         query_starts: &Bound<'py, PyAny>,
@@ -417,7 +417,7 @@ impl Engine {
     fn accept_outputs<'py>(
         &self,
         py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
+        plan: Object<'py, StepPlan>,
         sampled: &Bound<'py, PyAny>,
         status: &Bound<'py, PyAny>,
         accepted: &Bound<'py, PyAny>,
@@ -457,12 +457,7 @@ impl Engine {
 
     /// Drafts from the requests' own texts, for blocks of `block_size` tokens: tokens i64 and chances f32 `[len(draft_rows), block_size - 1]`,
     /// and how many were found, i32 `[len(draft_rows)]`.
-    fn look_up<'py>(
-        &self,
-        py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
-        block_size: Count,
-    ) -> PyResult<Looked<'py>> {
+    fn look_up<'py>(&self, py: Python<'py>, plan: Object<'py, StepPlan>, block_size: Count) -> PyResult<Looked<'py>> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
         let block: usize = block_size.count("block_size")?;
@@ -484,8 +479,8 @@ impl Engine {
     fn commit<'py>(
         &self,
         py: Python<'py>,
-        plan: Given<Bound<'py, StepPlan>>,
-        accepted: Given<Bound<'py, Accepted>>,
+        plan: Object<'py, StepPlan>,
+        accepted: Object<'py, Accepted>,
         injected: Flag,
     ) -> PyResult<Events> {
         let (plan, accepted) = (plan_given(plan)?, accepted.of("accepted", "an Accepted")?);
@@ -505,14 +500,14 @@ impl Engine {
     }
 
     /// Tells a step that was launched ahead what is known now that the one before it is resolved.
-    fn settle<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<()> {
+    fn settle<'py>(&self, py: Python<'py>, plan: Object<'py, StepPlan>) -> PyResult<()> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
         Ok(self.with(py, |engine| engine.settle(&mut locked(&plan.plan)))?)
     }
 
     /// Calls a step off: its requests go on from their last resolved token. `False`: it was closed already.
-    fn cancel<'py>(&self, py: Python<'py>, plan: Given<Bound<'py, StepPlan>>) -> PyResult<bool> {
+    fn cancel<'py>(&self, py: Python<'py>, plan: Object<'py, StepPlan>) -> PyResult<bool> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
         Ok(self.with(py, |engine| engine.cancel(&mut locked(&plan.plan)))?)
