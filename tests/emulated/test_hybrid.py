@@ -18,7 +18,6 @@ from no_values import NoValues
 from dflash_rs import LLM, SamplingParams
 from dflash_rs.engine.device import step as device_step
 from dflash_rs.engine.device.step import DeviceBackend, serves
-from dflash_rs.engine.host import HostBackend
 from dflash_rs.models.target import TargetModel
 
 BYTES = [bytes([33 + token]) for token in range(VOCAB)]
@@ -274,20 +273,37 @@ def test_what_has_no_kernel_does_not_stay_on_the_device(gpu, target):
     assert not serves(TargetModel(build("dense")), None)
 
 
-def test_experts_run_without_a_graph(target, gpu):
-    made_of = {
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    }
-    experts = made("Qwen3Next", **made_of)
-    assert experts.path == "modules" and "asks the device for values" in experts.path_reason
-    with engine(experts) as llm:
+EXPERTS = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+OLMO = {
+    "layer_types": ["linear_attention"] * LAYERS + ["full_attention"],
+    "linear_allow_neg_eigval": True,
+    "eos_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    "kind, options, path",
+    [
+        ("Qwen3Next", EXPERTS, "modules"),
+        ("Qwen3Next", EXPERTS | {"num_experts": 0}, "layers"),
+        ("OlmoHybrid", OLMO, "modules"),
+    ],
+    ids=["experts", "next", "olmo"],
+)
+def test_only_layers_that_ask_for_nothing_are_in_a_graph(target, kind, options, path):
+    other = made(kind, **options)
+    assert other.path == path
+    assert ("asks the device for values" in other.path_reason) == (options is EXPERTS)
+    with engine(other) as llm:
         plain = ids(llm.generate(PROMPTS[:3], PARAMS["seeded"]))
         backend = llm._loop.backend
-        assert isinstance(backend, DeviceBackend) and not isinstance(backend, HostBackend) and len(backend.graphs) == 0
+        assert isinstance(backend, DeviceBackend) and (len(backend.graphs) > 0) == (path == "layers")
     texts = [prompt + text for prompt, text in zip(PROMPTS, plain)]
-    with engine(experts, KnowingThere(texts)) as llm:
+    with engine(other, KnowingThere(texts)) as llm:
         assert ids(llm.generate(PROMPTS[:3], PARAMS["seeded"])) == plain
         assert llm.stats()["tau"] > 1.5
