@@ -96,8 +96,8 @@ class TargetModel:
                     self._fused, self.path_reason = None, "the fused path differs from the model's own forward"
                 if self.state is not None:
                     self._layers, self.path_reason = LayerwiseModel.build(self)
-                    if self._layers is not None and check is not None:
-                        check.compare(self, "layers")
+                    if self._layers is not None and check is not None and not check.agrees(self):
+                        self._layers, self.path_reason = None, "the layers in a row differ from the model's own forward"
         if self._fused is None and matmul_precision != "highest":
             raise InvalidArgument(
                 f"matmul_precision: got {matmul_precision!r} for a {type(model).__name__}, expected 'highest': {self.path_reason}"
