@@ -65,10 +65,11 @@ DFLASH_HD int32_t delta_channels(const DeltaRuleParams& p) { return 2 * p.key_he
 
 DFLASH_HD int32_t delta_scales(const DeltaRuleParams& p) { return 2 * p.key_heads + 2 * p.value_heads; }
 
-// Kept tokens that a request's state has yet to see, -1 where its context is out of reach.
+// Kept tokens that a request's state has yet to see, -1 where its context is out of reach. Nobody has a slot who has nothing to do.
 DFLASH_HD int32_t delta_pending(const DeltaRuleParams& p, int32_t request) {
     int32_t context = p.context_lens[request];
-    if (context == 0) return 0;
+    bool idle = p.query_starts[request] == p.query_starts[request + 1] && !p.into;
+    if (context == 0 || idle) return 0;
     int32_t behind = context - p.stands[p.slots[request]];
     return behind >= 0 && behind <= p.block ? behind : -1;
 }

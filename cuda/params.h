@@ -279,7 +279,7 @@ struct CompactKvParams {
 //   the request's own tokens run on, without moving the state; up to `block` of them are kept, for the next pass to fold in.
 //   A request of more tokens is kept whole or not at all: with ends[r] >= 0 the state after it goes to that place of end_*.
 //   With `into` the state after the fold goes to slot into[r], and nothing of slot s changes; such a call has no tokens (T = 0).
-//   A request without tokens is left alone but for that. Where a context is not within reach of its state, `out` is NaN and
+//   A request without tokens is left alone but for that, and its slot is not looked at. Where a context is not within reach of its state, `out` is NaN and
 //   nothing else changes. Slots are distinct.
 //   Two launches: what the convolution makes of a token is needed by several blocks, each with columns of some head's state, and the
 //   window that it is made of moves on, which none of them could do before all others have read it.

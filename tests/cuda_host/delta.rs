@@ -359,9 +359,9 @@ fn commit(
 #[test]
 fn passes_leave_the_bits_that_the_host_leaves() {
     let mut numbers = Numbers(21);
-    for turn in 0..share(30) {
+    for turn in 0..share(18) {
         let layer = Layer::new(&mut numbers, [32, 64, 96, 128, 192, 256][turn % 6], turn % 5 == 0);
-        live(&mut numbers, &layer, 6, HOST);
+        live(&mut numbers, &layer, 5, HOST);
     }
 }
 

@@ -3,6 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <map>
+#include <string>
+
 #include "params.h"
 
 extern "C" {
@@ -20,9 +23,12 @@ void dflash_host_delta_inputs(const DeltaRuleParams*);
 void dflash_host_delta_rule(const DeltaRuleParams*, int32_t);
 
 int run_kernel(const char* name, const void* p);
+int dflash_launches(const char* name);
 }
 
 namespace {
+
+std::map<std::string, int> launches;
 
 bool starts(const char* name, const char* with) { return strncmp(name, with, strlen(with)) == 0; }
 
@@ -34,7 +40,11 @@ int run(void (*function)(const P*), const void* p) {
 
 } // namespace
 
+// Launches of a kernel so far.
+int dflash_launches(const char* name) { return launches[name]; }
+
 int run_kernel(const char* name, const void* p) {
+    ++launches[name];
     int32_t dim = int32_t(atoi(strrchr(name, '_') ? strrchr(name, '_') + 1 : "0"));
     if (starts(name, "prepare_block")) return run(dflash_host_prepare_block, p);
     if (starts(name, "accept")) return run(dflash_host_accept, p);

@@ -51,6 +51,9 @@ class GatedRecurrence:
         for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
             self.rows[row] = self.passed.pop(row)[count]
 
+    def on_device(self) -> None:
+        return None
+
 
 class RecurrentTarget:
     """A `Target` that remembers a text in its state alone: the next token depends on all tokens so far."""

@@ -18,6 +18,7 @@ from ..models.target import TargetModel
 from ..models.target.load import describe
 from ..models.threads import while_loading
 from ..options import StepOptions
+from ..recurrent import DELTA_KEY_DIMS
 from ..text import Detokenizer, token_bytes, with_special_tokens
 from .costs import measure
 from .device.step import DeviceBackend, serves
@@ -143,7 +144,8 @@ def build(
         special_vocabulary=None if models.bytes is None else with_special_tokens(models.tokenizer, models.bytes),
     )
     if copies is not None:
-        _take_states(target, core, config, sizes, copies, state_bytes)
+        state = target.state.on_device() if on_device else target.state
+        _take_states(state, core, config, sizes, copies, state_bytes)
     requests = Requests(
         core, None if models.bytes is not None else lambda skip: Detokenizer(models.tokenizer, None, skip)
     )
@@ -159,7 +161,8 @@ def build(
             constrained=requests.constrained,
             graphs=options.cuda_graphs,
         )
-        return Loop(core, device, _policy(models, core, config, sizes, options, device), requests, overlap=overlap)
+        policy = _policy(models, core, config, sizes, options, device)
+        return Loop(core, device, policy, requests, overlap=overlap, state_bytes=state_bytes)
     policy = _policy(models, core, config, sizes, options, None)
     host = HostBackend(
         core,
@@ -211,10 +214,10 @@ def _state_bytes(target: Any, config: EngineConfig, sizes: Sizes, copies: int | 
 
 
 def _take_states(
-    target: Any, core: _core.Engine, config: EngineConfig, sizes: Sizes, copies: int, state_bytes: int
+    state: Any, core: _core.Engine, config: EngineConfig, sizes: Sizes, copies: int, state_bytes: int
 ) -> None:
     try:
-        target.state.alloc(core.page_table.shape[0], copies, sizes.row)
+        state.alloc(core.page_table.shape[0], copies, sizes.row)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -282,6 +285,13 @@ def _kernels_here(models: Models) -> bool:
     if draft is not None and draft.on_device() is None and serves(target, None):
         warn(
             f"steps go through torch: got a drafter of the kind {draft.kind}, which has no part in steps that stay on the GPU"
+        )
+        cuda.load(target.device)
+        return True
+    if target.state is not None and target.kernel and target.state.on_device() is None:
+        warn(
+            "steps go through torch: got recurrent layers that no kernel serves, expected the gated delta rule with keys of "
+            f"{', '.join(map(str, DELTA_KEY_DIMS))} elements"
         )
         cuda.load(target.device)
         return True

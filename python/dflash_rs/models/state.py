@@ -13,9 +13,41 @@ stands for, and when it goes, is the core's business. A step that is called off 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
+
+
+class DeviceState(Protocol):
+    """States on a device. Slots and checkpoints are those of `TargetState`; lengths int32 [n] are tokens of a request. Whether the tokens of a
+    pass were kept shows in the context of the row's next pass, but for passes of more than a block."""
+
+    block: int
+    """Most tokens of a row in a pass that may be kept in part."""
+
+    def alloc(self, rows: int, checkpoints: int, block: int) -> None:
+        """As `TargetState.alloc`."""
+
+    def free(self) -> None:
+        """Gives that room back."""
+
+    def running(
+        self, query_starts: Tensor, context_lens: Tensor, slots: Tensor, longest: int, lens: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+    ) -> AbstractContextManager[None]:  # fmt: skip
+        """Around the target's pass: query_starts int32 [R+1], context_lens int32 [R] and slots int64 [R] on the device, where they stay for as
+        long as a graph is replayed; lens and rows int32 [R] of the host where a request may be longer than a block."""
+
+    def restore(self, rows: np.ndarray, checkpoints: np.ndarray) -> None:
+        """As `TargetState.restore`."""
+
+    def save(self, rows: np.ndarray, lengths: np.ndarray, checkpoints: np.ndarray) -> None:
+        """Copies the rows' states at `lengths`, the ends of their last pass, to checkpoints."""
+
+    def keep(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Rows whose last pass had more than a block are kept, and now are at `lengths`; of others there is nothing to be said."""
 
 
 class TargetState(Protocol):
@@ -41,3 +73,6 @@ class TargetState(Protocol):
     def keep(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Moves the states over the first `counts` tokens of each row's last pass: a chunk of prompt is kept whole, of a block its anchor and
         what was accepted."""
+
+    def on_device(self) -> DeviceState | None:
+        """The half that stays on a device, inside its steps; None where it cannot."""

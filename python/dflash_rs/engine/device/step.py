@@ -12,6 +12,10 @@ without a graph.
 Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
 to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
 
+States of recurrent layers stay on the device, too, at their addresses: a row's slot is data, and by how many kept tokens its state has to move
+on is what its context says. The host speaks up where a prompt begins from a copy of a state, where one is to be made, and where a chunk
+of prompt longer than a block was kept.
+
 What may be drawn for a constrained request is said by the host: in the few steps with one, its rows go there between the target and the walk,
 and their tokens come back.
 
@@ -20,6 +24,7 @@ Every input of a graph is a view of one block of memory that stays where it is, 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -36,10 +41,11 @@ from ...errors import DflashError
 from ...models.drafter import DeviceDrafter, Drafter
 from ...models.target import TargetModel
 from ..backend import Step
-from ..constraints import Constraint, Edited, edit
+from ..constraints import Constraint, Edited
 from ..costs import rising
 from ..timing import StageTimes, stage
 from .arena import Arena
+from .aside import Aside
 from .graphs import Graphs
 
 _ROUNDS, _PATIENCE_S = 12, 2.0
@@ -47,7 +53,7 @@ _ROUNDS, _PATIENCE_S = 12, 2.0
 
 def serves(target: TargetModel, draft: Drafter | None) -> bool:
     """Whether steps of these models can stay on the device: kernels for it, heads and a type that they take."""
-    if target.state is not None or not cuda.available(target.device):
+    if not cuda.available(target.device) or (target.state is not None and target.state.on_device() is None):
         return False
     return target.kernel and (draft is None or draft.on_device() is not None)
 
@@ -94,32 +100,10 @@ class _Flight(NamedTuple):
     told: bool = False
 
 
-class _Aside:
-    """The rows of constrained requests in one step, drawn on the host. `block`: tokens of its blocks or nodes of its trees, 0 without drafts."""
-
-    def __init__(self, backend: DeviceBackend, plan: Any, block: int, trees: bool):
-        self._backend, self._plan, self._block, self._trees = backend, plan, block, trees
-        self.edited: Edited | None = None
-
-    def draw(self, logits: Tensor, sampled: Tensor) -> None:
-        """Replaces tokens in `sampled`. Waits for the device."""
-        self._backend.tell_drafts(self._plan, self._block, self._trees)
-
-        def fetch(rows: np.ndarray) -> np.ndarray:
-            return logits[torch.from_numpy(rows).to(logits.device)].float().cpu().numpy()
-
-        self.edited = edit(self._plan, self._backend.constrained, fetch)
-        if self.edited is None:
-            return
-        tokens = self._backend.core.draw_edited(self._plan, self.edited)
-        rows = torch.from_numpy(self.edited.rows).to(sampled.device)
-        sampled.index_copy_(0, rows, torch.from_numpy(tokens).to(sampled.device))
-
-
 class DeviceBackend:
     """Runs the steps of an engine on the device of its target. Both models have their KV allocated.
 
-    `graphs` captures decoding steps in CUDA graphs (only if the target's forward is the fused one: other code may do anything).
+    `graphs` captures decoding steps in CUDA graphs, the target's pass only where its forward is one of ours: other code may do anything.
     """
 
     # What is drafted is verified: to ask the host would be to wait for the drafter.
@@ -149,7 +133,8 @@ class DeviceBackend:
         self.limit = max_context + block_size
         cuda.load(self.device)
         self.graphs = Graphs(self.device) if graphs else None
-        self._target_in_graph = target.path == "fused"
+        self._target_in_graph = target.path != "modules"
+        self._state = None if target.state is None else target.state.on_device()
         target.prepare(self.limit)
         if self.draft is not None:
             self.draft.prepare(self.limit)
@@ -235,6 +220,9 @@ class DeviceBackend:
         self._fill_edits(sampling)
         self._in.upload("pages", batch)
         self._uncertain = longest - 1
+        if self._state is not None:
+            starting = plan.state_restore >= 0
+            self._state.restore(plan.row_ids[starting], plan.state_restore[starting])
         if unknown:
             self._run(("catch up",), self._catch_up)
         tree_block = step.block if step.trees else None
@@ -252,7 +240,7 @@ class DeviceBackend:
         best = None
         aside = None
         if self.constrained and not self.constrained.keys().isdisjoint(plan.request_ids.tolist()):
-            aside = _Aside(self, plan, block if drafting else 0, step.trees)
+            aside = Aside(self, plan, block if drafting else 0, step.trees)
         if prompts:
             best = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted, aside)
         elif wanted.best or aside is not None:
@@ -269,11 +257,20 @@ class DeviceBackend:
         return _Flight(step, block, wanted, out, tops, self._out.copied, edited, aside is not None)
 
     def keep(self, step: Step, accepted: Any) -> None:
-        """Nothing: targets with state are not served here."""
+        """Chunks of prompts that are longer than a block are kept whole; what is kept of others their next context says."""
+        if self._state is not None:
+            plan = step.plan
+            self._state.keep(plan.row_ids, plan.context_lens + plan.block_len)
 
     def resolve(self, launched: _Flight) -> Any:
         self._wait(launched)
-        return self._walk(launched)
+        accepted = self._walk(launched)
+        if self._state is not None:
+            plan = launched.step.plan
+            saved = plan.state_save >= 0
+            lengths = plan.context_lens[saved] + plan.block_len[saved]
+            self._state.save(plan.row_ids[saved], lengths, plan.state_save[saved])
+        return accepted
 
     @stage("verify")
     def _wait(self, launched: _Flight) -> None:
@@ -443,7 +440,7 @@ class DeviceBackend:
         return parents, self._depths[:count].view(-1, row), self._masks[: count * words].view(-1, row, words)
 
     def _verify(
-        self, requests: int, block: int, max_keys: int, wanted: _Wanted, aside: _Aside | None = None
+        self, requests: int, block: int, max_keys: int, wanted: _Wanted, aside: Aside | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
         inputs, tokens = self._in.device, requests * block
@@ -461,7 +458,7 @@ class DeviceBackend:
         return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted, tree, aside)
 
     def _mixed(
-        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted, aside: _Aside | None
+        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted, aside: Aside | None
     ) -> tuple[Tensor, Tensor] | None:
         """A step with chunks of prompts: the host knows everything but the drafts."""
         packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
@@ -475,7 +472,7 @@ class DeviceBackend:
             token_ids[first:end] = drafts[row, : end - first]
         requests = plan.context_lens.size
         return self._pass(
-            requests, token_ids, positions, slots, starts, logit_rows, longest, max_keys, wanted, None, aside
+            requests, token_ids, positions, slots, starts, logit_rows, longest, max_keys, wanted, None, aside, plan
         )
 
     def _table(self, requests: int) -> cuda.PageTable:
@@ -484,10 +481,10 @@ class DeviceBackend:
     def _pass(
         self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
         logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted, tree: tuple[Tensor, ...] | None = None,
-        aside: _Aside | None = None,
+        aside: Aside | None = None, plan: Any = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Target, draw, accept, inject; returns the likeliest tokens per row with their scores. `tree`: parents, depths and masks of the
-        packed tokens; `aside` draws some rows on the host."""
+        packed tokens; `aside` draws some rows on the host; `plan` of a step with chunks of prompts."""
         parents = None if tree is None else tree[0]
         inputs, outputs, edits = self._in.device, self._out.device, self._edits.device
         query_starts, lens = inputs["query_starts"][: requests + 1], inputs["context_lens"][:requests]
@@ -501,7 +498,8 @@ class DeviceBackend:
             slots=slots,
             ancestors=None if tree is None else tree[2],
         )
-        logits, features = self.target.run(token_ids, positions, self.limit, attention, logit_rows)
+        with self._states(query_starts, lens, longest, plan):
+            logits, features = self.target.run(token_ids, positions, self.limit, attention, logit_rows)
         rows = logits.shape[0]
         sampled = outputs["tokens"][:rows]
         if rows:
@@ -535,6 +533,15 @@ class DeviceBackend:
             self._drafter.store(kv, accepted.commit_positions, accepted.commit_slots, accepted.commit_rows)
         return cuda.tree_top_k(logits, wanted.best) if wanted.best and rows else None
 
+    def _states(
+        self, query_starts: Tensor, lens: Tensor, longest: int, plan: Any
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around the target's pass: its recurrent layers then know whose tokens they see."""
+        if self._state is None:
+            return contextlib.nullcontext()
+        whose = () if plan is None else (plan.block_len, plan.row_ids)
+        return self._state.running(query_starts, lens, self._in.device["table_rows"][: lens.shape[0]], longest, *whose)
+
     # ---- costs ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -550,6 +557,7 @@ class DeviceBackend:
         for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
             host[name][:] = np.zeros((), dtype=host[name].dtype)
         host["draft_rows"][:] = host["draft_rows64"][:] = np.arange(self.rows)
+        host["table_rows"][:] = np.arange(self.rows + 1)
         target, drafting = [], []
         for requests, block in shapes:
             host["query_starts"][:] = np.minimum(np.arange(self.rows + 1), requests) * block

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ... import _core
 from ...errors import UnsupportedModel
+from ...recurrent import DELTA_KEY_DIMS, DELTA_MAX_TAPS, DeltaWeights
 from .mixer import Mixer, Room, Span
 
 _NORM_EPS = 1e-6
@@ -107,6 +108,12 @@ class GatedDelta(_Delta):
                 self.value_dim,
                 self.beta_scale,
             )
+
+    def on_device(self) -> DeltaWeights | None:
+        """What the CUDA kernel takes of the layer; None where it takes none: a type other than bfloat16, keys of another width, more taps."""
+        if self.dtype != torch.bfloat16 or self.key_dim not in DELTA_KEY_DIMS or self.taps > DELTA_MAX_TAPS:
+            return None
+        return DeltaWeights(self.weight, self.decay, self.dt_bias, self.beta_scale)
 
     def feed(self, hidden: Tensor) -> tuple[list[Tensor], Any]:
         module = self.module

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ...errors import DflashError, InvalidArgument, UnsupportedModel, warn
 from ..batch import StepBatch
+from .device import DeviceStates
+from .gated_delta import GatedDelta
 from .mixer import Mixer, Room, Span
 
 
@@ -45,11 +47,24 @@ class MixerState:
         self._pass: _Pass | None = None
         self._inside = False
         self._told = False
+        self._there: DeviceStates | None = None
+
+    def on_device(self) -> DeviceStates | None:
+        """The states that stay on a device, which have to be allocated on their own; None where a layer has no kernel for it."""
+        if self._there is None:
+            served = {
+                index: (mixer, weights)
+                for index, mixer in self.mixers.items()
+                if isinstance(mixer, GatedDelta) and (weights := mixer.on_device()) is not None
+            }
+            if len(served) == len(self.mixers):
+                self._there = DeviceStates(served, self._device)
+        return self._there
 
     # ---- room ----------------------------------------------------------------------------------------------------
 
     def alloc(self, rows: int, checkpoints: int, block: int) -> None:
-        self.free()
+        self._rooms, self._pass = {}, None
         pending = torch.zeros(len(self.mixers), rows, dtype=torch.int32)
         rooms = {}
         for at, (index, mixer) in enumerate(self.mixers.items()):
@@ -63,6 +78,8 @@ class MixerState:
 
     def free(self) -> None:
         self._rows, self._rooms, self._pass = 0, {}, None
+        if self._there is not None:
+            self._there.free()
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
@@ -105,6 +122,8 @@ class MixerState:
 
     def mix(self, index: int, hidden: Tensor) -> Tensor:
         """The layer's output for a pass's tokens, [1, T, H] -> [1, T, H]."""
+        if self._there is not None and self._there.inside:
+            return self._there.mix(index, hidden)
         step, room, mixer = self._pass, self._rooms.get(index), self.mixers[index]
         if step is None or room is None or not self._inside:
             raise DflashError("state: recurrent layers ran outside of a pass or without room for their states")

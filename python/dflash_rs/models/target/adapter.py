@@ -6,7 +6,7 @@
 
 The model's own code runs: attention is swapped through transformers' attention registry, and hidden states are tapped
 with hooks. For the plain Llama-shaped families a shorter path does the same sums with fewer operations
-(`FusedModel`). Both are compared with the ordinary forward on a small ragged batch when the model is loaded, and an
+(`FusedModel`); hybrids on a device with kernels for them are run layer by layer (`LayerwiseModel`). All are compared with the ordinary forward on a small ragged batch when the model is loaded, and an
 architecture with state that pages do not hold is refused there,
 unless its recurrent layers are known (`models.hybrid`). What only length shows is looked at without the length: the masks
 that the model asks for are evaluated at positions far apart, and one of the compared requests stands at the end of the context.
@@ -32,6 +32,7 @@ from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
 from .check import Check
 from .fused import FusedModel
+from .layerwise import LayerwiseModel
 from .load import check_finite, read_model
 from .probe import ATTENTION_NAME, STEP, LayerKV, Recorder, Step, check_architecture, named, probing, register
 
@@ -40,7 +41,7 @@ class TargetModel:
     """A causal LM that reads and writes a paged KV cache.
 
     `model` is a transformers `...ForCausalLM`, put in eval mode and switched to our attention: it must not be used for
-    anything else afterwards. `path` names which forward runs: "fused" or "modules"; `path_reason` says why.
+    anything else afterwards. `path` names which forward runs: "fused", "layers" or "modules"; `path_reason` says why.
     `kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
     `matmul_precision`: "highest", or "medium", which multiplies in bfloat16 (sums stay float32); the latter needs the fused forward.
     """
@@ -73,7 +74,9 @@ class TargetModel:
         with torch.inference_mode():
             with named(model, "its own forward on a few tokens"):
                 check = Check(self) if self_check else None
-            self._fused, self.path_reason = None, "turned off"
+            self._fused: FusedModel | None = None
+            self._layers: LayerwiseModel | None = None
+            self.path_reason = "turned off"
             model.set_attn_implementation(ATTENTION_NAME)
             with named(model, "its forward with attention over pages"):
                 self.kv_layers, self.decoder_layers, self._layer_outputs = self._probe()
@@ -91,6 +94,10 @@ class TargetModel:
                 self._fused, self.path_reason = FusedModel.build(self)
                 if self._fused is not None and check is not None and not check.agrees(self):
                     self._fused, self.path_reason = None, "the fused path differs from the model's own forward"
+                if self.state is not None:
+                    self._layers, self.path_reason = LayerwiseModel.build(self)
+                    if self._layers is not None and check is not None and not check.agrees(self):
+                        self._layers, self.path_reason = None, "the layers in a row differ from the model's own forward"
         if self._fused is None and matmul_precision != "highest":
             raise InvalidArgument(
                 f"matmul_precision: got {matmul_precision!r} for a {type(model).__name__}, expected 'highest': {self.path_reason}"
@@ -133,8 +140,10 @@ class TargetModel:
 
     @property
     def path(self) -> str:
-        """Which forward runs: "fused" or "modules"."""
-        return "modules" if self._fused is None else "fused"
+        """Which forward runs: "fused", "layers", or the model's own, "modules". The last alone may ask the device for values."""
+        if self._fused is not None:
+            return "fused"
+        return "modules" if self._layers is None else "layers"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -312,8 +321,8 @@ class TargetModel:
     ) -> tuple[Tensor, Tensor | None]:
         """The pass of `forward` over tensors on the device, in inference mode: token_ids and positions int64 [T], positions below
         `limit`; logit_rows int64 [N] (every row when None)."""
-        if self._fused is not None:
-            return self._fused.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
+        if (path := self._fused or self._layers) is not None:
+            return path.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
         output = self.model(
             input_ids=token_ids[None],
             position_ids=positions[None],
