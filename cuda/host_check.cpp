@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "logic_attention.cuh"
+#include "logic_delta.cuh"
 #include "logic_kv.cuh"
 #include "logic_rng.cuh"
 #include "logic_sample.cuh"
@@ -20,6 +21,7 @@ using namespace dflash;
 #include "accept.cu"
 #include "block_attention.cu"
 #include "compact_kv.cu"
+#include "delta.cu"
 #include "kv_inject.cu"
 #include "prepare_block.cu"
 #include "sample_rows.cu"
@@ -29,6 +31,8 @@ using namespace dflash;
 #undef asm
 #undef volatile
 #endif
+
+#include "host_delta.h"
 
 namespace host {
 
@@ -438,6 +442,17 @@ void dflash_host_seen(const BlockAttentionParams* p, int32_t head_dim, int32_t w
     }
 }
 
+void dflash_host_delta_inputs(const DeltaRuleParams* p) { host::delta_inputs(*p); }
+
+void dflash_host_delta_rule(const DeltaRuleParams* p, int32_t key_dim) {
+    if (key_dim == 32) host::delta_rule<32>(*p);
+    else if (key_dim == 64) host::delta_rule<64>(*p);
+    else if (key_dim == 96) host::delta_rule<96>(*p);
+    else if (key_dim == 128) host::delta_rule<128>(*p);
+    else if (key_dim == 192) host::delta_rule<192>(*p);
+    else host::delta_rule<256>(*p);
+}
+
 void dflash_host_tree_top_k_f32(const TreeTopKParams* p) { host::top_k<float>(*p); }
 void dflash_host_tree_top_k_bf16(const TreeTopKParams* p) { host::top_k<uint16_t>(*p); }
 
@@ -482,6 +497,18 @@ void dflash_emulated_block_attention(const BlockAttentionParams* p, int32_t head
                                   : block_attention_combine_256;
     emulation::run(kernel, *p, block_attention_launch(*p, head_dim));
     emulation::run(combine, *p, block_attention_combine_launch(*p));
+}
+
+void dflash_emulated_delta_inputs(const DeltaRuleParams* p) { emulation::run(::delta_inputs, *p, delta_inputs_launch(*p)); }
+
+void dflash_emulated_delta_rule(const DeltaRuleParams* p, int32_t key_dim) {
+    auto kernel = key_dim == 32 ? delta_rule_32
+        : key_dim == 64         ? delta_rule_64
+        : key_dim == 96         ? delta_rule_96
+        : key_dim == 128        ? delta_rule_128
+        : key_dim == 192        ? delta_rule_192
+                                : delta_rule_256;
+    emulation::run(kernel, *p, delta_rule_launch(*p));
 }
 
 void dflash_emulated_sample_f32(const SampleRowsParams* p) {

@@ -271,9 +271,57 @@ struct CompactKvParams {
     int32_t head_dim; // a multiple of 8
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// delta_inputs, then delta_rule_{32,64,96,128,192,256} (by key_dim): one layer of a pass of the gated delta rule behind a causal
+// convolution (HostKernels::delta_rule), for states that stand at the committed length.
+//   The state in slot s = slots[r] has seen stands[s] tokens. A request's context says how many of the tokens that its last pass kept
+//   it has to fold in first: context_lens[r] - stands[s] of them, 0..block; a text that begins (context 0) starts from nothing. From there
+//   the request's own tokens run on, without moving the state; up to `block` of them are kept, for the next pass to fold in.
+//   A request of more tokens is kept whole or not at all: with ends[r] >= 0 the state after it goes to that place of end_*.
+//   With `into` the state after the fold goes to slot into[r], and nothing of slot s changes; such a call has no tokens (T = 0).
+//   A request without tokens is left alone but for that. Where a context is not within reach of its state, `out` is NaN and
+//   nothing else changes. Slots are distinct.
+//   Two launches: what the convolution makes of a token is needed by several blocks, each with columns of some head's state, and the
+//   window that it is made of moves on, which none of them could do before all others have read it.
+//   made and scales have place for all tokens of the pass, folded ones included, those of request r from query_starts[r] + r * block on.
+struct DeltaRuleParams {
+    const uint16_t* mixed; // [T, C] what the convolution gets: query, key, value; C = 2 key_heads key_dim + value_heads value_dim
+    const uint16_t* gates; // [T, 2 value_heads] b, then a
+    const float* weight;   // [taps, C]
+    const float* decay;    // [value_heads]
+    const float* dt_bias;  // [value_heads]
+    const int32_t* query_starts; // [R + 1]
+    const int32_t* context_lens; // [R]
+    const int64_t* slots;        // [R]
+    const int64_t* into;         // nullable, [R]
+    const int32_t* ends;         // nullable, [R]; negative: none
+    float* memory;               // [num_slots, value_heads, key_dim, value_dim]
+    uint16_t* window;            // [num_slots, taps - 1, C]
+    uint16_t* kept;              // [rows, block, C]
+    uint16_t* kept_gates;        // [rows, block, 2 value_heads]
+    int32_t* stands;             // [num_slots]
+    float* end_memory;           // [ends, value_heads, key_dim, value_dim]
+    uint16_t* end_window;        // [ends, taps - 1, C]
+    uint16_t* out;               // [T, value_heads, value_dim]
+    uint16_t* made;              // [T + R block, C] scratch
+    float* scales;    // [T + R block, 2 key_heads + 2 value_heads] scratch: 1 / length of queries and keys, beta, exp(g)
+    int32_t* pending; // [R] scratch: tokens to fold in, -1 where that cannot be
+    int32_t num_requests;
+    int32_t num_tokens; // T, or the padded number of rows in mixed
+    int32_t longest;    // largest number of tokens of one request
+    int32_t block;
+    int32_t key_heads;
+    int32_t value_heads;
+    int32_t key_dim;
+    int32_t value_dim;
+    int32_t taps; // at most DELTA_MAX_TAPS
+    float beta_scale;
+};
+
 #define ACCEPT_MAX_NODES 1024
 #define TREE_MAX_NODES 1023
 #define TREE_MAX_K 256
+#define DELTA_MAX_TAPS 8
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Geometry. The Rust side repeats these formulae; the tests compare.
@@ -288,6 +336,11 @@ struct CompactKvParams {
 #define SAMPLE_CANDIDATES 2048
 // Rows of a tile of block_attention.
 #define ATTENTION_ROWS 64
+// Tokens that one block of delta_inputs makes, at least.
+#define DELTA_TILE 64
+// Columns of a state that one block of delta_rule takes, and tokens that it has at hand.
+#define DELTA_COLUMNS 64
+#define DELTA_STAGE 16
 
 #ifdef __cplusplus
 #ifdef __CUDACC__
@@ -378,6 +431,24 @@ DFLASH_GEOMETRY Launch compact_kv_launch(const CompactKvParams& p) {
     return {{uint32_t(p.num_requests), uint32_t(p.num_layers) * 2, uint32_t(ceil_div(vectors, 128))}, 128, 0};
 }
 
+// delta_inputs: x = request, y = head of query, key or value, then the gates, z = tile of tokens, of which the first one has all that the
+// window and what was kept take part in.
+DFLASH_GEOMETRY int32_t delta_tile(const DeltaRuleParams& p) {
+    int32_t first = p.block + p.taps;
+    return first > DELTA_TILE ? first : DELTA_TILE;
+}
+DFLASH_GEOMETRY Launch delta_inputs_launch(const DeltaRuleParams& p) {
+    uint32_t parts = 2 * uint32_t(p.key_heads) + uint32_t(p.value_heads) + 1;
+    uint32_t tiles = uint32_t(ceil_div(int64_t(p.longest) + p.block, delta_tile(p)));
+    return {{uint32_t(p.num_requests), parts, tiles}, 128, 0};
+}
+// delta_rule: x = request and value head, y = columns of the state; keys, queries and values of a stage of tokens in shared memory.
+DFLASH_GEOMETRY Launch delta_rule_launch(const DeltaRuleParams& p) {
+    // Even and odd rows lie apart, so that both halves of a warp read at once.
+    uint32_t floats = DELTA_STAGE * (2 * uint32_t(p.key_dim + 8) + DELTA_COLUMNS + 2);
+    return {{uint32_t(p.num_requests * p.value_heads), uint32_t(ceil_div(p.value_dim, DELTA_COLUMNS)), 1}, 128, 4 * floats};
+}
+
 static_assert(sizeof(PageTable) == 24, "mirrored in Rust");
 static_assert(sizeof(PrepareBlockParams) == 112, "mirrored in Rust");
 static_assert(sizeof(KvInjectParams) == 128, "mirrored in Rust");
@@ -388,4 +459,5 @@ static_assert(sizeof(AcceptParams) == 176, "mirrored in Rust");
 static_assert(sizeof(TreeTopKParams) == 48, "mirrored in Rust");
 static_assert(sizeof(TreeBuildParams) == 112, "mirrored in Rust");
 static_assert(sizeof(CompactKvParams) == 96, "mirrored in Rust");
+static_assert(sizeof(DeltaRuleParams) == 208, "mirrored in Rust");
 #endif

@@ -11,6 +11,7 @@ mod verify;
 mod cuda_host {
     mod arithmetic;
     mod attention;
+    mod delta;
     mod kv;
     pub mod numbers;
     mod rng;

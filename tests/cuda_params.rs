@@ -5,8 +5,9 @@ use std::ffi::{CStr, c_char};
 use dflash_host_check as _;
 use dflash_rs::device::cuda::launch::scratch_bytes;
 use dflash_rs::device::cuda::params::{
-    ACCEPT_MAX_NODES, AcceptParams, BlockAttentionParams, CompactKvParams, KvInjectParams, LAYOUT, Launch,
-    PrepareBlockParams, SIZES, SampleRowsParams, TREE_MAX_K, TREE_MAX_NODES, TreeBuildParams, TreeTopKParams,
+    ACCEPT_MAX_NODES, AcceptParams, BlockAttentionParams, CompactKvParams, DELTA_MAX_TAPS, DeltaRuleParams,
+    KvInjectParams, LAYOUT, Launch, PrepareBlockParams, SIZES, SampleRowsParams, TREE_MAX_K, TREE_MAX_NODES,
+    TreeBuildParams, TreeTopKParams,
 };
 use proptest::prelude::*;
 
@@ -33,6 +34,8 @@ unsafe extern "C" {
     fn dflash_geometry_tree_top_k(p: *const TreeTopKParams, out: *mut Launch);
     fn dflash_geometry_tree_build(p: *const TreeBuildParams, out: *mut Launch);
     fn dflash_geometry_compact_kv(p: *const CompactKvParams, out: *mut Launch);
+    fn dflash_geometry_delta_inputs(p: *const DeltaRuleParams, out: *mut Launch);
+    fn dflash_geometry_delta_rule(p: *const DeltaRuleParams, out: *mut Launch);
 }
 
 fn launch(fill: impl FnOnce(*mut Launch)) -> Launch {
@@ -68,8 +71,11 @@ fn every_field_lies_where_the_header_puts_it() {
 
 #[test]
 fn limits_are_those_of_the_header() {
-    for (which, ours) in [ACCEPT_MAX_NODES, TREE_MAX_NODES, TREE_MAX_K].into_iter().enumerate() {
-        // SAFETY: a table of three numbers.
+    for (which, ours) in [ACCEPT_MAX_NODES, TREE_MAX_NODES, TREE_MAX_K, DELTA_MAX_TAPS]
+        .into_iter()
+        .enumerate()
+    {
+        // SAFETY: a table of four numbers.
         assert_eq!(unsafe { dflash_limit(which as i32) }, ours as i32);
     }
 }
@@ -112,5 +118,11 @@ proptest! {
         prop_assert_eq!(tree.launch(), launch(|out| unsafe { dflash_geometry_tree_build(&raw const tree, out) }));
         let compact = CompactKvParams { num_requests: a, num_layers: b, num_heads: c, head_dim, ..Default::default() };
         prop_assert_eq!(compact.launch(), launch(|out| unsafe { dflash_geometry_compact_kv(&raw const compact, out) }));
+        let delta = DeltaRuleParams {
+            num_requests: a, longest: b, block: b % 40, taps: c, key_heads: c, value_heads: 2 * c, key_dim: head_dim, value_dim: b,
+            ..Default::default()
+        };
+        prop_assert_eq!(delta.inputs_launch(), launch(|out| unsafe { dflash_geometry_delta_inputs(&raw const delta, out) }));
+        prop_assert_eq!(delta.launch(), launch(|out| unsafe { dflash_geometry_delta_rule(&raw const delta, out) }));
     }
 }

@@ -190,6 +190,35 @@ def cuda_compact_kv(
 ) -> None:
     """See `dflash_rs.cuda.compact_kv`."""
 
+def cuda_delta_rule(
+    *,
+    mixed: _CudaTensor,
+    gates: _CudaTensor,
+    weight: _CudaTensor,
+    decay: _CudaTensor,
+    dt_bias: _CudaTensor,
+    query_starts: _CudaTensor,
+    context_lens: _CudaTensor,
+    slots: _CudaTensor,
+    memory: _CudaTensor,
+    window: _CudaTensor,
+    kept: _CudaTensor,
+    kept_gates: _CudaTensor,
+    stands: _CudaTensor,
+    out: _CudaTensor,
+    made: _CudaTensor,
+    scales: _CudaTensor,
+    pending: _CudaTensor,
+    longest: int,
+    beta_scale: float,
+    stream: int,
+    into: _CudaTensor | None = None,
+    ends: _CudaTensor | None = None,
+    end_memory: _CudaTensor | None = None,
+    end_window: _CudaTensor | None = None,
+) -> None:
+    """See `dflash_rs.recurrent.delta_rule`."""
+
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 # Rows, raw logits, edited logits, reasons: see `Engine.accept`.

@@ -1,7 +1,7 @@
 """The CUDA kernels on torch tensors: one function per kernel family, launched on torch's current stream.
 
     prepare_block ──> (drafter) ──> tree_top_k, tree_build ──> (target) ──> sample_rows ──> accept ──> kv_inject, compact_kv
-                                     block_attention in both models
+                                     block_attention in both models, recurrent.delta_rule in layers with state
 
 Nothing here synchronises with the host, and nothing is allocated when every output is passed in: a launch can then be
 captured in a CUDA graph, after `load()` has loaded the kernels. Sizes, types, strides, devices and overlaps are checked before

@@ -58,6 +58,27 @@ class KnownModel:
         return (self.folder / "config.json").is_file()
 
 
+@dataclass(frozen=True)
+class BundledModel:
+    """A target that comes with this package, and its drafter, by names of folders among the package's assets."""
+
+    name: str
+    target: str
+    draft: str
+
+    @property
+    def folder(self) -> Path:
+        """Its checkpoint."""
+        return assets() / self.target
+
+    @property
+    def drafter(self) -> Path | None:
+        """The drafter that comes with it."""
+        return assets() / self.draft
+
+
+BUNDLED = {model.name: model for model in (BundledModel("bundled", "target", "draft"),)}
+
 # Changes whenever converting would give other files.
 _CONVERSION = 1
 
@@ -92,15 +113,18 @@ def known_model(name: str) -> KnownModel:
     return KNOWN[name]
 
 
-def find(model: str | Path) -> KnownModel | None:
-    """The known model that `model` names; None for everything else. A folder or file of that name comes first, and a `Path` is one."""
-    if isinstance(model, Path) or model not in KNOWN or Path(model).exists():
+def find(model: str | Path) -> KnownModel | BundledModel | None:
+    """The known or bundled model that `model` names; None for everything else. A folder or file of that name comes first, and a `Path` is
+    one."""
+    if isinstance(model, Path) or not (model in KNOWN or model in BUNDLED) or Path(model).exists():
         return None
-    return KNOWN[model]
+    return KNOWN.get(model) or BUNDLED[model]
 
 
-def folder_of(model: KnownModel) -> Path:
+def folder_of(model: KnownModel | BundledModel) -> Path:
     """Its checkpoint. Raises CheckpointError where it has not been fetched."""
+    if isinstance(model, BundledModel):
+        return model.folder
     if not model.is_here:
         raise CheckpointError(
             f"model {model.name}: not fetched yet: `dflash-rs models get {model.name}` ({model.file_bytes >> 20} MiB to fetch, expected in "

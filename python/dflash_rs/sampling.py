@@ -104,7 +104,7 @@ class SamplingParams:
     logprobs: int | None = _option(None, "N", "with --json only: log-probabilities, and the N likeliest tokens")
     ignore_eos: bool = _option(False, None, "go on after the end-of-text token")
     min_tokens: int = _option(0, "N", "tokens before anything but --max-tokens may end the text; default: 0")
-    n: int = _option(1, None, None, False)
+    n: int = _option(1, "N", "answers to each prompt, with the seeds S, S + 1 ...; default: 1", False)
     max_drafts: int | None = _option(None, "N", "drafts verified in a step at most; 0 decodes plainly: the same text")
     prompt_logprobs: int | None = _option(None, "N", "with --json only: the same for the prompt's tokens", False)
     truncate_prompt_tokens: int | None = _option(

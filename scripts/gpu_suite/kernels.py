@@ -100,6 +100,8 @@ def all_cases(device: torch.device):
     yield lambda: shapes.top_k_case(device, 448, 151936, 8)
     yield lambda: shapes.inject_case(device, 8192, 5, 8, 128)
     yield lambda: shapes.compact_case(shapes.Batch(device, 64, 32, 1000), 36, 8, 128)
+    for requests in (1, 64):
+        yield lambda r=requests: shapes.delta_case(device, r, 8, 16, 32, 128)
     for context in (1024, 8192):
         for dim, heads, kv_heads in ((64, 32, 8), (128, 32, 8), (256, 16, 4)):
             yield lambda c=context, d=dim, h=heads, k=kv_heads: shapes.attention_case(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dflash_rs import cuda
+from dflash_rs import cuda, recurrent
 
 MASK_TOKEN = 7
 
@@ -212,3 +212,34 @@ def compact_case(batch: Batch, layers: int, heads: int, dim: int) -> Case:
         lambda: cuda.compact_kv(path, batch.lens, caches, batch.table), moved,
         inputs=SimpleNamespace(batch=batch, path=path, caches=caches),
     )  # fmt: skip
+
+
+def delta_case(
+    device: torch.device, requests: int, tokens: int, key_heads: int, heads: int, dim: int, taps: int = 4
+) -> Case:
+    """A layer of a pass of blocks of which the last one was kept by half."""
+    channels, kept = 2 * key_heads * dim + heads * dim, tokens // 2
+    weights = recurrent.DeltaWeights(
+        torch.randn(taps, channels, device=device) / taps,
+        -torch.rand(heads, device=device),
+        torch.randn(heads, device=device),
+        1.0,
+    )
+    states = recurrent.DeltaStates(
+        torch.randn(requests, heads, dim, dim, device=device), normal(requests, taps - 1, channels, device=device),
+        normal(requests, tokens, channels, device=device), normal(requests, tokens, 2 * heads, device=device),
+        torch.full((requests,), 7, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    mixed, gates = (normal(requests * tokens, width, device=device) for width in (channels, 2 * heads))
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
+    lens = torch.full((requests,), 7 + kept, dtype=torch.int32, device=device)
+    slots, out = torch.arange(requests, device=device), mixed.new_empty(requests * tokens, heads, dim)
+
+    def call():
+        states.stands.fill_(7)  # or there would be nothing to fold in a second time
+        recurrent.delta_rule(
+            mixed, gates, weights, states, query_starts=starts, context_lens=lens, slots=slots, longest=tokens, out=out
+        )
+
+    moved = requests * (2 * heads * dim * dim * 4 + (2 * tokens + kept) * channels * 2 + tokens * heads * dim * 2)
+    return Case("delta_rule", f"R={requests} n={tokens} folded={kept} heads={heads}/{key_heads} dim={dim}", call, moved)

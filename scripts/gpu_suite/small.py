@@ -10,6 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes  # noqa: E402
 
+from dflash_rs import recurrent  # noqa: E402
+
 
 def main(device: torch.device) -> None:
     """Runs the calls; the sanitizer judges them."""
@@ -26,6 +28,7 @@ def main(device: torch.device) -> None:
         cases.append(shapes.inject_case(device, 9, 2, 2, dim))
         for mask in ("causal", "block", "ancestors"):
             cases += [shapes.attention_case(b, 4, 2, dim, mask) for b in (batch, longer)]
+    cases += [shapes.delta_case(device, 3, 5, 1, 2, dim) for dim in recurrent.DELTA_KEY_DIMS]
     for name, options in {
         "greedy": {"temperature": 0},
         "plain": {},

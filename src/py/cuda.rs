@@ -59,7 +59,7 @@ impl Argument for Passed {
     }
 }
 
-fn launch<P: Copy + 'static>(call: Result<Checked<P>>, stream: usize) -> PyResult<()> {
+pub(super) fn launch<P: Copy + 'static>(call: Result<Checked<P>>, stream: usize) -> PyResult<()> {
     // SAFETY: see the module.
     unsafe { call?.launch(&Cuda, stream)? };
     Ok(())

@@ -1,6 +1,8 @@
-//! Recurrent layers on torch tensors; what keeps raw addresses safe is said in [`super::host`].
+//! Recurrent layers on torch tensors; what keeps raw addresses safe is said in [`super::host`], and for those of a GPU in [`super::cuda`].
 
+use super::cuda::{self, Passed};
 use super::host::{Checked, Pointer, contiguous, unknown};
+use crate::device::cuda::launch;
 use crate::device::host::{self, Bf16, DeltaTensors, Element, HostKernels, Span};
 use crate::py::arrays::{Given, array, array_mut, named};
 use numpy::PyUntypedArrayMethods;
@@ -192,4 +194,89 @@ impl DeltaRule {
         }
         Ok(())
     }
+}
+
+/// One layer of a pass of the gated delta rule, for states that stand at the committed length.
+#[pyfunction]
+#[pyo3(signature = (*, mixed, gates, weight, decay, dt_bias, query_starts, context_lens, slots, memory, window, kept, kept_gates, stands, out,
+                    made, scales, pending, longest, beta_scale, stream, into=None, ends=None, end_memory=None, end_window=None))]
+#[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
+pub(super) fn cuda_delta_rule(
+    mixed: Passed,
+    gates: Passed,
+    weight: Passed,
+    decay: Passed,
+    dt_bias: Passed,
+    query_starts: Passed,
+    context_lens: Passed,
+    slots: Passed,
+    memory: Passed,
+    window: Passed,
+    kept: Passed,
+    kept_gates: Passed,
+    stands: Passed,
+    out: Passed,
+    made: Passed,
+    scales: Passed,
+    pending: Passed,
+    longest: Given<usize>,
+    beta_scale: Given<f32>,
+    stream: Given<usize>,
+    into: Option<Passed>,
+    ends: Option<Passed>,
+    end_memory: Option<Passed>,
+    end_window: Option<Passed>,
+) -> PyResult<()> {
+    named!(
+        mixed,
+        gates,
+        weight,
+        decay,
+        dt_bias,
+        query_starts,
+        context_lens,
+        slots,
+        memory,
+        window,
+        kept,
+        kept_gates,
+        stands,
+        out,
+        made,
+        scales,
+        pending,
+        longest,
+        beta_scale,
+        stream,
+        into,
+        ends,
+        end_memory,
+        end_window
+    );
+    let call = launch::DeltaRule {
+        mixed,
+        gates,
+        weight,
+        decay,
+        dt_bias,
+        query_starts,
+        context_lens,
+        slots,
+        memory,
+        window,
+        kept,
+        kept_gates,
+        stands,
+        out,
+        made,
+        scales,
+        pending,
+        longest,
+        beta_scale,
+        into,
+        ends,
+        end_memory,
+        end_window,
+    };
+    cuda::launch(call.check(), stream)
 }

@@ -32,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use super::decoder::{HostDecoder, HostInjector};
     #[pymodule_export]
-    use super::delta::DeltaRule;
+    use super::delta::{DeltaRule, cuda_delta_rule};
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, Record, StepPlan, read_records};
     #[pymodule_export]

@@ -1,8 +1,8 @@
 //! One call of every kernel family that is in order, and its tensors by name, so that a test can spoil them one by one.
 
 use dflash_rs::device::cuda::launch::{
-    Accept, BlockAttention, CompactKv, KvInject, Pages, PrepareBlock, Probe, SampleRows, TreeBuild, TreeTopK,
-    scratch_bytes,
+    Accept, BlockAttention, CompactKv, DeltaRule, KvInject, Pages, PrepareBlock, Probe, SampleRows, TreeBuild,
+    TreeTopK, scratch_bytes,
 };
 use dflash_rs::device::cuda::params::SamplingRow;
 use dflash_rs::device::cuda::tensor::{Dtype, Tensor};
@@ -95,6 +95,12 @@ calls! {
     }
         writes &["tokens", "parents", "depths", "counts", "scores", "first_child", "next_sibling", "masks"], strided &[];
     CompactKv { path context_lens k_caches v_caches cache; pages pages } writes &["cache"], strided &["cache"];
+    DeltaRule {
+        mixed gates weight decay dt_bias query_starts context_lens slots memory window kept kept_gates stands out made scales pending;
+        maybe into ends end_memory end_window
+    }
+        writes &["memory", "window", "kept", "kept_gates", "stands", "end_memory", "end_window", "out", "made", "scales", "pending"],
+        strided &[];
 }
 
 use Dtype::{Bf16, F32, I32, I64, U8, U64};
@@ -262,5 +268,53 @@ pub fn compact(r: usize) -> CompactKv {
         v_caches: tensor(3, I64, &[5]),
         cache: tensor(4, Bf16, &[640, 4, 128]),
         pages: pages(5, r),
+    }
+}
+
+/// `r` requests of 8 tokens each, blocks of 4, 2 key heads of 96 and 6 value heads of 48 elements, 4 taps.
+pub fn delta(r: usize) -> DeltaRule {
+    let (t, channels) = (8 * r, 4 * 96 + 6 * 48);
+    DeltaRule {
+        mixed: tensor(0, Bf16, &[t, channels]),
+        gates: tensor(1, Bf16, &[t, 12]),
+        weight: tensor(2, F32, &[4, channels]),
+        decay: tensor(3, F32, &[6]),
+        dt_bias: tensor(4, F32, &[6]),
+        query_starts: tensor(5, I32, &[r + 1]),
+        context_lens: tensor(6, I32, &[r]),
+        slots: tensor(7, I64, &[r]),
+        into: None,
+        ends: Some(tensor(8, I32, &[r])),
+        memory: tensor(9, F32, &[9, 6, 96, 48]),
+        window: tensor(10, Bf16, &[9, 3, channels]),
+        kept: tensor(11, Bf16, &[7, 4, channels]),
+        kept_gates: tensor(12, Bf16, &[7, 4, 12]),
+        stands: tensor(13, I32, &[9]),
+        end_memory: Some(tensor(14, F32, &[2, 6, 96, 48])),
+        end_window: Some(tensor(15, Bf16, &[2, 3, channels])),
+        out: tensor(16, Bf16, &[t, 6, 48]),
+        made: tensor(17, Bf16, &[12 * r, channels]),
+        scales: tensor(18, F32, &[12 * r, 16]),
+        pending: tensor(19, I32, &[r]),
+        longest: t.min(8),
+        beta_scale: 2.0,
+    }
+}
+
+/// `r` requests whose states are copied, without tokens.
+pub fn delta_copies(r: usize) -> DeltaRule {
+    let channels = 4 * 96 + 6 * 48;
+    DeltaRule {
+        mixed: tensor(0, Bf16, &[0, channels]),
+        gates: tensor(1, Bf16, &[0, 12]),
+        into: Some(tensor(20, I64, &[r])),
+        ends: None,
+        end_memory: None,
+        end_window: None,
+        out: tensor(16, Bf16, &[0, 6, 48]),
+        made: tensor(17, Bf16, &[4 * r, channels]),
+        scales: tensor(18, F32, &[4 * r, 16]),
+        longest: 0,
+        ..delta(r)
     }
 }

@@ -215,6 +215,10 @@ macro_rules! every {
             let $call = calls::compact(3);
             $body
         }
+        {
+            let $call = calls::delta(3);
+            $body
+        }
     }};
 }
 
@@ -292,6 +296,8 @@ fn an_extent_that_is_one_off_is_refused_unless_it_is_free() {
             "page_table [1]-1",
         ],
     );
+    // Scratch may be larger.
+    is(accepted(&calls::delta(3), off), &["made [0]+1", "scales [0]+1"]);
 }
 
 #[test]
@@ -329,6 +335,7 @@ fn another_type_is_refused_but_for_logits_and_the_sign_of_masks() {
     found(accepted(&calls::top_k(6), another_type), &["values as float32"]);
     found(accepted(&calls::tree(3), another_type), &["masks as int64"]);
     found(accepted(&calls::compact(3), another_type), &[]);
+    found(accepted(&calls::delta(3), another_type), &[]);
 }
 
 #[test]

@@ -30,6 +30,8 @@ fn a_batch_of_nobody_launches_nothing() {
     assert_eq!(calls::top_k(0).plan().unwrap(), []);
     assert_eq!(calls::tree(0).plan().unwrap(), []);
     assert_eq!(calls::compact(0).plan().unwrap(), []);
+    assert_eq!(calls::delta(0).plan().unwrap(), []);
+    assert_eq!(calls::delta_copies(0).plan().unwrap(), []);
 }
 
 #[test]

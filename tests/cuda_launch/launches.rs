@@ -7,8 +7,8 @@ use super::calls::{self, tensor};
 use dflash_rs::device::Mask;
 use dflash_rs::device::cuda::launch::{self, Accept, BlockAttention, PrepareBlock, SampleRows};
 use dflash_rs::device::cuda::params::{
-    AcceptParams, BlockAttentionParams, CompactKvParams, KvInjectParams, PageTable, PrepareBlockParams,
-    SampleRowsParams, TreeBuildParams, TreeTopKParams,
+    AcceptParams, BlockAttentionParams, CompactKvParams, DeltaRuleParams, KvInjectParams, PageTable,
+    PrepareBlockParams, SampleRowsParams, TreeBuildParams, TreeTopKParams,
 };
 use dflash_rs::device::cuda::tensor::{Dtype, Tensor};
 use dflash_rs::device::cuda::{Driver, Kernel, Launch, Usage};
@@ -33,7 +33,7 @@ struct Launched {
 }
 
 impl Driver for Recorder {
-    fn current_device(&self) -> Result<i32> {
+    fn current_device(&self, _: i32) -> Result<i32> {
         if self.without_kernels {
             Err(Error::NoKernels)
         } else {
@@ -354,6 +354,59 @@ fn acceptance_writes_where_it_was_told_and_may_advance_lengths_in_place() {
         ..expected
     };
     assert_eq!(in_place.check().unwrap().parameters(), &expected);
+}
+
+#[test]
+fn a_recurrent_layer_gets_its_tensors_and_copies_get_no_tokens() {
+    let call = calls::delta(3).check().unwrap();
+    let expected = DeltaRuleParams {
+        mixed: at(0),
+        gates: at(1),
+        weight: at(2),
+        decay: at(3),
+        dt_bias: at(4),
+        query_starts: at(5),
+        context_lens: at(6),
+        slots: at(7),
+        into: 0,
+        ends: at(8),
+        memory: at(9),
+        window: at(10),
+        kept: at(11),
+        kept_gates: at(12),
+        stands: at(13),
+        end_memory: at(14),
+        end_window: at(15),
+        out: at(16),
+        made: at(17),
+        scales: at(18),
+        pending: at(19),
+        num_requests: 3,
+        num_tokens: 24,
+        longest: 8,
+        block: 4,
+        key_heads: 2,
+        value_heads: 6,
+        key_dim: 96,
+        value_dim: 48,
+        taps: 4,
+        beta_scale: 2.0,
+    };
+    assert_eq!(call.parameters(), &expected);
+    assert_eq!(launched(&call), ["delta_inputs", "delta_rule_96"]);
+    let call = calls::delta_copies(3).check().unwrap();
+    let expected = DeltaRuleParams {
+        mixed: at(0),
+        into: at(20),
+        ends: 0,
+        end_memory: 0,
+        end_window: 0,
+        num_tokens: 0,
+        longest: 0,
+        ..expected
+    };
+    assert_eq!(call.parameters(), &expected);
+    assert_eq!(launched(&call), ["delta_inputs", "delta_rule_96"]);
 }
 
 #[test]

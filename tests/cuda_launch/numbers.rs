@@ -2,7 +2,7 @@
 
 use super::calls::{self, tensor};
 use dflash_rs::device::Mask;
-use dflash_rs::device::cuda::launch::{BlockAttention, PrepareBlock, TreeBuild, scratch_bytes};
+use dflash_rs::device::cuda::launch::{BlockAttention, DeltaRule, PrepareBlock, TreeBuild, scratch_bytes};
 use dflash_rs::device::cuda::tensor::Dtype::{self, Bf16, F32, I32, I64, U8};
 use dflash_rs::error::Result;
 
@@ -321,4 +321,67 @@ fn walks_prepared_blocks_and_trees_stay_within_what_their_kernels_hold() {
         |c| c.cache = tensor(4, Bf16, &[640, 4, 100]),
     );
     assert!(got.contains("head_dim: got 100, expected a multiple of 8"), "{got}");
+}
+
+#[test]
+fn a_recurrent_layer_whose_sizes_do_not_fit_is_refused() {
+    let refused = |call: DeltaRule, change: &dyn Fn(&mut DeltaRule), expected: &str| {
+        let got = message(&call, DeltaRule::check, change);
+        assert!(got.contains(expected), "{got}");
+    };
+    let delta = |change: &dyn Fn(&mut DeltaRule), expected: &str| refused(calls::delta(3), change, expected);
+    delta(
+        &|d| d.memory = tensor(9, F32, &[9, 6, 80, 48]),
+        "memory: got keys of 80 elements, expected 32, 64, 96, 128, 192 or 256",
+    );
+    delta(
+        &|d| d.memory = tensor(9, F32, &[9, 6, 96, 49]),
+        "weight: got 672 channels for 6 value heads of 49 elements",
+    );
+    // Four key heads do not divide six value heads.
+    delta(
+        &|d| d.weight = tensor(2, F32, &[4, 8 * 96 + 6 * 48]),
+        "weight: got 1056 channels for 6 value heads of 48 elements",
+    );
+    delta(
+        &|d| d.weight = tensor(2, F32, &[9, 672]),
+        "weight: got 9 taps, expected 1..8",
+    );
+    delta(&|d| d.weight = tensor(2, F32, &[0, 672]), "weight: got 0 taps");
+    delta(
+        &|d| d.kept = tensor(11, Bf16, &[7, 0, 672]),
+        "kept: got shape [7, 0, 672], expected room for at least 1 token",
+    );
+    delta(
+        &|d| d.kept = tensor(11, Bf16, &[10, 4, 672]),
+        "kept: got 10 rows, expected at most 9, the slots of memory",
+    );
+    delta(&|d| d.longest = 25, "longest: got 25, expected at most 24");
+    delta(
+        &|d| d.beta_scale = f32::NAN,
+        "beta_scale: got NaN, expected a finite number",
+    );
+    delta(&|d| d.ends = None, "ends: got some of ends, end_memory and end_window");
+    delta(
+        &|d| d.end_window = None,
+        "ends: got some of ends, end_memory and end_window",
+    );
+    delta(
+        &|d| d.into = Some(tensor(20, I64, &[3])),
+        "into: got a tensor with 24 tokens, expected None where a pass has tokens",
+    );
+    delta(
+        &|d| d.query_starts = tensor(5, I32, &[0]),
+        "query_starts: got shape [0]",
+    );
+    refused(
+        calls::delta_copies(3),
+        &|d| d.into = Some(tensor(20, I64, &[4])),
+        "into: got shape [4], expected shape [3]",
+    );
+    refused(
+        calls::delta_copies(3),
+        &|d| d.made = tensor(17, Bf16, &[11, 672]),
+        "made: got shape [11, 672], expected shape [>= 12, 672]",
+    );
 }

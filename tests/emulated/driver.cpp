@@ -16,6 +16,8 @@ void dflash_host_block_attention(const BlockAttentionParams*, int32_t);
 void dflash_host_tree_top_k_f32(const TreeTopKParams*);
 void dflash_host_tree_top_k_bf16(const TreeTopKParams*);
 void dflash_host_tree_build(const TreeBuildParams*);
+void dflash_host_delta_inputs(const DeltaRuleParams*);
+void dflash_host_delta_rule(const DeltaRuleParams*, int32_t);
 
 int run_kernel(const char* name, const void* p);
 }
@@ -46,6 +48,8 @@ int run_kernel(const char* name, const void* p) {
     if (starts(name, "sample_") || starts(name, "block_attention_combine")) return 0;
     if (starts(name, "kv_inject")) return dflash_host_kv_inject(static_cast<const KvInjectParams*>(p), dim), 0;
     if (starts(name, "block_attention")) return dflash_host_block_attention(static_cast<const BlockAttentionParams*>(p), dim), 0;
+    if (starts(name, "delta_inputs")) return run(dflash_host_delta_inputs, p);
+    if (starts(name, "delta_rule")) return dflash_host_delta_rule(static_cast<const DeltaRuleParams*>(p), dim), 0;
     if (starts(name, "probe")) return 0;
     fprintf(stderr, "no such kernel: %s\n", name);
     return 1;

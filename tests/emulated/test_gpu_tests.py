@@ -22,7 +22,7 @@ def _load(name: str):
     return module
 
 
-for _name in ("test_kernels", "test_engine"):
+for _name in ("test_kernels", "test_delta", "test_engine"):
     _module = _load(_name)
     if hasattr(_module, "MAX_TOKENS"):
         _module.MAX_TOKENS = 10

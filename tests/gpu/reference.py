@@ -165,3 +165,33 @@ def walk(tokens: np.ndarray, parents: np.ndarray, sampled: np.ndarray) -> list[i
             return path
         node = children[0]
         path.append(node)
+
+
+def delta(mixed: Tensor, gates: Tensor, weights, key_heads: int, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """The gated delta rule over one text from its begin: outputs float64 [n, Hv, dv], and the state [Hv, dk, dv] after it. What the
+    convolution makes is rounded to bfloat16 where a layer of transformers rounds it."""
+    mixed, gates = mixed.double().cpu(), gates.double().cpu()
+    weight, decay, dt_bias = (part.double().cpu() for part in weights[:3])
+    heads, taps, keys = decay.shape[0], weight.shape[0], key_heads * key_dim
+    group = heads // key_heads
+    padded = torch.cat((mixed.new_zeros(taps - 1, mixed.shape[1]), mixed))
+    state, out = mixed.new_zeros(heads, key_dim, value_dim), []
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16().double()
+
+    def unit(rows: Tensor) -> Tensor:
+        rows = rows.view(key_heads, key_dim)
+        rows = rows / (rows.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        return rows.repeat_interleave(group, dim=0)
+
+    for t in range(mixed.shape[0]):
+        made = rounded(torch.nn.functional.silu(rounded((padded[t : t + taps] * weight).sum(0))))
+        query, key, value = unit(made[:keys]), unit(made[keys : 2 * keys]), made[2 * keys :].view(heads, value_dim)
+        b, a = gates[t].view(2, heads)
+        beta = rounded(rounded(b.sigmoid()) * weights.beta_scale)
+        state = state * (decay * torch.nn.functional.softplus(a + dt_bias)).exp()[:, None, None]
+        change = (value - torch.einsum("hkv,hk->hv", state, key)) * beta[:, None]
+        state = state + key[:, :, None] * change[:, None]
+        out.append(torch.einsum("hkv,hk->hv", state, query) * key_dim**-0.5)
+    return torch.stack(out), state

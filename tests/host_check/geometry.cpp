@@ -15,8 +15,10 @@ void dflash_geometry_accept(const AcceptParams* p, Launch* out) { *out = accept_
 void dflash_geometry_tree_top_k(const TreeTopKParams* p, Launch* out) { *out = tree_top_k_launch(*p); }
 void dflash_geometry_tree_build(const TreeBuildParams* p, Launch* out) { *out = tree_build_launch(*p); }
 void dflash_geometry_compact_kv(const CompactKvParams* p, Launch* out) { *out = compact_kv_launch(*p); }
+void dflash_geometry_delta_inputs(const DeltaRuleParams* p, Launch* out) { *out = delta_inputs_launch(*p); }
+void dflash_geometry_delta_rule(const DeltaRuleParams* p, Launch* out) { *out = delta_rule_launch(*p); }
 int32_t dflash_limit(int32_t which) {
-    const int32_t limits[] = {ACCEPT_MAX_NODES, TREE_MAX_NODES, TREE_MAX_K};
+    const int32_t limits[] = {ACCEPT_MAX_NODES, TREE_MAX_NODES, TREE_MAX_K, DELTA_MAX_TAPS};
     return limits[which];
 }
 }

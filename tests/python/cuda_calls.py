@@ -12,7 +12,7 @@ import json
 import numpy as np
 import torch
 
-from dflash_rs import cuda
+from dflash_rs import cuda, recurrent
 from dflash_rs.attention import CudaAttention
 
 ADDRESSES: dict[int, int] = {}
@@ -124,7 +124,33 @@ def main() -> None:
     # Nothing to do is success, and launches nothing.
     cuda.compact_kv(i32(0, 8), i32(0), cache, cuda.PageTable(table.pages, i32(0), 16))
     engine_step(note)
+    recurrent_layer(note)
     print(json.dumps(named))
+
+
+def recurrent_layer(note):
+    """A pass of a layer with 2 key and 6 value heads over three requests, one of them longer than a block; then two copies of states."""
+    channels = 2 * 2 * 128 + 6 * 64
+    weights = recurrent.DeltaWeights(f32(4, channels), f32(6), f32(6), 2.0)
+    states = recurrent.DeltaStates(
+        f32(9, 6, 128, 64), bf16(9, 3, channels), bf16(7, 5, channels), bf16(7, 5, 12), i32(9)
+    )
+    ends = recurrent.DeltaEnds(i32(3), f32(1, 6, 128, 64), bf16(1, 3, channels))
+    mixed, into = bf16(24, channels), i64(2)
+    out = recurrent.delta_rule(
+        mixed,
+        bf16(24, 12),
+        weights,
+        states,
+        query_starts=i32(4),
+        context_lens=i32(3),
+        slots=i64(3),
+        longest=20,
+        ends=ends,
+    )
+    assert out.shape == (24, 6, 64)
+    recurrent.delta_copy(weights, states, context_lens=i32(2), slots=i64(2), into=into)
+    note(delta_memory=states.memory, delta_mixed=mixed, delta_out=out, delta_ends=ends.memory, delta_into=into)
 
 
 def engine_step(note):

@@ -38,6 +38,7 @@ static size_t parameter_bytes(const char* name) {
         {"tree_top_k", sizeof(struct TreeTopKParams)},
         {"tree_build", sizeof(struct TreeBuildParams)},
         {"compact_kv", sizeof(struct CompactKvParams)},
+        {"delta_", sizeof(struct DeltaRuleParams)},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strncmp(name, known[i].prefix, strlen(known[i].prefix)) == 0) return known[i].bytes;
@@ -60,15 +61,27 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 int cuGetErrorName(int code, const char** text) { return *text = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_FAKE", 0; }
 int cuGetErrorString(int code, const char** text) { return *text = code == 1 ? "invalid argument" : "made up", 0; }
+/* With FAKE_CUDA_NO_CONTEXT a thread has none until it is given a device's primary one; 2: it cannot be. */
+static _Thread_local int entered = -1;
+static const char primary[16];
+
 int cuCtxGetDevice(int* device) {
-    if (number("FAKE_CUDA_NO_CONTEXT", 0)) return 201;
-    return *device = number("FAKE_CUDA_CURRENT", 0), 0;
+    if (number("FAKE_CUDA_NO_CONTEXT", 0) && entered < 0) return 201;
+    return *device = entered < 0 ? number("FAKE_CUDA_CURRENT", 0) : entered, 0;
 }
+int cuDevicePrimaryCtxRetain(const void** context, int device) {
+    if (number("FAKE_CUDA_NO_CONTEXT", 0) == 2) return 2;
+    return *context = primary + device, 0;
+}
+int cuCtxSetCurrent(const char* context) { return entered = (int)(context - primary), 0; }
 int cuLibraryLoadData(void** library, const void* code, void* a, void* b, unsigned c, void* d, void* e, unsigned f) {
     /* The header of a fatbin. */
     const unsigned magic = 0xBA55ED50;
     (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
     if ((size_t)code % 8 || memcmp(code, &magic, sizeof magic)) return 1;
+    /* As many loads fail for want of memory. */
+    static int failed;
+    if (failed++ < number("FAKE_CUDA_LOADS_FAIL", 0)) return 2;
     FILE* log = log_file();
     if (log) fprintf(log, "{\"load\": true}\n"), fclose(log);
     return *library = (void*)kernels, 0;

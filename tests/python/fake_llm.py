@@ -18,6 +18,7 @@ class FakeOutput:
     error: str | None = None
     stop_reason: Any = None
     prompt_logprobs: Any = None
+    answer: int = 0
 
 
 @dataclass
@@ -28,6 +29,7 @@ class FakeEvent:
     accepted: int
     finish_reason: str | None = None
     output: FakeOutput | None = None
+    answer: int = 0
 
 
 class FakeLLM:

@@ -309,12 +309,13 @@ def on_host():
 def on_a_gpu():
     """What takes tensors on a GPU: every argument of every function, by its own signature."""
     yield _core.cuda_sample_scratch, dict(rows=1, vocab=1), ("rows", "vocab"), ()
-    tensor, numbers = (0, "int32", 0, (0,), (1,)), dict(eps=1e-6, scale=1.0)
+    tensor, numbers = (0, "int32", 0, (0,), (1,)), dict(eps=1e-6, scale=1.0, beta_scale=1.0)
     for function in (
         _core.cuda_probe, _core.cuda_prepare_block, _core.cuda_kv_inject, _core.cuda_block_attention, _core.cuda_sample_rows,
         _core.cuda_accept, _core.cuda_tree_top_k, _core.cuda_tree_build, _core.cuda_compact_kv,
+        _core.cuda_delta_rule,
     ):  # fmt: skip
-        sizes = {"page_size", "max_block_len", "max_keys", "max_nodes", "stream"}
+        sizes = {"page_size", "max_block_len", "max_keys", "max_nodes", "longest", "stream"}
         asked = inspect.signature(function).parameters.values()
         good = {a.name: 1 if a.name in sizes else numbers.get(a.name, tensor) for a in asked if a.default is a.empty}
         # What is read is looked at in order, and beyond that the call as a whole.

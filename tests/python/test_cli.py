@@ -514,7 +514,7 @@ def test_json_lines_come_in_the_order_of_the_prompts_each_as_soon_as_it_can(fake
     monkeypatch.setattr(cli.console, "emit", lambda text: written.append((text, turns[0])))
     llm = FakeLLM()
     prompts = [SimpleNamespace(text=text, where="") for text in ("one", "two", "three")]
-    params = SimpleNamespace(seed=None, temperature=0, max_tokens=7)
+    params = SimpleNamespace(seed=None, temperature=0, max_tokens=7, n=1)
     cli.generate.stream_outputs(llm, prompts, params, None, display.Progress(3, None))
     assert [json.loads(text)["prompt"] for text, _ in written] == ["one", "two", "three"]
     # "one" ends in its third turn, two events before the last; "two", ready long before, comes at once behind it.

@@ -70,6 +70,22 @@ def test_a_streamed_completion_is_the_generated_one():
     assert "tau" in done.stderr
 
 
+def test_each_prompt_is_answered_as_often_as_asked_with_seeds_that_follow_each_other():
+    words = ["generate", PROMPT, "import ", "--temperature", "1", "--max-tokens", "12"]
+    answers = [json.loads(line) for line in dflash(*words, "--seed", "5", "--n", "2", "--json").stdout.splitlines()]
+    assert [(answer["prompt"], answer["answer"]) for answer in answers] == [
+        (PROMPT, 0),
+        (PROMPT, 1),
+        ("import ", 0),
+        ("import ", 1),
+    ]
+    for seed in (5, 6):
+        alone = [json.loads(line) for line in dflash(*words, "--seed", str(seed), "--json").stdout.splitlines()]
+        assert [one["text"] for one in alone] == [one["text"] for one in answers[seed - 5 :: 2]]
+    shown = dflash(*words, "--seed", "5", "--n", "2", "--quiet").stdout
+    assert shown == "\n\n".join(answer["prompt"] + answer["text"] for answer in answers) + "\n\n"
+
+
 def test_json_carries_log_probabilities_when_asked():
     entries = generated("--logprobs", "2")["logprobs"]
     assert len(entries) == 48

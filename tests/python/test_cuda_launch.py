@@ -77,7 +77,7 @@ def test_the_stages_of_a_step_are_launched_in_order(calls):
         "block_attention_128", "block_attention_128", "block_attention_combine_128", "block_attention_128",
         "sample_scan_bf16", "sample_mass_bf16", "sample_pick_bf16", "sample_finish_bf16", "sample_scan_f32", "sample_finish_f32",
         "accept", "accept", "tree_top_k_bf16", "tree_build", "compact_kv",
-        "block_attention_64", "block_attention_combine_64",
+        "block_attention_64", "block_attention_combine_64", "delta_inputs", "delta_rule_128", "delta_inputs", "delta_rule_128",
     ]  # fmt: skip
 
 
@@ -148,6 +148,22 @@ def test_sampling_and_acceptance_share_the_rows(calls):
     assert (first.out_stride, first.path_stride, first.max_nodes) == (8, 8, 8)
 
 
+def test_a_recurrent_layer_is_two_launches_and_copies_have_no_tokens(calls):
+    named, log = calls
+    entries, parameters = launches(log, "delta_", "DeltaRuleParams")
+    first, second, *copies = parameters
+    assert bytes(first) == bytes(second) and bytes(copies[0]) == bytes(copies[1])
+    assert (first.memory, first.mixed, first.out, first.end_memory) == tuple(
+        named[f"delta_{name}"] for name in ("memory", "mixed", "out", "ends")
+    )
+    sizes = (first.num_requests, first.num_tokens, first.longest, first.block, first.key_heads, first.value_heads)
+    assert sizes == (3, 24, 20, 5, 2, 6)
+    assert (first.key_dim, first.value_dim, first.taps, first.beta_scale, first.into) == (128, 64, 4, 2.0, 0)
+    assert (copies[0].into, copies[0].num_requests, copies[0].num_tokens) == (named["delta_into"], 2, 0)
+    # Heads of query, key and value, and the gates; then a block for each request, head and 64 columns.
+    assert [entry["grid"] for entry in entries] == [[3, 11, 1], [18, 1, 1], [2, 11, 1], [12, 1, 1]]
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "variables, expected",
@@ -157,7 +173,8 @@ def test_sampling_and_acceptance_share_the_rows(calls):
             {"FAKE_CUDA_NO_BINARY": "1", "FAKE_CUDA_CAPABILITY": "75"},
             "got Fake 0, an sm_75, expected one that runs code for",
         ),
-        ({"FAKE_CUDA_NO_CONTEXT": "1"}, "a context must be current"),
+        ({"FAKE_CUDA_NO_CONTEXT": "2"}, "cuDevicePrimaryCtxRetain"),
+        ({"FAKE_CUDA_LOADS_FAIL": "1"}, "cuLibraryLoadData"),
         ({"FAKE_CUDA_CURRENT": "1"}, "tensors on cuda:0 while cuda:1 is current"),
         ({"FAKE_CUDA_EXTRA_BYTES": "8"}, "takes 16 bytes of parameters, expected 8"),
         ({"FAKE_CUDA_REFUSE": "1"}, r"CUDA_ERROR_INVALID_VALUE (1), invalid argument"),
@@ -168,6 +185,32 @@ def test_a_driver_that_cannot_serve_is_an_error_with_a_remedy(fake_driver, varia
     done, log = fake_driver(code, **variables)
     assert done.returncode == 1 and expected in done.stderr, done.stderr
     assert not any("kernel" in entry for entry in log)
+
+
+@needs_kernels
+def test_a_thread_that_never_asked_anything_of_cuda_launches_in_its_tensors_primary_context(fake_driver):
+    code = (
+        "import threading; from dflash_rs import _core\n"
+        "def launch(): _core.cuda_probe((0x1000, 'int32', 1, (1,), (1,)), 0)\n"
+        "for _ in range(2):\n"
+        "    thread = threading.Thread(target=launch); thread.start(); thread.join()\n"
+    )
+    done, log = fake_driver(code, FAKE_CUDA_NO_CONTEXT="1")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert [entry["kernel"] for entry in log if "kernel" in entry] == ["probe", "probe"]
+
+
+@needs_kernels
+def test_a_load_that_failed_is_tried_again(fake_driver):
+    code = (
+        "from dflash_rs import _core\n"
+        "for _ in range(3):\n"
+        "    try: _core.cuda_probe((0x1000, 'int32', 0, (1,), (1,)), 0)\n"
+        "    except Exception as error: print(error)\n"
+    )
+    done, log = fake_driver(code, FAKE_CUDA_LOADS_FAIL="1")
+    assert done.returncode == 0 and done.stdout.count("cuLibraryLoadData") == 1, done.stdout + done.stderr
+    assert [next(iter(entry)) for entry in log] == ["load", "kernel", "kernel"]
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import logging
@@ -14,10 +15,11 @@ import pytest
 import torch
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import _REGISTRY, get_spec
+from torch.overrides import TorchFunctionMode
 
 import dflash_rs.sglang
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
-from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, grammar, requests
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, grammar, requests, sampling
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import History, Penalties, TargetSampler
 from dflash_rs.sglang.shapes import SHAPED, Shapes, Undrafted
@@ -430,7 +432,9 @@ def naive(logits: torch.Tensor, output: list[int], p: SimpleNamespace, stops: li
     return row
 
 
-def test_penalties_count_the_path_to_each_place() -> None:
+@pytest.mark.parametrize("at_a_time", [1, 2, 99])
+def test_penalties_count_the_path_to_each_place(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_PENALTY_BYTES", at_a_time * sampling._PENALTY_COPIES * 4 * 4 * V)
     generator = torch.Generator().manual_seed(3)
     several = [
         request(),
@@ -466,6 +470,91 @@ def test_penalties_count_the_path_to_each_place() -> None:
         sampler.committed(several, slots, gained, lengths)
         for r, output in enumerate(outputs):
             output += gained[r, : int(lengths[r])].tolist()
+
+
+class OnlyPinned(TorchFunctionMode):
+    """Notes what makes tensors of the host's numbers, or moves them, other than `sampling.put`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in ("tensor", "as_tensor", "from_numpy", "to", "cuda", "pin_memory"):
+            caller = next(f for f in inspect.stack()[1:] if f.filename == sampling.__file__)
+            moves = function.__name__ != "to" or any(isinstance(a, (str, torch.device)) for a in args[1:])
+            if caller.function != "put" and moves:
+                self.found.append(f"{caller.function}: {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+def sampling_info(rows: int, **more: Any) -> Any:
+    """SGLang's sampling info of requests that sample."""
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    ones = torch.ones(rows)
+    return SamplingBatchInfo(
+        **{"temperatures": ones[:, None], "top_ps": ones, "top_ks": torch.full((rows,), 1 << 30), "min_ps": 0 * ones},
+        **{"is_all_greedy": False, "is_any_greedy": False, "vocab_size": V},
+        **{"need_top_p_sampling": False, "need_top_k_sampling": False, "need_min_p_sampling": False},
+        **more,
+    )
+
+
+def _moved_by_hand() -> None:
+    """What a step must not do, in a function that counts as the sampler's."""
+    code = compile("def moved_by_hand(torch):\n    torch.tensor([1])", sampling.__file__, "exec")
+    made: dict[str, Any] = {}
+    exec(code, made)
+    made["moved_by_hand"](torch)
+
+
+def test_a_step_copies_to_the_device_from_pinned_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pageable copy waits for the step that runs there, and with it the host: overlap is lost."""
+    several = [
+        request(),
+        request(frequency_penalty=0.5, top_k=3),
+        request(repetition_penalty=1.5, min_new_tokens=6, stop_token_ids=[4, 7]),
+        request(min_new_tokens=5, stop_token_ids=[1], top_p=0.9),
+    ]
+    slots = torch.tensor([3, 1, 5, 2])
+    info = sampling_info(4, sampling_seed=torch.arange(4), custom_params=[None] * 4, has_custom_logit_processor=True)
+    entry = SimpleNamespace(processor=lambda logits, params: logits, rows=[0, 2])
+    monkeypatch.setattr(compat.installed(), "processors", lambda _: [(entry.processor, entry.rows)], raising=False)
+    sampler = TargetSampler(lambda output, *_: output.next_token_logits.argmax(-1), 6, V, "cpu")
+    for req in several:
+        req.output_ids = [2, 5]
+    info.acc_additive_penalties, info.acc_scaling_penalties = torch.zeros(4, V), None
+    block, starts = torch.randint(0, V, (4, 4)), torch.full((4,), 5)
+    # What it imports on first use makes tensors, too.
+    importlib.import_module("sglang.srt.layers.logits_processor")
+    with OnlyPinned() as seen:
+        sampler.enter(several, slots, info)
+        tokens = sampler.targets(torch.randn(16, V), info, several, slots, block, starts)
+        sampler.committed(several, slots, tokens, torch.ones(4, dtype=torch.int32))
+    assert seen.found == []
+    with OnlyPinned() as seen:
+        _moved_by_hand()
+    assert seen.found == ["moved_by_hand: tensor"], "the look-out sees what it looks for"
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_logits_are_copied_for_the_sampler_only_where_log_probabilities_are_read_afterwards(scored: bool) -> None:
+    given: list[torch.Tensor] = []
+
+    def sampler(output: Any, *_: Any) -> torch.Tensor:
+        given.append(output.next_token_logits)
+        return output.next_token_logits.copy_(output.next_token_logits.softmax(-1)).argmax(-1)
+
+    several, logits = [request(), request()], torch.randn(8, V)
+    info = sampling_info(2)
+    wanted, kept = logits.argmax(-1), logits.clone()
+    targets = TargetSampler(sampler, 6, V, "cpu")
+    tokens = targets.targets(
+        logits, info, several, torch.tensor([0, 1]), wanted.view(2, 4), torch.tensor([3, 3]), scored
+    )
+    assert tokens.flatten().tolist() == wanted.tolist()
+    assert (given[0].data_ptr() != logits.data_ptr()) == scored and torch.equal(logits, kept) == scored
 
 
 def test_a_row_starts_anew_with_each_request() -> None:
@@ -509,6 +598,26 @@ def test_counters_are_those_of_the_drafts() -> None:
     assert [value("accepted_tokens_per_pos_total", position=str(i)) for i in range(3)] == [2, 1, 1]
     assert value("tau") == 2.5 and value("block_size") == 4
     assert acceptance.tau == pytest.approx(1 + 4 / 3)
+
+
+def test_a_kernel_that_fails_is_counted_and_said_and_sglang_takes_over(caplog: pytest.LogCaptureFixture) -> None:
+    from prometheus_client import CollectorRegistry
+
+    from dflash_rs.sglang.worker import DflashRsWorker
+
+    registry = CollectorRegistry()
+    worker = DflashRsWorker.__new__(DflashRsWorker)
+    worker.acceptance = Acceptance(4, 0, 2, Exporter(4, {"model_name": "m"}, registry))
+
+    def broken(*_: Any) -> None:
+        raise DflashError("kv_inject_128: an illegal address")
+
+    worker._context_kv = broken
+    nothing = torch.empty(0)
+    with pytest.raises(DflashError, match="illegal address"), caplog.at_level(logging.ERROR):
+        worker._append_target_hidden_fused(nothing, nothing, nothing)
+    assert "kv_inject failed" in caplog.text and "illegal address" in caplog.text
+    assert registry.get_sample_value("dflash_rs_spec_kernel_failures_total", {"model_name": "m"}) == 1
 
 
 def test_only_what_was_drafted_is_counted() -> None:
@@ -731,7 +840,7 @@ def test_every_width_has_attention_backends_and_graphs_of_its_own(
     [
         ({"selector": 1}, "SimpleNamespace selects among candidates"),
         ({"_is_domino": True}, "SimpleNamespace rolls its block out"),
-        ({"_need_mamba_verify_commit": True}, "the target keeps a state besides its KV"),
+        ({"_need_mamba_verify_commit": True}, "other widths have not been tried with the target's recurrent layers"),
         (
             {"server_args": SimpleNamespace(enable_two_batch_overlap=True, enable_pdmux=False)},
             "--enable-two-batch-overlap and",

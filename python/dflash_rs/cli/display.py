@@ -122,6 +122,7 @@ def output_json(output: Any, prompt: Any) -> dict[str, Any]:
     """An output as `generate --json` prints it."""
     return {
         "prompt": prompt.text,
+        "answer": output.answer,
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,

@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
         epilog="""examples:
   dflash-rs generate 'def fibonacci(n):' --max-tokens 64
   dflash-rs generate --example 3 --temperature 0.7 --seed 1
+  dflash-rs generate 'def mean(' --temperature 1 --n 4 --json
   echo 'class Stack:' | dflash-rs generate - --json
   dflash-rs generate --prompt-file prompts.txt --json --max-tokens 256 > answers.jsonl
   dflash-rs generate 'x = ' --regex '[0-9]+;' --temperature 1
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = collect_prompts(args, sys.stdin)
     params = sampling_from(args)
     llm = engine.make_engine(args)
-    progress = Progress.choose(args, len(prompts))
+    progress = Progress.choose(args, len(prompts) * params.n)
     try:
         paint = None if args.json else Painter.choose(args.color, sys.stdout)
         outputs = stream_outputs(llm, prompts, params, paint, progress)
@@ -142,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
     for i, output in enumerate(outputs):
         if output.finish_reason == "error":
             code = console.complain(
-                f"{engine.called(i, prompts)}: {output.error or 'the engine gave no reason'}", console.FAILED
+                f"{engine.called(i // params.n, prompts)}: {output.error or 'the engine gave no reason'}",
+                console.FAILED,
             )
         elif not args.quiet and not args.json:
             console.say(summary(output))
@@ -153,7 +155,7 @@ def stream_outputs(
     llm: Any, prompts: Sequence[Any], params: Any, paint: Painter | None, progress: Progress
 ) -> list[Any]:
     """Answers all prompts at once and writes them in order, text as it comes or, without `paint`, JSON as it is done; returns the
-    finished outputs."""
+    finished outputs, all answers to a prompt side by side."""
 
     def write(text: str) -> None:
         if text:
@@ -162,26 +164,28 @@ def stream_outputs(
 
     # What cannot be taken is refused here, before anything is written.
     events = engine.begin(llm, prompts, params)
-    ordered = Ordered(len(prompts), write)
-    finished: list[Any] = [None] * len(prompts)
+    answers = params.n
+    ordered = Ordered(len(prompts) * answers, write)
+    finished: list[Any] = [None] * (len(prompts) * answers)
     if paint is not None:
         write(paint.legend())
-        for i, prompt in enumerate(prompts):
-            ordered.add(i, paint("prompt", prompt.text))
+        for i in range(len(finished)):
+            ordered.add(i, paint("prompt", prompts[i // answers].text))
     done = tokens = 0
     for event in events:
         tokens += len(event.token_ids)
+        place = event.index * answers + event.answer
         if paint is not None:
             drafted, own = split_delta(event, llm.decode)
-            ordered.add(event.index, paint("draft", drafted) + paint("own", own))
+            ordered.add(place, paint("draft", drafted) + paint("own", own))
         if event.finish_reason is not None:
             done += 1
-            finished[event.index] = event.output
+            finished[place] = event.output
             if paint is None:
                 end = json.dumps(output_json(event.output, prompts[event.index])) + "\n"
             else:
-                end = "\n\n" if len(prompts) > 1 else "\n"
-            ordered.add(event.index, end, done=True)
+                end = "\n\n" if len(finished) > 1 else "\n"
+            ordered.add(place, end, done=True)
         progress.show(done, tokens)
     return finished
 

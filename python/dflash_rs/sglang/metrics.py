@@ -49,6 +49,12 @@ class Acceptance:
         if self.window_passes >= self.alarm_passes:
             self._look()
 
+    def kernel_failed(self, kernel: str, error: Exception) -> None:
+        """A kernel of this package failed; SGLang's own code does its work from here on."""
+        logger.error("%s: kernel %s failed, SGLang's own code takes over: %s", ALGORITHM, kernel, error)
+        if self.exporter is not None:
+            self.exporter.kernel_failures.inc()
+
     def _look(self) -> None:
         tau = 1 + self.window_accepted / self.window_passes
         if self.exporter is not None:
@@ -88,6 +94,9 @@ class Exporter:
         self.per_position = [per_position.labels(**labels, position=str(i)) for i in range(block - 1)]
         passes = counter("passes", "Target passes, one per request, by tokens verified in each.", ["width"])
         self.passes = {width: passes.labels(**labels, width=str(width)) for width in sorted({*widths, block})}
+        self.kernel_failures = counter(
+            "kernel_failures", "Failures of kernels of this package; SGLang's own code took over."
+        ).labels(**labels)
         gauges = {"registry": registry, "multiprocess_mode": "mostrecent"}
         self.tau = Gauge(
             PREFIX + "tau", "Tokens per target pass that verified drafts, over recent ones.", names, **gauges

@@ -22,6 +22,10 @@ import torch
 
 from dflash_rs.sglang import compat
 
+# What the rows of penalised requests may take at a time, several float32 copies of [rows, B, V]: more are adjusted one part after the other.
+_PENALTY_BYTES = 256 << 20
+_PENALTY_COPIES = 6
+
 # Requests with custom processors whose last tokens are remembered; those of requests that ended are dropped, oldest first.
 _REMEMBERED = 4096
 
@@ -47,6 +51,14 @@ def stop_ids(req: Any) -> list[int]:
     return sorted(ids)
 
 
+def put(values: Sequence[Any], device: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Numbers of the host on the device. From pinned memory: a pageable copy would wait for the step that runs there, and with it the host."""
+    host = torch.tensor(values, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
 class History:
     """How often each token occurs in the output of each request, i32 ``[rows, V]``, by row of SGLang's request pool.
 
@@ -65,8 +77,7 @@ class History:
         self.table.index_fill_(0, rows, 0)
         for n, output in enumerate(outputs):
             if len(output):
-                tokens = torch.tensor([list(output)], dtype=torch.int64).to(self.device)
-                self.add(rows[n : n + 1], tokens, torch.tensor([len(output)]).to(self.device))
+                self.add(rows[n : n + 1], put([list(output)], self.device), put([len(output)], self.device))
 
     def add(self, rows: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """Counts the first ``lengths[n]`` of ``tokens[n]``; rows i64 ``[n]``, tokens i64 ``[n, B]``."""
@@ -89,31 +100,27 @@ class History:
 class Penalties:
     """The penalised requests of a batch, as tensors with one entry per request."""
 
-    def __init__(self, reqs: Sequence[Any], slots: torch.Tensor, device: Any):
-        self.index = [i for i, req in enumerate(reqs) if is_penalized(req.sampling_params)]
+    def __init__(self, reqs: Sequence[Any], slots: torch.Tensor, device: Any, index: Sequence[int] | None = None):
+        """Of those that `index` names, all by default."""
+        index = range(len(reqs)) if index is None else index
+        self.index = [i for i in index if is_penalized(reqs[i].sampling_params)]
         self.device = device
         if not self.index:
             return
         chosen = [reqs[i] for i in self.index]
         params = [req.sampling_params for req in chosen]
-        self.where = self._put(self.index, torch.int64)
+        self.where = put(self.index, device)
         self.slots = slots[self.where]
         self.counting = any(counts_tokens(p) for p in params)
-        self.frequency = self._put([p.frequency_penalty for p in params])
-        self.presence = self._put([p.presence_penalty for p in params])
-        self.repetition = self._put([p.repetition_penalty for p in params])
-        self.least = self._put([p.min_new_tokens for p in params], torch.int64)
-        self.prompt = self._put([len(req.origin_input_ids) for req in chosen], torch.int64)
+        self.frequency = put([p.frequency_penalty for p in params], device, torch.float32)
+        self.presence = put([p.presence_penalty for p in params], device, torch.float32)
+        self.repetition = put([p.repetition_penalty for p in params], device, torch.float32)
+        self.least = put([p.min_new_tokens for p in params], device)
+        self.prompt = put([len(req.origin_input_ids) for req in chosen], device)
         self.stops = [stop_ids(req) if p.min_new_tokens > 0 else [] for req, p in zip(chosen, params)]
 
     def __bool__(self) -> bool:
         return bool(self.index)
-
-    def _put(self, values: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        if torch.device(self.device).type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
 
     def additive(self, counts: torch.Tensor | None, written: torch.Tensor, vocab: int) -> torch.Tensor:
         """What is added to logits, f32 ``[n, B, V]``; ``written`` i64 ``[n, B]``: output tokens before each place."""
@@ -123,11 +130,11 @@ class Penalties:
         else:
             total = -(counts * self.frequency[:, None, None])
             total -= (counts > 0) * self.presence[:, None, None]
-        for row, ids in enumerate(self.stops):
-            if ids:
-                early = written[row] < self.least[row]
-                columns = torch.tensor([i for i in ids if i < vocab], device=self.device)
-                total[row][:, columns] = torch.where(early[:, None], -torch.inf, total[row][:, columns])
+        forbidden = [(row, column) for row, ids in enumerate(self.stops) for column in ids if column < vocab]
+        if forbidden:
+            rows, columns = put(forbidden, self.device).unbind(1)
+            early = written[rows] < self.least[rows, None]
+            total[rows, :, columns] = total[rows, :, columns].masked_fill(early, -torch.inf)
         return total
 
     def scaling(self, counts: torch.Tensor) -> torch.Tensor:
@@ -171,13 +178,14 @@ class TargetSampler:
         with: for requests that come back with output (after a retraction) SGLang's own penalties would start from nothing."""
         penalties = Penalties(reqs, slots, self.device)
         if counting := [i for i, req in enumerate(reqs) if counts_tokens(req.sampling_params)]:
-            mine = torch.tensor(counting).to(self.device)
+            mine = put(counting, self.device)
             self.history.start(slots[mine], [reqs[i].output_ids for i in counting])
         back = [n for n, i in enumerate(penalties.index) if len(reqs[i].output_ids)]
         if not back:
             return info
-        written = torch.tensor([[len(reqs[i].output_ids)] for i in penalties.index], device=self.device)
-        counts = self._counts(penalties, torch.empty((len(penalties.index), 0), dtype=torch.int64))
+        written = put([[len(reqs[i].output_ids)] for i in penalties.index], self.device)
+        none = torch.empty((len(penalties.index), 0), dtype=torch.int64, device=self.device)
+        counts = self._counts(penalties, none)
         additive = info.acc_additive_penalties.clone()
         additive[penalties.where] = penalties.additive(counts, written, self.vocab)[:, 0]
         scaling = info.acc_scaling_penalties
@@ -196,11 +204,12 @@ class TargetSampler:
         slots: torch.Tensor,
         block: torch.Tensor,
         starts: torch.Tensor,
+        scored: bool = True,
     ) -> torch.Tensor:
         """The target's token after every row, i64 ``[R, B]``.
 
         ``logits`` f32 ``[R * B, V]``, with grammar masks applied; adjusted in place, so that log-probabilities are those of
-        the distribution drawn from. ``block`` i64 ``[R, B]`` is each request's anchor and drafts, ``starts`` i64 ``[R]`` the
+        the distribution drawn from. Unless they are ``scored``, nobody reads them afterwards, and the sampler may overwrite them. ``block`` i64 ``[R, B]`` is each request's anchor and drafts, ``starts`` i64 ``[R]`` the
         anchor's position.
         """
         if self.untouched(info, reqs):
@@ -211,12 +220,13 @@ class TargetSampler:
         places = block.shape[1]
         positions = (starts[:, None] + torch.arange(places, device=logits.device)).reshape(-1)
         if info.sampling_seed is None:
-            return self._draw(logits, info, positions, places).view_as(block)
+            # The sampler turns logits into probabilities in place.
+            return self._draw(logits.clone() if scored else logits, info, positions, places).view_as(block)
         # Seeded draws of SGLang number the columns by rank as soon as one request of the batch filters. Drawing the two kinds
         # apart makes a request's tokens its own: those it gets when it is alone.
         out = torch.empty_like(block)
         for rows, greedy in self._kinds(reqs):
-            mine = torch.tensor(rows, device=logits.device)
+            mine = put(rows, logits.device)
             chosen = logits.view(*block.shape, -1)[mine].flatten(0, 1)
             if greedy:
                 out[mine] = torch.argmax(chosen, dim=-1).view(len(rows), places)
@@ -235,21 +245,15 @@ class TargetSampler:
         starts: torch.Tensor,
     ) -> None:
         """Penalties, bias and custom processors, in place; ``logits`` ``[R, B, V]``."""
-        if penalties := Penalties(reqs, slots, self.device):
-            mine = penalties.where
-            counts = self._counts(penalties, block[mine, 1:])
-            written = (starts[mine] + 1 - penalties.prompt)[:, None]
-            written = written + torch.arange(block.shape[1], device=self.device)
-            changed = logits[mine] + penalties.additive(counts, written, self.vocab)
-            if counts is not None:
-                by = penalties.scaling(counts)
-                changed = torch.where(changed < 0, changed * by, changed / by)
-            logits[mine] = changed.to(logits.dtype)
+        penalised = [i for i, req in enumerate(reqs) if is_penalized(req.sampling_params)]
+        part = max(1, _PENALTY_BYTES // (_PENALTY_COPIES * 4 * logits.shape[1] * logits.shape[2]))
+        for begin in range(0, len(penalised), part):
+            self._penalise(logits, Penalties(reqs, slots, self.device, penalised[begin : begin + part]), block, starts)
         if info.logit_bias is not None:
             logits.add_(info.logit_bias[:, None].to(logits.dtype))
         if info.has_custom_logit_processor:
             for processor, indices in compat.installed().processors(info):
-                rows = torch.as_tensor(indices, device=logits.device)
+                rows = put(indices, logits.device)
                 params = [p for i in indices for p in self._places(reqs[i], info.custom_params[i], block[i], starts[i])]
                 result = processor(logits[rows].flatten(0, 1), params)
                 logits[rows] = result.view(len(indices), *logits.shape[1:]).to(logits.dtype)
@@ -258,7 +262,7 @@ class TargetSampler:
         """A step gained the first ``lengths[r]`` of ``tokens[r]``; i64 ``[R, B]``, i32 ``[R]``."""
         counting = [i for i, req in enumerate(reqs) if counts_tokens(req.sampling_params)]
         if counting:
-            mine = torch.tensor(counting).to(self.device)
+            mine = put(counting, self.device)
             self.history.add(slots[mine], tokens[mine], lengths[mine])
         for i, req in enumerate(reqs):
             if req.custom_logit_processor is not None:
@@ -269,14 +273,25 @@ class TargetSampler:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
+    def _penalise(self, logits: torch.Tensor, penalties: Penalties, block: torch.Tensor, starts: torch.Tensor) -> None:
+        mine = penalties.where
+        counts = self._counts(penalties, block[mine, 1:])
+        written = (starts[mine] + 1 - penalties.prompt)[:, None]
+        written = written + torch.arange(block.shape[1], device=self.device)
+        changed = logits[mine] + penalties.additive(counts, written, self.vocab)
+        if counts is not None:
+            by = penalties.scaling(counts)
+            changed = torch.where(changed < 0, changed * by, changed / by)
+        logits[mine] = changed.to(logits.dtype)
+
     def _counts(self, penalties: Penalties, drafts: torch.Tensor) -> torch.Tensor | None:
-        return self.history.at(penalties.slots, drafts.to(self.device)) if penalties.counting else None
+        return self.history.at(penalties.slots, drafts) if penalties.counting else None
 
     def _draw(self, logits: torch.Tensor, info: Any, positions: torch.Tensor, places: int) -> torch.Tensor:
+        """Overwrites `logits`."""
         from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 
-        # The sampler turns logits into probabilities in place.
-        output = LogitsProcessorOutput(next_token_logits=logits.clone())
+        output = LogitsProcessorOutput(next_token_logits=logits)
         rows = logits.shape[0]
         tokens = self.sampler(output, _spread(info, places), False, [0] * rows, [None] * rows, positions)
         return tokens.to(torch.int64)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
-from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
 from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare
@@ -58,6 +58,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._reqs: list[Any] = []
         self._slots: torch.Tensor | None = None
         self._info: Any = None
+        self._scored = False
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
         self._context_kv: ContextKv | None = None
@@ -88,6 +89,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def init_attention_backends(self) -> None:
         """SGLang's, and with them what is known of which widths a step can have."""
         super().init_attention_backends()
+        states.check(*compat.installed().state_types(self), self.model_runner.dtype)
         if self.options.adaptive is False:
             return
         widths = self.options.widths_of(self.block_size)
@@ -141,7 +143,12 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         commit_lens: torch.Tensor | None = None,
     ) -> None:
         if self._context_kv is not None:
-            self._context_kv(ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
+            try:
+                self._context_kv(ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
+            except Exception as error:
+                # SGLang catches it, warns of a path of its own, and goes on without the kernel for good.
+                self.acceptance.kernel_failed("kv_inject", error)
+                raise
         else:
             super()._append_target_hidden_fused(ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
 
@@ -162,7 +169,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         given, reqs = batch.sampling_info, list(batch.reqs)
         prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
         slots = batch.req_pool_indices.to(torch.int64)
-        self._reqs, self._slots, self._info = reqs, slots, given
+        self._reqs, self._slots, self._info, self._scored = reqs, slots, given, bool(batch.return_logprob)
         if prefill:
             self._widths.interrupted()
         width = int(self.block_size) if prefill else self._widths.next(len(reqs))
@@ -201,7 +208,13 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if target_predict is None:
             assert next_token_logits is not None
             target_predict = self.targets.targets(
-                next_token_logits, self._info, self._reqs, self._slots, candidates, prefix_lens.to(torch.int64)
+                next_token_logits,
+                self._info,
+                self._reqs,
+                self._slots,
+                candidates,
+                prefix_lens.to(torch.int64),
+                self._scored,
             )
         # SGLang's own method sees to the tokens that were not drawn.
         ours = (self._on_host or self._walk_kernel is not None) and not compat.installed().simulates_acceptance()

@@ -13,15 +13,21 @@ from .settings import DrafterTraining, MtpTraining, ResponseSettings, TargetTrai
 
 _HELP = {
     "anchors": "random blocks per sequence",
+    "balance": "weight of the loss that keeps experts equally busy",
     "batch_size": "sequences per step, or per shard",
     "block_size": "tokens of a block, the anchor counted",
     "decay": "share of the steps over which the learning rate falls",
+    "expert_size": "units of an expert",
+    "experts_per_token": "experts that a token goes through, beside the shared one",
     "gamma": "slot k of a block weighs exp(-(k-1)/gamma)",
     "grow_at": "share of the budget after which the model gets all its layers",
     "head_dim": "elements of a head; even",
     "hidden_size": "width of the residual stream",
     "init_from": "folder of a model to go on from",
-    "intermediate_size": "width of the MLP",
+    "intermediate_size": "width of the MLP; of a drafter, 0: as many units as a token of the target goes through",
+    "linear_head_dim": "elements of a head of a gated delta layer",
+    "linear_key_heads": "query and key heads of a gated delta layer",
+    "linear_value_heads": "value heads of a gated delta layer",
     "lr": "peak learning rate",
     "openings": "JSON lines with category and opening: how user's messages begin that the target writes",
     "turns": "answers of a chat, where the target writes its prompts",
@@ -29,6 +35,7 @@ _HELP = {
     "max_position_embeddings": "positions the model declares",
     "max_prompt": "longest prompt out of a corpus, longest user's message, tokens",
     "min_prompt": "shortest prompt out of a corpus, tokens",
+    "num_experts": "experts of a layer, beside the shared one",
     "num_heads": "query heads",
     "num_kv_heads": "key heads",
     "num_layers": "layers",
@@ -36,10 +43,15 @@ _HELP = {
     "seed": "of everything random",
     "seq_len": "tokens of a sequence",
     "sequences": "sequences to write",
+    "shape": "qwen3, or qwen3_5_moe: gated delta layers but for every fourth, and experts",
+    "shared_expert_size": "units of the expert that every token goes through",
     "soft_labels": "weight of the target's law as label; 0 trains on the tokens alone",
+    "start_from": "with --shape qwen3_5_moe: a model of the shape qwen3 to take over what fits",
     "start_layers": "layers to begin with, to be grown; 0 begins with all",
     "steps": "training steps",
     "taps": "target layers whose outputs the drafter reads",
+    "teacher": "a model of the same vocabulary whose law is part of the label",
+    "teacher_share": "its part; the rest is on the token",
     "temperatures": "sampling temperatures, in turn",
     "tokens": "training tokens in all",
     "train_block_sizes": "block sizes to draw from",
@@ -124,12 +136,19 @@ def _store(parser: argparse.ArgumentParser) -> None:
 
 def add_parsers(subparsers) -> None:
     """Adds target, responses, drafter, mtp, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
+    for add in (_add_target, _add_responses, _add_drafter, _add_mtp, _add_prompts, _add_report):
+        add(subparsers)
+
+
+def _add_target(subparsers) -> None:
     target = _add(
         subparsers,
         "target",
         "train a small target model on Python source",
         "dflash-rs train target --corpus runs/corpus --out runs/target",
         "dflash-rs train target --data ~/src/project --corpus runs/corpus --out runs/target --tokens 4000000 --bf16",
+        "dflash-rs train target --shape qwen3_5_moe --num-layers 8 --tokenizer bundled --teacher bundled --start-from bundled --corpus runs/corpus "
+        "--out runs/hybrid",
     )
     _corpus(target)
     target.add_argument(
@@ -147,10 +166,17 @@ def add_parsers(subparsers) -> None:
         metavar="X",
         help="share of files kept for evaluation; default: %(default)s",
     )
+    target.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="take the tokenizer of this target, which `train target` made; default: a new one",
+    )
     _add_run(target, save_every=200)
     _add_settings(target, TargetTraining)
     target.set_defaults(run=_clear(_train_target))
 
+
+def _add_responses(subparsers) -> None:
     own = _add(
         subparsers,
         "responses",
@@ -187,38 +213,45 @@ def add_parsers(subparsers) -> None:
     _add_settings(own, ResponseSettings)
     own.set_defaults(run=_clear(_responses))
 
-    drafter = _add(
+
+def _add_drafter(subparsers) -> None:
+    _add_drafters(
         subparsers,
         "drafter",
         "train a DFlash drafter for a target",
+        DrafterTraining,
+        _train_drafter,
         "dflash-rs train drafter --target runs/target --responses runs/responses --corpus runs/corpus --out runs/draft",
         "dflash-rs train drafter --target smollm2 --responses runs/responses --seq-len 512 --taps 2,8,15,21,27 --mask-token-id 16 --out runs/draft",
     )
-    _target(drafter, "the model to draft for")
-    drafter.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
-    _corpus(drafter, False, "a prepared corpus, for true text beside the target's own; default: none")
-    _add_run(drafter, save_every=250)
-    _store(drafter)
-    _shard(drafter)
-    _add_settings(drafter, DrafterTraining)
-    drafter.set_defaults(run=_clear(_train_drafter))
 
-    head = _add(
+
+def _add_mtp(subparsers) -> None:
+    _add_drafters(
         subparsers,
         "mtp",
         "train a multi-token-prediction head for a target",
+        MtpTraining,
+        _train_mtp,
         "dflash-rs train mtp --target runs/target --responses runs/responses --corpus runs/corpus --out runs/mtp",
         "dflash-rs train mtp --target smollm2 --responses runs/responses --seq-len 512 --block-size 5 --out runs/mtp",
     )
-    _target(head, "the model to draft for")
-    head.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
-    _corpus(head, False, "a prepared corpus, for true text beside the target's own; default: none")
-    _add_run(head, save_every=250)
-    _store(head)
-    _shard(head)
-    _add_settings(head, MtpTraining)
-    head.set_defaults(run=_clear(_train_mtp))
 
+
+def _add_drafters(subparsers, name: str, told: str, settings: type, run, *examples: str) -> None:
+    """A training of whatever drafts for a target."""
+    parser = _add(subparsers, name, told, *examples)
+    _target(parser, "the model to draft for")
+    parser.add_argument("--responses", type=Path, required=True, metavar="DIR", help="written by `train responses`")
+    _corpus(parser, False, "a prepared corpus, for true text beside the target's own; default: none")
+    _add_run(parser, save_every=250)
+    _store(parser)
+    _shard(parser)
+    _add_settings(parser, settings)
+    parser.set_defaults(run=_clear(run))
+
+
+def _add_prompts(subparsers) -> None:
     prompts = _add(
         subparsers,
         "prompts",
@@ -230,6 +263,8 @@ def add_parsers(subparsers) -> None:
     prompts.add_argument("--count", type=int, default=48, metavar="N", help="prompts; default: %(default)s")
     prompts.set_defaults(run=_clear(_prompts))
 
+
+def _add_report(subparsers) -> None:
     report = _add(
         subparsers,
         "report",
@@ -298,7 +333,9 @@ def _train_target(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, TargetTraining)
-    corpus.prepare(args.corpus, args.data or [corpus.standard_library()], settings.vocab_size, args.held_out_percent)
+    settings.check()
+    data = args.data or [corpus.standard_library()]
+    corpus.prepare(args.corpus, data, settings.vocab_size, args.held_out_percent, args.tokenizer)
     report = train(settings, args.corpus, args.out, args.device, args.save_every, args.bf16)
     print(f"held-out loss {report['held_out_loss']:.3f} nats, {report['parameters']:,} parameters: {args.out}")
     return 0

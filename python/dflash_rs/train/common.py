@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,8 @@ def smooth(mean: float | None, value: float, count: int) -> float:
 
 
 class Optimizers:
-    """Muon on matrices inside the layers, AdamW on embeddings, norms and everything else.
+    """Muon on matrices inside the layers, AdamW on embeddings, norms and everything else. The matrices of several experts in one tensor
+    are matrices each.
 
     Muon's update is rescaled to AdamW's root mean square (`match_rms_adamw`), so one learning rate serves both.
     """
@@ -72,10 +74,17 @@ class Optimizers:
     def __init__(self, module: torch.nn.Module, lr: float, weight_decay: float, matrices_outside: tuple[str, ...]):
         matrices: list[torch.nn.Parameter] = []
         rest: list[torch.nn.Parameter] = []
+        # Parameters that hold several matrices, and these, which share their memory.
+        self._stacks: list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]] = []
         for name, p in module.named_parameters():
-            if p.requires_grad:
-                is_matrix = p.ndim == 2 and not any(part in name for part in matrices_outside)
-                (matrices if is_matrix else rest).append(p)
+            if not p.requires_grad:
+                continue
+            inside = not any(part in name for part in matrices_outside)
+            if inside and p.ndim == 3 and min(p.shape[1:]) > 1:
+                self._stacks.append((p, [torch.nn.Parameter(part) for part in p.detach().unbind(0)]))
+                matrices += self._stacks[-1][1]
+            else:
+                (matrices if inside and p.ndim == 2 else rest).append(p)
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(
@@ -86,6 +95,10 @@ class Optimizers:
         self.lr = lr
 
     def step(self, factor: float) -> None:
+        for whole, matrices in self._stacks:
+            for i, matrix in enumerate(matrices):
+                matrix.grad = None if whole.grad is None else whole.grad[i]
+            whole.grad = None
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.lr * factor
@@ -173,6 +186,22 @@ def load_checkpoint(path: Path) -> dict | None:
         return None
     with readable(path, "checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def resumed(path: Path, settings: object) -> dict | None:
+    """The checkpoint at `path` of a run with these `settings`, None where there is none. Raises ValueError where others made it."""
+    state = load_checkpoint(path)
+    if state is not None and state["settings"] != asdict(settings):  # type: ignore[call-overload]
+        raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
+    return state
+
+
+def finite(loss: torch.Tensor, step: int, path: Path) -> float:
+    """A step's loss. Raises FloatingPointError where it is not finite: what comes after would be lost."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
+    return value
 
 
 def pick_device(name: str) -> torch.device:

@@ -150,17 +150,43 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def prepare(out: Path, roots: list[Path], vocab_size: int, held_out_percent: float) -> None:
+def same_tokenizer(path: str | Path, vocab_size: int):
+    """The tokenizer of a target that this package has trained, to be used again. Raises ValueError for any other."""
+    from ..models.checkpoint import load_tokenizer
+
+    found = load_tokenizer(path)
+    tokenizer = getattr(found, "backend_tokenizer", None)
+    ids = None if tokenizer is None else [tokenizer.token_to_id(token) for token in (END_OF_TEXT, MASK)]
+    if ids != [END_OF_TEXT_ID, MASK_ID]:
+        raise ValueError(
+            f"tokenizer: {path} has ids {ids} for {END_OF_TEXT} and {MASK}, expected {END_OF_TEXT_ID} and {MASK_ID}, as `train target` has them"
+        )
+    if len(found) > vocab_size:
+        raise ValueError(f"tokenizer: {path} has {len(found)} entries, expected at most vocab_size={vocab_size}")
+    return tokenizer
+
+
+def prepare(
+    out: Path, roots: list[Path], vocab_size: int, held_out_percent: float, given: str | Path | None = None
+) -> None:
     """Collects, trains the tokenizer, encodes both splits and writes the manifest into `out` (skipped when it is there).
+
+    `given`: a folder or model whose tokenizer is taken instead. Raises ValueError where a corpus is there with another.
 
     Writes ``train.npy``, ``held_out.npy`` (flat ``uint16``), ``tokenizer/``, ``manifest.json`` and ``held_out.json``
     (name and text of every held-out file). The manifest comes last: a folder without it is not a corpus.
     """
+    tokenizer = None if given is None else same_tokenizer(given, vocab_size)
     if (out / "manifest.json").exists():
+        if tokenizer is not None and same_tokenizer(out / "tokenizer", vocab_size).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"corpus: {out} was made with another tokenizer than that of {given}; choose another folder"
+            )
         return
     out.mkdir(parents=True, exist_ok=True)
     files = collect(roots, held_out_percent)
-    tokenizer = train_tokenizer(files, vocab_size)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(files, vocab_size)
     save_tokenizer(tokenizer, out / "tokenizer")
     counts = {}
     for split, held_out in (("train", False), ("held_out", True)):

@@ -25,27 +25,32 @@ import numpy as np
 import torch
 
 from . import responses
-from .common import Group, Optimizers, Progress, cosine, load_checkpoint, pick_device, save_checkpoint, smooth
+from .common import Group, Optimizers, Progress, cosine, finite, pick_device, resumed, save_checkpoint, smooth
 from .documents import Documents, Rows, Text, rows_of
 from .features import StoredFeatures
 from .settings import DrafterTraining, MtpTraining
+from .warm_start import base_layers, warm_start
 
 # Rows per category that a report on held-out texts looks at.
 _HELD_OUT_ROWS = 6
 
 
 def draft_config(target_config, settings: DrafterTraining):
-    """The drafter's shape: the target's own widths, `num_layers` full-attention layers."""
+    """The drafter's shape: the target's own widths, `num_layers` full-attention layers, MLPs as wide as what a token of the target goes
+    through unless `intermediate_size` says otherwise."""
     from ..models.dflash import DraftConfig
 
     rope = dict(getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0})
+    # A drafter rotates whole heads, by one position.
+    for name in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+        rope.pop(name, None)
     return DraftConfig(
         hidden_size=target_config.hidden_size,
         num_hidden_layers=settings.num_layers,
         num_attention_heads=target_config.num_attention_heads,
         num_key_value_heads=target_config.num_key_value_heads,
         head_dim=target_config.head_dim,
-        intermediate_size=target_config.intermediate_size,
+        intermediate_size=settings.intermediate_size or _units_per_token(target_config),
         vocab_size=target_config.vocab_size,
         target_layer_ids=settings.tap_ids,
         mask_token_id=settings.mask_token_id,
@@ -57,69 +62,15 @@ def draft_config(target_config, settings: DrafterTraining):
     )
 
 
-@torch.no_grad()
-def warm_start(draft, target, sample: torch.Tensor) -> None:
-    """Starts the drafter from the target's last layers and norm, with `fc` the mean of the taps.
-
-    A cold drafter under a tied head predicts MASK itself and spends its first thousand steps unlearning that. A drafter normalises queries
-    and keys; where the target does not, the norms' weights give them the size they have in the target on `sample`, int64 [b, S].
-    """
-    layers = base_layers(target)
-    sizes: dict[str, list[float]] = {}
-    hooks = []
-    for i in range(len(draft.layers)):
-        source = layers[len(layers) - len(draft.layers) + i]
-        for name in ("q", "k"):
-            if not hasattr(source.self_attn, f"{name}_norm"):
-                projection = getattr(source.self_attn, f"{name}_proj")
-                hooks.append(projection.register_forward_hook(_keep_size(sizes, f"{i}.{name}", draft.config.head_dim)))
-    if hooks:
-        target.base_model(input_ids=sample, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    for i, layer in enumerate(draft.layers):
-        source = layers[len(layers) - len(draft.layers) + i]
-        missing, _ = layer.load_state_dict(_matching(layer, source), strict=False)
-        strange = [name for name in missing if not name.endswith(("q_norm.weight", "k_norm.weight"))]
-        if strange:
-            raise ValueError(
-                f"target: its layers have no {strange[0]} that fits a drafter's, so a drafter cannot begin from them"
-            )
-        for name in ("q", "k"):
-            if found := sizes.get(f"{i}.{name}"):
-                getattr(layer.self_attn, f"{name}_norm").weight.fill_(sum(found) / len(found))
-    draft.norm.weight.copy_(target.base_model.norm.weight)
-    width = draft.config.hidden_size
-    taps = len(draft.config.target_layer_ids)
-    draft.fc.weight.copy_(
-        torch.eye(width).repeat(1, taps) / taps + 0.02 / math.sqrt(width) * torch.randn(width, width * taps)
-    )
-    draft.hidden_norm.weight.copy_(layers[-1].input_layernorm.weight)
-
-
-def _matching(layer, source) -> dict[str, torch.Tensor]:
-    """The tensors of a target's layer that a drafter's layer has, too. Biases that a drafter has no place for are left out."""
-    own = layer.state_dict()
-    return {
-        name: value for name, value in source.state_dict().items() if name in own and own[name].shape == value.shape
-    }
-
-
-def _keep_size(sizes: dict[str, list[float]], name: str, head_dim: int):
-    def hook(module, args, output):
-        heads = output.float().unflatten(-1, (-1, head_dim))
-        sizes.setdefault(name, []).append(float(heads.square().mean(-1).sqrt().mean()))
-
-    return hook
-
-
-def base_layers(target):
-    """The decoder layers of a transformers model. Raises ValueError where they are not where they usually are."""
-    base = target.base_model
-    layers = getattr(base, "layers", None)
-    if layers is None or not hasattr(base, "norm"):
-        raise ValueError(f"target: {type(target).__name__} has no model.layers and model.norm, which training looks at")
-    return layers
+def _units_per_token(config) -> int:
+    """Hidden MLP units that a token of the target goes through."""
+    if getattr(config, "intermediate_size", None):
+        return config.intermediate_size
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    each, experts = (getattr(config, name, None) or 0 for name in ("moe_intermediate_size", "num_experts_per_tok"))
+    if not shared + each * experts:
+        raise ValueError("intermediate_size: got 0, expected a number: the target's configuration does not tell")
+    return shared + each * experts
 
 
 class Teacher:
@@ -440,20 +391,10 @@ def run(
     shard_target: bool = False,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
-    from ..models.checkpoint import load_causal_lm, readable
-    from ..models.loader import load_draft
-
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast
-    target = load_causal_lm(target_path, torch.bfloat16 if autocast else torch.float32)[0]
-    config = target.config.get_text_config()
-    settings.check(config.num_hidden_layers, config.vocab_size)
-    own, kept = responses.load(own_path).split()
-    if len(own) and int(own.tokens.max()) >= config.vocab_size:
-        raise ValueError(
-            f"responses: {own_path} holds token {int(own.tokens.max())}, expected 0..{config.vocab_size - 1}, those of the target"
-        )
+    target, own, kept = _what_it_learns_from(settings, target_path, own_path, autocast)
     corpus_tokens = None if data is None else np.load(data / "train.npy")
 
     torch.manual_seed(settings.seed)
@@ -461,10 +402,7 @@ def run(
     target.to(where)
     if shard_target:
         shard(target, group)
-    if settings.init_from:
-        with readable(settings.init_from, "init_from"):
-            draft.load_state_dict(load_draft(settings.init_from).state_dict())
-    draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
+    _bind(draft, target, settings, where)
     teacher = Teacher(target, settings.tap_ids, settings.mask_token_id)
     whole_rows = not teacher.keeps_documents_apart(where)
     if whole_rows and group.leads:
@@ -476,51 +414,29 @@ def run(
             )
         about = {"target": str(target_path), "taps": list(settings.tap_ids)}
         teacher.stored = StoredFeatures.capture(store, own, teacher, settings.seq_len, whole_rows, about, group, where)
-    optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
 
     path = out / "checkpoint.pt"
-    state = load_checkpoint(path)
-    step, history = 0, []
-    if state is not None:
-        if state["settings"] != asdict(settings):
-            raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
-        step, history = state["step"], state["history"]
-        draft.load_state_dict(state["draft"])
-        optimizers.load_state_dict(state["optimizers"])
-
+    optimizers, begun, history = _resumed(draft, settings, path)
     progress = Progress(settings.steps, "steps")
     warmup = max(1, int(settings.steps * settings.warmup))
-    source = _batches(own, corpus_tokens, settings, whole_rows, step)
-    mean_loss, mean_tau, begun = None, None, step
-    while step < settings.steps:
+    source = _batches(own, corpus_tokens, settings, whole_rows, begun)
+    mean_loss, mean_tau = None, None
+    for step in range(begun + 1, settings.steps + 1):
         batch = next(source).on(group, where)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
             loss, tau = loss_of(draft, teacher, batch, settings)
         loss.backward()
         group.average_gradients(draft)
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        optimizers.step(cosine(step, settings.steps, warmup))
-        step += 1
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
-        mean_loss = smooth(mean_loss, value, step - begun)
+        optimizers.step(cosine(step - 1, settings.steps, warmup))
+        mean_loss = smooth(mean_loss, finite(loss, step, path), step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
         saves = step % save_every == 0 or step == settings.steps
         if saves and (group.leads or shard_target):
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
         if saves and group.leads:
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
-            save_checkpoint(
-                path,
-                {
-                    "settings": asdict(settings),
-                    "step": step,
-                    "history": history,
-                    "draft": draft.state_dict(),
-                    "optimizers": optimizers.state_dict(),
-                },
-            )
+            save_checkpoint(path, _state(draft, settings, optimizers, step, history))
         if group.leads:
             text = f"loss {mean_loss:.3f}  random-anchor tau {mean_tau or math.nan:.2f}"
             progress.show(step, text, force=step % save_every == 0)
@@ -529,6 +445,57 @@ def run(
     if group.leads:
         export(draft, out, {"settings": asdict(settings), "report": report})
     return report
+
+
+def _what_it_learns_from(
+    settings: DrafterTraining | MtpTraining, target_path: str | Path, own_path: Path, autocast: bool
+):
+    """The target, the responses that are learnt from and those kept apart, held against each other and the settings."""
+    from ..models.checkpoint import load_causal_lm
+
+    target = load_causal_lm(target_path, torch.bfloat16 if autocast else torch.float32)[0]
+    config = target.config.get_text_config()
+    settings.check(config.num_hidden_layers, config.vocab_size)
+    own, kept = responses.load(own_path).split()
+    if len(own) and int(own.tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"responses: {own_path} holds token {int(own.tokens.max())}, expected 0..{config.vocab_size - 1}, those of the target"
+        )
+    return target, own, kept
+
+
+def _bind(draft, target, settings: DrafterTraining | MtpTraining, where: torch.device) -> None:
+    """Gives the drafter the weights to go on from, and the target's embedding and head."""
+    from ..models.checkpoint import readable
+    from ..models.loader import load_draft
+
+    if settings.init_from:
+        with readable(settings.init_from, "init_from"):
+            draft.load_state_dict(load_draft(settings.init_from).state_dict())
+    draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
+
+
+def _resumed(draft, settings: DrafterTraining | MtpTraining, path: Path) -> tuple[Optimizers, int, list[dict]]:
+    """Optimisers, steps done and history of the run whose checkpoint is at `path`, or of one that begins."""
+    optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
+    state = resumed(path, settings)
+    if state is None:
+        return optimizers, 0, []
+    draft.load_state_dict(state["draft"])
+    optimizers.load_state_dict(state["optimizers"])
+    return optimizers, state["step"], state["history"]
+
+
+def _state(
+    draft, settings: DrafterTraining | MtpTraining, optimizers: Optimizers, step: int, history: list[dict]
+) -> dict:
+    return {
+        "settings": asdict(settings),
+        "step": step,
+        "history": history,
+        "draft": draft.state_dict(),
+        "optimizers": optimizers.state_dict(),
+    }
 
 
 def export(draft, out: Path, notes: dict) -> None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+PLAIN, HYBRID = "qwen3", "qwen3_5_moe"
+SHAPES = (PLAIN, HYBRID)
+
 
 @dataclass(frozen=True)
 class TargetTraining:
-    """Everything that determines a run; written beside the weights. Lengths in tokens, `tokens` is the whole budget."""
+    """Everything that determines a run; written beside the weights. Lengths in tokens, `tokens` is the whole budget.
+
+    Experts and `linear_` sizes are those of the shape `qwen3_5_moe`, whose layers have no plain MLP of `intermediate_size`. `teacher` is a model
+    of the same vocabulary whose law is `teacher_share` of the label, the token the rest. `init_from` goes on from a model of this very form,
+    `start_from` takes over what fits of one of the shape `qwen3`.
+    """
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -29,6 +37,18 @@ class TargetTraining:
     seed: int = 0
     max_position_embeddings: int = 1024
     init_from: str = ""
+    shape: str = "qwen3"
+    num_experts: int = 4
+    experts_per_token: int = 2
+    expert_size: int = 64
+    shared_expert_size: int = 128
+    balance: float = 0.01
+    linear_key_heads: int = 2
+    linear_value_heads: int = 4
+    linear_head_dim: int = 32
+    start_from: str = ""
+    teacher: str = ""
+    teacher_share: float = 0.75
 
     @property
     def steps(self) -> int:
@@ -52,6 +72,44 @@ class TargetTraining:
             raise ValueError(f"grow_at: got {self.grow_at}, expected a share in (0, 1)")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of num_heads={self.num_heads}")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape: got {self.shape!r}, expected {' or '.join(SHAPES)}")
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share: got {self.teacher_share}, expected a share in [0, 1]")
+        if self.init_from and self.start_from:
+            raise ValueError(
+                f"start_from: got {self.start_from!r} beside init_from={self.init_from!r}, expected one of them"
+            )
+        self._check_hybrid() if self.shape == HYBRID else self._check_plain()
+
+    def _check_plain(self) -> None:
+        if self.start_from:
+            raise ValueError(
+                f"start_from: got {self.start_from!r} with shape={self.shape!r}, expected init_from, or shape={HYBRID!r}"
+            )
+
+    def _check_hybrid(self) -> None:
+        if self.start_layers:
+            raise ValueError(
+                f"start_layers: got {self.start_layers}, expected 0 with shape={HYBRID!r}: its layers are not all of a kind"
+            )
+        if self.num_layers < 4:
+            raise ValueError(
+                f"num_layers: got {self.num_layers}, expected at least 4 with shape={HYBRID!r}: every fourth attends"
+            )
+        for name in ("expert_size", "shared_expert_size", "linear_key_heads", "linear_value_heads", "linear_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token: got {self.experts_per_token}, expected 1..{self.num_experts}, the number of experts"
+            )
+        if self.linear_value_heads % self.linear_key_heads:
+            raise ValueError(
+                f"linear_value_heads: got {self.linear_value_heads}, expected a multiple of linear_key_heads={self.linear_key_heads}"
+            )
+        if self.balance < 0:
+            raise ValueError(f"balance: got {self.balance}, expected a weight of at least 0")
 
 
 @dataclass(frozen=True)
@@ -107,6 +165,7 @@ class DrafterTraining:
     gamma: float = 4.0
     seed: int = 2
     init_from: str = ""
+    intermediate_size: int = 0
 
     @property
     def tap_ids(self) -> tuple[int, ...]:
@@ -124,6 +183,8 @@ class DrafterTraining:
             raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 2}, below the target's last")
         if min(self.block_sizes + [self.block_size]) < 2:
             raise ValueError(f"block_size: got {self.block_size}, {self.train_block_sizes}, expected at least 2")
+        if self.intermediate_size < 0:
+            raise ValueError(f"intermediate_size: got {self.intermediate_size}, expected at least 0")
         if not 0 <= self.mask_token_id < vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
         if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:

@@ -1,8 +1,9 @@
-"""Training a small target: a Qwen3-architecture language model on Python source.
+"""Training a small target: a language model on Python source, of the Qwen3 architecture or a hybrid (`hybrid`).
 
 The recipe: Muon + AdamW, constant learning rate with a linear fall over the last third, output projections scaled by
 ``1/sqrt(2 L)`` at the start. Optionally the run begins with fewer layers and inserts identity layers part-way (their output
-projections are zero, so the function is unchanged at that moment): the early steps then cost a fraction.
+projections are zero, so the function is unchanged at that moment): the early steps then cost a fraction. A trained model of the
+same vocabulary may teach: its law is then most of the label of every token, which says more than the token.
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from . import corpus
+from . import corpus, hybrid
 from .common import (
     Group,
     Optimizers,
     Progress,
     batches,
-    load_checkpoint,
+    finite,
     pick_device,
+    resumed,
     save_checkpoint,
     smooth,
     trapezoid,
 )
-from .settings import TargetTraining
+from .settings import HYBRID, TargetTraining
 
 _EVAL_WINDOWS = 64
 
 
 def build(settings: TargetTraining, num_layers: int):
     """A freshly initialised model with `num_layers` layers."""
+    if settings.shape == HYBRID:
+        return hybrid.build(settings)
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -85,6 +89,25 @@ def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def training_loss(
+    model, tokens: torch.Tensor, settings: TargetTraining, teacher=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step lowers, and the part of it that `loss_of` is: cross-entropy with the tokens and a teacher's law, and experts' imbalance."""
+    routes = settings.shape == HYBRID
+    output = model.model(input_ids=tokens, use_cache=False, **({"output_router_logits": True} if routes else {}))
+    logits = model.lm_head(output.last_hidden_state[:, :-1]).float().flatten(0, 1)
+    own = F.cross_entropy(logits, tokens[:, 1:].flatten())
+    loss = own
+    if teacher is not None:
+        with torch.no_grad():
+            hidden = teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+            law = teacher.get_output_embeddings()(hidden).flatten(0, 1).softmax(-1, dtype=torch.float32)
+        loss = torch.lerp(own, F.cross_entropy(logits, law), settings.teacher_share)
+    if routes and settings.balance:
+        loss = loss + settings.balance * hybrid.imbalance(output.router_logits, settings.experts_per_token)
+    return loss, own.detach()
+
+
 @torch.no_grad()
 def held_out_loss(model, tokens: np.ndarray, seq_len: int, limit: int | None = None) -> float:
     """Mean cross-entropy in nats over consecutive windows of held-out tokens, the same ones every time."""
@@ -99,7 +122,60 @@ def held_out_loss(model, tokens: np.ndarray, seq_len: int, limit: int | None = N
 
 
 def _optimizers(model, settings: TargetTraining) -> Optimizers:
-    return Optimizers(model, settings.lr, settings.weight_decay, matrices_outside=("embed_tokens", "lm_head"))
+    # Neither are routers and gates, whose few rows say one thing each.
+    gates = ("mlp.gate.", "shared_expert_gate", "in_proj_a", "in_proj_b")
+    return Optimizers(model, settings.lr, settings.weight_decay, matrices_outside=("embed_tokens", "lm_head", *gates))
+
+
+def _beginning(settings: TargetTraining):
+    """The model that a run begins with."""
+    from ..models.checkpoint import load_causal_lm, readable
+
+    model = build(settings, settings.layers_at(0))
+    if settings.init_from:
+        with readable(settings.init_from, "init_from"):
+            model.load_state_dict(load_causal_lm(settings.init_from)[0].state_dict())
+    if settings.start_from:
+        hybrid.start_from(model, load_causal_lm(settings.start_from, torch.float32)[0])
+    return model
+
+
+def _teacher(settings: TargetTraining, where: torch.device, autocast: bool):
+    """The frozen model whose law is part of the labels, if there is one."""
+    if not settings.teacher:
+        return None
+    from ..models.checkpoint import load_causal_lm
+
+    model = load_causal_lm(settings.teacher, torch.bfloat16 if autocast else torch.float32)[0]
+    if (got := model.get_output_embeddings().weight.shape[0]) != settings.vocab_size:
+        raise ValueError(f"teacher: {settings.teacher} has {got} tokens, expected vocab_size={settings.vocab_size}")
+    model.set_attn_implementation("eager")
+    return model.to(where).eval().requires_grad_(False)
+
+
+def _resumed(settings: TargetTraining, path: Path, where: torch.device):
+    """Model, optimisers, steps done and history of the run whose checkpoint is at `path`, or of one that begins."""
+    state = resumed(path, settings)
+    if state is None:
+        model = _beginning(settings).to(where)
+        return model, _optimizers(model, settings), 0, []
+    model = build(settings, state["num_layers"])
+    model.load_state_dict(state["model"])
+    model.to(where)
+    optimizers = _optimizers(model, settings)
+    optimizers.load_state_dict(state["optimizers"])
+    return model, optimizers, state["step"], state["history"]
+
+
+def _state(settings: TargetTraining, model, optimizers: Optimizers, step: int, history: list[dict]) -> dict:
+    return {
+        "settings": asdict(settings),
+        "step": step,
+        "history": history,
+        "num_layers": len(model.model.layers),
+        "model": model.state_dict(),
+        "optimizers": optimizers.state_dict(),
+    }
 
 
 def train(
@@ -124,27 +200,8 @@ def train(
     torch.manual_seed(settings.seed)
 
     path = out / "checkpoint.pt"
-    state = load_checkpoint(path)
-    if state is not None:
-        if state["settings"] != asdict(settings):
-            raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
-        step, history = state["step"], state["history"]
-        model = build(settings, state["num_layers"])
-        model.load_state_dict(state["model"])
-        model.to(where)
-        optimizers = _optimizers(model, settings)
-        optimizers.load_state_dict(state["optimizers"])
-    else:
-        step, history = 0, []
-        model = build(settings, settings.layers_at(0))
-        if settings.init_from:
-            from ..models.checkpoint import load_causal_lm, readable
-
-            with readable(settings.init_from, "init_from"):
-                model.load_state_dict(load_causal_lm(settings.init_from)[0].state_dict())
-        model.to(where)
-        optimizers = _optimizers(model, settings)
-
+    model, optimizers, step, history = _resumed(settings, path, where)
+    teacher = _teacher(settings, where, autocast)
     progress = Progress(settings.steps, "steps")
     source = batches(tokens, settings.seq_len, settings.batch_size, settings.seed, step)
     running, begun = None, step
@@ -153,35 +210,17 @@ def train(
             model = grow(model.cpu(), settings).to(where)
             optimizers = _optimizers(model, settings)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
-            loss = loss_of(model, group.share(next(source)).to(where))
+            loss, own = training_loss(model, group.share(next(source)).to(where), settings, teacher)
         loss.backward()
         group.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(trapezoid(step, settings.steps, settings.warmup_steps, settings.decay))
         step += 1
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss is {value} at step {step}; the last good checkpoint is {path}")
-        running = smooth(running, value, step - begun)
+        running = smooth(running, finite(own, step, path), step - begun)
         if group.leads and (step % save_every == 0 or step == settings.steps):
-            history.append(
-                {
-                    "step": step,
-                    "train_loss": running,
-                    "held_out_loss": held_out_loss(model, held_out, settings.seq_len, _EVAL_WINDOWS),
-                }
-            )
-            save_checkpoint(
-                path,
-                {
-                    "settings": asdict(settings),
-                    "step": step,
-                    "history": history,
-                    "num_layers": len(model.model.layers),
-                    "model": model.state_dict(),
-                    "optimizers": optimizers.state_dict(),
-                },
-            )
+            loss_there = held_out_loss(model, held_out, settings.seq_len, _EVAL_WINDOWS)
+            history.append({"step": step, "train_loss": running, "held_out_loss": loss_there})
+            save_checkpoint(path, _state(settings, model, optimizers, step, history))
         last = f"  held out {history[-1]['held_out_loss']:.3f}" if history else ""
         if group.leads:
             progress.show(step, f"loss {running:.3f}{last}", force=step % save_every == 0)

@@ -18,8 +18,8 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
 
@@ -33,6 +33,7 @@ fn oldest_driver_text() -> String {
 }
 
 const SUCCESS: c_int = 0;
+const INVALID_CONTEXT: c_int = 201;
 const NO_BINARY_FOR_GPU: c_int = 209;
 const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
 /// Registers, local bytes, static shared bytes.
@@ -95,6 +96,8 @@ functions! {
     error_name = "cuGetErrorName" (c_int, *mut *const c_char);
     error_text = "cuGetErrorString" (c_int, *mut *const c_char);
     current_device = "cuCtxGetDevice" (*mut c_int);
+    retain_context = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
+    set_context = "cuCtxSetCurrent" (Handle);
     load_library = "cuLibraryLoadData" (
         *mut Handle, *const c_void, *mut c_int, *mut *mut c_void, c_uint, *mut c_int, *mut *mut c_void, c_uint
     );
@@ -207,6 +210,27 @@ impl Functions {
         )?;
         Ok(device)
     }
+
+    /// The same; a thread that has no context yet, because nothing of CUDA was asked of it before, gets the primary one of `wanted`, which is
+    /// the one that torch uses.
+    fn current_or_primary(&self, wanted: c_int) -> Result<c_int> {
+        match self.current() {
+            Err(Error::Driver {
+                code: INVALID_CONTEXT, ..
+            }) => {}
+            known => return known,
+        }
+        let mut context = null_mut();
+        // SAFETY: see the module. The context is never given back: it is torch's, and lives as long as the process.
+        unsafe {
+            self.check(
+                "cuDevicePrimaryCtxRetain",
+                (self.retain_context)(&raw mut context, wanted),
+            )?;
+            self.check("cuCtxSetCurrent", (self.set_context)(context))?;
+        }
+        self.current()
+    }
 }
 
 /// A GPU as the driver describes it.
@@ -222,10 +246,38 @@ pub struct Device {
     pub multiprocessors: i32,
 }
 
-static DRIVER: OnceLock<Result<Functions>> = OnceLock::new();
+/// What was opened once, for good. What failed is tried again by whoever asks next: memory may have been short for a moment.
+struct Once<T> {
+    opened: OnceLock<T>,
+    turn: Mutex<()>,
+}
+
+impl<T> Once<T> {
+    const fn new() -> Self {
+        Self {
+            opened: OnceLock::new(),
+            turn: Mutex::new(()),
+        }
+    }
+
+    fn get(&self, open: impl FnOnce() -> Result<T>) -> Result<&T> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody else's turn may have come first.
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let opened = open()?;
+        Ok(self.opened.get_or_init(|| opened))
+    }
+}
+
+static DRIVER: Once<Functions> = Once::new();
 
 fn driver() -> Result<&'static Functions> {
-    DRIVER.get_or_init(Functions::open).as_ref().map_err(Clone::clone)
+    DRIVER.get(Functions::open)
 }
 
 /// The driver's CUDA version, such as `13.0`. Opens the driver; creates no context.
@@ -253,10 +305,10 @@ struct Loaded {
     library: AtomicPtr<c_void>,
 }
 
-static LOADED: OnceLock<Result<Loaded>> = OnceLock::new();
+static LOADED: Once<Loaded> = Once::new();
 
 fn load() -> Result<&'static Loaded> {
-    let open = || {
+    LOADED.get(|| {
         if FATBIN.0.is_empty() {
             return Err(Error::NoKernels);
         }
@@ -280,17 +332,17 @@ fn load() -> Result<&'static Loaded> {
             driver,
             library: AtomicPtr::new(library),
         })
-    };
-    LOADED.get_or_init(open).as_ref().map_err(Clone::clone)
+    })
 }
 
 /// What launching needs of a driver. [`Cuda`] is this machine's; tests have one that writes down what reaches it.
 pub trait Driver {
-    /// Ordinal of the GPU whose context is current on this thread, where there are kernels to launch.
+    /// Ordinal of the GPU whose context is current on this thread, where there are kernels to launch; on a thread without a context
+    /// the primary one of the GPU `wanted` becomes current.
     ///
     /// # Errors
-    /// [`Error::NoKernels`], [`Error::NoDriver`], [`Error::NoSymbol`]; [`Error::Driver`] when no context is current.
-    fn current_device(&self) -> Result<i32>;
+    /// [`Error::NoKernels`], [`Error::NoDriver`], [`Error::NoSymbol`], [`Error::Driver`].
+    fn current_device(&self, wanted: i32) -> Result<i32>;
 
     /// Loads a kernel that takes `bytes` bytes of parameters into the current context, as a launch that is to be captured in a graph
     /// needs, with permission for up to `shared` bytes of dynamic shared memory; says what its code takes on the current device.
@@ -324,11 +376,11 @@ pub trait Driver {
 pub struct Cuda;
 
 impl Driver for Cuda {
-    fn current_device(&self) -> Result<i32> {
+    fn current_device(&self, wanted: i32) -> Result<i32> {
         if fatbin_bytes() == 0 {
             return Err(Error::NoKernels);
         }
-        driver()?.current()
+        driver()?.current_or_primary(wanted)
     }
 
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage> {

@@ -216,6 +216,39 @@ mirrored! {
         num_heads: i32,
         head_dim: i32,
     }
+    DeltaRuleParams {
+        mixed: Address,
+        gates: Address,
+        weight: Address,
+        decay: Address,
+        dt_bias: Address,
+        query_starts: Address,
+        context_lens: Address,
+        slots: Address,
+        into: Address,
+        ends: Address,
+        memory: Address,
+        window: Address,
+        kept: Address,
+        kept_gates: Address,
+        stands: Address,
+        end_memory: Address,
+        end_window: Address,
+        out: Address,
+        made: Address,
+        scales: Address,
+        pending: Address,
+        num_requests: i32,
+        num_tokens: i32,
+        longest: i32,
+        block: i32,
+        key_heads: i32,
+        value_heads: i32,
+        key_dim: i32,
+        value_dim: i32,
+        taps: i32,
+        beta_scale: f32,
+    }
 }
 
 /// Most tokens of one request that `accept` takes.
@@ -224,6 +257,8 @@ pub const ACCEPT_MAX_NODES: usize = 1024;
 pub const TREE_MAX_NODES: usize = 1023;
 /// Most columns that `tree_top_k` finds.
 pub const TREE_MAX_K: usize = 256;
+/// Most taps of the convolution before `delta_rule`.
+pub const DELTA_MAX_TAPS: usize = 8;
 
 impl From<&Sampling> for SamplingRow {
     /// What a request asks for in numbers; where its tokens lie in the arrays beside the rows is for who fills these.

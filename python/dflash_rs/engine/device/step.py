@@ -378,10 +378,8 @@ class DeviceBackend:
             return
         room = self._edits.host["bias_tokens"].size
         if used > room:
-            # Graphs know the old room's address; one may be running.
+            # Graphs know the old room's address.
             if self.graphs is not None:
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
                 self.graphs.forget()
             while room < used:
                 room *= 2

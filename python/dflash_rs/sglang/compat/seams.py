@@ -119,6 +119,10 @@ class Seams(ABC):
         """An attention backend with room of its own."""
 
     @abstractmethod
+    def states_of_whole_blocks(self, worker: Any) -> str | None:
+        """Why the states of the worker's target, which has some beside its KV, are those of whole blocks only; None if they need not be."""
+
+    @abstractmethod
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """The custom logit processors of a batch, each with the numbers of its requests."""
 
@@ -214,6 +218,13 @@ class Seams(ABC):
 
         return DFlashDraftInputV2
 
+    def state_types(self, worker: Any) -> tuple[list[Any], list[Any]]:
+        """What the target's convolutions keep their last inputs in, and its recurrent layers their states; nothing if it has none."""
+        if not worker._need_mamba_verify_commit:
+            return [], []
+        kept = worker.model_runner.req_to_token_pool.mamba_pool.mamba_cache
+        return [part.dtype for part in kept.conv if part.numel()], [kept.temporal.dtype] * (kept.temporal.numel() > 0)
+
     def block_spec(self, width: int, device: Any) -> Any:
         """What the drafter's pass is told of its block."""
         from sglang.srt.speculative.draft_worker_common import make_draft_block_spec_info
@@ -238,6 +249,10 @@ class Seams(ABC):
         `drafts_of` is the worker, in this width's shape, if the runner is its drafter's: its graphs draw the drafts, too.
         """
         backend = self.new_backend(runner)
+        if hasattr(backend, "linear_attn_backend"):
+            from dflash_rs.sglang import states
+
+            states.steps_of_whole_blocks(backend)
         graphs = runner.decode_cuda_graph_runner
         if graphs is None or graphs is runner.eager_runner:
             return {"attn_backend": backend, "decode_cuda_graph_runner": graphs}
@@ -276,8 +291,8 @@ class Seams(ABC):
             return f"{type(worker.draft_model).__name__} selects among candidates within its block"
         if getattr(worker, "_is_domino", False):
             return f"{type(worker.draft_model).__name__} rolls its block out token by token"
-        if worker._need_mamba_verify_commit:
-            return "the target keeps a state besides its KV, of whole blocks"
+        if worker._need_mamba_verify_commit and (reason := self.states_of_whole_blocks(worker)) is not None:
+            return reason
         if self.simulates_acceptance():
             return "SGLANG_SIMULATE_ACC_LEN makes up accept lengths of whole blocks"
         if lacking := [name for name in names if name not in vars(worker)]:

@@ -111,6 +111,18 @@ class Version(Seams):
         runner.kv_index_translator.bind_and_verify_backends([backend])
         return backend
 
+    def states_of_whole_blocks(self, worker: Any) -> str | None:
+        """Known of GatedDeltaNet in SGLang's Triton kernels, which write down the state after each token."""
+        runner = worker.model_runner
+        layers = getattr(runner.attn_backend, "linear_attn_backend", None)
+        kernel = getattr(getattr(layers, "kernel_dispatcher", None), "verify_kernel", None)
+        names = type(layers).__name__, type(kernel).__name__
+        if names != ("GDNAttnBackend", "TritonGDNKernel"):
+            return f"other widths have not been tried with the target's recurrent layers, {' with '.join(names)}"
+        if runner.req_to_token_pool.mamba_pool.mamba_cache.intermediate_ssm is None:
+            return "--enable-linear-replayssm-spec keeps what whole blocks were fed with"
+        return None
+
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """See ``Seams``."""
         return [(entry.processor, entry.rows) for entry in info.custom_logit_processor.values()]

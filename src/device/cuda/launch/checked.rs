@@ -75,7 +75,7 @@ impl<P: Copy + 'static> Checked<P> {
     /// Tensors of another device than the current one; what [`Driver::launch`] refuses.
     pub unsafe fn launch(&self, driver: &impl Driver, stream: usize) -> Result<()> {
         if let Some(device) = self.device {
-            let current = driver.current_device()?;
+            let current = driver.current_device(device)?;
             if device != current {
                 return Err(bad(
                     "device",

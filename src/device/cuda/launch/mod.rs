@@ -18,6 +18,7 @@ mod attention;
 #[allow(unsafe_code, reason = "a launch passes addresses on its caller's word")]
 mod checked;
 mod compact;
+mod delta;
 mod inject;
 mod prepare;
 mod probe;
@@ -28,6 +29,7 @@ pub use accept::Accept;
 pub use attention::BlockAttention;
 pub use checked::Checked;
 pub use compact::CompactKv;
+pub use delta::DeltaRule;
 pub use inject::KvInject;
 pub use prepare::PrepareBlock;
 pub use probe::Probe;
@@ -49,7 +51,7 @@ type Entry = (&'static Kernel, usize, u32);
 /// # Errors
 /// Those of [`Driver::load`].
 pub fn load(driver: &impl Driver) -> Result<Vec<(&'static str, Usage)>> {
-    let families: [fn() -> Vec<Entry>; 8] = [
+    let families: [fn() -> Vec<Entry>; 9] = [
         probe::kernels,
         prepare::kernels,
         inject::kernels,
@@ -58,6 +60,7 @@ pub fn load(driver: &impl Driver) -> Result<Vec<(&'static str, Usage)>> {
         accept::kernels,
         tree::kernels,
         compact::kernels,
+        delta::kernels,
     ];
     let entries = families.into_iter().flat_map(|kernels| kernels());
     entries

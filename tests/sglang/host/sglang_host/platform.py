@@ -13,7 +13,7 @@ def activate() -> str:
 
 
 class HostPlatform(CpuDeviceMixin, interface.SRTPlatform):
-    """No Triton, no graphs, one attention backend."""
+    """No Triton but interpreted, no graphs, one attention backend."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
@@ -32,6 +32,10 @@ class HostPlatform(CpuDeviceMixin, interface.SRTPlatform):
 
     def supports_speculative_draft_attention_backend(self, algorithm, backend):
         return backend == ATTENTION
+
+    def support_mamba_cache_extra_buffer(self):
+        # States that requests leave behind for others with the same prompt.
+        return True
 
     def get_dispatch_key_name(self):
         return "native"

@@ -14,9 +14,11 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import cuda, kernels, older
+    from sglang_host import cuda, interpreted, kernels, older, steered
 
     cuda.emulate()
+    if interpreted.on():
+        interpreted.prepare()
     if os.environ.get("SGLANG_HOST_FORK") == "1":
         _fork()
 
@@ -56,12 +58,18 @@ def register() -> None:
         "sglang.srt.layers.sampler.murmur_hash32": kernels.murmur_hash32,
         f"{PENALTIES}.apply": kernels.penalties_in_order,
     }
-    for target, function in replaced.items():
-        HookRegistry.register(target, function, HookType.REPLACE)
-    HookRegistry.register(
-        "sglang.srt.models.dflash.DFlashAttention.forward", kernels.drafter_attention, HookType.AROUND
-    )
-    HookRegistry.register("sglang.srt.models.dflash.DFlashDraftModel.forward", kernels.drafter_forward, HookType.AROUND)
+    around = {
+        "sglang.srt.models.dflash.DFlashAttention.forward": kernels.drafter_attention,
+        "sglang.srt.models.dflash.DFlashDraftModel.forward": kernels.drafter_forward,
+    }
+    if interpreted.on():
+        more_replaced, more_around = interpreted.hooks()
+        replaced, around = replaced | more_replaced, around | more_around
+    if steered.on():
+        around |= steered.hooks()
+    for functions, kind in ((replaced, HookType.REPLACE), (around, HookType.AROUND)):
+        for target, function in functions.items():
+            HookRegistry.register(target, function, kind)
 
 
 def _fork() -> None:

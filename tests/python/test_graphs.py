@@ -1,0 +1,117 @@
+"""Captures and their bookkeeping, with a stand-in for torch.cuda that knows which device is current."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dflash_rs.engine.device.graphs import Graphs
+
+
+class Cuda:
+    """As much of torch.cuda as a capture uses. `log` has what was done, with the device that was current."""
+
+    def __init__(self):
+        self.now = 0
+        self.log: list[tuple] = []
+        self.streams = 0
+        self.pools = 0
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.now = self.now, torch.device(device).index
+        yield
+        self.now = before
+
+    def current_stream(self, device):
+        return SimpleNamespace(
+            device=torch.device(device).index, wait_stream=lambda other: None, synchronize=lambda: self.note("wait")
+        )
+
+    def note(self, what, *more):
+        self.log.append((what, self.now, *more))
+
+    def Stream(self, device):  # noqa: N802
+        self.streams += 1
+        return SimpleNamespace(name=f"{torch.device(device)} stream {self.streams}", wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.note("try", stream.name)
+        yield
+
+    def CUDAGraph(self):  # noqa: N802
+        return SimpleNamespace(replay=lambda: self.note("replay"), pool=lambda: "pool")
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.note("capture", stream.name, pool)
+        yield
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    stand_in = Cuda()
+    for name in ("device", "current_stream", "Stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    return stand_in
+
+
+def test_everything_of_a_capture_is_on_the_engines_own_device_and_one_stream(cuda):
+    graphs = Graphs(torch.device("cuda:1"))
+    for key in ("a", "b"):
+        graphs.run(key, lambda: None)
+    assert {device for _, device, *_ in cuda.log} == {1}, "cuda:0 is the one that is current"
+    assert cuda.streams == 1
+    assert [entry[0] for entry in cuda.log] == ["try", "capture", "replay"] * 2
+    assert [entry[2:] for entry in cuda.log if entry[0] == "capture"] == [
+        ("cuda:1 stream 1", None),
+        ("cuda:1 stream 1", "pool"),
+    ]
+    assert cuda.now == 0
+
+
+def test_two_engines_on_two_devices_capture_each_on_its_own(cuda):
+    both = [Graphs(torch.device("cuda", index)) for index in (0, 1)]
+    for turn in range(2):
+        for graphs in both:
+            graphs.run("step", lambda: None)
+        assert [device for what, device, *_ in cuda.log if what == "replay"][-2:] == [0, 1], turn
+    assert {entry[1]: entry[2] for entry in cuda.log if entry[0] == "capture"} == {
+        0: "cuda:0 stream 1",
+        1: "cuda:1 stream 2",
+    }
+
+
+def test_the_graph_that_was_not_used_for_longest_is_dropped_once_nothing_runs(cuda):
+    graphs = Graphs(torch.device("cuda:0"), most=2)
+    made = []
+
+    def run(key):
+        graphs.run(key, lambda: made.append(key))
+
+    for key in ("a", "b", "a", "c"):
+        run(key)
+    assert list(graphs._captured) == ["a", "c"] and len(graphs) == 2
+    assert [entry[0] for entry in cuda.log].count("wait") == 1
+    assert [entry[0] for entry in cuda.log].index("wait") == len([0 for _ in "aba"]) + 2 * 2
+    before = made.count("b")
+    run("b")
+    assert made.count("b") == before + 3, "captured anew: tried twice, captured once"
+    run("b")
+    assert made.count("b") == before + 3
+
+
+def test_graphs_are_bounded_whatever_shapes_come(cuda):
+    graphs = Graphs(torch.device("cuda:0"), most=16)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(500):
+        requests, splits = (int(torch.randint(0, n, (1,), generator=generator)) for n in (9, 7))
+        graphs.run((requests, splits), lambda: None)
+        assert len(graphs) <= 16
+    captures = [entry for entry in cuda.log if entry[0] == "capture"]
+    assert 63 <= len(captures) < 500, "some are met again while they are there"

@@ -1,0 +1,88 @@
+"""What a target's states have to be like, and narrower blocks in memory made for whole ones; without a server (those: `test_hybrids`)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dflash_rs.errors import InvalidArgument
+from dflash_rs.sglang import compat, states
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kept", "model"),
+    [([], [], BF16), ([F32], [F32], F32), ([BF16], [F32], BF16), ([F32, F32], [F32], BF16), ([BF16], [], BF16)],
+)
+def test_states_that_nothing_is_rounded_for_are_taken(inputs: list, kept: list, model: torch.dtype) -> None:
+    states.check(inputs, kept, model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kept", "model", "named"),
+    [
+        ([BF16], [F32], F32, "SGLANG_MAMBA_CONV_DTYPE: got bfloat16, expected float32"),
+        ([BF16], [F32], F16, "SGLANG_MAMBA_CONV_DTYPE: got bfloat16, expected float16"),
+        ([F32, BF16], [F32], F32, "SGLANG_MAMBA_CONV_DTYPE: got bfloat16, expected float32"),
+        ([F32], [BF16], F32, "--mamba-ssm-dtype: got bfloat16, expected float32"),
+        ([BF16], [F16], BF16, "--mamba-ssm-dtype: got float16, expected float32"),
+    ],
+)
+def test_states_that_would_be_rounded_are_refused(inputs: list, kept: list, model: torch.dtype, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        states.check(inputs, kept, model)
+
+
+def target(layers: Any, written: torch.Tensor | None) -> SimpleNamespace:
+    """A worker as far as its target's states are concerned."""
+    kept = SimpleNamespace(conv=[torch.zeros(2, 3)], temporal=torch.zeros(0, dtype=BF16), intermediate_ssm=written)
+    pool = SimpleNamespace(mamba_pool=SimpleNamespace(mamba_cache=kept))
+    if layers is not None:
+        layers.req_to_token_pool = pool
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(linear_attn_backend=layers), req_to_token_pool=pool)
+    return SimpleNamespace(_need_mamba_verify_commit=True, model_runner=runner)
+
+
+def test_types_are_those_of_states_that_there_are() -> None:
+    worker = target(None, None)
+    assert compat.installed().state_types(worker) == ([F32], [])
+    worker._need_mamba_verify_commit = False
+    assert compat.installed().state_types(worker) == ([], [])
+
+
+class GDNAttnBackend:
+    """A stand-in for SGLang's class of this name."""
+
+    def __init__(self, kernel: type):
+        self.calls: list[dict[str, Any]] = []
+        self.kernel_dispatcher = SimpleNamespace(
+            verify_kernel=kernel(), target_verify=lambda *args, **kwargs: self.calls.append(kwargs)
+        )
+
+
+class TritonGDNKernel:
+    """Likewise."""
+
+
+class OtherKernel:
+    """Nobody has tried it."""
+
+
+def test_only_known_kernels_verify_narrower_blocks() -> None:
+    ask, room = compat.installed().states_of_whole_blocks, torch.zeros(2, 3, 8, 1, 4, 4)
+    assert ask(target(GDNAttnBackend(TritonGDNKernel), room)) is None
+    assert "GDNAttnBackend with OtherKernel" in (ask(target(GDNAttnBackend(OtherKernel), room)) or "")
+    assert "NoneType with NoneType" in (ask(target(None, room)) or "")
+    assert "--enable-linear-replayssm-spec" in (ask(target(GDNAttnBackend(TritonGDNKernel), None)) or "")
+
+
+def test_narrower_blocks_write_where_whole_ones_do() -> None:
+    layers = GDNAttnBackend(TritonGDNKernel)
+    backend = target(layers, torch.zeros(2, 3, 8, 1, 4, 4)).model_runner.attn_backend
+    states.steps_of_whole_blocks(backend)
+    layers.kernel_dispatcher.target_verify(cache_steps=3, query_start_loc="starts")
+    assert layers.calls == [{"cache_steps": 8, "query_start_loc": "starts"}]
