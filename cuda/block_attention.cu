@@ -18,45 +18,53 @@ __device__ __forceinline__ void wait_copies() {
 
 template <int D>
 __device__ void attend(const BlockAttentionParams& p) {
-    constexpr int32_t KEYS = D > 128 ? 32 : 64, THREADS = 128;
+    constexpr int32_t KEYS = D > 128 ? 32 : 64;
+    constexpr bool EARLY = D > 128; // fewer registers through the tile, but the page table is waited for
     int32_t thread = int32_t(threadIdx.x), warp = thread / 32;
     AttentionTile t = attention_tile(p, int32_t(blockIdx.x), int32_t(blockIdx.y), int32_t(blockIdx.z), KEYS);
     if (!t.live) return;
-    if (p.slots && blockIdx.y == 0 && blockIdx.z == 0) store_keys<D>(p, t, thread, THREADS);
+    if (p.slots && blockIdx.y == 0 && blockIdx.z == 0) store_keys<D>(p, t, thread, ATTENTION_THREADS);
 
     uint16_t* queries = reinterpret_cast<uint16_t*>(dynamic_shared);
-    uint16_t* stages = queries + ATTENTION_ROWS * D;                      // [2][keys, values][KEYS][D]
-    int64_t* sources = reinterpret_cast<int64_t*>(stages + 4 * KEYS * D); // [2][KEYS]
+    uint16_t* stages = queries + ATTENTION_ROWS * D;                       // [2][keys, values][KEYS][D]
+    KeyPlace* places = reinterpret_cast<KeyPlace*>(stages + 4 * KEYS * D); // [2][KEYS]
     int32_t tiles = t.end > t.begin ? (t.end - t.begin + KEYS - 1) / KEYS : 0;
 
+    DeviceWarp::expect_aligned(queries, D);
     WarpState<DeviceWarp, D> state;
+    WarpView<DeviceWarp, D> view;
     warp_open(p, t, warp, state);
+    warp_view<DeviceWarp, D>(warp, queries, stages, stages + KEYS * D, view);
     bool busy = warp * 16 < t.num_queries * t.group; // the warp has rows
     if (tiles > 0) {
-        if (thread < 2 * KEYS) sources[thread] = key_source(p, t, t.begin + thread); // tiles 0 and 1
-        load_queries<D>(p, t, queries, thread, THREADS);
+        load_queries<D>(p, t, queries, thread, ATTENTION_THREADS);
+        commit_copies();
+        if (thread < 2 * KEYS) places[thread] = key_place(p, t, key_source(p, t, t.begin + thread)); // tiles 0 and 1
         __syncthreads();
-        load_keys<D, KEYS>(p, t, sources, stages, stages + KEYS * D, thread, THREADS);
-        commit_copies(); // queries and tile 0
+        load_keys<D, KEYS>(places, stages, stages + KEYS * D, thread);
+        commit_copies();
+        wait_copies<1>();
+        __syncthreads();
+        warp_hold_queries(view);
     }
     for (int32_t i = 0; i < tiles; ++i) {
         int32_t now = i & 1, next = now ^ 1;
         if (i + 1 < tiles) {
             uint16_t* to = stages + next * 2 * KEYS * D;
-            load_keys<D, KEYS>(p, t, sources + next * KEYS, to, to + KEYS * D, thread, THREADS);
+            load_keys<D, KEYS>(places + next * KEYS, to, to + KEYS * D, thread);
         }
         commit_copies();
         // Under way while this tile is multiplied: where the tile after the next one lies.
         int64_t source = thread < KEYS && i + 2 < tiles ? key_source(p, t, t.begin + (i + 2) * KEYS + thread) : -1;
         wait_copies<1>();
         __syncthreads();
-        const uint16_t* from = stages + now * 2 * KEYS * D;
-        if (busy) warp_attend<DeviceWarp, D, KEYS>(p, t, warp, t.begin + i * KEYS, queries, from, from + KEYS * D, state);
-        // sources[now] were last read for tile i, before the barrier above.
-        if (thread < KEYS) sources[now * KEYS + thread] = source;
+        // places[now] were last read for tile i, before the barrier above.
+        if (EARLY && thread < KEYS) places[now * KEYS + thread] = key_place(p, t, source);
+        if (busy) warp_attend<DeviceWarp, D, KEYS>(p, t, warp, t.begin + i * KEYS, view, now * 2 * KEYS * D, state);
+        if (!EARLY && thread < KEYS) places[now * KEYS + thread] = key_place(p, t, source);
         __syncthreads();
     }
-    if (busy) warp_write(p, t, state);
+    if (busy) warp_write(p, t, warp, state);
 }
 
 template <int D>
@@ -69,15 +77,17 @@ __device__ void combine(const BlockAttentionParams& p) {
 } // namespace
 } // namespace dflash
 
-#define ATTENTION_KERNELS(dim)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(128) block_attention_##dim(const __grid_constant__ BlockAttentionParams p) { \
-        dflash::attend<dim>(p);                                                                                               \
-    }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(128)                                                                         \
-        block_attention_combine_##dim(const __grid_constant__ BlockAttentionParams p) {                                       \
-        dflash::combine<dim>(p);                                                                                              \
+// `blocks` of a multiprocessor at a time: as many as its shared memory holds, or registers allow.
+#define ATTENTION_KERNELS(dim, blocks)                                                  \
+    extern "C" __global__ void __launch_bounds__(128, blocks)                           \
+        block_attention_##dim(const __grid_constant__ BlockAttentionParams p) {         \
+        dflash::attend<dim>(p);                                                         \
+    }                                                                                   \
+    extern "C" __global__ void __launch_bounds__(128)                                   \
+        block_attention_combine_##dim(const __grid_constant__ BlockAttentionParams p) { \
+        dflash::combine<dim>(p);                                                        \
     }
 
-ATTENTION_KERNELS(64)
-ATTENTION_KERNELS(128)
-ATTENTION_KERNELS(256)
+ATTENTION_KERNELS(64, 4)
+ATTENTION_KERNELS(128, 2)
+ATTENTION_KERNELS(256, 2)

@@ -12,11 +12,13 @@
 #ifdef __CUDACC__
 #define DFLASH_HD __host__ __device__ __forceinline__
 #define DFLASH_UNROLL _Pragma("unroll")
+#define DFLASH_ROLLED _Pragma("unroll 1")
 // The one block of dynamic shared memory, whatever a kernel makes of it. (All kernels are one translation unit.)
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 #else
 #define DFLASH_HD inline
 #define DFLASH_UNROLL
+#define DFLASH_ROLLED
 #endif
 
 // Code that differs between a kernel and the same function on the host.

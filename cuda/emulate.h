@@ -166,7 +166,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 namespace dflash {
 
 // One lane of a warp that works as the PTX manual says.
-struct DeviceWarp {
+struct DeviceWarp : HostAddressing {
     template <typename T>
     struct Reg {
         T v;
@@ -177,11 +177,12 @@ struct DeviceWarp {
     static int32_t first_lane() { return int32_t(threadIdx.x % 32); }
     static int32_t lanes() { return 1; }
 
-    static void load_matrices(const Reg<const uint16_t*>& rows, bool transposed, Reg<uint32_t>* out) {
+    static void load_matrices(const Reg<Address>& rows, int32_t element, bool transposed, Reg<uint32_t>* out) {
         uint32_t lane = threadIdx.x % 32, g = lane / 4, t = 2 * (lane % 4);
+        const uint16_t* mine = rows.v.start + rows.v.element + element;
         for (uint32_t matrix = 0; matrix < 4; ++matrix) {
-            const uint16_t* first = emulation::exchange(rows.v, matrix * 8 + (transposed ? t : g));
-            const uint16_t* second = emulation::exchange(rows.v, matrix * 8 + (transposed ? t + 1 : g));
+            const uint16_t* first = emulation::exchange(mine, matrix * 8 + (transposed ? t : g));
+            const uint16_t* second = emulation::exchange(mine, matrix * 8 + (transposed ? t + 1 : g));
             out[matrix].v =
                 transposed ? uint32_t(first[g]) | uint32_t(second[g]) << 16 : uint32_t(first[t]) | uint32_t(second[t + 1]) << 16;
         }

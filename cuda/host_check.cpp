@@ -197,7 +197,7 @@ void inject(const KvInjectParams& p) {
 }
 
 // All lanes of a warp, as the PTX manual lays fragments out.
-struct HostWarp {
+struct HostWarp : HostAddressing {
     template <typename T>
     struct Reg {
         T v[32];
@@ -208,10 +208,13 @@ struct HostWarp {
     static int32_t first_lane() { return 0; }
     static int32_t lanes() { return 32; }
 
-    static void load_matrices(const Reg<const uint16_t*>& rows, bool transposed, Reg<uint32_t>* out) {
+    static void load_matrices(const Reg<Address>& rows, int32_t element, bool transposed, Reg<uint32_t>* out) {
         for (int32_t matrix = 0; matrix < 4; ++matrix) {
             for (int32_t lane = 0; lane < 32; ++lane) {
-                auto at = [&](int32_t row, int32_t column) { return uint32_t(rows[matrix * 8 + row][column]); };
+                auto at = [&](int32_t row, int32_t column) {
+                    const Address& from = rows[matrix * 8 + row];
+                    return uint32_t(from.start[from.element + element + column]);
+                };
                 int32_t g = lane / 4, t = 2 * (lane % 4);
                 out[matrix][lane] = transposed ? at(t, g) | at(t + 1, g) << 16 : at(g, t) | at(g, t + 1) << 16;
             }
@@ -265,16 +268,21 @@ void attend(const BlockAttentionParams& p) {
                 uint16_t* keys = shared.data() + ATTENTION_ROWS * D;
                 for (int32_t thread = 0; thread < threads; ++thread) load_queries<D>(p, t, shared.data(), thread, threads);
                 std::vector<WarpState<HostWarp, D>> states(4);
-                for (int32_t warp = 0; warp < 4; ++warp) warp_open(p, t, warp, states[warp]);
-                for (int32_t key = t.begin; key < t.end; key += KEYS) {
-                    int64_t sources[KEYS];
-                    for (int32_t i = 0; i < KEYS; ++i) sources[i] = key_source(p, t, key + i);
-                    for (int32_t thread = 0; thread < threads; ++thread)
-                        load_keys<D, KEYS>(p, t, sources, keys, keys + KEYS * D, thread, threads);
-                    for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
-                        warp_attend<HostWarp, D, KEYS>(p, t, warp, key, shared.data(), keys, keys + KEYS * D, states[warp]);
+                std::vector<WarpView<HostWarp, D>> views(4);
+                for (int32_t warp = 0; warp < 4; ++warp) {
+                    warp_open(p, t, warp, states[warp]);
+                    warp_view<HostWarp, D>(warp, shared.data(), keys, keys + KEYS * D, views[warp]);
+                    warp_hold_queries(views[warp]);
                 }
-                for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp) warp_write(p, t, states[warp]);
+                for (int32_t key = t.begin; key < t.end; key += KEYS) {
+                    KeyPlace places[KEYS];
+                    for (int32_t i = 0; i < KEYS; ++i) places[i] = key_place(p, t, key_source(p, t, key + i));
+                    for (int32_t thread = 0; thread < threads; ++thread)
+                        load_keys<D, KEYS>(places, keys, keys + KEYS * D, thread);
+                    for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
+                        warp_attend<HostWarp, D, KEYS>(p, t, warp, key, views[warp], 0, states[warp]);
+                }
+                for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp) warp_write(p, t, warp, states[warp]);
             }
         }
     }

@@ -3,80 +3,15 @@
 // A tile has ATTENTION_ROWS rows: row = query * group + head of the group, so that a key is loaded once for all query heads
 // that share it. A warp has sixteen rows. Keys come in tiles that begin at multiples of the tile's width, counted from key 0,
 // and a masked key weighs exactly 0: what a row sums, and in which order, depends on its own keys alone.
-//
-// The warp's arithmetic is written once for both machines: on the device a `Reg` is this lane's register, on the host it is the
-// registers of all 32 lanes, and EACH_LANE visits those there are.
 #pragma once
-
-#include <math.h>
 
 #include "common.cuh"
 #include "logic_kv.cuh"
+#include "logic_warp.cuh"
 
 namespace dflash {
 
-// ---- one warp, on either machine --------------------------------------------------------------------------------------
-
-#define EACH_LANE(lane) for (int32_t lane = W::first_lane(), lane##_end = lane + W::lanes(); lane < lane##_end; ++lane)
-
-#ifdef __CUDACC__
-struct DeviceWarp {
-    template <typename T>
-    struct Reg {
-        T v;
-        __device__ __forceinline__ T& operator[](int32_t) { return v; }
-        __device__ __forceinline__ const T& operator[](int32_t) const { return v; }
-    };
-
-    static __device__ __forceinline__ int32_t first_lane() { return int32_t(threadIdx.x % 32); }
-    static __device__ __forceinline__ constexpr int32_t lanes() { return 1; }
-
-    // Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8.
-    static __device__ __forceinline__ void load_matrices(const Reg<const uint16_t*>& rows, bool transposed, Reg<uint32_t>* out) {
-        uint32_t at = uint32_t(__cvta_generic_to_shared(rows.v));
-        if (transposed)
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(out[0].v), "=r"(out[1].v), "=r"(out[2].v), "=r"(out[3].v)
-                         : "r"(at)
-                         : "memory");
-        else
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(out[0].v), "=r"(out[1].v), "=r"(out[2].v), "=r"(out[3].v)
-                         : "r"(at)
-                         : "memory");
-    }
-
-    // c += a b: a 16 x 16, b 16 x 8.
-    static __device__ __forceinline__ void multiply(Reg<float>* c, const Reg<uint32_t>* a, const Reg<uint32_t>* b) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0].v), "+f"(c[1].v), "+f"(c[2].v), "+f"(c[3].v)
-            : "r"(a[0].v), "r"(a[1].v), "r"(a[2].v), "r"(a[3].v), "r"(b[0].v), "r"(b[1].v));
-    }
-
-    static __device__ __forceinline__ Reg<float> exchange(const Reg<float>& x, int32_t mask) {
-        return {__shfl_xor_sync(0xffffffffu, x.v, mask)};
-    }
-};
-#endif
-
-// 2^x, 0 for -inf.
-DFLASH_HD float exp2_of(float x) {
-#if DFLASH_ON_DEVICE
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
-#endif
-}
-
-// up * tanh(-x * down * ln(2) / 2): with t = 2^(x * down) that is up * (1 - t) / (1 + t), and the bounds change nothing.
-DFLASH_HD float capped(float x, float down, float up) {
-    float t = exp2_of(fminf(fmaxf(mul(x, down), -29.0f), 29.0f));
-    // What is not a number stays so: the bounds drop it.
-    return add(mul(up, div(sub(1.0f, t), add(1.0f, t))), sub(x, x));
-}
+constexpr int32_t ATTENTION_THREADS = 128;
 
 // ---- what a block of threads looks at ---------------------------------------------------------------------------------
 
@@ -125,7 +60,7 @@ DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x,
     return t;
 }
 
-// What a row of the tile is.
+// What a row of the tile is. Found out where it is asked for: kept, it would take ten registers through every tile.
 struct AttentionRow {
     int32_t query; // node of the request; -1: no row
     int32_t head;  // query head
@@ -194,8 +129,35 @@ DFLASH_HD int64_t key_source(const BlockAttentionParams& p, const AttentionTile&
     return slot_of(p.table, t.request, key);
 }
 
+// Where a key and its value lie, this head's: addresses, or 0 for zeros.
+struct alignas(16) KeyPlace {
+    uint64_t key, value;
+};
+
+DFLASH_HD KeyPlace key_place(const BlockAttentionParams& p, const AttentionTile& t, int64_t source) {
+    if (source == -1) return {0, 0};
+    bool cached = source >= 0;
+    int64_t row = cached ? source : -2 - source;
+    const uint16_t* key = cached ? p.k_cache : p.k;
+    const uint16_t* value = cached ? p.v_cache : p.v;
+    const int64_t* key_stride = cached ? p.k_cache_stride : p.k_stride;
+    const int64_t* value_stride = cached ? p.v_cache_stride : p.v_stride;
+    return {uint64_t(key + row * key_stride[0] + t.kv_head * key_stride[1]),
+            uint64_t(value + row * value_stride[0] + t.kv_head * value_stride[1])};
+}
+
+DFLASH_HD KeyPlace load_place(const KeyPlace* at) {
+#if DFLASH_ON_DEVICE
+    ulonglong2 x = *reinterpret_cast<const ulonglong2*>(at);
+    return {x.x, x.y};
+#else
+    return *at;
+#endif
+}
+
 // Element of row `row`, sixteen-byte chunk `chunk` of a tile: chunks are permuted within a row so that eight neighbouring rows
-// meet all banks.
+// meet all banks. For a tile that begins at a multiple of its row's size, and chunks a and b without a common bit, chunk a + b is
+// at the address of chunk a with the bits of 16 b flipped: `other_chunk` of a warp.
 template <int D>
 DFLASH_HD int32_t swizzled(int32_t row, int32_t chunk) {
     return row * D + (chunk ^ (row & 7)) * 8;
@@ -227,27 +189,25 @@ DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& 
     }
 }
 
-// Keys and values whose sources are `sources`, to `keys` and `values` ([KEYS][D] each).
+// Keys and values that lie at `places`, to `keys` and `values` ([KEYS][D] each). A thread has the same chunk of every few rows.
 template <int D, int KEYS>
-DFLASH_HD void load_keys(const BlockAttentionParams& p, const AttentionTile& t, const int64_t* sources, uint16_t* keys,
-                         uint16_t* values, int32_t thread, int32_t threads) {
-    constexpr int32_t CHUNKS = D / 8;
-    for (int32_t i = thread; i < KEYS * CHUNKS; i += threads) {
-        int32_t row = i / CHUNKS, chunk = i % CHUNKS;
-        int64_t source = sources[row];
-        bool exists = source != -1, cached = source >= 0;
-        const uint16_t* key = p.k;
-        const uint16_t* value = p.v;
-        if (cached) {
-            key = p.k_cache + source * p.k_cache_stride[0] + t.kv_head * p.k_cache_stride[1] + 8 * chunk;
-            value = p.v_cache + source * p.v_cache_stride[0] + t.kv_head * p.v_cache_stride[1] + 8 * chunk;
-        } else if (exists) {
-            int64_t token = -2 - source;
-            key = p.k + token * p.k_stride[0] + t.kv_head * p.k_stride[1] + 8 * chunk;
-            value = p.v + token * p.v_stride[0] + t.kv_head * p.v_stride[1] + 8 * chunk;
+DFLASH_HD void load_keys(const KeyPlace* places, uint16_t* keys, uint16_t* values, int32_t thread) {
+    constexpr int32_t CHUNKS = D / 8, AT_ONCE = ATTENTION_THREADS / CHUNKS;
+    // Several places, then their copies: between a load and a copy that follows it the compiler puts instructions that only wait.
+    constexpr int32_t GROUP = 4;
+    int32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
+    DFLASH_UNROLL
+    for (int32_t group = 0; group < KEYS; group += GROUP * AT_ONCE) {
+        KeyPlace from[GROUP];
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < GROUP; ++i) from[i] = load_place(places + row + group + i * AT_ONCE);
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < GROUP; ++i) {
+            bool exists = (uint32_t(from[i].key) | uint32_t(from[i].key >> 32)) != 0;
+            int32_t first = group + i * AT_ONCE, to = swizzled<D>(row + first % 8, chunk) + first / 8 * 8 * D;
+            copy16(keys + to, reinterpret_cast<const uint16_t*>(from[i].key + 16 * chunk), exists);
+            copy16(values + to, reinterpret_cast<const uint16_t*>(from[i].value + 16 * chunk), exists);
         }
-        copy16(keys + swizzled<D>(row, chunk), key, exists);
-        copy16(values + swizzled<D>(row, chunk), value, exists);
     }
 }
 
@@ -275,7 +235,6 @@ template <typename W, int D>
 struct WarpState {
     template <typename T>
     using Reg = typename W::template Reg<T>;
-    Reg<AttentionRow> rows[2];
     Reg<float> largest[2]; // score so far, in units of log2
     Reg<float> sums[2];    // of the weights in this lane's columns
     Reg<float> out[D / 8][4];
@@ -287,7 +246,6 @@ DFLASH_HD void warp_open(const BlockAttentionParams& p, const AttentionTile& t, 
         DFLASH_UNROLL
         for (int32_t half = 0; half < 2; ++half) {
             AttentionRow r = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
-            s.rows[half][lane] = r;
             s.largest[half][lane] = -infinity();
             s.sums[half][lane] = 0.0f;
             // A sink is a key of the first split, with a weight and no value: one lane of the row's four has it.
@@ -308,36 +266,65 @@ DFLASH_HD void warp_open(const BlockAttentionParams& p, const AttentionTile& t, 
 template <typename W, int KEYS>
 using WarpScores = typename W::template Reg<float>[KEYS / 8][4];
 
-// scores = queries keys^T
+// What a lane reads of shared memory: where it begins in the queries and in stage 0 of keys and values; and the queries as
+// `multiply` takes them, where there are registers for them.
+template <typename W, int D>
+struct WarpView {
+    static constexpr bool HELD = D == 128;
+    typename W::template Reg<typename W::Address> queries, keys, values;
+    typename W::template Reg<uint32_t> held[HELD ? D / 16 : 1][4];
+};
+
+template <typename W, int D>
+DFLASH_HD void warp_view(int32_t warp, const uint16_t* queries, const uint16_t* keys, const uint16_t* values,
+                         WarpView<W, D>& view) {
+    EACH_LANE(lane) {
+        int32_t matrix = lane / 8, row = lane % 8, low = matrix & 1, high = matrix >> 1;
+        // Matrices: rows 0-7 and 8-15, first eight columns, then the same rows, next eight.
+        view.queries[lane] = W::address(queries, swizzled<D>(warp * 16 + low * 8 + row, high));
+        // Keys 0-7, first and next eight columns, then keys 8-15.
+        view.keys[lane] = W::address(keys, swizzled<D>(high * 8 + row, low));
+        // Read transposed: keys 0-7 and 8-15 of eight columns, then of the next eight.
+        view.values[lane] = W::address(values, swizzled<D>(low * 8 + row, high));
+    }
+}
+
+template <typename W, int D>
+DFLASH_HD void warp_load_queries(const WarpView<W, D>& view, int32_t step, typename W::template Reg<uint32_t>* out) {
+    typename W::template Reg<typename W::Address> at;
+    EACH_LANE(lane) at[lane] = W::other_chunk(view.queries[lane], 2 * step);
+    W::load_matrices(at, 0, false, out);
+}
+
+template <typename W, int D>
+DFLASH_HD void warp_hold_queries(WarpView<W, D>& view) {
+    if (!WarpView<W, D>::HELD) return;
+    DFLASH_UNROLL
+    for (int32_t step = 0; step < D / 16; ++step) warp_load_queries(view, step, view.held[WarpView<W, D>::HELD ? step : 0]);
+}
+
+// scores = queries keys^T; the keys lie `element` behind stage 0.
 template <typename W, int D, int KEYS>
-DFLASH_HD void warp_scores(int32_t warp, const uint16_t* queries, const uint16_t* keys, WarpScores<W, KEYS>& scores) {
+DFLASH_HD void warp_scores(const WarpView<W, D>& view, int32_t element, WarpScores<W, KEYS>& scores) {
     using Bits = typename W::template Reg<uint32_t>;
-    using Address = typename W::template Reg<const uint16_t*>;
+    typename W::template Reg<typename W::Address> first, at;
     EACH_LANE(lane) {
         DFLASH_UNROLL
         for (int32_t n = 0; n < KEYS / 8; ++n) {
             DFLASH_UNROLL
             for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = 0.0f;
         }
+        first[lane] = W::behind(view.keys[lane], element);
     }
     DFLASH_UNROLL
     for (int32_t step = 0; step < D / 16; ++step) {
-        Address at;
-        Bits a[4], b[4];
-        // Matrices: rows 0-7 and 8-15, first eight columns, then the same rows, next eight.
-        EACH_LANE(lane) {
-            int32_t matrix = lane / 8;
-            at[lane] = queries + swizzled<D>(warp * 16 + (matrix & 1) * 8 + lane % 8, step * 2 + (matrix >> 1));
-        }
-        W::load_matrices(at, false, a);
+        Bits loaded[4], b[4];
+        if (!WarpView<W, D>::HELD) warp_load_queries(view, step, loaded);
+        const Bits* a = WarpView<W, D>::HELD ? view.held[WarpView<W, D>::HELD ? step : 0] : loaded;
+        EACH_LANE(lane) at[lane] = W::other_chunk(first[lane], 2 * step);
         DFLASH_UNROLL
         for (int32_t n = 0; n < KEYS / 16; ++n) {
-            // Matrices: keys 0-7, first and next eight columns, then keys 8-15.
-            EACH_LANE(lane) {
-                int32_t matrix = lane / 8;
-                at[lane] = keys + swizzled<D>(n * 16 + (matrix >> 1) * 8 + lane % 8, step * 2 + (matrix & 1));
-            }
-            W::load_matrices(at, false, b);
+            W::load_matrices(at, n * 16 * D, false, b);
             W::multiply(scores[2 * n], a, b);
             W::multiply(scores[2 * n + 1], a, b + 2);
         }
@@ -362,12 +349,42 @@ DFLASH_HD float warp_cap(const BlockAttentionParams& p, WarpScores<W, KEYS>& sco
     return scale;
 }
 
+// Scores of keys that a row does not see become -inf.
+template <typename W, int KEYS>
+DFLASH_HD void warp_mask(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key,
+                         WarpScores<W, KEYS>& scores) {
+    EACH_LANE(lane) {
+        DFLASH_UNROLL
+        for (int32_t half = 0; half < 2; ++half) {
+            AttentionRow row = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
+            // Bit 2 n + e: the lane's key. A loop, not unrolled: few tiles come here.
+            uint32_t seen = 0;
+            DFLASH_ROLLED
+            for (int32_t i = 0; i < KEYS / 4; ++i) {
+                int32_t key = first_key + i / 2 * 8 + 2 * (lane % 4) + (i & 1);
+                seen |= uint32_t(sees(p, t, row, key)) << i;
+            }
+            DFLASH_UNROLL
+            for (int32_t i = 0; i < KEYS / 4; ++i) {
+                if (!(seen >> i & 1)) scores[i / 2][2 * half + (i & 1)][lane] = -infinity();
+            }
+        }
+    }
+}
+
 // Scores become weights, and what was gathered so far fades to the new maximum.
 template <typename W, int D, int KEYS>
-DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& t, int32_t first_key, float scale,
+DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key, float scale,
                             WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
     using Float = typename W::template Reg<float>;
-    bool masked = first_key + KEYS > t.context || first_key < t.unmasked_from;
+    EACH_LANE(lane) {
+        DFLASH_UNROLL
+        for (int32_t n = 0; n < KEYS / 8; ++n) {
+            DFLASH_UNROLL
+            for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = mul(scores[n][e][lane], scale);
+        }
+    }
+    if (first_key + KEYS > t.context || first_key < t.unmasked_from) warp_mask<W, KEYS>(p, t, warp, first_key, scores);
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         Float largest;
@@ -376,12 +393,7 @@ DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& 
             DFLASH_UNROLL
             for (int32_t n = 0; n < KEYS / 8; ++n) {
                 DFLASH_UNROLL
-                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) {
-                    float x = mul(scores[n][e][lane], scale);
-                    if (masked && !sees(p, t, s.rows[half][lane], first_key + n * 8 + 2 * (lane % 4) + (e & 1))) x = -infinity();
-                    scores[n][e][lane] = x;
-                    most = fmaxf(most, x);
-                }
+                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) most = fmaxf(most, scores[n][e][lane]);
             }
             largest[lane] = most;
         }
@@ -415,15 +427,14 @@ DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& 
     }
 }
 
-// out += weights values
+// out += weights values; those lie `element` behind stage 0.
 template <typename W, int D, int KEYS>
-DFLASH_HD void warp_values(const uint16_t* values, const WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
-    using Bits = typename W::template Reg<uint32_t>;
-    using Address = typename W::template Reg<const uint16_t*>;
+DFLASH_HD void warp_values(const WarpView<W, D>& view, int32_t element, const WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
+    typename W::template Reg<typename W::Address> first, at;
+    EACH_LANE(lane) first[lane] = W::behind(view.values[lane], element);
     DFLASH_UNROLL
     for (int32_t step = 0; step < KEYS / 16; ++step) {
-        Address at;
-        Bits a[4], b[4];
+        typename W::template Reg<uint32_t> a[4], b[4];
         EACH_LANE(lane) {
             DFLASH_UNROLL
             for (int32_t i = 0; i < 4; ++i) {
@@ -433,26 +444,23 @@ DFLASH_HD void warp_values(const uint16_t* values, const WarpScores<W, KEYS>& sc
         }
         DFLASH_UNROLL
         for (int32_t n = 0; n < D / 16; ++n) {
-            // Matrices, read transposed: keys 0-7 and 8-15 of eight columns, then of the next eight.
-            EACH_LANE(lane) {
-                int32_t matrix = lane / 8;
-                at[lane] = values + swizzled<D>(step * 16 + (matrix & 1) * 8 + lane % 8, n * 2 + (matrix >> 1));
-            }
-            W::load_matrices(at, true, b);
+            EACH_LANE(lane) at[lane] = W::other_chunk(first[lane], 2 * n);
+            W::load_matrices(at, step * 16 * D, true, b);
             W::multiply(s.out[2 * n], a, b);
             W::multiply(s.out[2 * n + 1], a, b + 2);
         }
     }
 }
 
+// The tile's keys and values lie `element` behind stage 0.
 template <typename W, int D, int KEYS>
 DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key,
-                           const uint16_t* queries, const uint16_t* keys, const uint16_t* values, WarpState<W, D>& s) {
+                           const WarpView<W, D>& view, int32_t element, WarpState<W, D>& s) {
     WarpScores<W, KEYS> scores;
-    warp_scores<W, D, KEYS>(warp, queries, keys, scores);
+    warp_scores<W, D, KEYS>(view, element, scores);
     float scale = warp_cap<W, KEYS>(p, scores);
-    warp_weights<W, D, KEYS>(p, t, first_key, scale, scores, s);
-    warp_values<W, D, KEYS>(values, scores, s);
+    warp_weights<W, D, KEYS>(p, t, warp, first_key, scale, scores, s);
+    warp_values<W, D, KEYS>(view, element, scores, s);
 }
 
 DFLASH_HD void store2(uint16_t* at, float low, float high) {
@@ -465,7 +473,7 @@ DFLASH_HD void store2(uint16_t* at, float low, float high) {
 }
 
 template <typename W, int D>
-DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t, WarpState<W, D>& s) {
+DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, WarpState<W, D>& s) {
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         DFLASH_UNROLL
@@ -474,7 +482,7 @@ DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t,
             EACH_LANE(lane) s.sums[half][lane] = add(s.sums[half][lane], other[lane]);
         }
         EACH_LANE(lane) {
-            AttentionRow r = s.rows[half][lane];
+            AttentionRow r = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
             if (r.query < 0) continue;
             int64_t token = t.first_token + r.query;
             float sum = s.sums[half][lane];
@@ -503,10 +511,49 @@ DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t,
 
 // ---- the splits together ------------------------------------------------------------------------------------------------
 
-// A lane's D / 32 elements of one token and head.
+struct Stats {
+    float largest, sum;
+};
+
+DFLASH_HD Stats load_stats(const float* at) {
+#if DFLASH_ON_DEVICE
+    float2 x = *reinterpret_cast<const float2*>(at);
+    return {x.x, x.y};
+#else
+    return {at[0], at[1]};
+#endif
+}
+
+// N neighbouring floats, N even, in accesses as wide as they allow.
+template <int N>
+DFLASH_HD void load_floats(const float* at, float* out) {
+#if DFLASH_ON_DEVICE
+    if constexpr (N % 4 == 0) {
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < N; i += 4) {
+            float4 x = *reinterpret_cast<const float4*>(at + i);
+            out[i] = x.x;
+            out[i + 1] = x.y;
+            out[i + 2] = x.z;
+            out[i + 3] = x.w;
+        }
+        return;
+    }
+    DFLASH_UNROLL
+    for (int32_t i = 0; i < N; i += 2) {
+        float2 x = *reinterpret_cast<const float2*>(at + i);
+        out[i] = x.x;
+        out[i + 1] = x.y;
+    }
+#else
+    memcpy(out, at, N * sizeof(float));
+#endif
+}
+
+// A lane's D / 32 elements of one token and head. Splits are loaded several at a time, none waiting for another, and added in order.
 template <int D>
 DFLASH_HD void combine_lane(const BlockAttentionParams& p, int64_t row, int32_t lane) {
-    constexpr int32_t PER_LANE = D / 32;
+    constexpr int32_t PER_LANE = D / 32, AT_ONCE = D > 128 ? 4 : 8;
     int32_t token = int32_t(row / p.q_heads), head = int32_t(row - int64_t(token) * p.q_heads);
     int32_t request = request_of(p.query_starts, p.num_requests, token);
     if (request < 0) return;
@@ -515,17 +562,32 @@ DFLASH_HD void combine_lane(const BlockAttentionParams& p, int64_t row, int32_t 
     if (splits <= 1) return; // written already
     int64_t stride = int64_t(p.max_tokens) * p.q_heads;
     float largest = -infinity();
-    for (int32_t s = 0; s < splits; ++s) largest = fmaxf(largest, p.partial_stats[2 * (s * stride + row)]);
+    for (int32_t first = 0; first < splits; first += AT_ONCE) {
+        float found[AT_ONCE]; // the last split again, beyond the last
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < AT_ONCE; ++i) found[i] = p.partial_stats[2 * (min_of(first + i, splits - 1) * stride + row)];
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < AT_ONCE; ++i) largest = fmaxf(largest, found[i]);
+    }
     float sum = 0.0f, out[PER_LANE];
     for (int32_t i = 0; i < PER_LANE; ++i) out[i] = 0.0f;
-    for (int32_t s = 0; s < splits; ++s) {
-        int64_t at = s * stride + row;
-        float part = p.partial_stats[2 * at + 1];
-        if (part == 0.0f) continue;
-        float w = exp2_of(sub(p.partial_stats[2 * at], largest));
-        sum = add(sum, mul(w, part));
+    for (int32_t first = 0; first < splits; first += AT_ONCE) {
+        Stats stats[AT_ONCE];
+        float parts[AT_ONCE][PER_LANE];
         DFLASH_UNROLL
-        for (int32_t i = 0; i < PER_LANE; ++i) out[i] = add(out[i], mul(w, p.partial_out[at * D + lane * PER_LANE + i]));
+        for (int32_t i = 0; i < AT_ONCE; ++i) {
+            int64_t at = min_of(first + i, splits - 1) * stride + row;
+            stats[i] = load_stats(p.partial_stats + 2 * at);
+            load_floats<PER_LANE>(p.partial_out + at * D + lane * PER_LANE, parts[i]);
+        }
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < AT_ONCE; ++i) {
+            if (first + i >= splits || stats[i].sum == 0.0f) continue; // nothing seen: what was loaded was never written
+            float w = exp2_of(sub(stats[i].largest, largest));
+            sum = add(sum, mul(w, stats[i].sum));
+            DFLASH_UNROLL
+            for (int32_t k = 0; k < PER_LANE; ++k) out[k] = add(out[k], mul(w, parts[i][k]));
+        }
     }
     uint16_t* to = p.out + token * p.out_stride[0] + head * p.out_stride[1] + lane * PER_LANE;
     DFLASH_UNROLL

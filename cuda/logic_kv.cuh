@@ -33,7 +33,16 @@ DFLASH_HD void store8(uint16_t* at, const Vec8& x) {
 
 DFLASH_HD float element(const Vec8& x, int32_t i) { return float_of(i & 1 ? x.w[i / 2] & 0xffff0000u : x.w[i / 2] << 16); }
 
-DFLASH_HD uint32_t pack2(float low, float high) { return uint32_t(bf16_of_float(low)) | uint32_t(bf16_of_float(high)) << 16; }
+// What is not a number stays so; which one depends on the machine.
+DFLASH_HD uint32_t pack2(float low, float high) {
+#if DFLASH_ON_DEVICE
+    uint32_t x;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+#else
+    return uint32_t(bf16_of_float(low)) | uint32_t(bf16_of_float(high)) << 16;
+#endif
+}
 
 // ---- kv_inject --------------------------------------------------------------------------------------------------------
 // A unit is one head vector of K or V of one row and layer; D / 8 lanes of a warp have it, eight elements each. Units follow

@@ -115,8 +115,8 @@ struct BlockAttentionParams {
     const int32_t* valid_from;   // nullable, [R]
     const int64_t* slots;        // nullable, [T]; negative: not stored
     const uint64_t* ancestors;   // MASK_ANCESTORS: [T, mask_words]
-    float* partial_out;          // num_splits > 1: [num_splits, max_tokens, q_heads, D]
-    float* partial_stats;        // num_splits > 1: [num_splits, max_tokens, q_heads, 2]
+    float* partial_out;          // num_splits > 1: [num_splits, max_tokens, q_heads, D], aligned to 16 bytes
+    float* partial_stats;        // num_splits > 1: [num_splits, max_tokens, q_heads, 2], aligned to 8 bytes
     const float* sinks;          // nullable, [q_heads]: scores of one more key per head, without a value
     struct PageTable table;
     int64_t q_stride[2]; // token, head
@@ -373,9 +373,9 @@ DFLASH_GEOMETRY int32_t attention_keys(int32_t head_dim) { return head_dim > 128
 // A group has at most ATTENTION_ROWS query heads.
 DFLASH_GEOMETRY Launch block_attention_launch(const BlockAttentionParams& p, int32_t head_dim) {
     uint32_t tiles = uint32_t(ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads)));
-    // Queries; two stages of keys and values; two rows of key sources.
+    // Queries; two stages of keys and values; two rows of places, of a key and its value each.
     uint32_t keys = uint32_t(attention_keys(head_dim));
-    uint32_t shared = 2 * uint32_t(head_dim) * (ATTENTION_ROWS + 4 * keys) + 2 * keys * 8;
+    uint32_t shared = 2 * uint32_t(head_dim) * (ATTENTION_ROWS + 4 * keys) + 2 * keys * 16;
     return {{uint32_t(p.num_requests * p.kv_heads), tiles, uint32_t(p.num_splits)}, 128, shared};
 }
 

@@ -57,10 +57,16 @@ class Walk:
 
 
 def _attention(dim: int) -> Walk:
+    """A tile without masks, for the warps that also look the tile after the next up in the page table (half of them, or fewer)."""
     keys = 32 if dim > 128 else 64
     copies = 2 * keys * dim // 8 // (32 * BLOCK_WARPS)
     return Walk(
-        f"block_attention_{dim}", "full_tile", f"{keys}_keys", "HMMA|LDGSTS", loop="HMMA", issued=("LDGSTS", copies)
+        f"block_attention_{dim}",
+        "full_tile",
+        f"{keys}_keys",
+        "HMMA|LDGSTS|slot_of:|key_place:",
+        loop="HMMA",
+        issued=("LDGSTS", copies),
     )
 
 
@@ -188,7 +194,7 @@ def count_all(text: str, sources: Path) -> Counts:
 def attention_shared(dim: int) -> int:
     """Dynamic shared memory of a block (params.h, block_attention_launch)."""
     keys = 32 if dim > 128 else 64
-    return 2 * dim * (ROWS + 4 * keys) + 2 * keys * 8
+    return 2 * dim * (ROWS + 4 * keys) + 2 * keys * 16
 
 
 def resident(usages: Usages, kernel: str) -> tuple[int, int]:

@@ -418,6 +418,21 @@ fn rows_that_are_read_sixteen_bytes_at_a_time_start_at_multiples_of_them() {
 }
 
 #[test]
+fn partial_results_are_aligned_to_what_the_combining_kernel_loads_at_once() {
+    for (name, off, alignment) in [("partial_out", 8, 16), ("partial_stats", 4, 8)] {
+        let mut call = calls::attention(3);
+        call.check().unwrap();
+        for (other, tensor) in call.tensors() {
+            if other == name {
+                tensor.address += off;
+            }
+        }
+        let why = call.check().unwrap_err().to_string();
+        assert!(why.contains(name) && why.contains(&alignment.to_string()), "{why}");
+    }
+}
+
+#[test]
 fn memory_that_is_written_is_shared_with_nothing() {
     fn check<C: Call>(call: &C) {
         let names: Vec<_> = call.clone().tensors().into_iter().map(|(name, _)| name).collect();

@@ -1,6 +1,6 @@
 //! `block_attention_{64,128,256}` and, where keys are split, `block_attention_combine_{64,128,256}`: attention of one layer.
 
-use super::{Call, Checked, Entry, HEAD_DIMS, Pages, blocks, geometry, instance, mask_type, requests};
+use super::{Call, Checked, Entry, HEAD_DIMS, Pages, aligned, blocks, geometry, instance, mask_type, requests};
 use crate::device::cuda::Kernel;
 use crate::device::cuda::params::{BlockAttentionParams, Launch};
 use crate::device::cuda::tensor::Access::{Read, Write};
@@ -58,9 +58,9 @@ pub struct BlockAttention {
     pub slots: Option<Tensor>,
     /// int64 or uint64 `[T, words]`, for [`Mask::Ancestors`]: bit `j` of a token is set for itself and whom it descends from.
     pub ancestors: Option<Tensor>,
-    /// float32 `[num_splits or more, T, Hq, D]`, written; for several splits.
+    /// float32 `[num_splits or more, T, Hq, D]`, aligned to 16 bytes, written; for several splits.
     pub partial_out: Option<Tensor>,
-    /// float32 `[num_splits or more, T, Hq, 2]`, written; for several splits.
+    /// float32 `[num_splits or more, T, Hq, 2]`, aligned to 8 bytes, written; for several splits.
     pub partial_stats: Option<Tensor>,
     /// Parts that the keys are cut into; they cover `max_keys`.
     pub num_splits: usize,
@@ -196,6 +196,14 @@ impl BlockAttention {
         let (out, out_stride) = call.heads("out", &self.out, [Is(tokens), Is(heads), Is(dim)], Write)?;
         let words = self.words();
         let partial = |width| [AtLeast(self.num_splits), Is(tokens), Is(heads), Is(width)];
+        for (name, partial, alignment) in [
+            ("partial_out", &self.partial_out, 16),
+            ("partial_stats", &self.partial_stats, 8),
+        ] {
+            partial
+                .as_ref()
+                .map_or(Ok(()), |partial| aligned(name, partial, alignment))?;
+        }
         let parameters = BlockAttentionParams {
             q,
             k,
@@ -248,7 +256,7 @@ impl BlockAttentionParams {
         let group = (self.q_heads / self.kv_heads) as u32;
         let queries = if group >= ROWS { 1 } else { ROWS / group };
         let keys = if head_dim > 128 { 32 } else { 64 };
-        let shared = 2 * head_dim * (ROWS + 4 * keys) + 2 * keys * 8;
+        let shared = 2 * head_dim * (ROWS + 4 * keys) + 2 * keys * 16;
         let grid = [
             (self.num_requests * self.kv_heads) as u32,
             (self.max_block_len as u32).div_ceil(queries),
