@@ -7,7 +7,7 @@ from models_helpers import HIDDEN, VOCAB, Pages, best, qwen3_target, random_draf
 from test_models_draft import VARIANTS
 
 from dflash_rs import _core
-from dflash_rs.engine.costs import measure
+from dflash_rs.engine.costs import measure, rising
 from dflash_rs.errors import InvalidArgument
 from dflash_rs.models.target import TargetModel
 
@@ -120,6 +120,13 @@ def test_measured_costs_are_times():
     # What the planner is made of takes them as they are.
     width, block, trees = costs.planner(6).decide(np.zeros(1, dtype=np.float32))
     assert 1 <= width <= block <= 6 and not trees
+
+
+def test_a_time_that_a_busy_moment_made_long_is_no_longer_than_that_of_more_rows():
+    # Not the other way round: one long time of few rows would make blocks of all lengths look dear.
+    measured = [(1, 1.0), (2, 5.0), (4, 1.25), (4, 1.5), (8, 3.0), (16, 0.0)]
+    assert rising(measured[:-1]) == ((1, 1.0), (2, 1.25), (4, 1.25), (8, 3.0))
+    assert rising(measured) == tuple((rows, 1e-9) for rows in (1, 2, 4, 8, 16))
 
 
 def test_costs_are_measured_over_tokens_that_differ():
