@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,3 +89,45 @@ def test_narrower_blocks_write_where_whole_ones_do() -> None:
     states.steps_of_whole_blocks(backend)
     layers.kernel_dispatcher.target_verify(cache_steps=3, query_start_loc="starts")
     assert layers.calls == [{"cache_steps": 8, "query_start_loc": "starts"}]
+
+
+# Run by a Python that interprets Triton's kernels: two requests' blocks of three, verified with room for six. Prints whether the states
+# of the second request are where those of a block of six would be, told and not told so.
+KERNEL = """
+import torch
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+from sglang.srt.layers.attention.linear.kernels.gdn_triton import TritonGDNKernel
+
+rows, width, block, heads, size = 2, 3, 6, 2, 16
+torch.manual_seed(0)
+q, k = torch.randn(2, 1, rows * width, 1, size)
+v = torch.randn(1, rows * width, heads, size)
+a, b = torch.randn(2, rows * width, heads)
+decay, bias = torch.randn(2, heads)
+before = torch.randn(rows + 1, heads, size, size)
+
+
+def verify(first, count, steps):
+    kept, now = torch.zeros(rows + 1, block, heads, size, size), slice(first * width, (first + count) * width)
+    TritonGDNKernel().target_verify(
+        decay, bias, q[:, now], k[:, now], v[:, now], a[now], b[now],
+        ssm_states=before[first:], cache_indices=torch.arange(count, dtype=torch.int32),
+        query_start_loc=torch.arange(0, count * width + 1, width, dtype=torch.int32), intermediate_states_buffer=kept,
+        intermediate_state_indices=torch.arange(count, dtype=torch.int32), cache_steps=steps, retrieve_parent_token=None,
+    )
+    return kept
+
+
+alone = verify(1, 1, block)[0, :width]
+assert alone.abs().sum() > 0
+print(*(torch.equal(verify(0, 2, steps)[1, :width], alone) for steps in (block, width)))
+"""
+
+
+@pytest.mark.long
+def test_sglangs_kernel_has_to_be_told_where_a_whole_block_would_write() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SGLANG_PLATFORM": "host"}
+    found = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split()[-2:] == ["True", "False"]
