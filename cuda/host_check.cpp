@@ -353,6 +353,21 @@ void dflash_host_weights(const float* x, uint32_t count, float* exps, uint64_t* 
     }
 }
 
+// bfloat16 bits of each number.
+void dflash_host_bf16(const float* x, uint32_t count, uint16_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = bf16_of_float(x[i]);
+}
+
+// Where each key of a request lies.
+void dflash_host_slots(const PageTable* table, int32_t request, const int32_t* keys, uint32_t count, int64_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = slot_of(*table, request, keys[i]);
+}
+
+// Whose each packed token is.
+void dflash_host_requests(const int32_t* query_starts, int32_t num_requests, const int32_t* tokens, uint32_t count, int32_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = request_of(query_starts, num_requests, tokens[i]);
+}
+
 void dflash_host_prepare_block(const PrepareBlockParams* p) {
     Launch launch = prepare_block_launch(*p);
     for (uint32_t block = 0; block < launch.grid[0]; ++block) {
