@@ -418,7 +418,7 @@ def blamed(tree, output, faults):
 def build(tree, faults, rust, tests):
     """Builds the test programs, setting aside faults that do not compile. Returns the programs."""
     env = os.environ | {
-        "CARGO_TARGET_DIR": str(WORK / "target"),  # both trees have the same dependencies
+        "CARGO_TARGET_DIR": str(tree / "target"),
         "CARGO_PROFILE_DEV_OPT_LEVEL": "1",
         "CARGO_PROFILE_DEV_DEBUG": "0",
         "CARGO_INCREMENTAL": "1",

@@ -8,6 +8,7 @@ use crate::verify::math::{exp, order_key, weight};
 unsafe extern "C" {
     fn dflash_host_weights(x: *const f32, count: u32, exps: *mut f32, weights: *mut u64, keys: *mut u32);
     fn dflash_host_bf16(x: *const f32, count: u32, out: *mut u16);
+    fn dflash_host_elements(at: *const u16, out: *mut f32);
     fn dflash_host_slots(table: *const PageTable, request: i32, keys: *const i32, count: u32, out: *mut i64);
     fn dflash_host_requests(starts: *const i32, requests: i32, tokens: *const i32, count: u32, out: *mut i32);
 }
@@ -53,6 +54,21 @@ fn halves_are_the_nearest_ones_even_ones_of_two_and_what_is_no_number_stays_none
         let up = rest > 0x8000 || rest == 0x8000 && half % 2 == 1;
         let expected = if x.is_nan() { half | 0x40 } else { half + u16::from(up) };
         assert_eq!(got, expected, "{:#x}", x.to_bits());
+    }
+}
+
+#[test]
+fn elements_are_the_upper_halves_of_numbers_and_nothing_of_their_neighbours() {
+    let halves = [0x3f81u16, 0xc123, 0x0001, 0xffff, 0x8000, 0x7f7f, 0x0000, 0x4049];
+    for turn in 0..8 {
+        let at: Vec<u16> = (0..8).map(|i| halves[(i + turn) % 8]).collect();
+        let mut got = [0.0f32; 8];
+        // SAFETY: sixteen bytes and eight results.
+        unsafe { dflash_host_elements(at.as_ptr(), got.as_mut_ptr()) };
+        assert_eq!(
+            got.map(f32::to_bits).to_vec(),
+            at.iter().map(|&x| u32::from(x) << 16).collect::<Vec<_>>()
+        );
     }
 }
 
