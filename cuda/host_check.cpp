@@ -51,9 +51,12 @@ struct HostRow {
     }
 
     void mark(const SampleRowsParams& p, int32_t first, std::vector<uint32_t>& bits) {
-        bits.assign(SAMPLE_CHUNK / 32, 0);
+        // One word more on either side, which nobody may touch.
+        bits.assign(SAMPLE_CHUNK / 32 + 2, 0);
         for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread)
-            mark_edits(p, row, path.data(), first, bits.data(), thread, SAMPLE_THREADS);
+            mark_edits(p, row, path.data(), first, bits.data() + 1, thread, SAMPLE_THREADS);
+        if (bits.front() || bits.back()) __builtin_trap();
+        bits.erase(bits.begin());
     }
 };
 
@@ -363,6 +366,31 @@ void dflash_host_weights(const float* x, uint32_t count, float* exps, uint64_t* 
         weights[i] = weight(x[i]);
         keys[i] = order_key(x[i]);
     }
+}
+
+// bfloat16 bits of each number.
+void dflash_host_bf16(const float* x, uint32_t count, uint16_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = bf16_of_float(x[i]);
+}
+
+// Eight elements of sixteen bytes.
+void dflash_host_elements(const uint16_t* at, float* out) {
+    for (int32_t i = 0; i < 8; ++i) out[i] = element(load8(at), i);
+}
+
+// Where each key of a request lies.
+void dflash_host_slots(const PageTable* table, int32_t request, const int32_t* keys, uint32_t count, int64_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = slot_of(*table, request, keys[i]);
+}
+
+// Whose each packed token is.
+void dflash_host_requests(const int32_t* query_starts, int32_t num_requests, const int32_t* tokens, uint32_t count, int32_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = request_of(query_starts, num_requests, tokens[i]);
+}
+
+// The bin of each d <= 0.
+void dflash_host_bins(const float* d, uint32_t count, int32_t* out) {
+    for (uint32_t i = 0; i < count; ++i) out[i] = bin_of(d[i]);
 }
 
 void dflash_host_prepare_block(const PrepareBlockParams* p) {

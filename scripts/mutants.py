@@ -583,6 +583,9 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="which parts (default: 1)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tests", default="", help="only tests whose name matches")
+    parser.add_argument(
+        "--programs", help="of tests/, build and run only these, separated by commas; the library's own tests always"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="leave out tests that take longer, for a first look")
     parser.add_argument("--first", type=int, default=0, help="go on from this one, after a run that was cut short")
     parser.add_argument(
@@ -600,9 +603,9 @@ def main():
     random.Random(options.seed).shuffle(chosen)
     chosen = sorted(chosen[part - 1 :: parts], key=lambda f: f.number)
     results = WORK / f"{options.language}.json"
+    before = {f["name"]: f for f in json.loads(results.read_text())["faults"]} if results.exists() else {}
     done = []
     if options.again:
-        before = {f["name"]: f for f in json.loads(results.read_text())["faults"]}
         for fault in chosen:
             known_as = before.get(fault.name, {"state": "", "by": ""})
             if known_as["state"].startswith("caught"):
@@ -618,7 +621,10 @@ def main():
     began = time.monotonic()
     tree = WORK / options.language
     tree.mkdir(parents=True, exist_ok=True)
-    programs = build(tree, chosen, rust, RUST_TESTS if rust else CUDA_TESTS)
+    programs = RUST_TESTS if rust else CUDA_TESTS
+    if options.programs is not None:
+        programs = [program for program in options.programs.split(",") if program]
+    programs = build(tree, chosen, rust, programs)
     print(f"built after {time.monotonic() - began:.0f} s", flush=True)
     alive = [f for f in chosen if f.state != "unbuildable" and f.number >= options.first]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -645,7 +651,10 @@ def main():
         row[fault.state] = row.get(fault.state, 0) + 1
     for folder, row in sorted(table.items()):
         print(folder, ", ".join(f"{state} {count}" for state, count in sorted(row.items())))
-    result = {"aside": aside, "faults": [vars(f) for f in done + chosen]}
+    # What earlier runs found of other faults stays.
+    now, there, paths = {f.name for f in chosen + done}, {f.name for f in faults}, {f.path for f in faults}
+    earlier = [f for f in before.values() if f["name"] not in now and (f["path"] not in paths or f["name"] in there)]
+    result = {"aside": aside, "faults": earlier + [vars(f) for f in done + chosen]}
     results.write_text(json.dumps(result, indent=1))
     print(f"{time.monotonic() - began:.0f} s; {results}")
     return 1 if any(f.state in ("MISSED", "not reached", "not run") for f in chosen) else 0

@@ -67,6 +67,28 @@ fn gumbel_numbers_have_the_bits_of_the_reference_and_stay_below_their_bound() {
 }
 
 #[test]
+fn the_bound_of_a_word_lies_just_above_the_power_of_two_that_its_leading_ones_leave() {
+    for ones in 0..=32u32 {
+        let largest = if ones == 32 {
+            u32::MAX
+        } else {
+            u32::MAX - (1 << (31 - ones))
+        };
+        let smallest = u32::MAX.checked_shl(32 - ones).unwrap_or(0);
+        let words = [largest, smallest];
+        let (mut got, mut bounds) = ([0f32; 2], [0f32; 2]);
+        // SAFETY: as many numbers as words.
+        unsafe { dflash_host_gumbel(words.as_ptr(), 2, got.as_mut_ptr(), bounds.as_mut_ptr()) };
+        let exact = f64::from(ones + 1) * std::f64::consts::LN_2;
+        for bound in bounds {
+            let above = f64::from(bound) - exact;
+            // What the arithmetic may be wrong by, and no more: a bound further up is no help.
+            assert!((3e-5..6e-5).contains(&above), "{ones}: {above}");
+        }
+    }
+}
+
+#[test]
 fn logarithms_have_the_bits_of_the_reference() {
     let mut numbers = Numbers(3);
     let x: Vec<f32> = (0..share(200_000))

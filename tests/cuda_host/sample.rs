@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use dflash_host_check as _;
 use dflash_rs::device::cuda::params::SampleRowsParams;
 use dflash_rs::error::Error;
@@ -12,7 +14,24 @@ unsafe extern "C" {
     fn dflash_host_sample_bf16(p: *const SampleRowsParams);
     fn dflash_emulated_sample_f32(p: *const SampleRowsParams);
     fn dflash_emulated_sample_bf16(p: *const SampleRowsParams);
+    fn dflash_host_bins(d: *const f32, count: u32, out: *mut i32);
     fn dflash_geometry_sample_scratch(rows: i64, vocab: i64) -> u64;
+}
+
+/// Columns that a block of the scan takes.
+const CHUNK: usize = 4096;
+
+/// Of wide rows now and then the last column of a chunk, or the first of the next.
+fn column(numbers: &mut Numbers, vocab: usize) -> usize {
+    if vocab > CHUNK && numbers.chance(0.3) {
+        return CHUNK * numbers.within(1, (vocab - 1) / CHUNK) - numbers.below(2);
+    }
+    numbers.below(vocab)
+}
+
+/// One to six columns, rising.
+fn columns(numbers: &mut Numbers, vocab: usize) -> BTreeSet<usize> {
+    (0..numbers.within(1, 6)).map(|_| column(numbers, vocab)).collect()
 }
 
 fn normal(numbers: &mut Numbers) -> f32 {
@@ -69,18 +88,15 @@ fn sampling(numbers: &mut Numbers, vocab: usize) -> Sampling {
         s.min_p = numbers.pick(&[1e-4, 0.02, 0.3, 1.0]);
     }
     if numbers.chance(0.4) {
-        s.repetition_penalty = numbers.pick(&[1.0, 1.1, 0.7, 1.3]);
-        s.presence_penalty = numbers.pick(&[0.0, 0.5, -0.3]);
-        s.frequency_penalty = numbers.pick(&[0.0, 0.2, -0.1]);
+        s.repetition_penalty = numbers.pick(&[1.0, 1.1, 0.7, 2.0]);
+        s.presence_penalty = numbers.pick(&[0.0, 0.0, 1.0, -0.3]);
+        s.frequency_penalty = numbers.pick(&[0.0, 0.0, 1.0, -0.1]);
     }
     if numbers.chance(0.3) {
-        let mut ids = numbers.shuffled(vocab);
-        ids.truncate(numbers.within(1, 6));
-        for id in ids {
+        for id in columns(numbers, vocab) {
             let bias = numbers.pick(&[1.5, -2.0, f32::NEG_INFINITY, 30.0]);
             s.logit_bias.push((TokenId(id as u32), bias));
         }
-        s.logit_bias.sort_by_key(|bias| bias.0);
     }
     s
 }
@@ -88,10 +104,12 @@ fn sampling(numbers: &mut Numbers, vocab: usize) -> Sampling {
 /// Forbids some tokens, now and then all of them, in rows before a position about the request's.
 fn mask(numbers: &mut Numbers, s: &mut Sampling, vocab: usize, base: u64) {
     let all = numbers.chance(0.05);
-    let mut ids = numbers.shuffled(vocab);
-    ids.truncate(if all { vocab } else { numbers.within(1, 6) });
+    let ids = if all {
+        (0..vocab).collect()
+    } else {
+        columns(numbers, vocab)
+    };
     s.masked = ids.into_iter().map(|id| TokenId(id as u32)).collect();
-    s.masked.sort_unstable();
     s.masked_before = base + numbers.below(10) as u64;
 }
 
@@ -102,23 +120,26 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
     let stride = vocab + numbers.below(3) * 4;
     let (mut query_starts, mut token_ids, mut positions, mut parents) = (vec![0i32], vec![], vec![], vec![]);
     let (mut histories, mut samplings) = (vec![], vec![]);
-    // The first entries are nobody's.
+    // Now and then the first entries are nobody's.
+    let nobodys = numbers.below(3);
     let mut packed = SamplingArrays {
-        history_tokens: vec![0; 2],
-        history_counts: vec![0; 2],
-        bias_tokens: vec![0; 1],
-        bias_values: vec![0.0; 1],
+        history_tokens: vec![0; nobodys],
+        history_counts: vec![0; nobodys],
+        bias_tokens: vec![0; nobodys],
+        bias_values: vec![0.0; nobodys],
         ..SamplingArrays::default()
     };
     for _ in 0..requests {
         let nodes = numbers.below(8);
         let base = numbers.below(1 << 20) as i64;
         for i in 0..nodes {
-            token_ids.push(numbers.below(vocab) as i64);
+            token_ids.push(column(numbers, vocab) as i64);
             let parent = if i == 0 {
                 -1
             } else if chain {
                 i as i32 - 1
+            } else if numbers.chance(0.02) {
+                i as i32 // a tree that is none: the path ends there
             } else {
                 numbers.below(i) as i32
             };
@@ -131,11 +152,11 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
             mask(numbers, &mut s, vocab, base as u64);
         }
         let prompt: Vec<TokenId> = (0..numbers.below(6))
-            .map(|_| TokenId(numbers.below(vocab) as u32))
+            .map(|_| TokenId(column(numbers, vocab) as u32))
             .collect();
         let mut history = History::new(&prompt);
         for _ in 0..numbers.below(6) {
-            history.push(TokenId(numbers.below(vocab) as u32));
+            history.push(TokenId(column(numbers, vocab) as u32));
         }
         packed.push(&s, &history);
         // Of a chunk of prompt the last token is the anchor.
@@ -217,7 +238,11 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
         let mut node = t - first;
         while node > packed.rows[r].anchor as usize {
             path.push(TokenId(token_ids[first + node] as u32));
-            node = parents[first + node] as usize;
+            let parent = parents[first + node] as usize;
+            if parent == node {
+                break;
+            }
+            node = parent;
         }
         path.reverse();
         let row = &values[n * stride..n * stride + vocab];
@@ -276,5 +301,27 @@ fn the_kernels_themselves_draw_the_token_of_the_reference() {
         let vocab = numbers.pick(&[1, 65, 300, 4097, 8200]);
         let bf16 = numbers.chance(0.5);
         rows += compare(&mut numbers, vocab, bf16, true);
+    }
+}
+
+#[test]
+fn bins_are_a_32nd_wide_and_the_last_has_all_that_is_lighter() {
+    let mut d: Vec<f32> = (0..70_000).map(|i| i as f32 * -5e-4).collect();
+    d.extend([
+        -0.0,
+        -31.968_75,
+        -31.968_748,
+        -31.999_999,
+        -32.0,
+        -32.03,
+        -1e9,
+        f32::MIN,
+        f32::NEG_INFINITY,
+    ]);
+    let mut got = vec![0; d.len()];
+    // SAFETY: as many results as numbers.
+    unsafe { dflash_host_bins(d.as_ptr(), d.len() as u32, got.as_mut_ptr()) };
+    for (d, got) in d.into_iter().zip(got) {
+        assert_eq!(f64::from(got), (f64::from(d) * -32.0).floor().min(1023.0), "{d}");
     }
 }

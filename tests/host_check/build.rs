@@ -27,6 +27,13 @@ fn main() {
         .flag_if_supported("-ffp-contract=off")
         .flag_if_supported("-Wno-unknown-pragmas")
         .warnings_into_errors(true);
+    // An index outside an array ends the test instead of reading or writing what lies beside it.
+    let checks = ["-fsanitize=bounds-strict", "-fsanitize=bounds"];
+    let supported = |flag: &&str| build.is_flag_supported(*flag).unwrap_or(false);
+    let trap = "-fsanitize-undefined-trap-on-error";
+    if let Some(check) = checks.into_iter().find(supported).filter(|_| supported(&trap)) {
+        build.flag(check).flag(trap);
+    }
     if let Err(why) = build.try_compile("dflash_host_check") {
         eprintln!(
             "error: `cargo test` runs the kernels' host-compiled logic and needs a C++17 compiler (g++ or clang++; CXX names one): {why}"
