@@ -174,7 +174,7 @@ bench-rows: install venv
 	$(BIN)/python benchmarks/pass_rows.py --json benchmarks/results/pass_rows.json
 
 bench-hybrid: install venv
-	$(BIN)/dflash-rs bench --suite demo --model bundled-hybrid --concurrency 1,2,4,8 --profile \
+	$(BIN)/dflash-rs bench --suite demo --model bundled-hybrid --threads 1 --concurrency 1,2,4,8 --profile \
 	  --json benchmarks/results/hybrid_demo.json
 	$(BIN)/python benchmarks/hybrid.py --json benchmarks/results/hybrid.json
 
