@@ -128,6 +128,8 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
     }
     if (ok && (select || has_floor(row.s))) { // sample_pick
         int32_t edge = select ? host_edge(scratch, row, index).bin : SAMPLE_BINS;
+        const uint64_t* behind = scratch.candidates + (int64_t(index) + 1) * SAMPLE_CANDIDATES;
+        uint64_t before = *behind;
         for (int32_t chunk = scratch.num_chunks - 1; chunk >= 0; --chunk) {
             int32_t first = chunk * SAMPLE_CHUNK;
             open.mark(p, first, bits);
@@ -139,6 +141,7 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
             scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].best = best.score;
             scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].best_id = best.id;
         }
+        if (*behind != before) __builtin_trap();
     }
     ScanState all = merged(scratch, index); // sample_finish
     Best best = is_greedy(row.s) ? all.top : all.draw;
@@ -271,6 +274,7 @@ void attend(const BlockAttentionParams& p) {
                 uint16_t* keys = shared.data() + ATTENTION_ROWS * D;
                 for (int32_t thread = 0; thread < threads; ++thread) load_queries<D>(p, t, shared.data(), thread, threads);
                 std::vector<WarpState<HostWarp, D>> states(4);
+                memset(states.data(), 0xff, states.size() * sizeof(states[0])); // NaN
                 std::vector<WarpView<HostWarp, D>> views(4);
                 for (int32_t warp = 0; warp < 4; ++warp) {
                     warp_open(p, t, warp, states[warp]);
@@ -306,7 +310,7 @@ template <typename E>
 void top_k(const TreeTopKParams& p) {
     for (int32_t index = 0; index < int32_t(tree_top_k_launch(p).grid[0]); ++index) {
         TopRow<E> row(p, index);
-        std::vector<uint64_t> list(TOP_LISTED);
+        std::vector<uint64_t> list(TOP_LISTED + 1); // the last is nobody's
         for (int32_t thread = 0; thread < TOP_THREADS; ++thread) list[thread] = top_largest(row, thread);
         sort_all(list, TOP_THREADS);
         float top = candidate_value(list[0]);
@@ -327,8 +331,9 @@ void top_k(const TreeTopKParams& p) {
                 top_gather(row, prefix, top, false, list.data(), &count, thread);
         }
         int32_t n = power_of_two(int32_t(count));
-        for (int32_t i = int32_t(count); i < n; ++i) list[i] = 0;
+        for (int32_t i = int32_t(count); i < n; ++i) list.at(i) = 0;
         sort_all(list, n);
+        if (list.back()) __builtin_trap();
         for (int32_t thread = 0; thread < TOP_THREADS; ++thread)
             top_write(p, row, index, list.data(), int32_t(count), top, mass, thread, TOP_THREADS);
     }
@@ -388,6 +393,15 @@ void dflash_host_requests(const int32_t* query_starts, int32_t num_requests, con
     for (uint32_t i = 0; i < count; ++i) out[i] = request_of(query_starts, num_requests, tokens[i]);
 }
 
+// Where the parts of the scratch begin, in bytes; the size of a chunk; the last block of the last row.
+void dflash_host_scratch(const SampleRowsParams* p, uint64_t* out) {
+    SampleScratch scratch(*p);
+    const void* parts[] = {scratch.chunks, scratch.masses, scratch.candidates, scratch.counts, scratch.listed, scratch.maxima};
+    for (int32_t i = 0; i < 6; ++i) out[i] = uint64_t(parts[i]) - uint64_t(p->scratch);
+    out[6] = sizeof(SampleChunk);
+    out[7] = uint64_t(scratch.block(p->num_rows - 1, scratch.num_chunks * SAMPLE_CHUNK - 1));
+}
+
 // The bin of each d <= 0.
 void dflash_host_bins(const float* d, uint32_t count, int32_t* out) {
     for (uint32_t i = 0; i < count; ++i) out[i] = bin_of(d[i]);
@@ -405,7 +419,7 @@ void dflash_host_accept(const AcceptParams* p) {
     Launch launch = accept_launch(*p);
     int32_t threads = int32_t(launch.block);
     for (uint32_t request = 0; request < launch.grid[0]; ++request) {
-        std::vector<int32_t> shared(launch.shared / 4 + 1, -7);
+        std::vector<int32_t> shared(launch.shared / 4 + 1, 1); // as if node 1 followed, wherever nobody has written
         AcceptBlock block;
         accept_open(*p, block, int32_t(request), shared.data());
         for (int32_t thread = 0; thread < threads; ++thread) accept_clear(block, thread, threads);
@@ -487,7 +501,7 @@ void dflash_host_tree_top_k_bf16(const TreeTopKParams* p) { host::top_k<uint16_t
 void dflash_host_tree_build(const TreeBuildParams* p) {
     Launch launch = tree_build_launch(*p);
     for (int32_t request = 0; request < int32_t(launch.grid[0]); ++request) {
-        std::vector<uint64_t> shared(launch.shared / 8 + 1, 0xdededededededede);
+        std::vector<uint64_t> shared(launch.shared / 8 + 1, 0x0000000100000001); // slots that look taken, an anchor with a child
         TreeNodes t(shared.data(), p->max_nodes + 1);
         const float* log_probs = p->top_log_probs + int64_t(request) * p->max_depth * p->k;
         tree_open(*p, t, log_probs);

@@ -589,7 +589,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=1e9, help="leave out tests that take longer, for a first look")
     parser.add_argument("--first", type=int, default=0, help="go on from this one, after a run that was cut short")
     parser.add_argument(
-        "--looks", type=int, default=3, help="of the kernels' random cases 1: a hundredth, 2: a tenth, 3: all"
+        "--looks",
+        default="1-3",
+        help="of the kernels' random cases 1: a hundredth, 2: a tenth, 3: all; 2: the first two, 2-3: the last",
     )
     parser.add_argument("--again", action="store_true", help="only faults that the last run did not see noticed")
     parser.add_argument("--list", action="store_true", help="name the faults and stop")
@@ -629,7 +631,8 @@ def main():
     alive = [f for f in chosen if f.state != "unbuildable" and f.number >= options.first]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A fault that nobody notices runs into every test that reaches it. Few cases find most, and the rest see all of them.
-    shares = [1] if rust else SHARES[: options.looks]
+    first, last = ([1, *map(int, options.looks.split("-"))])[-2:]
+    shares = [1] if rust else SHARES[first - 1 : last]
     for number, share in enumerate(shares):
         tests = baseline(programs, tree, options.jobs, options.tests, share)
         tests = [t for t in tests if t.seconds <= options.seconds]

@@ -31,6 +31,8 @@ struct Case {
     pages: Pages,
     num_slots: usize,
     slots: Vec<i64>,
+    /// The same, or -1 for what is not to be stored.
+    stored: Vec<i64>,
     words: usize,
     ancestors: Vec<u64>,
     split_keys: usize,
@@ -59,12 +61,17 @@ impl Case {
         let group = numbers.pick(&[1, 2, 3, 4, 7, 8, 16]);
         let pages = Pages::new(numbers, requests, most_context + most_len);
         let num_slots = pages.table.len() * pages.page_size;
-        let slots = (0..requests)
+        let slots: Vec<i64> = (0..requests)
             .flat_map(|r| {
                 (0..lens[r])
                     .map(|i| pages.slot(r, context[r] as usize + i))
                     .collect::<Vec<_>>()
             })
+            .collect();
+        let forgotten = numbers.pick(&[0.0, 0.0, 0.3]);
+        let stored = slots
+            .iter()
+            .map(|&slot| if numbers.chance(forgotten) { -1 } else { slot })
             .collect();
         let words = most_len.div_ceil(64).max(1);
         let mut ancestors = vec![];
@@ -72,7 +79,9 @@ impl Case {
             if len == 0 {
                 continue;
             }
-            let parents: Vec<u32> = (0..len).map(|i| numbers.below(i.max(1)) as u32).collect();
+            // Deep and wide.
+            let parent = |i: usize| if numbers.chance(0.5) { i.saturating_sub(1) } else { numbers.below(i.max(1)) } as u32;
+            let parents: Vec<u32> = (0..len).map(parent).collect();
             let tree = DraftTree::from_parents(&vec![TokenId(0); len], &parents).unwrap();
             for row in tree.masks().chunks(tree.mask_words()) {
                 ancestors.extend_from_slice(row);
@@ -83,7 +92,11 @@ impl Case {
         let longest = (0..requests).map(|r| context[r] as usize + lens[r]).max().unwrap();
         Self {
             mask: numbers.pick(&MASKS),
-            window: if numbers.chance(0.4) {
+            window: if numbers.chance(0.1) {
+                1
+            } else if numbers.chance(0.1) {
+                context[0] as usize % 64 + 2 // the anchor sees one key of the tile before
+            } else if numbers.chance(0.4) {
                 numbers.within(1, most_context / 2 + 2)
             } else {
                 0
@@ -98,11 +111,12 @@ impl Case {
             pages,
             num_slots,
             slots,
+            stored,
             words,
             ancestors,
             split_keys,
             num_splits: longest.div_ceil(split_keys).max(1) + numbers.below(2),
-            softcap: numbers.pick(&[0.0, 0.0, 1.5, 30.0]),
+            softcap: numbers.pick(&[0.0, 0.0, 0.7, 30.0]),
             sinks: if numbers.chance(0.4) {
                 (0..kv_heads * group)
                     .map(|_| (numbers.unit() * 8.0 - 2.0) as f32)
@@ -122,8 +136,13 @@ impl Case {
         BlockAttentionParams {
             query_starts: address(&self.query_starts),
             context_lens: address(&self.context),
-            valid_from: address(&self.valid_from),
-            slots: address(&self.slots),
+            // Without, everything is valid.
+            valid_from: if self.valid_from.iter().all(|&from| from == 0) {
+                0
+            } else {
+                address(&self.valid_from)
+            },
+            slots: address(&self.stored),
             ancestors: address(&self.ancestors),
             table: self.pages.params(),
             q_stride: strides(self.q_heads),
@@ -180,12 +199,12 @@ impl Case {
 fn every_query_sees_the_keys_of_its_mask_once_and_where_they_lie() {
     let mut numbers = Numbers(10);
     let mut pairs = 0;
-    while pairs < share(3_000_000) {
-        let case = Case::new(&mut numbers, &[64, 256], 200, 90);
+    while pairs < share(60_000_000) {
+        let case = Case::new(&mut numbers, &[64, 256], 200, 140);
         if case.tokens() == 0 {
             continue;
         }
-        let width = 300;
+        let width = 350;
         let params = case.params();
         let mut seen = vec![i64::MIN; case.tokens() * case.q_heads * width];
         // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
@@ -362,6 +381,12 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
                 case.dim
             );
         }
+        let width = case.kv_heads * case.dim;
+        for (&slot, _) in case.slots.iter().zip(&case.stored).filter(|(_, stored)| **stored < 0) {
+            let at = slot as usize * width..(slot as usize + 1) * width;
+            k_host[at.clone()].copy_from_slice(&clean(&tensors.k_cache[at.clone()]));
+            v_host[at.clone()].copy_from_slice(&clean(&tensors.v_cache[at]));
+        }
         assert!(
             clean(&k_cache) == k_host && clean(&v_cache) == v_host,
             "stored keys and values"
@@ -375,6 +400,7 @@ fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
     for _ in 0..share(12) {
         let mut case = Case::new(&mut numbers, &[64, 128], 200, 9);
         case.mask = Mask::Causal;
+        case.stored = case.slots.clone();
         if case.tokens() == 0 {
             continue;
         }
@@ -397,6 +423,7 @@ fn a_row_has_the_same_bits_alone_as_in_a_block_and_a_batch() {
                         ..case.pages
                     },
                     slots: vec![case.slots[token]],
+                    stored: vec![case.slots[token]],
                     ancestors: vec![1],
                     words: 1,
                     num_splits: (context as usize + 1).div_ceil(case.split_keys),

@@ -14,6 +14,7 @@ unsafe extern "C" {
     fn dflash_host_sample_bf16(p: *const SampleRowsParams);
     fn dflash_emulated_sample_f32(p: *const SampleRowsParams);
     fn dflash_emulated_sample_bf16(p: *const SampleRowsParams);
+    fn dflash_host_scratch(p: *const SampleRowsParams, out: *mut u64);
     fn dflash_host_bins(d: *const f32, count: u32, out: *mut i32);
     fn dflash_geometry_sample_scratch(rows: i64, vocab: i64) -> u64;
 }
@@ -40,7 +41,12 @@ fn normal(numbers: &mut Numbers) -> f32 {
 
 /// Logits of several kinds: spread, flat, full of ties, with forbidden columns, broken.
 fn logits(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
-    let spread = numbers.pick(&[0.1, 1.0, 3.0, 8.0, 40.0]);
+    let flat = vocab > CHUNK && numbers.chance(0.3);
+    let spread = if flat {
+        0.01
+    } else {
+        numbers.pick(&[0.1, 1.0, 3.0, 8.0, 40.0])
+    };
     let step = numbers.pick(&[0.0, 0.0, 0.5, 2.0]);
     let shift = numbers.pick(&[0.0, 20.0, -500.0]);
     let forbidden = numbers.pick(&[0.0, 0.0, 0.3, 0.99]);
@@ -59,12 +65,12 @@ fn logits(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
         let at = numbers.below(vocab);
         row[at] = shift + spread * 5.0;
     }
-    match numbers.below(200) {
+    match numbers.below(100) {
         0 => row.fill(f32::NEG_INFINITY),
         1 => row[numbers.below(vocab)] = f32::NAN,
         2 => row[numbers.below(vocab)] = f32::INFINITY,
         3 => row.fill(0.0),
-        4 => row.iter_mut().for_each(|x| *x *= 1e30),
+        4 => row.iter_mut().for_each(|x| *x *= 1e34), // too large once divided by a small temperature
         _ => {}
     }
     row
@@ -106,6 +112,8 @@ fn mask(numbers: &mut Numbers, s: &mut Sampling, vocab: usize, base: u64) {
     let all = numbers.chance(0.05);
     let ids = if all {
         (0..vocab).collect()
+    } else if vocab > CHUNK && numbers.chance(0.5) {
+        (0..vocab).step_by(2).collect() // what is left of a flat row is more than the list holds
     } else {
         columns(numbers, vocab)
     };
@@ -189,7 +197,7 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
     let (mut tokens, mut logprobs, mut status) = (vec![-9i64; count], vec![-9f32; count], vec![-9i32; count]);
     // SAFETY: plain numbers.
     let bytes = unsafe { dflash_geometry_sample_scratch(count as i64, vocab as i64) };
-    let mut scratch = vec![0xdede_dede_dede_dedeu64; bytes.div_ceil(8) as usize];
+    let mut scratch = vec![numbers.pick(&[0, 0xdede_dede_dede_dedeu64]); bytes.div_ceil(8) as usize];
     let params = SampleRowsParams {
         logits: if bf16 { address(&halves) } else { address(&values) },
         sampling: address(&packed.rows),
@@ -323,5 +331,30 @@ fn bins_are_a_32nd_wide_and_the_last_has_all_that_is_lighter() {
     unsafe { dflash_host_bins(d.as_ptr(), d.len() as u32, got.as_mut_ptr()) };
     for (d, got) in d.into_iter().zip(got) {
         assert_eq!(f64::from(got), (f64::from(d) * -32.0).floor().min(1023.0), "{d}");
+    }
+}
+
+#[test]
+fn the_parts_of_the_scratch_follow_each_other_and_fill_it() {
+    for (rows, vocab) in [(1u64, 1u64), (5, 4096), (7, 4097), (3, 30_000)] {
+        let mut got = [0; 8];
+        let params = SampleRowsParams {
+            num_rows: rows as i32,
+            vocab: vocab as i32,
+            ..SampleRowsParams::default()
+        };
+        // SAFETY: addresses are computed, and none is followed; eight results.
+        unsafe { dflash_host_scratch(&raw const params, got.as_mut_ptr()) };
+        let chunks = vocab.div_ceil(CHUNK as u64);
+        // Of a row: its chunks, 1024 masses, 2048 candidates, 1024 counts, four numbers, and a maximum of every 64 columns.
+        let sizes = [chunks * got[6], 8 * 1024, 8 * 2048, 4 * 1024, 16, 4 * 64 * chunks];
+        let mut at = 0;
+        for (part, size) in sizes.into_iter().enumerate() {
+            assert_eq!(got[part], at, "{part}");
+            at += rows * size;
+        }
+        // SAFETY: plain numbers.
+        let all = unsafe { dflash_geometry_sample_scratch(rows as i64, vocab as i64) };
+        assert_eq!((at, got[7]), (all, rows * chunks * 64 - 1));
     }
 }

@@ -154,7 +154,8 @@ fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe 
                 }
             }
         }
-        let live: Vec<i32> = drawn.iter().map(|&n| numbers.within(1, n.max(1)) as i32).collect();
+        // An anchor of which nobody says that it takes part is drawn all the same.
+        let live: Vec<i32> = drawn.iter().map(|&n| numbers.within(0, n.max(1)) as i32).collect();
         let cut = numbers.chance(0.3);
         // With less room than a request has nodes only the first of them take part.
         let room = if numbers.chance(0.2) {
@@ -204,7 +205,7 @@ fn accept(numbers: &mut Numbers, most_walks: usize, astray: f64, kernel: unsafe 
             let row = if by_row { logit_starts[r] as usize } else { first };
             // A failed row draws a token that no draft carries.
             let draw = |node: usize| -> Result<TokenId, Infallible> { Ok(TokenId(sampled[row + node] as u32)) };
-            let nodes = room.min(if cut { live[r] as usize } else { n });
+            let nodes = room.min(if cut { live[r].max(1) as usize } else { n });
             // Of the reference, a draft that went astray carries a token that is never drawn.
             let tokens: Vec<TokenId> = (first..first + nodes.min(n))
                 .map(|t| {

@@ -47,12 +47,19 @@ fn row(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
 
 fn best_columns(numbers: &mut Numbers, vocab: usize, most: usize, emulated: bool) -> usize {
     let (rows, k) = (numbers.within(1, 3), numbers.within(1, most.min(vocab)));
+    let rows: Vec<Vec<f32>> = (0..rows).map(|_| row(numbers, vocab)).collect();
+    best_columns_of(numbers, &rows, k, emulated);
+    rows.len()
+}
+
+fn best_columns_of(numbers: &mut Numbers, given: &[Vec<f32>], k: usize, emulated: bool) {
+    let (rows, vocab) = (given.len(), given[0].len());
     let stride = vocab + numbers.below(5);
     let bf16 = numbers.chance(0.3);
     let normalise = numbers.chance(0.3);
     let mut values = vec![f32::NAN; rows * stride];
-    for out in values.chunks_mut(stride) {
-        out[..vocab].copy_from_slice(&row(numbers, vocab));
+    for (out, row) in values.chunks_mut(stride).zip(given) {
+        out[..vocab].copy_from_slice(row);
     }
     let halves: Vec<u16> = values.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
     if bf16 {
@@ -95,7 +102,56 @@ fn best_columns(numbers: &mut Numbers, vocab: usize, most: usize, emulated: bool
             assert_eq!(log_probs[r * k + i], expected);
         }
     }
-    rows
+}
+
+#[test]
+fn of_more_columns_than_a_list_holds_the_best_are_found_digit_by_digit() {
+    let mut numbers = Numbers(16);
+    let (k, vocab, listed) = (256, 9001, 2048);
+    // A thread has four neighbouring columns in every 2048. With the best columns in fewer hands than k, all of those are listed,
+    // and of the others, which are alike, those up to the last thread whose best one counts.
+    for threads in [130, 200, 255] {
+        let others = 4 * (k - 1 - threads) + 1;
+        for (more, step) in [(0, 0.0), (1, 0.0), (1, 5.0), (300, 0.0), (9000, 0.25), (9000, 20.0)] {
+            let mut left = listed + more - others;
+            let row: Vec<f32> = (0..vocab)
+                .map(|i| {
+                    if i / 4 % 512 >= threads {
+                        return -30.0;
+                    }
+                    if left == 0 {
+                        return -31.0;
+                    }
+                    left -= 1;
+                    let x = numbers.unit() * -20.0;
+                    if step > 0.0 {
+                        ((x / step).round() * step) as f32
+                    } else {
+                        x as f32
+                    }
+                })
+                .collect();
+            for k in [k, k - 1] {
+                best_columns_of(&mut numbers, &[row.clone(), row.clone()], k, false);
+            }
+        }
+        // Exactly k of one value, and below it more of another than the list holds.
+        for (best, good, others) in [(-1.0, -2.0, -30.0), (-1e38, -1e38, f32::NEG_INFINITY)] {
+            let mut left = k;
+            let row: Vec<f32> = (0..vocab)
+                .map(|i| {
+                    if i / 4 % 512 >= threads {
+                        return others;
+                    }
+                    left = left.saturating_sub(1);
+                    if left > 0 { best } else { good }
+                })
+                .collect();
+            for k in [k - 1, k] {
+                best_columns_of(&mut numbers, &[row.clone(), row.clone()], k, false);
+            }
+        }
+    }
 }
 
 #[test]
@@ -202,6 +258,7 @@ fn build(numbers: &mut Numbers, most_nodes: usize, kernel: unsafe extern "C" fn(
         let mut scores = vec![f32::NAN; requests * nodes];
         let mut masks = vec![0xdeu64; requests * nodes * words];
         let mut counts = vec![-9i32; requests];
+        let bare = numbers.chance(0.1);
         let [parents, depths, first_child, next_sibling] = &mut ints[..] else {
             unreachable!()
         };
@@ -213,10 +270,10 @@ fn build(numbers: &mut Numbers, most_nodes: usize, kernel: unsafe extern "C" fn(
             tokens: address_mut(&mut out_tokens),
             parents: address_mut(parents),
             depths: address_mut(depths),
-            scores: address_mut(&mut scores),
-            first_child: address_mut(first_child),
-            next_sibling: address_mut(next_sibling),
-            masks: address_mut(&mut masks),
+            scores: if bare { 0 } else { address_mut(&mut scores) },
+            first_child: if bare { 0 } else { address_mut(first_child) },
+            next_sibling: if bare { 0 } else { address_mut(next_sibling) },
+            masks: if bare { 0 } else { address_mut(&mut masks) },
             counts: address_mut(&mut counts),
             num_requests: requests as i32,
             max_depth: depth as i32,
@@ -240,6 +297,17 @@ fn build(numbers: &mut Numbers, most_nodes: usize, kernel: unsafe extern "C" fn(
             let unsigned = |x: &[i32]| -> Vec<u32> { x[at..at + count].iter().map(|&x| x as u32).collect() };
             assert_eq!(unsigned(parents), tree.parents());
             assert_eq!(unsigned(depths), tree.depths());
+            for i in count..nodes {
+                assert_eq!(
+                    (out_tokens[at + i], parents[at + i], depths[at + i]),
+                    (anchors[r], 0, 1)
+                );
+            }
+            if bare {
+                let untouched = |x: &[i32]| x[at..at + nodes].iter().all(|&x| x == -9);
+                assert!(untouched(first_child) && untouched(next_sibling) && scores[at].is_nan() && masks[0] == 0xde);
+                continue;
+            }
             assert_eq!(unsigned(first_child), tree.first_child());
             assert_eq!(unsigned(next_sibling), tree.next_sibling());
             let bits = |x: &[f32]| -> Vec<u32> { x.iter().map(|x| x.to_bits()).collect() };
@@ -251,8 +319,8 @@ fn build(numbers: &mut Numbers, most_nodes: usize, kernel: unsafe extern "C" fn(
             }
             for i in count..nodes {
                 assert_eq!(
-                    (out_tokens[at + i], parents[at + i], depths[at + i]),
-                    (anchors[r], 0, 1)
+                    (scores[at + i], first_child[at + i], next_sibling[at + i]),
+                    (f32::NEG_INFINITY, -1, -1)
                 );
                 let set: u32 = masks[(at + i) * words..(at + i + 1) * words]
                     .iter()
