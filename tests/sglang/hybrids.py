@@ -146,7 +146,7 @@ class Steering:
 class Interpreted(Server):
     """Its answers take a while on a busy machine."""
 
-    def open(self, path: str, body: Any = None, timeout: float = 900) -> Any:
+    def open(self, path: str, body: Any = None, timeout: float = 3600) -> Any:
         """An open response."""
         return super().open(path, body, timeout)
 
