@@ -19,11 +19,11 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
 
 use super::fatbin::{ARCHITECTURES, FATBIN, fatbin_bytes, oldest_driver};
+use super::once::Once;
 use super::params::Launch;
 use crate::error::{Error, Result};
 
@@ -244,34 +244,6 @@ pub struct Device {
     pub minor: i32,
     /// Streaming multiprocessors.
     pub multiprocessors: i32,
-}
-
-/// What was opened once, for good. What failed is tried again by whoever asks next: memory may have been short for a moment.
-struct Once<T> {
-    opened: OnceLock<T>,
-    turn: Mutex<()>,
-}
-
-impl<T> Once<T> {
-    const fn new() -> Self {
-        Self {
-            opened: OnceLock::new(),
-            turn: Mutex::new(()),
-        }
-    }
-
-    fn get(&self, open: impl FnOnce() -> Result<T>) -> Result<&T> {
-        if let Some(opened) = self.opened.get() {
-            return Ok(opened);
-        }
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        // Somebody else's turn may have come first.
-        if let Some(opened) = self.opened.get() {
-            return Ok(opened);
-        }
-        let opened = open()?;
-        Ok(self.opened.get_or_init(|| opened))
-    }
 }
 
 static DRIVER: Once<Functions> = Once::new();

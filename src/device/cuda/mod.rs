@@ -13,6 +13,7 @@
 mod driver;
 mod fatbin;
 pub mod launch;
+mod once;
 pub mod params;
 pub mod tensor;
 
