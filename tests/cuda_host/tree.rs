@@ -110,9 +110,9 @@ fn of_more_columns_than_a_list_holds_the_best_are_found_digit_by_digit() {
     let (k, vocab, listed) = (256, 9001, 2048);
     // A thread has four neighbouring columns in every 2048. With the best columns in fewer hands than k, all of those are listed,
     // and of the others, which are alike, those up to the last thread whose best one counts.
-    for threads in [130, 255] {
+    for threads in [130, 200, 255] {
         let others = 4 * (k - 1 - threads) + 1;
-        for (more, step) in [(0, 0.0), (1, 5.0), (300, 0.0), (9000, 0.25)] {
+        for (more, step) in [(0, 0.0), (1, 0.0), (1, 5.0), (300, 0.0), (9000, 0.25), (9000, 20.0)] {
             let mut left = listed + more - others;
             let row: Vec<f32> = (0..vocab)
                 .map(|i| {
