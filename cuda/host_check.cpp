@@ -389,7 +389,8 @@ void dflash_host_slots(const PageTable* table, int32_t request, const int32_t* k
 }
 
 // Whose each packed token is.
-void dflash_host_requests(const int32_t* query_starts, int32_t num_requests, const int32_t* tokens, uint32_t count, int32_t* out) {
+void dflash_host_requests(const int32_t* query_starts, int32_t num_requests, const int32_t* tokens, uint32_t count,
+                          int32_t* out) {
     for (uint32_t i = 0; i < count; ++i) out[i] = request_of(query_starts, num_requests, tokens[i]);
 }
 
