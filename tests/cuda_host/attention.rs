@@ -195,48 +195,87 @@ impl Case {
     }
 }
 
+/// Holds what every query sees against the contract; how many pairs of a query and a key that were.
+fn seen_as_it_should_be(case: &Case) -> usize {
+    let (width, mut pairs) = (350, 0);
+    let params = case.params();
+    let mut seen = vec![i64::MIN; case.tokens() * case.q_heads * width];
+    // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
+    unsafe { dflash_host_seen(&raw const params, case.dim as i32, width as i32, seen.as_mut_ptr()) };
+    for r in 0..case.lens.len() {
+        let context = case.context[r] as usize;
+        for node in 0..case.lens[r] {
+            let token = case.query_starts[r] as usize + node;
+            let expected: Vec<i64> = (0..width)
+                .map(|key| {
+                    if key >= context + case.lens[r] || !case.sees(r, node, key) {
+                        i64::MIN
+                    } else if key < context {
+                        case.pages.slot(r, key)
+                    } else {
+                        -2 - (i64::from(case.query_starts[r]) + (key - context) as i64)
+                    }
+                })
+                .collect();
+            for head in 0..case.q_heads {
+                let at = (token * case.q_heads + head) * width;
+                assert_eq!(
+                    seen[at..at + width],
+                    expected,
+                    "{:?}, window {}",
+                    case.mask,
+                    case.window
+                );
+                pairs += width;
+            }
+        }
+    }
+    pairs
+}
+
 #[test]
 fn every_query_sees_the_keys_of_its_mask_once_and_where_they_lie() {
     let mut numbers = Numbers(10);
     let mut pairs = 0;
     while pairs < share(60_000_000) {
         let case = Case::new(&mut numbers, &[64, 256], 200, 140);
-        if case.tokens() == 0 {
-            continue;
+        if case.tokens() > 0 {
+            pairs += seen_as_it_should_be(&case);
         }
-        let width = 350;
-        let params = case.params();
-        let mut seen = vec![i64::MIN; case.tokens() * case.q_heads * width];
-        // SAFETY: the arrays outlive the call and have the lengths that params.h asks for.
-        unsafe { dflash_host_seen(&raw const params, case.dim as i32, width as i32, seen.as_mut_ptr()) };
-        for r in 0..case.lens.len() {
-            let context = case.context[r] as usize;
-            for node in 0..case.lens[r] {
-                let token = case.query_starts[r] as usize + node;
-                let expected: Vec<i64> = (0..width)
-                    .map(|key| {
-                        if key >= context + case.lens[r] || !case.sees(r, node, key) {
-                            i64::MIN
-                        } else if key < context {
-                            case.pages.slot(r, key)
-                        } else {
-                            -2 - (i64::from(case.query_starts[r]) + (key - context) as i64)
-                        }
-                    })
-                    .collect();
-                for head in 0..case.q_heads {
-                    let at = (token * case.q_heads + head) * width;
-                    assert_eq!(
-                        seen[at..at + width],
-                        expected,
-                        "{:?}, window {}",
-                        case.mask,
-                        case.window
-                    );
-                    pairs += width;
-                }
-            }
-        }
+    }
+}
+
+/// Random trees are wide: none has a branch that is longer than the words of its masks.
+#[test]
+fn in_a_tree_that_is_one_long_branch_the_window_counts_ancestors() {
+    let (len, context) = (140, 7);
+    let parents: Vec<u32> = (0..len as u32).map(|i| i.saturating_sub(1)).collect();
+    let tree = DraftTree::from_parents(&vec![TokenId(0); len], &parents).unwrap();
+    for window in [1, 2, 5, 10, 11, 12, 63, 64, 65, 128, 129, 139, 140, 147] {
+        let pages = Pages::new(&mut Numbers(11), 1, context + len);
+        let slots: Vec<i64> = (0..len).map(|i| pages.slot(0, context + i)).collect();
+        let case = Case {
+            mask: Mask::Ancestors,
+            window,
+            dim: 64,
+            q_heads: 1,
+            kv_heads: 1,
+            lens: vec![len],
+            query_starts: starts(&[len]),
+            context: vec![context as i32],
+            valid_from: vec![0],
+            num_slots: pages.table.len() * pages.page_size,
+            pages,
+            stored: slots.clone(),
+            slots,
+            words: tree.mask_words(),
+            ancestors: tree.masks().to_vec(),
+            split_keys: 64,
+            num_splits: (context + len).div_ceil(64),
+            softcap: 0.0,
+            sinks: vec![],
+        };
+        seen_as_it_should_be(&case);
     }
 }
 
