@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_engine import PROMPTS, engine, exact, tokens  # noqa: E402, F401
 
 from dflash_rs import SamplingParams  # noqa: E402
-from dflash_rs.engine.device import step as device_step  # noqa: E402
+from dflash_rs.engine.device import aside  # noqa: E402
 
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.pair
@@ -61,7 +61,7 @@ def test_others_in_the_batch_are_as_if_alone_and_their_rows_stay_on_the_device(l
     free = SamplingParams(temperature=0.8, seed=11, max_tokens=16)
     each = [free, params("regex"), free]
     alone = [tokens(llm.generate([prompt], [one], draft=False))[0] for prompt, one in zip(PROMPTS, each)]
-    edit, fetched = device_step.edit, []
+    edit, fetched = aside.edit, []
 
     def watched(plan, constrained, fetch):
         (request,) = constrained
@@ -74,7 +74,7 @@ def test_others_in_the_batch_are_as_if_alone_and_their_rows_stay_on_the_device(l
 
         return edit(plan, constrained, counted)
 
-    monkeypatch.setattr(device_step, "edit", watched)
+    monkeypatch.setattr(aside, "edit", watched)
     outputs = llm.generate(PROMPTS[:3], each)
     assert tokens(outputs) == alone and fetched
     before = llm.stats()["steps_ahead"]
