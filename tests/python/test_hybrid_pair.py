@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_rs import LLM, SamplingParams, StepCosts, cli
+from dflash_rs import LLM, InvalidArgument, SamplingParams, StepCosts, cli
 from dflash_rs.bench.workloads import held_out_prompts
 from dflash_rs.config import assets
 from dflash_rs.options import pick_models
@@ -68,3 +68,10 @@ def test_the_battery_finds_no_text_that_differs(capsys):
     words = ["check", "--model", NAME, "--prompts", "2", "--max-tokens", "16", "--rejected", "40", "--rounds", "1"]
     assert cli.main([*words, "--max-context", "256"]) == 0
     assert capsys.readouterr().out.count("\n") > 10
+
+
+def test_states_that_the_machine_has_no_memory_for_are_refused_before_any_of_it_is_taken():
+    with pytest.raises(
+        InvalidArgument, match=r"max_running: got 2000000, .* their states and copies of them take [\d,.]+ GiB"
+    ):
+        engine(max_running=2_000_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +127,9 @@ def build(
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
     state_bytes = _state_bytes(target, config, sizes, copies)
+    # Memory that the system gives without having it is no error until it is written to, and then the end of the process.
+    if target.device.type == "cpu" and state_bytes > _host_memory():
+        raise _too_many_states(config, copies, state_bytes)
     pages = _take_memory(models, config, sizes, state_bytes)
     on_device = serves(target, draft)
     overlap = _overlap(options.overlap, target, draft, on_device)
@@ -221,10 +226,21 @@ def _take_states(
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        raise InvalidArgument(
-            f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
-            f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
-        ) from error
+        raise _too_many_states(config, copies, state_bytes) from error
+
+
+def _host_memory() -> float:
+    """Bytes of the machine's memory, without end where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _too_many_states(config: EngineConfig, copies: int | None, state_bytes: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"max_running: got {config.max_running}, expected as many as the memory has room for: their states"
+        f"{' and copies of them' if copies else ''} take {state_bytes / 2**30:,.1f} GiB"
+    )
 
 
 def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bool:
