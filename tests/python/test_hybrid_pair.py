@@ -10,6 +10,7 @@ import pytest
 from dflash_rs import LLM, InvalidArgument, SamplingParams, StepCosts, cli
 from dflash_rs.bench.workloads import held_out_prompts
 from dflash_rs.config import assets
+from dflash_rs.engine import build
 from dflash_rs.options import pick_models
 
 pytestmark = pytest.mark.pair
@@ -70,8 +71,10 @@ def test_the_battery_finds_no_text_that_differs(capsys):
     assert capsys.readouterr().out.count("\n") > 10
 
 
-def test_states_that_the_machine_has_no_memory_for_are_refused_before_any_of_it_is_taken():
+def test_states_that_the_machine_has_no_memory_for_are_refused_before_any_of_it_is_taken(monkeypatch):
+    monkeypatch.setattr(build, "_host_memory", lambda: 64 << 20)
     with pytest.raises(
-        InvalidArgument, match=r"max_running: got 2000000, .* their states and copies of them take [\d,.]+ GiB"
+        InvalidArgument, match=r"max_running: got 400, .* their states and copies of them take [\d,.]+ GiB"
     ):
-        engine(max_running=2_000_000)
+        engine(max_running=400)
+    engine(max_running=4).close()

@@ -18,6 +18,7 @@ from second import second  # noqa: E402
 import dflash_rs  # noqa: E402
 from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams, StepCosts  # noqa: E402
 from dflash_rs.config import assets  # noqa: E402
+from dflash_rs.engine import build  # noqa: E402
 
 PROMPTS = [p["prompt"] for p in json.loads((assets() / "prompts.json").read_text())]
 LENGTH = 40
@@ -880,3 +881,13 @@ def test_what_is_no_whole_number_is_no_size(value):
     for name in ("top_k", "seed", "max_tokens", "logprobs"):
         with pytest.raises(InvalidArgument, match=f"^{name}: got "):
             SamplingParams(**{name: value})
+
+
+def test_pages_that_the_machine_has_no_memory_for_are_refused_before_any_of_it_is_taken(monkeypatch):
+    """A cache in several tensors is given by the system whatever it has, and ends the process when it is written to."""
+    monkeypatch.setattr(build, "_host_memory", lambda: 64 << 20)
+    with pytest.raises(
+        InvalidArgument, match=r"num_pages, page_size: got 1000 pages .* expected a cache that fits the memory"
+    ):
+        LLM(max_context=256, num_pages=1000)
+    LLM(max_context=256, num_pages=20).close()

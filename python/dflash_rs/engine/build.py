@@ -127,10 +127,10 @@ def build(
     # Where cached text may be gone on from, of a target that keeps state.
     copies = None if target.state is None else _COPIES_PER_REQUEST * config.max_running * config.prefix_cache
     state_bytes = _state_bytes(target, config, sizes, copies)
-    # Memory that the system gives without having it is no error until it is written to, and then the end of the process.
-    if target.device.type == "cpu" and state_bytes > _host_memory():
+    room = _host_memory() if target.device.type == "cpu" else math.inf
+    if state_bytes > room:
         raise _too_many_states(config, copies, state_bytes)
-    pages = _take_memory(models, config, sizes, state_bytes)
+    pages = _take_memory(models, config, sizes, state_bytes, room)
     on_device = serves(target, draft)
     overlap = _overlap(options.overlap, target, draft, on_device)
     core = _core.Engine(
@@ -230,7 +230,8 @@ def _take_states(
 
 
 def _host_memory() -> float:
-    """Bytes of the machine's memory, without end where the system does not say."""
+    """Bytes of the machine's memory, without end where the system does not say. A system that gives more than it has, as most do, gives no error:
+    it ends the process when that is written to."""
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -261,8 +262,8 @@ def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bo
     return on_device if asked is None else asked
 
 
-def _take_memory(models: Models, config: EngineConfig, sizes: Sizes, state_bytes: int) -> int:
-    """Allocates the KV of both models and returns the number of pages; beside it there are `state_bytes` of state."""
+def _take_memory(models: Models, config: EngineConfig, sizes: Sizes, state_bytes: int, room: float) -> int:
+    """Allocates the KV of both models and returns the number of pages; beside it there are `state_bytes` of state, of `room` bytes in all."""
     target, draft, page = models.target, models.draft, config.page_size
     table = config.max_running * -(-(sizes.max_context + sizes.row) // page) * 4
     if table > _MOST_TABLE_BYTES:
@@ -278,7 +279,7 @@ def _take_memory(models: Models, config: EngineConfig, sizes: Sizes, state_bytes
         f"num_pages, page_size: got {pages} pages of {page} tokens, expected a cache that fits the memory; this one takes "
         f"{slots * bytes_per_token / 2**30:,.1f} GiB{f' beside {state_bytes / 2**30:,.1f} GiB of state' if state_bytes else ''}"
     )
-    if slots >= 2**31:
+    if slots >= 2**31 or slots * bytes_per_token + state_bytes > room:
         raise too_much
     try:
         target.alloc_kv(slots)
