@@ -27,8 +27,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo chat test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
-  sglang-hybrids sglang-demo sglang-install bench-core bench-demo bench-trees bench-rows bench-hybrid bench-peers bench-host bench-reference \
-  bench-sglang soak mutants mutants-tools
+  sglang-hybrids sglang-demo sglang-install bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host \
+  bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -152,7 +152,7 @@ $(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VE
 	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --target $(SGLANG_VENV)/sglang-0.5.17 -r $<
 	touch $@
 
-bench: bench-core bench-demo bench-trees bench-rows bench-hybrid bench-peers bench-host bench-reference bench-sglang
+bench: bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host bench-reference bench-sglang
 
 bench-core: install venv
 	cargo bench --locked
@@ -169,6 +169,9 @@ bench-host: install venv
 
 bench-trees: install venv
 	$(BIN)/python benchmarks/trees.py --json benchmarks/results/trees.json
+
+bench-overlap: install venv
+	$(BIN)/python benchmarks/overlap.py --json benchmarks/results/overlap.json
 
 bench-rows: install venv
 	$(BIN)/python benchmarks/pass_rows.py --json benchmarks/results/pass_rows.json

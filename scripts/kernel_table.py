@@ -1,5 +1,5 @@
 """What every kernel takes of a multiprocessor, for every architecture, compared with the committed cuda/registers.txt; and what a
-warp issues on the ways that decide the speed, compared with cuda/instructions.txt (issue_table.py has the counting and the model).
+warp issues on the ways that decide the speed, compared with cuda/instructions.txt (instruction_table.py has the counting and the model).
 
     python scripts/kernel_table.py           build, compare, list what differs; exit code 1 if anything got worse
     python scripts/kernel_table.py --write   build, write the tables
@@ -19,7 +19,7 @@ import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import issue_table
+import instruction_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "cuda" / "registers.txt"
@@ -86,8 +86,8 @@ def _order(key: tuple[str, str]) -> tuple[str, int]:
     return key[0], int(re.sub(r"\D", "", key[1]))
 
 
-def usages(table: Table) -> issue_table.Usages:
-    """The table as issue_table.py wants it."""
+def usages(table: Table) -> instruction_table.Usages:
+    """The table as instruction_table.py wants it."""
     return {key: (usage.registers, usage.shared) for key, usage in table.items()}
 
 
@@ -134,13 +134,13 @@ def main() -> int:
     table = parse_log((folder / "kernels.ptxas").read_text(encoding="utf-8"))
     if not table:
         sys.exit("ptxas reported no kernel")
-    counts = issue_table.count_all(issue_table.disassemble(folder / "kernels.fatbin"), ROOT / "cuda")
+    counts = instruction_table.count_all(instruction_table.disassemble(folder / "kernels.fatbin"), ROOT / "cuda")
     architectures = sorted({arch for _, arch in table}, key=lambda arch: int(re.sub(r"\D", "", arch)))
     summary = f"{len({kernel for kernel, _ in table})} kernels for {', '.join(architectures)} by nvcc {nvcc}"
     names = " and ".join(str(path.relative_to(ROOT)) for path in (TABLE, ISSUED))
     if args.write:
         TABLE.write_text(to_text(table, nvcc), encoding="utf-8")
-        ISSUED.write_text(issue_table.to_text(counts, usages(table), nvcc), encoding="utf-8")
+        ISSUED.write_text(instruction_table.to_text(counts, usages(table), nvcc), encoding="utf-8")
         print(f"{names}: {summary}")
         return 0
     old, old_counts = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in (TABLE, ISSUED))
@@ -148,7 +148,7 @@ def main() -> int:
         [*of_table, *of_counts]
         for of_table, of_counts in zip(
             differences(parse_table(old), table),
-            issue_table.differences(issue_table.parse_text(old_counts), counts),
+            instruction_table.differences(instruction_table.parse_text(old_counts), counts),
             strict=True,
         )
     )

@@ -209,8 +209,8 @@ class TargetSampler:
         """The target's token after every row, i64 ``[R, B]``.
 
         ``logits`` f32 ``[R * B, V]``, with grammar masks applied; adjusted in place, so that log-probabilities are those of
-        the distribution drawn from. Unless they are ``scored``, nobody reads them afterwards, and the sampler may overwrite them. ``block`` i64 ``[R, B]`` is each request's anchor and drafts, ``starts`` i64 ``[R]`` the
-        anchor's position.
+        the distribution drawn from. Unless they are ``scored``, nobody reads them afterwards, and the sampler may overwrite
+        them. ``block`` i64 ``[R, B]`` is each request's anchor and drafts, ``starts`` i64 ``[R]`` the anchor's position.
         """
         if self.untouched(info, reqs):
             return torch.argmax(logits, dim=-1).view_as(block)

@@ -26,14 +26,14 @@ def check(inputs: Sequence[torch.dtype], states: Sequence[torch.dtype], model: t
         if torch.promote_types(kept, model) != kept:
             raise InvalidArgument(
                 f"SGLANG_MAMBA_CONV_DTYPE: got {_name(kept)}, expected {_name(model)}, which the target computes in: SGLang rounds the last "
-                f"inputs of its convolutions after every plain step and not within a block, so the texts would differ. Set "
+                f"inputs of its convolutions after every plain step and not within a block, so the texts may differ. Set "
                 f"SGLANG_MAMBA_CONV_DTYPE={_name(model)} in the server's environment"
             )
     for kept in states:
         if kept != torch.float32:
             raise InvalidArgument(
                 f"--mamba-ssm-dtype: got {_name(kept)}, expected float32, which recurrent states are computed in: SGLang rounds them after "
-                "every plain step and not within a block, so the texts would differ. Give --mamba-ssm-dtype float32"
+                "every plain step and not within a block, so the texts may differ. Give --mamba-ssm-dtype float32"
             )
 
 

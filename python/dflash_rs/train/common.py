@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,10 +189,10 @@ def load_checkpoint(path: Path) -> dict | None:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def resumed(path: Path, settings: object) -> dict | None:
+def resumed(path: Path, settings: Any) -> dict | None:
     """The checkpoint at `path` of a run with these `settings`, None where there is none. Raises ValueError where others made it."""
     state = load_checkpoint(path)
-    if state is not None and state["settings"] != asdict(settings):  # type: ignore[call-overload]
+    if state is not None and state["settings"] != asdict(settings):
         raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
     return state
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# A graph of a target of 36 layers has some five hundred launches, about a megabyte; a workload settles on a few dozen.
+# Shapes come in powers of two, so a workload settles on far fewer; what this bounds is memory where shapes keep changing.
 MOST = 256
 
 

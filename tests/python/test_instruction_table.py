@@ -23,9 +23,9 @@ def sass():
 
 @pytest.fixture
 def table():
-    import issue_table
+    import instruction_table
 
-    return issue_table
+    return instruction_table
 
 
 def listing(*lines: str) -> list[str]:

@@ -315,10 +315,10 @@ def to_text(counts: Counts, usages: Usages, nvcc: str) -> str:
         [
             f"# Written by scripts/kernel_table.py --write, with nvcc {nvcc}; compared by `make kernels`.",
             f"# Counted in the machine code for {ARCH}: instructions that a warp issues for a unit of its work, by kind; blocks of a",
-            "# multiprocessor at a time. Walks are described in scripts/issue_table.py.",
+            "# multiprocessor at a time. Walks are described in scripts/instruction_table.py.",
             *_aligned([head, *rows], {0, 1, 2}),
             "",
-            "# Derived from the above and not measured: upper bounds for an H100 SXM by the model in scripts/issue_table.py. share: of",
+            "# Derived from the above and not measured: upper bounds for an H100 SXM by the model in scripts/instruction_table.py. share: of",
             f"# {HBM_BYTES / 1e12:.2f} TB/s, where a warp issues in {ISSUED_PER_WARP} of the clocks; share_full: where every issue slot is used.",
             *("= " + line for line in _aligned([head_derived, *(list(row.values()) for row in derived)], {5, 8})),
             "",
