@@ -1034,8 +1034,11 @@ class Planner:
         Returns tokens and parents ``[n, w]`` and the width of each request ``[n]``.
         """
 
-    def record_step(self, plan: StepPlan, accepted: Accepted) -> None:
-        """Books a step: what each request verified and which of it was accepted."""
+    def record_step(self, plan: StepPlan, accepted: Accepted, *, only: NDArray[np.bool_] | None = None) -> None:
+        """Books a step: what each request verified and which of it was accepted.
+
+        With ``only`` ``[R]``, of those rows of the step: what others verified came from somewhere else.
+        """
 
     def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
         """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).

@@ -288,11 +288,13 @@ class StepOptions(NamedTuple):
     tree_nodes: int
     cuda_graphs: bool
     overlap: bool | None
+    lookup: bool = False
 
     def check(self) -> StepOptions:
         """Raises InvalidArgument for what can be refused before models are loaded; the sizes depend on them."""
         flag("adaptive", self.adaptive)
         flag("cuda_graphs", self.cuda_graphs)
+        flag("lookup", self.lookup)
         if self.overlap is not None:
             flag("overlap", self.overlap)
         if self.costs is not None and not isinstance(self.costs, StepCosts):

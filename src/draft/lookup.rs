@@ -298,13 +298,17 @@ impl LookupRates {
         ((self.accepted[at] + PRIOR * assumed) / (self.reached[at] + PRIOR)) as f32
     }
 
-    /// Books what became of the first `verified` guesses of a request, of which `accepted` were kept.
-    pub fn record(&mut self, guesses: &[Guess], verified: usize, accepted: usize) {
+    /// Books what became of a request's guesses, now that it is known how its text goes on: those up to the first that was wrong, as far as the
+    /// text goes. Whether they were drafted does not matter.
+    pub fn record(&mut self, guesses: &[Guess], text: impl Iterator<Item = TokenId>) {
         let fade = 1.0 - 1.0 / MEMORY;
-        for (at, guess) in guesses.iter().enumerate().take(verified.min(accepted + 1)) {
-            let place = place(guess);
+        for (guess, token) in guesses.iter().zip(text) {
+            let (place, right) = (place(guess), guess.token == token);
             self.reached[place] = self.reached[place] * fade + 1.0;
-            self.accepted[place] = self.accepted[place] * fade + f64::from(u8::from(at < accepted));
+            self.accepted[place] = self.accepted[place] * fade + f64::from(u8::from(right));
+            if !right {
+                return;
+            }
         }
     }
 }
@@ -357,7 +361,7 @@ mod tests {
         let kinds: Vec<Guess> = (0..40).flat_map(|m| [guess(m, false), guess(m, true)]).collect();
         for of in &kinds {
             let mut rates = LookupRates::new();
-            rates.record(&[*of], 1, 0);
+            rates.record(&[*of], [TokenId(1)].into_iter());
             for other in &kinds {
                 let same = other.unanimous == of.unanimous && other.matched.min(31) == of.matched.min(31);
                 let less = rates.chance(other) < LookupRates::new().chance(other);
@@ -366,9 +370,31 @@ mod tests {
             }
         }
         let (one, mut rates) = ([guess(3, true)], LookupRates::new());
-        (0..1000).for_each(|_| rates.record(&one, 1, 1));
+        (0..1000).for_each(|_| rates.record(&one, [TokenId(0)].into_iter()));
         assert!(rates.chance(&one[0]) > 0.98);
-        (0..400).for_each(|_| rates.record(&one, 1, 0));
+        (0..400).for_each(|_| rates.record(&one, [TokenId(1)].into_iter()));
         assert!(rates.chance(&one[0]) < 0.16, "{}", rates.chance(&one[0]));
+    }
+
+    #[test]
+    fn guesses_count_up_to_the_first_that_is_wrong_and_as_far_as_the_text_goes() {
+        let guesses: Vec<Guess> = (1..=5)
+            .map(|matched| Guess {
+                token: TokenId(matched),
+                matched,
+                unanimous: true,
+            })
+            .collect();
+        let moved = |text: &[u32]| -> Vec<i32> {
+            let mut rates = LookupRates::new();
+            rates.record(&guesses, text.iter().map(|&token| TokenId(token)));
+            let change = |guess| rates.chance(guess) - LookupRates::new().chance(guess);
+            guesses.iter().map(|guess| change(guess).total_cmp(&0.0) as i32).collect()
+        };
+        assert_eq!(moved(&[]), [0, 0, 0, 0, 0]);
+        assert_eq!(moved(&[1, 2]), [1, 1, 0, 0, 0]);
+        assert_eq!(moved(&[1, 2, 9, 4]), [1, 1, -1, 0, 0]);
+        assert_eq!(moved(&[9]), [-1, 0, 0, 0, 0]);
+        assert_eq!(moved(&[1, 2, 3, 4, 5, 6]), [1, 1, 1, 1, 1]);
     }
 }

@@ -202,12 +202,27 @@ impl Planner {
         ))
     }
 
-    /// Books a step: what each request verified and which of it was accepted.
-    fn record_step(&mut self, plan: Object<'_, StepPlan>, accepted: Object<'_, Accepted>) -> PyResult<()> {
+    /// Books a step: what each request verified and which of it was accepted. With `only`, bool `[R]`, of those rows of the step: what
+    /// others verified came from somewhere else.
+    #[pyo3(signature = (plan, accepted, *, only=None), text_signature = "($self, plan, accepted, *, only=None)")]
+    fn record_step(
+        &mut self,
+        plan: Object<'_, StepPlan>,
+        accepted: Object<'_, Accepted>,
+        only: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         let (plan, accepted) = (plan.of("plan", "a StepPlan")?, accepted.of("accepted", "an Accepted")?);
         let plan = plan.get().locked();
+        let only = only.map(|only| array::<bool, Ix1>("only", only, "[R]")).transpose()?;
+        if let Some(only) = &only {
+            shaped("only", only.shape(), &[plan.arrays().row_ids.len()], "[R]")?;
+        }
+        let only = only.as_ref().map(|only| only.as_slice()).transpose()?;
         let mut outcome = Ok(());
-        accepted.get().each_pass(&plan, |pass| {
+        accepted.get().each_pass(&plan, |row, pass| {
+            if !only.is_none_or(|only| only[row]) {
+                return;
+            }
             let booked = self.0.record_pass(pass);
             outcome = outcome.clone().and(booked);
         });

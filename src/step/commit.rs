@@ -7,6 +7,7 @@ use super::values::{Accepted, AcceptedArrays, EventArrays, Events};
 use super::{Engine, StepPlan, closed};
 use crate::error::{Error, Result};
 use crate::schedule::{Finish, Gain, Ledger, Record, Request, Scheduled, Work};
+use crate::types::TokenId;
 
 /// What a step found out about one of its rows.
 struct Outcome<'a> {
@@ -120,8 +121,8 @@ impl Engine {
         };
         given.tell(request.id.0, events.arrays_mut());
         if decodes {
-            self.lookups
-                .record(&request.guesses, given.verified as usize, accepted as usize);
+            let said = step.tokens[first..end].iter().map(|&token| TokenId(token as u32));
+            self.lookups.record(&request.guesses, said);
             request.guesses.clear();
             self.stats
                 .record_tree(given.verified, given.drafted, accepted, taken as u32)?;

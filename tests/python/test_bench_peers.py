@@ -60,7 +60,8 @@ class Engine(FakeLLM):
         steps = sum(output.metrics["steps"] for output in outputs)
         each = 1.0 if not draft else 1.0 + (0.3 if self.draft_kind == "mtp" else 0.1) * (self.block_size - 1)
         self.clock.now += steps * each * self.slow
-        self.log.append(f"{self.draft_kind or 'plain'}{' trees' if self.options.get('tree_nodes') else ''}")
+        more = " trees" if self.options.get("tree_nodes") else " + lookup" if self.options.get("lookup") else ""
+        self.log.append(f"{self.draft_kind or 'plain'}{more}")
         return outputs
 
 
@@ -74,8 +75,10 @@ class Machine:
         self.engines: list[Engine] = []
         self.log: list[str] = []
 
-    def __call__(self, draft, max_running, block_size, tree_nodes):
-        more = {"draft": draft, "max_running": max_running, "block_size": block_size, "tree_nodes": tree_nodes}
+    def __call__(self, draft, max_running, block_size, tree_nodes, lookup):
+        more = {
+            "draft": draft, "max_running": max_running, "block_size": block_size, "tree_nodes": tree_nodes, "lookup": lookup
+        }  # fmt: skip
         self.engines.append(Engine(self.clock, self.log, self.kinds[draft], **more, **self.options))
         return self.engines[-1]
 
@@ -118,7 +121,7 @@ def suite(
 
 def test_every_arm_has_a_row_for_every_category_setting_and_number_of_requests(clock):
     found, machine = suite(clock, plan=Plan((GREEDY, SEEDED), (1, 2), repeat=1, max_tokens=10))
-    own = ["plain", "dflash", "dflash trees", "mtp", "lookup"]
+    own = ["plain", "dflash", "dflash + lookup", "dflash trees", "mtp", "mtp + lookup", "lookup"]
     theirs = {1: [TRANSFORMERS, TRANSFORMERS_LOOKUP, REFERENCE], 2: [TRANSFORMERS]}
     assert [(row.concurrency, row.temperature, row.category, row.mode) for row in found.rows] == [
         (concurrency, temperature, kind, arm)
@@ -198,8 +201,8 @@ def test_a_head_runs_at_the_number_of_steps_that_a_scan_found_fastest(clock):
 def test_a_head_of_two_steps_is_tried_with_no_more_and_its_block_is_not_the_one_of_other_drafters(clock):
     machine = Machine(clock)
 
-    def make(draft, max_running, block_size, tree_nodes):
-        llm = machine(draft, max_running, block_size or (3 if draft == "head" else None), tree_nodes)
+    def make(draft, max_running, block_size, tree_nodes, lookup):
+        llm = machine(draft, max_running, block_size or (3 if draft == "head" else None), tree_nodes, lookup)
         return llm
 
     plan = Plan((GREEDY,), repeat=1, max_tokens=10)
@@ -230,10 +233,10 @@ def test_trees_are_skipped_where_the_target_takes_none_and_other_errors_are_erro
     machine = Machine(clock)
     told = "tree_nodes: got 15, expected 0 with a target that keeps state"
 
-    def make(draft, max_running, block_size, tree_nodes):
+    def make(draft, max_running, block_size, tree_nodes, lookup):
         if tree_nodes:
             raise InvalidArgument(told)
-        return machine(draft, max_running, block_size, tree_nodes)
+        return machine(draft, max_running, block_size, tree_nodes, lookup)
 
     plan = Plan((GREEDY,), repeat=1, max_tokens=10)
     found = Suite(make, ["own"], plan, machine.others).run(PROMPTS)
@@ -248,7 +251,8 @@ def test_trees_are_skipped_where_the_target_takes_none_and_other_errors_are_erro
 def test_two_drafters_of_a_kind_are_called_after_their_folders(clock):
     found, _ = suite(clock, ("own", "second", "lookup"))
     names = list(dict.fromkeys(row.mode for row in found.rows))
-    assert names[:6] == ["plain", "dflash", "dflash trees", "dflash (second)", "dflash (second) trees", "lookup"]
+    one, other = ([f"{name}{more}" for more in ("", " + lookup", " trees")] for name in ("dflash", "dflash (second)"))
+    assert names[:8] == ["plain", *one, *other, "lookup"]
 
 
 def test_a_changed_token_is_found_in_its_category_and_texts_drawn_otherwise_are_not_compared(clock):

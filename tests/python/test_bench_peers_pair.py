@@ -101,13 +101,15 @@ def test_engines_over_one_set_of_weights_live_beside_each_other(plain, monkeypat
     )
     make = cli.engine.Shared(args)
     engines = [make(None, 3, None, 0), make("auto", 3, None, 0), make("auto", 3, 4, 9), make("lookup", 3, None, 0)]
+    engines.append(make("auto", 3, None, 0, True))
     try:
-        assert len(read) == 1 and [one.draft_kind for one in engines] == [None, "dflash", "dflash", "lookup"]
+        assert len(read) == 1 and [one.draft_kind for one in engines] == [None, "dflash", "dflash", "lookup", "dflash"]
+        assert [one.lookup for one in engines] == [False] * 4 + [True]
         assert [(one.block_size, one.tree_nodes) for one in engines[1:3]] == [(8, 0), (4, 9)]
         assert {one.model_dir for one in engines} == {str(assets() / "target")}
         assert engines[1].draft_dir == str(assets() / "draft")
         pointers = {one._target.embedding.weight.data_ptr() for one in engines}
-        assert len(pointers) == 1 and len({id(one._target) for one in engines}) == 4
+        assert len(pointers) == 1 and len({id(one._target) for one in engines}) == 5
         # In turns, one begins while another is in the middle.
         params = SamplingParams(max_tokens=20)
         streams = [one.stream(prompts, params) for one in engines]
@@ -120,7 +122,7 @@ def test_engines_over_one_set_of_weights_live_beside_each_other(plain, monkeypat
                     going.remove(i)
                 elif event.output is not None:
                     found[i][event.index] = event.output.token_ids
-        assert found == [texts] * 4
+        assert found == [texts] * 5
     finally:
         for one in engines:
             one.close()
@@ -163,7 +165,7 @@ def test_the_command_runs_everything_that_is_here_and_tells_the_rest(head, tmp_p
     data = json.loads(out)
     rows = {(row["mode"], row["temperature"], row["category"]): row for row in data["rows"]}
     modes = {mode for mode, _, _ in rows}
-    own = {"plain", "dflash", "dflash trees", "mtp", "lookup"}
+    own = {"plain", "dflash", "dflash + lookup", "dflash trees", "mtp", "mtp + lookup", "lookup"}
     assert own | {TRANSFORMERS, TRANSFORMERS_LOOKUP} <= modes
     assert REFERENCE in modes or [one["arm"] for one in data["skipped"]] == [REFERENCE]
     for (mode, temperature, _), row in rows.items():

@@ -39,6 +39,8 @@ from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument
 
 TREES, MTP = "trees", "mtp"
+# A drafter with look-up beside it.
+BESIDE = f"+ {LOOKUP}"
 # Most steps of a head that the scan tries, its rounds, and what it runs.
 _MOST_STEPS, _SCAN_ROUNDS, _SCAN_PROMPTS, _SCAN_TOKENS = 7, 3, 6, 48
 # Drafts of a tree at most, unless the caller says otherwise.
@@ -87,8 +89,9 @@ class Comparison:
     scans: list[Scan] = field(default_factory=list)
 
 
-# (drafter, requests at once, tokens of a block or None, drafts of a tree or 0) -> engine. None decodes plainly.
-Make = Callable[[str | None, int, int | None, int], Any]
+# (drafter, requests at once, tokens of a block or None, drafts of a tree or 0, whether to look up beside the drafter) -> engine. Without a drafter
+# it decodes plainly.
+Make = Callable[[str | None, int, int | None, int, bool], Any]
 # (engine, the DFlash drafter or None) -> the loops of others that are here, and why the z-lab loop is not among them (None where it is).
 Others = Callable[[Any, str | None], tuple[list[Foreign], str | None]]
 
@@ -120,7 +123,7 @@ class Suite:
         for concurrency in self.plan.concurrency:
             own: list[Own] = []
             try:
-                plain = self.make(None, concurrency, None, 0)
+                plain = self.make(None, concurrency, None, 0, False)
                 own.append(Own(PLAIN, plain, drafts=False))
                 if not self.tasks:
                     self.tasks, self.stop_ids = conversations(plain, prompts, self.plan.max_tokens)
@@ -145,7 +148,7 @@ class Suite:
         first = None
         kinds = []
         for draft in self.drafts:
-            llm = self.make(draft, concurrency, None, 0)
+            llm = self.make(draft, concurrency, None, 0, False)
             kind = getattr(llm, "draft_kind", None) or DFLASH
             name = _named(kind, draft, arms)
             kinds.append(kind)
@@ -157,23 +160,31 @@ class Suite:
                 block = scan.best + 1
             if kind == MTP or (block is not None and block != llm.block_size):
                 llm.close()
-                llm = self.make(draft, concurrency, block, 0)
+                llm = self.make(draft, concurrency, block, 0, False)
             arms.append(Own(name, llm, draft=draft, tree_nodes=0))
+            if kind != LOOKUP:
+                self._add(arms, f"{name} {BESIDE}", draft, concurrency, block, 0, True)
             if kind in (LOOKUP, MTP):
                 continue
             first = first or getattr(llm, "draft_dir", None) or draft
-            try:
-                trees = self.make(draft, concurrency, block, self.tree_nodes)
-            except InvalidArgument as error:
-                if not str(error).startswith("tree_nodes:"):
-                    raise
-                self._skip(Skipped(f"{name} {TREES}", str(error)))
-            else:
-                arms.append(Own(_named(f"{name} {TREES}", draft, arms), trees, draft=draft, tree_nodes=self.tree_nodes))
+            self._add(arms, f"{name} {TREES}", draft, concurrency, block, self.tree_nodes, False)
         for kind, what in ((DFLASH, "DFlash drafter"), (MTP, "MTP head")):
             if not any(one.startswith(kind) for one in kinds):
                 self._skip(Skipped(kind, f"no {what} was given (--draft FOLDER)"))
         return first
+
+    def _add(
+        self, arms: list[Own], name: str, draft: str, concurrency: int, block: int | None, nodes: int, lookup: bool
+    ) -> None:
+        """Appends a drafter's arm of another kind; what cannot be is skipped with the reason."""
+        try:
+            llm = self.make(draft, concurrency, block, nodes, lookup)
+        except InvalidArgument as error:
+            if not str(error).startswith(("tree_nodes:", "lookup:")):
+                raise
+            self._skip(Skipped(name, str(error)))
+        else:
+            arms.append(Own(_named(name, draft, arms), llm, draft=draft, tree_nodes=nodes))
 
     def _scan(self, arm: str, draft: str, concurrency: int, own: int) -> Scan:
         """Tries a head of `own` steps with 1 to 7 of them, in turns, on a few prompts at every setting."""
@@ -185,7 +196,7 @@ class Suite:
         most = min(self.plan.max_tokens, _SCAN_TOKENS)
         for turn in range(min(self.plan.repeat, _SCAN_ROUNDS)):
             for k in _turned(list(rates), turn):
-                llm = self.make(draft, concurrency, k + 1, 0)
+                llm = self.make(draft, concurrency, k + 1, 0, False)
                 try:
                     tokens, seconds = 0, 0.0
                     for setting in self.plan.settings:

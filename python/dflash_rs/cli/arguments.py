@@ -75,6 +75,12 @@ def add_engine(parser: argparse.ArgumentParser, *, drafters: bool = False) -> An
         help="draft trees of at most N tokens; default: chains, one token per place",
     )
     group.add_argument(
+        "--lookup",
+        action="store_true",
+        default=None,
+        help="beside the drafter, look drafts up in the text itself, and take what promises more; the same text",
+    )
+    group.add_argument(
         "--no-adaptive",
         action="store_false",
         default=None,

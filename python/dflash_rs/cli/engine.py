@@ -48,6 +48,7 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
         "threads",
         "block_size",
         "tree_nodes",
+        "lookup",
         "adaptive",
         "page_size",
         "num_pages",
@@ -74,20 +75,23 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
 class Shared:
     """Engines of several drafters for the target that the command line names, whose weights are read once.
 
-    A call gives the engine of a drafter (None: plain decoding), of so many requests at once, tokens of a block and drafts of a tree. Engines
-    of the same drafter and kind of draft share their KV, so the last one has to be closed before the next is made; others may live beside it.
+    A call gives the engine of a drafter (None: plain decoding), of so many requests at once, tokens of a block, drafts of a tree, and with look-up
+    beside the drafter or without. Engines of the same drafter and kind of draft share their KV, so the last one has to be closed before the next is
+    made; others may live beside it.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         # By drafter and kind of draft: (target, drafter, tokenizer, bytes of tokens), and where the models are.
-        self._parts: dict[tuple[str | None, bool], tuple[tuple[Any, Any, Any, Any], tuple[Any, Any]]] = {}
+        self._parts: dict[tuple[str | None, bool, bool], tuple[tuple[Any, Any, Any, Any], tuple[Any, Any]]] = {}
 
-    def __call__(self, draft: str | None, max_running: int, block_size: int | None, tree_nodes: int) -> Any:
-        key = (draft, tree_nodes > 0)
+    def __call__(
+        self, draft: str | None, max_running: int, block_size: int | None, tree_nodes: int, lookup: bool = False
+    ) -> Any:
+        key = (draft, tree_nodes > 0, lookup)
         own: dict[str, Any] = {"max_running": max_running, "prefix_cache": False}
         if key not in self._parts and not self._beside(key):
-            llm = make_engine(self._asked(draft, block_size, tree_nodes), **own)
+            llm = make_engine(self._asked(draft, block_size, tree_nodes), lookup=lookup, **own)
             self._parts[key] = (
                 (llm._target, llm._draft, llm.tokenizer, llm._bytes),
                 (llm.model_dir, llm.draft_dir),
@@ -105,6 +109,7 @@ class Shared:
             token_bytes=token_bytes,
             block_size=block_size,
             tree_nodes=tree_nodes,
+            lookup=lookup,
             **given,
             **own,
         )
@@ -115,7 +120,7 @@ class Shared:
         given = {"draft": draft, "no_draft": draft is None, "block_size": block_size, "tree_nodes": tree_nodes or None}
         return argparse.Namespace(**{**vars(self._args), **given})
 
-    def _beside(self, key: tuple[str | None, bool]) -> bool:
+    def _beside(self, key: tuple[str | None, bool, bool]) -> bool:
         """Prepares an engine over the weights that are there; False where there are none yet, or they cannot be shared."""
         if not self._parts:
             return False

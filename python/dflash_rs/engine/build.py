@@ -15,6 +15,7 @@ from ..config import LOOKUP, EngineConfig
 from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
 from ..models.loader import describe_draft, load_draft
+from ..models.lookup import BLOCK as LOOKUP_BLOCK
 from ..models.lookup import LookUp
 from ..models.target import TargetModel
 from ..models.target.load import describe
@@ -76,9 +77,13 @@ class Sizes:
     block_size: int
     tree_nodes: int
     max_context: int
+    # Most tokens of a block that is looked up beside a drafter, its anchor counted; 0 looks nothing up.
+    look_up: int = 0
 
     @classmethod
-    def choose(cls, models: Models, config: EngineConfig, block_size: int | None, tree_nodes: int) -> Sizes:
+    def choose(
+        cls, models: Models, config: EngineConfig, block_size: int | None, tree_nodes: int, lookup: bool = False
+    ) -> Sizes:
         """Of what was asked for, within what the models take."""
         plain, draft = models.draft is None, models.draft
         expected = "0 without a drafter" if plain else None
@@ -94,12 +99,29 @@ class Sizes:
         asked, limit = config.max_context, models.target.max_context
         if asked > limit:
             raise InvalidArgument(f"max_context: got {asked}, expected at most {limit}, the target's own limit")
-        return cls(block, nodes, asked or limit)
+        return cls(block, nodes, asked or limit, _look_up(models, nodes, lookup))
 
     @property
     def row(self) -> int:
         """Most tokens of a decoding row."""
-        return max(self.block_size, self.tree_nodes + 1)
+        return max(self.block_size, self.tree_nodes + 1, self.look_up)
+
+
+def _look_up(models: Models, nodes: int, asked: bool) -> int:
+    if not asked:
+        return 0
+    draft, why = models.draft, ""
+    if draft is None:
+        why = "there is no drafter to look up beside; draft='lookup' looks up alone"
+    elif draft.from_text:
+        why = "the drafter looks up already"
+    elif nodes:
+        why = f"tree_nodes is {nodes}, and what is looked up is a chain"
+    elif serves(models.target, draft):
+        why = "steps stay on the GPU, which does not know the texts"
+    if why:
+        raise InvalidArgument(f"lookup: got True, expected False: {why}")
+    return LOOKUP_BLOCK
 
 
 def _block(draft: Any | None, asked: int | None) -> int:
@@ -132,7 +154,7 @@ def build(
         raise _too_many_states(config, copies, state_bytes)
     pages = _take_memory(models, config, sizes, state_bytes, room)
     on_device = serves(target, draft)
-    overlap = _overlap(options.overlap, target, draft, on_device)
+    overlap = _overlap(options.overlap, target, draft, on_device, sizes.look_up > 0)
     core = _core.Engine(
         num_pages=pages,
         page_size=config.page_size,
@@ -207,6 +229,7 @@ def _policy(
         asks_host=device is None,
         widths=[] if device is None else device.widths,
         from_text=draft is not None and draft.from_text,
+        look_up=sizes.look_up,
     )
 
 
@@ -244,7 +267,7 @@ def _too_many_states(config: EngineConfig, copies: int | None, state_bytes: int)
     )
 
 
-def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bool:
+def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool, looks_up: bool) -> bool:
     """Whether steps are launched ahead."""
     if target.state is not None:
         if asked:
@@ -252,7 +275,7 @@ def _overlap(asked: bool | None, target: Any, draft: Any, on_device: bool) -> bo
                 "overlap: got True, expected None or False: this target keeps state that moves on with what is accepted"
             )
         return False
-    if draft is not None and draft.from_text:
+    if looks_up or (draft is not None and draft.from_text):
         if asked:
             raise InvalidArgument(
                 "overlap: got True, expected None or False: what is looked up hangs on the tokens of the step before"

@@ -63,7 +63,21 @@ class HostBackend:
             self.policy.admit(step, tokens[:, :, None], chances[:, :, None], found)
             return
         rows = plan.draft_rows
-        tokens, probabilities = self.draft.candidates(
+        if not self.policy.look_up:
+            self.policy.admit(step, *self._ask(step, rows))
+            return
+        looked_up = self.core.look_up(plan, self.policy.look_up)
+        asked = self.policy.ask(step, looked_up[1])
+        drafted = None
+        if asked.any():
+            tokens, probabilities = self._ask(step, rows[asked])
+            drafted = tokens[:, :, 0], probabilities[:, :, 0]
+        self.policy.admit_either(step, looked_up, asked, drafted)
+
+    def _ask(self, step: Step, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The drafter's candidates for rows of a step, and their probabilities, [n, block - 1, k]."""
+        plan = step.plan
+        return self.draft.candidates(
             plan.token_ids[plan.query_starts[rows]],
             plan.context_lens[rows],
             self.core.page_table,
@@ -73,7 +87,6 @@ class HostBackend:
             block_size=step.block,
             k=None if step.trees else 1,
         )
-        self.policy.admit(step, tokens, probabilities)
 
     @stage("verify")
     def _verify(self, step: Step) -> tuple[np.ndarray, Edited | None, Any]:

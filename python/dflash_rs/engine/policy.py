@@ -27,6 +27,8 @@ class Policy:
     By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `widths`: whether the drafter's probabilities are seen
     before verifying; where they are not, trees come in these numbers of tokens, the anchor counted. `observes`: the costs come down to what steps take.
     `from_text`: drafts are looked up and cost nothing, so as many as there are are looked at before it is decided what of them pays.
+    `look_up`: most tokens of a block that is looked up beside a drafter, the anchor counted; 0 looks nothing up. A request's drafts are then
+    those that promise more, its drafter's or its own text's, and a drafter is not asked where the text promises more already.
     """
 
     def __init__(
@@ -42,10 +44,14 @@ class Policy:
         asks_host: bool,
         widths: list[int],
         from_text: bool = False,
+        look_up: int = 0,
     ):
         self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
-        self._from_text, self._block = from_text, block_size
+        self._from_text, self._block, self.look_up = from_text, block_size, look_up
+        # Rows of the step at hand whose drafts are the drafter's, bool [R], where others look up; and rows of the drafter's pass.
+        self._drafters: np.ndarray | None = None
+        self._asked_rows = 0
         self._widths = [] if asks_host or not tree_nodes else widths
         self.planner = (
             _core.Planner(block_size, tree_nodes=tree_nodes) if costs is None else costs.planner(block_size, tree_nodes)
@@ -59,7 +65,8 @@ class Policy:
         decided = self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens)
         if self._from_text:
             return Decision(self._block, self._block, False)
-        return Decision(*decided)
+        row, block, trees = decided
+        return Decision(max(row, self.look_up), block, trees)
 
     def shape(self, plan: Any, decision: Decision) -> Step:
         """What the planned step is to do."""
@@ -71,9 +78,54 @@ class Policy:
             *_, drafting, _, longest, _ = plan.outline
         block = decision.block if trees else min(decision.block, longest)
         # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen. A look-up has no KV that could be missing.
-        return Step(plan, block, trees, self._from_text or plan.drafts, drafting * block)
+        inject = self._from_text or (plan.drafts and (not self.look_up or block > 1))
+        return Step(plan, block, trees, inject, drafting * block)
 
     # ---- between drafting and verifying --------------------------------------------------------------------------
+
+    def ask(self, step: Step, chances: np.ndarray) -> np.ndarray:
+        """For which of the rows that may draft the drafter is asked, bool [n], beside drafts that were looked up, with `chances` float32 [n, D] of
+        each when all before it are right, 0 where there is none."""
+        temperatures = step.plan.temperatures[step.plan.draft_rows]
+        if step.block < 2:
+            asked = np.zeros(temperatures.size, dtype=bool)
+        else:
+            known = {
+                t: np.cumprod(self.planner.acceptance(t)[: step.block - 1]).sum() for t in set(temperatures.tolist())
+            }
+            expected = np.array([known[t] for t in temperatures.tolist()])
+            asked = _promised(chances) < expected
+        self._asked_rows = int(asked.sum()) * step.block
+        return asked
+
+    def admit_either(
+        self,
+        step: Step,
+        looked_up: tuple[np.ndarray, np.ndarray, np.ndarray],
+        asked: np.ndarray,
+        drafted: tuple[np.ndarray, np.ndarray] | None,
+    ) -> None:
+        """Fills in what pays of the drafts that promise more. `looked_up`: tokens int64 [n, D], chances float32 [n, D], and how many there are,
+        int32 [n]; `drafted`: the drafter's chains and probabilities [m, B-1] for the m rows that were `asked`, None where none was."""
+        plan = step.plan
+        tokens, chances, found = looked_up
+        temperatures = plan.temperatures[plan.draft_rows]
+        exponents = {t: self.planner.exponent(t) for t in set(temperatures.tolist())}
+        exponent = np.array([exponents[t] for t in temperatures.tolist()], dtype=np.float32)[:, None]
+        # The planner makes chances of what a drafter says; what is a chance already is told in the drafter's words.
+        probabilities = chances ** (1 / exponent)
+        self._drafters = np.zeros(plan.row_ids.size, dtype=bool)
+        if drafted is not None:
+            chains, its = drafted
+            width = min(chains.shape[1], tokens.shape[1])
+            rows = np.flatnonzero(asked)
+            better = _promised(its ** exponent[rows]) >= _promised(chances[rows])
+            rows = rows[better]
+            tokens[rows, :width], probabilities[rows] = chains[better, :width], 0
+            probabilities[rows, :width] = its[better, :width]
+            found[rows] = width
+            self._drafters[plan.draft_rows[rows]] = True
+        self.admit(step, tokens[:, :, None], probabilities[:, :, None], found)
 
     def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, found: np.ndarray | None = None) -> None:
         """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`. `found` int32 [n]: how many places have any
@@ -97,12 +149,18 @@ class Policy:
     def learn(self, step: Step, accepted: Any) -> None:
         """Remembers what was accepted."""
         if step.drafted_rows:
-            self.planner.record_step(step.plan, accepted)
+            self.planner.record_step(step.plan, accepted, only=self._drafters if self.look_up else None)
 
     def observe(self, step: Step, times: StageTimes) -> None:
         """Sees what a step took."""
         plan, took = step.plan, times.step
         # A prefill computes fewer logits than rows.
         if self._observes and plan.logit_rows.size == plan.token_ids.size:
-            drafted = step.drafted_rows if step.inject else 0
+            rows = self._asked_rows if self.look_up else step.drafted_rows
+            drafted = rows if step.inject else 0
             self.planner.observe(plan.token_ids.size, took["verify"], drafted, took["draft"] + took["inject"])
+
+
+def _promised(chances: np.ndarray) -> np.ndarray:
+    """How many drafts of each chain will be accepted on average, [n], by the chances [n, D] of each when all before it were."""
+    return np.cumprod(chances, axis=1).sum(axis=1)

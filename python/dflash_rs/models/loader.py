@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..weights import check_weights
-from . import checkpoint
+from . import checkpoint, proposals
 from .checkpoint import MOST_HEADS, MOST_POSITIONS, MOST_VOCAB, MOST_WIDTH, Stored, readable
 from .dflash.config import FULL, SLIDING, DraftConfig
 from .dflash.model import DFlashDraft
@@ -401,7 +401,7 @@ def draft_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        files = ["config.json", "*.safetensors", "model.safetensors.index.json"]
+        files = ["config.json", "*.safetensors", "model.safetensors.index.json", proposals.FILE]
         return Path(snapshot_download(path.as_posix(), allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -427,7 +427,18 @@ def describe_draft(path: str | Path, target=None) -> tuple[Path, DraftConfig | M
         stored = stored_tensors(path)
         _check_layers(path, config, stored)
         _check_tensors(path, _skeleton(config).state_dict(), stored)
+        _proposed(path, config)
         return path, config
+
+
+def _proposed(path: Path, config: DraftConfig | MtpConfig) -> Tensor | None:
+    """The part of the vocabulary that the drafter in this folder proposes; None for all of it."""
+    found = proposals.read(path, config.vocab_size, getattr(config, "mask_token_id", None))
+    if found is not None and isinstance(config, DFlash2Config):
+        raise CheckpointError(
+            f"{path / proposals.FILE}: got a part of the vocabulary for a DFlash 2 drafter, expected none: its selector is of all of it"
+        )
+    return found
 
 
 def _skeleton(config: DraftConfig | MtpConfig) -> Any:
@@ -458,6 +469,7 @@ def load_draft(
         tensors = read_tensors(path)
         check_weights(path, tensors.items())
         draft.load_state_dict(tensors, assign=True)
+        draft.vocabulary = _proposed(path, config)
         draft.to(device=device or "cpu", dtype=dtype or torch.float32)
         draft.matmul_precision = matmul_precision
         if target is not None:
@@ -483,6 +495,7 @@ def save_draft(draft: DFlashDraft | MtpDraft, path: str | Path, *, dtype: torch.
         for name, t in draft.state_dict().items()
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    proposals.write(path, draft.vocabulary)
 
 
 def _saved_mtp(c: MtpConfig) -> dict[str, Any]:

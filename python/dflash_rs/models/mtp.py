@@ -39,6 +39,7 @@ from .batch import StepBatch
 from .dflash.layers import DraftLayer, RMSNorm, rope_frequencies
 from .drafter import FINAL
 from .fused import FusedLayer, PackedLinear, RotaryTable, addresses, rotate_rows
+from .proposals import Proposals
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class MtpDraft(nn.Module):
         with torch.device("cpu"):
             self._inv_freq, self._rope_factor = rope_frequencies(config)
         self._bound: tuple[nn.Module, nn.Module] | None = None
+        # Tokens that it proposes, int64 [N] rising; None for all. See `models/proposals.py`; read by `alloc_kv`.
+        self.vocabulary: Tensor | None = None
         self.runtime: Runtime | None = None
         self.matmul_precision = "highest"
 
@@ -137,7 +140,8 @@ class MtpDraft(nn.Module):
     @property
     def branches(self) -> int:
         """Candidates per position at most that draft trees are made of."""
-        return self.config.branches
+        known = self.config.branches
+        return known if self.vocabulary is None else min(known, len(self.vocabulary))
 
     @property
     def key_dims(self) -> tuple[int, ...]:
@@ -230,9 +234,10 @@ class Runtime:
         )
         attention = layer.self_attn
         self.context_kv = PackedLinear([attention.k_proj, attention.v_proj], share=False, precision=precision)
-        self.head = lm_head
-        if type(lm_head) is nn.Linear:
-            self.head = PackedLinear([lm_head], share=False, precision=precision)
+        self.proposals = Proposals(lm_head, draft.vocabulary)
+        self.head = self.proposals.head
+        if type(self.head) is nn.Linear:
+            self.head = PackedLinear([self.head], share=False, precision=precision)
         self.rotary = RotaryTable(lambda p: tuple(x.squeeze(-2) for x in draft.cos_sin(p, self.dtype)))
         shape = (num_slots, c.num_key_value_heads, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
@@ -343,9 +348,9 @@ class Runtime:
             logits = self.head(states)
             # The first of equals, which topk does not promise.
             best = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
-            picked.append(best)
+            picked.append(self.proposals.named(best))
             chances.append(logits.float().softmax(dim=-1).gather(-1, best))
-            tokens = best[:, 0]
+            tokens = picked[-1][:, 0]
         return torch.stack(picked, dim=1).cpu().numpy(), torch.stack(chances, dim=1).cpu().numpy()
 
     def _heads(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

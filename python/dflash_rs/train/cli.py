@@ -17,6 +17,7 @@ _HELP = {
     "batch_size": "sequences per step, or per shard",
     "block_size": "tokens of a block, the anchor counted",
     "decay": "share of the steps over which the learning rate falls",
+    "draft_vocab": "tokens it will propose, the most frequent of the responses; 0: all",
     "expert_size": "units of an expert",
     "experts_per_token": "experts that a token goes through, beside the shared one",
     "gamma": "slot k of a block weighs exp(-(k-1)/gamma)",
@@ -40,6 +41,7 @@ _HELP = {
     "num_kv_heads": "key heads",
     "num_layers": "layers",
     "own_text": "with --corpus: share of the target's own text in a batch, the rest is true text",
+    "sampled_vocab": "with --draft-vocab: random tokens that stand for the rest in a step's loss",
     "seed": "of everything random",
     "seq_len": "tokens of a sequence",
     "sequences": "sequences to write",
@@ -210,6 +212,12 @@ def _add_responses(subparsers) -> None:
     own.add_argument(
         "--part", default="0/1", metavar="K/N", help="the K-th of N processes that share the work, from 0; default: 0/1"
     )
+    own.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="sequences of a shard that are written side by side; the texts are the same; default: all of a shard",
+    )
     _add_settings(own, ResponseSettings)
     own.set_defaults(run=_clear(_responses))
 
@@ -351,7 +359,14 @@ def _responses(args: argparse.Namespace) -> int:
     source = from_corpus(args.corpus) if args.corpus else from_file(args.prompts) if args.prompts else from_target()
     settings = _settings(args, ResponseSettings)
     generate(
-        args.target, source, args.out, settings, (int(part[0]), int(part[1])), dtype=args.dtype, device=args.device
+        args.target,
+        source,
+        args.out,
+        settings,
+        (int(part[0]), int(part[1])),
+        dtype=args.dtype,
+        device=args.device,
+        at_once=args.at_once,
     )
     return 0
 

@@ -29,6 +29,7 @@ from .common import Group, Optimizers, Progress, cosine, finite, pick_device, re
 from .documents import Documents, Rows, Text, rows_of
 from .features import StoredFeatures
 from .settings import DrafterTraining, MtpTraining
+from .vocabulary import Columns, Narrowed
 from .warm_start import base_layers, warm_start
 
 # Rows per category that a report on held-out texts looks at.
@@ -80,6 +81,8 @@ class Teacher:
         self.target = target.eval().requires_grad_(False)
         self.taps, self.mask = taps, mask_token_id
         self.stored: StoredFeatures | None = None
+        # What logits are made of, where it is a part of the vocabulary.
+        self.columns: Columns | None = None
         self._seen: dict[int, torch.Tensor] = {}
         for k in taps:
             base_layers(target)[k].register_forward_hook(self._keep(k))
@@ -108,7 +111,9 @@ class Teacher:
         return self(batch.tokens, batch.position)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the target's head makes of hidden states, in its own dtype."""
+        """What the target's head makes of hidden states, in its own dtype: logits of the vocabulary, or of `columns`."""
+        if self.columns is not None:
+            return self.columns.scores(hidden)
         head = self.target.get_output_embeddings()
         return head(hidden.to(head.weight.dtype))
 
@@ -118,7 +123,7 @@ class Teacher:
 
     def _without_mask(self, scores: torch.Tensor, value: float) -> torch.Tensor:
         """Overwrites what `scores` say of the mask token, if there is one."""
-        if self.mask is not None:
+        if self.mask is not None and self.columns is None:
             scores[..., self.mask] = value
         return scores
 
@@ -169,15 +174,16 @@ def head_loss(
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             # As few passes over rows of a whole vocabulary as there can be: on a CPU they take longer than the products.
             logits = teacher._without_mask(scores.float(), -math.inf)
-            largest, likeliest = logits.max(-1)
+            largest = logits.max(-1)
             probabilities = logits.softmax(-1)
-            total = largest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
+            total = largest.values - probabilities.gather(1, largest.indices[:, None])[:, 0].log()
+            likeliest = largest.indices if teacher.columns is None else logits[:, : teacher.columns.proposed].argmax(-1)
             right[span] = likeliest == truth
             teacher._without_mask(logits, 0.0)
             if soft > 0:
                 label = teacher.law(before)
                 if soft < 1:
-                    label.mul_(soft).scatter_add_(1, truth[:, None], torch.full_like(largest, 1 - soft)[:, None])
+                    label.mul_(soft).scatter_add_(1, truth[:, None], torch.full_like(total, 1 - soft)[:, None])
                 probabilities.sub_(label)
                 expected = label.mul_(logits).sum(-1)
             else:
@@ -260,14 +266,19 @@ def slots_loss(
     counts = (where < length) & (at(batch.document) == document) & (document >= 0) & at(batch.own)
     # A slot behind one that does not count is never reached.
     counts = counts.int().cumprod(-1).bool()
+    whole = counts.all(-1)
+    truth = at(tokens)
+    if teacher.columns is not None:
+        # Nor is one behind a token that is not proposed: the draft ends there whatever is learnt.
+        truth = teacher.columns.of(truth)
+        counts = (counts & (truth >= 0)).int().cumprod(-1).bool()
     weights = torch.exp(-torch.arange(block - 1, device=tokens.device) / settings.gamma) * counts
     before = last.gather(1, (flat - 1)[..., None].expand(-1, -1, last.shape[-1]))
     chosen = counts.flatten()
-    labelled = Labelled(before.flatten(0, 1)[chosen], at(tokens).flatten()[chosen], weights.flatten()[chosen])
+    labelled = Labelled(before.flatten(0, 1)[chosen], truth.flatten()[chosen], weights.flatten()[chosen])
     loss, right = head_loss(teacher, hidden.flatten(0, 2)[chosen], labelled, settings.soft_labels)
     with torch.no_grad():
         hits = torch.zeros_like(chosen).masked_scatter(chosen, right).view_as(where)
-        whole = counts.all(-1)
         accepted = hits.int().cumprod(-1).sum(-1)[whole].float()
     return loss / weights.sum().clamp(min=1e-9), 1 + float(accepted.mean()) if len(accepted) else math.nan
 
@@ -403,6 +414,7 @@ def run(
     if shard_target:
         shard(target, group)
     _bind(draft, target, settings, where)
+    narrowed = _narrow(draft, target, own, settings, where, group)
     teacher = Teacher(target, settings.tap_ids, settings.mask_token_id)
     whole_rows = not teacher.keeps_documents_apart(where)
     if whole_rows and group.leads:
@@ -423,6 +435,7 @@ def run(
     mean_loss, mean_tau = None, None
     for step in range(begun + 1, settings.steps + 1):
         batch = next(source).on(group, where)
+        teacher.columns = None if narrowed is None else narrowed.at(step)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
             loss, tau = loss_of(draft, teacher, batch, settings)
         loss.backward()
@@ -433,6 +446,7 @@ def run(
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
         saves = step % save_every == 0 or step == settings.steps
         if saves and (group.leads or shard_target):
+            teacher.columns = None if narrowed is None else narrowed.proposed()
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
         if saves and group.leads:
             history.append({"step": step, "loss": mean_loss, "random_anchor_tau": mean_tau, "held_out": held_out})
@@ -473,6 +487,23 @@ def _bind(draft, target, settings: DrafterTraining | MtpTraining, where: torch.d
         with readable(settings.init_from, "init_from"):
             draft.load_state_dict(load_draft(settings.init_from).state_dict())
     draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
+
+
+def _narrow(
+    draft, target, own: Documents, settings: DrafterTraining | MtpTraining, where: torch.device, group: Group
+) -> Narrowed | None:
+    """Tells the drafter which tokens it will propose, if they are not all."""
+    draft.vocabulary = None
+    if not settings.draft_vocab:
+        return None
+    narrowed = Narrowed(target, own, settings, where)
+    draft.vocabulary = narrowed.tokens
+    if group.leads:
+        print(
+            f"the drafter proposes {len(narrowed.tokens):,} tokens, {100 * narrowed.share:.2f} % of what the target wrote",
+            file=sys.stderr,
+        )
+    return narrowed
 
 
 def _resumed(draft, settings: DrafterTraining | MtpTraining, path: Path) -> tuple[Optimizers, int, list[dict]]:

@@ -167,15 +167,20 @@ def generate(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    at_once: int | None = None,
 ) -> None:
     """Writes ``out/shard-NNNNN.npz`` (`Documents`) until `sequences` were asked for.
 
     A shard depends on the seed and its own number only, so several processes can share the work: `part` (k, n) writes every n-th shard,
-    from shard k on. `dtype` and `device` are the engine's.
+    from shard k on. `dtype` and `device` are the engine's; `at_once` of a shard's sequences are written side by side (None: all), which
+    changes no text. In a shard of several times as many, a finished one makes room for the next and few are left to end alone.
     """
     from dflash_rs import LLM
 
     settings.check()
+    at_once = settings.batch_size if at_once is None else at_once
+    if at_once < 1:
+        raise ValueError(f"at_once: got {at_once}, expected at least 1")
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part: got {part[0]}/{part[1]}, expected K/N with 0 <= K < N")
     out.mkdir(parents=True, exist_ok=True)
@@ -195,10 +200,10 @@ def generate(
         draft=None,
         device=device,
         dtype=dtype,
-        max_running=settings.batch_size,
-        num_pages=settings.batch_size * (settings.seq_len // 16 + 2),
+        max_running=at_once,
+        num_pages=at_once * (settings.seq_len // 16 + 2),
         page_size=16,
-        max_batch_tokens=max(1024, settings.batch_size * settings.max_prompt // 4),
+        max_batch_tokens=max(1024, at_once * settings.max_prompt // 4),
         prefix_cache=False,
     )
     progress = Progress(shards, "shards", every=30)

@@ -146,7 +146,8 @@ class ResponseSettings:
 
 @dataclass(frozen=True)
 class DrafterTraining:
-    """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens."""
+    """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens. Of `draft_vocab`, the number
+    of tokens that it will propose (0 for all), see `vocabulary.py`."""
 
     taps: str = "1,3,5,7,8"
     num_layers: int = 2
@@ -166,6 +167,8 @@ class DrafterTraining:
     seed: int = 2
     init_from: str = ""
     intermediate_size: int = 0
+    draft_vocab: int = 0
+    sampled_vocab: int = 2048
 
     @property
     def tap_ids(self) -> tuple[int, ...]:
@@ -208,6 +211,8 @@ class MtpTraining:
     gamma: float = 4.0
     seed: int = 2
     init_from: str = ""
+    draft_vocab: int = 0
+    sampled_vocab: int = 2048
 
     # What a drafter's training asks of its settings and a head has none of: taps below the target's last state, and a token that masks.
     tap_ids: ClassVar[tuple[int, ...]] = ()

@@ -15,8 +15,8 @@ use crate::py::errors::{invalid, parent_ids, token_ids};
 use crate::step;
 
 impl Accepted {
-    /// What became of the drafts of every row that followed some.
-    pub(in crate::py) fn each_pass(&self, plan: &step::StepPlan, mut each: impl FnMut(&Pass<'_>)) {
+    /// What became of the drafts of every row that followed some: the row's number, and its pass.
+    pub(in crate::py) fn each_pass(&self, plan: &step::StepPlan, mut each: impl FnMut(usize, &Pass<'_>)) {
         let (layout, kept) = (plan.arrays(), self.accepted.arrays());
         let mut path = Vec::new();
         for (row, &temperature) in layout.temperatures.iter().enumerate().take(kept.accepted.len()) {
@@ -28,7 +28,7 @@ impl Accepted {
             let anchor = i64::from(layout.query_starts[row]);
             path.clear();
             path.extend(rows.iter().skip(1).map(|at| (at - anchor - 1) as usize));
-            each(&Pass {
+            let pass = Pass {
                 step: plan.step(),
                 request: layout.request_ids[row],
                 temperature,
@@ -36,7 +36,8 @@ impl Accepted {
                 verified,
                 depth: plan.drafted(row) as usize,
                 path: &path,
-            });
+            };
+            each(row, &pass);
         }
     }
 }

@@ -58,6 +58,8 @@ class DFlashDraft(nn.Module):
         with torch.device("cpu"):
             self._inv_freq, self._rope_factor = rope_frequencies(config)
         self._bound: tuple[nn.Module, nn.Module] | None = None
+        # Tokens that it proposes, int64 [N] rising; None for all but the mask token. See `models/proposals.py`; read by `alloc_kv`.
+        self.vocabulary: Tensor | None = None
         self.runtime: Runtime | None = None
         # Of the products of `draft` and `inject`, see `TargetModel`; read by `alloc_kv`.
         self.matmul_precision = "highest"
@@ -117,7 +119,8 @@ class DFlashDraft(nn.Module):
     @property
     def branches(self) -> int:
         """Candidates per position at most that draft trees are made of."""
-        return self.config.branches
+        known = self.config.branches
+        return known if self.vocabulary is None else min(known, len(self.vocabulary))
 
     @property
     def key_dims(self) -> tuple[int, ...]:

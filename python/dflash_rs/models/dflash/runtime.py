@@ -15,6 +15,7 @@ from ...attention import HostAttention, kernel_serves, step_attention
 from ...errors import InvalidArgument
 from ..batch import StepBatch
 from ..fused import FusedLayer, HostRun, PackedLinear, RotaryTable, addresses, rotate_rows
+from ..proposals import Proposals
 
 if TYPE_CHECKING:
     from .model import DFlashDraft
@@ -33,7 +34,7 @@ class Runtime:
 
     def __init__(self, draft: DFlashDraft, embedding: nn.Module, lm_head: nn.Module, num_slots: int):
         c = self.config = draft.config
-        self.num_slots, self.branches, self.mask_token_id = num_slots, c.branches, c.mask_token_id
+        self.num_slots, self.branches, self.mask_token_id = num_slots, draft.branches, c.mask_token_id
         weight = draft.fc.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.kernel = kernel_serves(self.device, self.dtype, c.head_dim, c.head_dim)
@@ -63,9 +64,12 @@ class Runtime:
             )
             for layer, window, causal in zip(draft.layers, c.layer_window, c.layer_causal, strict=True)
         ]
-        self.head = lm_head
-        if type(lm_head) is nn.Linear:
-            self.head = PackedLinear([lm_head], share=False, precision=precision)
+        self.proposals = Proposals(lm_head, draft.vocabulary)
+        self.head = self.proposals.head
+        if type(self.head) is nn.Linear:
+            self.head = PackedLinear([self.head], share=False, precision=precision)
+        # Among the tokens that a drafter proposes of a part there is no mask.
+        self.never = None if draft.vocabulary is not None else c.mask_token_id
         self.rotary = RotaryTable(lambda p: tuple(x.squeeze(-2) for x in draft.cos_sin(p, self.dtype)))
         shape = (num_slots, c.num_key_value_heads, c.head_dim)
         self.caches = [
@@ -172,8 +176,9 @@ class Runtime:
                 slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(), query_starts=starts, context_lens=lengths,
                 page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from, ancestors=None,
             )  # fmt: skip
-            never = c.mask_token_id if c.mask_token_id < self.head.outputs else None
-            return self.run.draft(positions, tokens.reshape(-1), limit, blocks, self.caches, size, never, k)
+            never = None if self.never is None or self.never >= self.head.outputs else self.never
+            picked, chances = self.run.draft(positions, tokens.reshape(-1), limit, blocks, self.caches, size, never, k)
+            return self.proposals.named_on_host(picked), chances
         batch = StepBatch.from_arrays(
             token_ids=tokens.reshape(-1),
             positions=positions,
@@ -196,8 +201,8 @@ class Runtime:
     def likeliest(self, hidden: Tensor, logits: Tensor, anchors: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens int64 [n, size - 1, k] of what `block` gave for `anchors` int64 [n], and their probabilities float32."""
         # The first of equals, which topk does not promise.
-        tokens = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
-        return tokens, logits.float().softmax(dim=-1).gather(-1, tokens)
+        picked = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
+        return self.proposals.named(picked), logits.float().softmax(dim=-1).gather(-1, picked)
 
     def prepare(self, limit: int) -> None:
         """See `DeviceDrafter`, likewise below."""
@@ -205,13 +210,13 @@ class Runtime:
 
     def choose(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
         """The likeliest chains, int64 [n, size - 1]."""
-        return logits.argmax(dim=-1)
+        return self.proposals.named(logits.argmax(dim=-1))
 
     def branch(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest tokens int64 [n, size - 1, branches] and their log-probabilities float32, by the CUDA kernel."""
-        tokens, log_probs = cuda.tree_top_k(logits.reshape(-1, logits.shape[-1]), self.branches)
+        picked, log_probs = cuda.tree_top_k(logits.reshape(-1, logits.shape[-1]), self.branches)
         shape = (*logits.shape[:2], self.branches)
-        return tokens.view(shape), log_probs.view(shape)
+        return self.proposals.named(picked).view(shape), log_probs.view(shape)
 
     def block(self, token_ids: Tensor, positions: Tensor, limit: int, attention, size: int) -> tuple[Tensor, Tensor]:
         """Of what follows the anchors of n blocks, normalised hidden states [n, size - 1, H] and logits [n, size - 1, V]; token_ids and
@@ -230,8 +235,8 @@ class Runtime:
             logits = logits * c.output_multiplier
         if c.final_logit_softcapping is not None:
             logits = torch.tanh(logits / c.final_logit_softcapping) * c.final_logit_softcapping
-        if c.mask_token_id < logits.shape[-1]:
-            logits[:, c.mask_token_id].fill_(-math.inf)
+        if self.never is not None and self.never < logits.shape[-1]:
+            logits[:, self.never].fill_(-math.inf)
         return hidden.view(-1, size - 1, hidden.shape[-1]), logits.view(-1, size - 1, logits.shape[-1])
 
     def through(self, layer, x: Tensor, cos: Tensor, sin: Tensor, attention, caches, size: int) -> Tensor:

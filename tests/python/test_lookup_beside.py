@@ -1,0 +1,222 @@
+"""Look-up beside a drafter: the same text as plain, each row's drafts from whichever promises more."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_llm import LENGTH, PROMPTS, SAMPLING, idle, params, rounding_explains  # noqa: E402
+from test_seams import BYTES, told  # noqa: E402
+from test_seams import PROMPTS as TOY_PROMPTS  # noqa: E402
+from toy_models import VOCAB, RecurrentTarget  # noqa: E402
+from toy_models import LookUp as Teller  # noqa: E402
+
+from dflash_rs import LLM, SamplingParams, StepCosts  # noqa: E402
+from dflash_rs.errors import InvalidArgument  # noqa: E402
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
+# A row more costs nothing, and neither does drafting: whatever is found is verified.
+FREE = StepCosts(((1, 1.0), (64, 1.0)), ((1, 0.0), (64, 0.0)))
+
+
+def ids(outputs) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+def toys(draft, **options) -> LLM:
+    options = {"page_size": 4, "max_running": 8, "costs": FREE, "lookup": True, **options}
+    return LLM.from_parts(RecurrentTarget(), draft, tokenizer=None, token_bytes=BYTES, **options)
+
+
+class Counted(Teller):
+    """Counts the rows it is asked for."""
+
+    asked = 0
+
+    def candidates(self, anchors, *rest, **options):
+        self.asked += len(anchors)
+        return super().candidates(anchors, *rest, **options)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["adaptive", "whole"])
+def llm(request):
+    torch.set_num_threads(1)
+    with LLM(device="cpu", lookup=True, adaptive=request.param, num_pages=512) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_text_is_the_same_with_and_without(llm, name):
+    prompts = [llm.encode(p) for p in PROMPTS[:5]]
+    options = [params(name, seed=i) for i in range(len(prompts))]
+    # One alone, then several at once.
+    fast = llm.generate(prompts[:1], options[:1]) + llm.generate(prompts[1:], options[1:])
+    plain = llm.generate(prompts, options, draft=False)
+    for prompt, a, b, o in zip(prompts, plain, fast, options, strict=True):
+        assert a.token_ids == b.token_ids or rounding_explains(llm, prompt, a.token_ids, b.token_ids, o)
+    assert idle(llm)
+
+
+def test_it_takes_fewer_steps_than_either_alone():
+    prompts, steps = PROMPTS[:12], {}
+    for name, options in {"both": {"lookup": True}, "drafter": {}, "look-up": {"draft": "lookup"}}.items():
+        with LLM(device="cpu", adaptive=False, num_pages=512, **options) as engine:
+            steps[name] = sum(o.metrics["steps"] for o in engine.generate(prompts, GREEDY))
+            assert engine.lookup == (name == "both")
+    assert steps["both"] < min(steps["drafter"], steps["look-up"]), steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_pages": 30, "max_running": 8},
+        {"max_batch_tokens": 9, "max_running": 4},
+        {"prefix_cache": False, "page_size": 1},
+        {"costs": StepCosts(((1, 1.0), (64, 4.0)), ((1, 0.2), (64, 0.4)))},
+        {"block_size": 2},
+    ],
+    ids=["few pages", "chunks", "no reuse", "costs", "one draft"],
+)
+def test_retraction_chunks_reuse_and_what_pays_change_nothing(options):
+    prompts = [p for p in PROMPTS[:6]] + [PROMPTS[0] + PROMPTS[1]]
+    with LLM(device="cpu", lookup=True, **({"max_context": 256} | options)) as engine:
+        plain = ids(engine.generate(prompts, GREEDY, draft=False))
+        for _ in range(2):
+            assert ids(engine.generate(prompts, GREEDY)) == plain
+        stats = engine.stats()
+        assert stats["tau"] > 1 and idle(engine)
+        assert (stats["retractions"] > 0) == ("num_pages" in options)
+
+
+def test_aborts_and_interruptions_harm_nobody(monkeypatch):
+    with LLM(device="cpu", lookup=True, adaptive=False) as engine:
+        plain = ids(engine.generate(PROMPTS[:4], GREEDY, draft=False))
+        backend = type(engine._loop.backend)
+        accept, calls = backend._accept, 0
+
+        def interrupted(self, plan, *rows):
+            nonlocal calls
+            calls += 1
+            if calls % 3 == 0:
+                raise KeyboardInterrupt
+            return accept(self, plan, *rows)
+
+        monkeypatch.setattr(backend, "_accept", interrupted)
+        stream = engine.stream(PROMPTS[:5], GREEDY)
+        gone = list(engine._requests.active)[4]
+        engine._loop.step()
+        assert engine.abort(gone)
+        while engine._requests.active:
+            with contextlib.suppress(KeyboardInterrupt):
+                engine._loop.step()
+        texts = {event.index: event.output.token_ids for event in stream if event.output is not None}
+        assert calls > 10 and [texts[i] for i in range(4)] == plain and idle(engine)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_target_with_state_and_any_drafter(adaptive):
+    sampling = SamplingParams(temperature=0.6, seed=3, max_tokens=30)
+    with toys(None, lookup=False, costs=None) as engine:
+        plain = ids(engine.generate(TOY_PROMPTS, sampling))
+    options = {} if adaptive else {"adaptive": False, "costs": None}
+    for draft in (Teller(), told(plain)):
+        with toys(draft, **options) as engine:
+            for _ in range(2):
+                assert ids(engine.generate(TOY_PROMPTS, sampling)) == plain
+            assert engine.stats()["drafted"] > 0
+
+
+def test_where_the_text_promises_more_the_drafter_is_not_asked():
+    bias = SamplingParams(temperature=0.0, max_tokens=80, logit_bias={11: 1000.0})
+    draft = Counted()
+    with toys(draft) as engine:
+        loop = engine.generate([[11, 5, 11]], bias)[0]
+        assert loop.token_ids == [11] * 80
+        assert loop.metrics["steps"] <= 12 and draft.asked <= 2
+        alone = draft.asked
+        # Of two at once, the one whose text has nothing to say.
+        distinct = [(7 * i) % VOCAB for i in range(20)]
+        engine.generate([[11, 5, 11], distinct], [bias, SamplingParams(temperature=0.0, max_tokens=12)])
+        assert alone < draft.asked <= alone + 16
+
+
+def test_a_right_drafter_is_believed_where_the_text_has_nothing_to_say():
+    sampling = SamplingParams(temperature=0.0, max_tokens=30)
+    with toys(None, lookup=False, costs=None) as engine:
+        plain = ids(engine.generate(TOY_PROMPTS, sampling))
+    taus = []
+    for draft, options in ((told(plain), {}), (told(plain), {"lookup": False})):
+        with toys(draft, **options) as engine:
+            assert ids(engine.generate(TOY_PROMPTS, sampling)) == plain
+            taus.append(engine.stats()["tau"])
+    # Texts of a random recurrence: what is looked up is seldom right, which is soon learnt, and does not come much in a good drafter's way.
+    assert taus[0] > 0.8 * taus[1] > 1.5
+
+
+def test_what_is_learnt_of_the_drafter_is_learnt_of_its_own_drafts():
+    """A loop that is looked up says nothing of a drafter that is always wrong."""
+    bias = SamplingParams(temperature=0.0, max_tokens=150, logit_bias={11: 1000.0})
+    draft = Counted()
+    with toys(draft) as engine:
+        engine.generate([[11, 5, 11]], bias)
+        planner = engine._loop.policy.planner
+        assert engine.stats()["tau"] > 5
+        # Only what was assumed at the start, and what it did itself.
+        assert max(planner.acceptance(0.0)) <= 0.7 + 1e-6
+
+
+def test_a_step_without_a_draft_of_the_drafter_injects_nothing(monkeypatch):
+    """With a drafter that never pays, look-up goes on alone."""
+    draft = Counted()
+    dear = StepCosts(((1, 1.0), (64, 1.0)), ((1, 100.0), (64, 100.0)))
+    distinct = [(7 * i) % VOCAB for i in range(20)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=40)
+    with toys(draft, costs=dear) as engine:
+        output = engine.generate([distinct], sampling)[0]
+        plain = engine.generate([distinct], sampling, draft=False)[0]
+    assert output.token_ids == plain.token_ids
+    # But for the steps that look whether that has changed.
+    assert draft.asked <= 3 and draft.injected <= 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": None}, "lookup: got True, expected False: there is no drafter to look up beside"),
+        ({"draft": "lookup"}, "lookup: got True, expected False: the drafter looks up already"),
+        ({"tree_nodes": 4}, "lookup: got True, expected False: tree_nodes is 4"),
+        ({"overlap": True}, "overlap: got True, expected None or False: what is looked up"),
+        ({"lookup": 1}, "lookup: got 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        LLM(device="cpu", **({"lookup": True} | options))
+
+
+def test_of_which_rows_a_planner_learns_is_checked():
+    with toys(Teller()) as engine:
+        core = engine._loop.core
+        core.add([1, 2, 1, 2], {"max_tokens": 12, "temperature": 1.0})
+        core.commit(plan := core.plan(), core.accept_sampled(plan, np.array([1], dtype=np.int64)))
+        now = core.plan()
+        tokens, _, found = core.look_up(now, 4)
+        now.narrow(found + 1)
+        now.set_drafts(tokens)
+        accepted = core.accept_sampled(now, np.full(int(now.block_len[0]), 40, dtype=np.int64))
+        planner = engine._loop.policy.planner
+        for wrong, message in (
+            (np.ones(2, dtype=bool), r"only: got shape \[2\], expected shape \[1\]"),
+            (np.ones(1, dtype=np.int64), "only: got .*int64"),
+        ):
+            with pytest.raises(InvalidArgument, match=message):
+                planner.record_step(now, accepted, only=wrong)
+        before = planner.acceptance(1.0)
+        planner.record_step(now, accepted, only=np.zeros(1, dtype=bool))
+        assert planner.acceptance(1.0) == before
+        planner.record_step(now, accepted, only=np.ones(1, dtype=bool))
+        assert planner.acceptance(1.0)[0] < before[0]
