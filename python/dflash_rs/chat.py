@@ -111,6 +111,9 @@ class Template:
             text = self.render(messages)
         except Exception as error:  # templates raise what they like
             said = str(error).strip().partition("\n")[0]
+            if type(error).__name__ == "TemplateSyntaxError":
+                where = f" (line {line})" if (line := getattr(error, "lineno", None)) else ""
+                raise InvalidArgument(f"chat_template: got a template that Jinja cannot read: {said}{where}") from error
             raise InvalidArgument(f"{name}: got messages that the chat template refuses: {said}") from error
         # The template writes what begins a text itself.
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)

@@ -43,7 +43,7 @@ def examine() -> list[Check]:
         ("cuda driver", False, _cuda_driver),
         ("bundled pair", False, _assets),
         ("generation", True, _generation),
-        ("matplotlib", False, lambda: _module("matplotlib", "bench", False)),
+        *[(name, False, lambda name=name, extra=extra: _extra(name, extra)) for name, extra in _EXTRAS.items()],
         ("sglang", False, _sglang),
         ("reference loop", False, _reference),
     )
@@ -93,6 +93,12 @@ def to_text(
     return "\n".join(lines)
 
 
+# Packages for some of what can be asked for, by the extra that brings each: what it is for.
+_EXTRAS = {
+    "llguidance": ("structured", "only needed for structured outputs"),
+    "gguf": ("gguf", "only needed for GGUF files and `models get`"),
+    "matplotlib": ("bench", "only needed for plots"),
+}
 _RUN_TIME = ("torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -141,6 +147,13 @@ def _cpu() -> Check:
     threads = os.environ.get("OMP_NUM_THREADS")
     detail += f", OMP_NUM_THREADS={threads}" if threads else ""
     return Check("cpu", OK, detail)
+
+
+def _extra(name: str, of: tuple[str, str]) -> Check:
+    extra, purpose = of
+    if importlib.util.find_spec(name) is None:
+        return Check(name, ABSENT, f"not installed; {purpose}", f"pip install 'dflash-rs[{extra}]'")
+    return _module(name, extra, False)
 
 
 def _module(name: str, extra: str, needed: bool) -> Check:

@@ -276,6 +276,10 @@ def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
         )
     if draft is not None and (not isinstance(draft, str | Path) or not str(draft) or "\0" in str(draft)):
         raise bad("draft", draft, "a drafter's folder or hub name, 'lookup', or None to decode plainly")
+    if isinstance(draft, str) and known_models.find(draft) is not None:
+        raise InvalidArgument(
+            f"draft: got {draft!r}, the name of a target, expected 'auto' with that model for the drafter that comes with it, or a drafter's folder"
+        )
     return model, draft
 
 

@@ -148,7 +148,7 @@ def test_with_on_error_return_the_other_conversations_are_answered(llm):
         ({"chat_template": None}, "chat_template: got none, and the tokenizer of"),
         ({"chat_template": 3}, "chat_template: got 3, expected a Jinja text"),
         ({"chat_template": "nowhere.jinja"}, "chat_template: got 'nowhere.jinja', expected a Jinja text or a file"),
-        ({"chat_template": "{% if %}"}, "messages: got messages that the chat template refuses"),
+        ({"chat_template": "{% if %}"}, "chat_template: got a template that Jinja cannot read: Expected an expression"),
         ({"chat_template": "{{ raise_exception('users first') }}"}, "chat template refuses: users first"),
         ({"add_generation_prompt": 1}, "add_generation_prompt: got 1, expected True or False"),
         ({"continue_final_message": True}, "continue_final_message: got True with add_generation_prompt=True"),

@@ -28,13 +28,20 @@ def test_a_check_that_dies_is_a_finding_and_the_rest_are_made(monkeypatch):
     monkeypatch.setattr(doctor, "_generation", lambda: Check("generation", OK, "24 tokens", needed=True))
     found = {check.name: check for check in doctor.examine()}
     assert found["gpu"].status == BROKEN and "no such driver" in found["gpu"].detail
-    assert {"python", "cpu", "torch", "bundled pair", "sglang", "reference loop"} <= set(found)
+    assert {"python", "cpu", "torch", "bundled pair", "llguidance", "gguf", "sglang", "reference loop"} <= set(found)
 
 
 def test_a_missing_module_comes_with_the_command_that_gets_it():
     check = doctor._module("no_module_of_this_name", "torch", True)
     assert (check.status, check.fix) == (MISSING, "pip install 'dflash-rs[torch]'")
     assert doctor._module("no_module_of_this_name", "bench", False).status == ABSENT
+
+
+def test_what_only_some_things_need_is_told_with_what_it_is_for():
+    check = doctor._extra("no_module_of_this_name", ("structured", "only needed for that"))
+    assert (check.status, check.detail) == (ABSENT, "not installed; only needed for that")
+    assert check.fix == "pip install 'dflash-rs[structured]'"
+    assert set(doctor._EXTRAS) == {"llguidance", "gguf", "matplotlib"}
 
 
 def test_without_sglang_its_part_says_how_to_get_it(capsys, monkeypatch):

@@ -264,6 +264,10 @@ def test_models_may_be_named_as_on_the_hub(tmp_path):
     done = run("someone/integers", "someone/drafter")
     assert done.returncode == 2, done.stderr
     assert "target someone/integers: model.norm.weight: got I32, expected a floating-point type" in done.stderr
+    done = run("/nowhere/at/all", "someone/drafter")
+    assert done.returncode == 2 and "--model: got /nowhere/at/all, and there is no such folder or file" in done.stderr
+    done = run("someone/absent", "someone/drafter")
+    assert "target someone/absent: there is no such folder here, and the Hugging Face hub cannot be reached" in done.stderr
     done = run("someone/target", "someone/nothing")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("dflash-rs: error: draft someone/nothing: there is no such folder"), done.stderr

@@ -504,6 +504,8 @@ def test_words_that_the_tokenizer_has_no_tokens_for_are_refused():
             InvalidArgument, match="^bad_words: got 'word', expected words that this tokenizer has tokens for"
         ):
             made.make(SamplingParams(bad_words=["word"]))
+    with pytest.raises(InvalidArgument, match="bad_words: got some, expected none: this engine has no tokenizer"):
+        Constraints(None, LETTERS, 29, [26]).make(SamplingParams(bad_words=["word"]))
 
 
 def test_a_target_with_state_takes_constraints_as_well():

@@ -37,6 +37,8 @@ def test_its_name_is_that_of_a_small_target_with_state_and_of_its_drafter():
     target, draft = pick_models(NAME, "auto")
     assert (target, draft) == (NAME, assets() / "hybrid-draft")
     assert pick_models(NAME, None) == (NAME, None)
+    with pytest.raises(InvalidArgument, match="draft: got 'bundled-hybrid', the name of a target, expected 'auto'"):
+        pick_models(NAME, NAME)
     folders = [assets() / "hybrid-target", assets() / "hybrid-draft"]
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 15e6
     with engine() as llm:

@@ -269,7 +269,9 @@ def test_stored_features_are_those_of_the_target(pair, tmp_path, dtype):
     where = torch.device("cpu")
 
     def capture(folder=tmp_path / "features", about="a target", of=many, teacher=teacher):
-        return StoredFeatures.capture(folder, of, teacher, 48, False, {"target": about}, Group(), where)
+        return StoredFeatures.capture(
+            folder, of, teacher, 48, False, {"target": about, "taps": list(teacher.taps)}, Group(), where
+        )
 
     stored = capture()
     rows = next(rows_of(many, 48, seed=1, whole_rows=False))
@@ -292,7 +294,22 @@ def test_stored_features_are_those_of_the_target(pair, tmp_path, dtype):
 
     again = capture(teacher=Shape(teacher.target, settings.tap_ids, settings.mask_token_id)).read(place)
     assert torch.equal(again[0], features) and torch.equal(again[1], last)
+    # Whoever needs less of it is served: other taps in another order, or the last states alone, and by any number of processes.
+    (tmp_path / "features" / "captured-0-of-1.json").unlink()
+    for taps in ((2, 0), ()):
+        asked = Shape(teacher.target, taps, settings.mask_token_id)
+        some, states = StoredFeatures.capture(
+            tmp_path / "features", many, asked, 48, False, {"target": "a target", "taps": list(taps)}, Group(), where
+        ).read(place)
+        parts = features.unflatten(-1, (3, 32))
+        assert torch.equal(some, parts[..., list(taps), :].flatten(-2)) and torch.equal(states, last)
+    with pytest.raises(ValueError, match="made with taps"):
+        more = drafter_training.Teacher(teacher.target, (0, 3), settings.mask_token_id)
+        StoredFeatures.capture(
+            tmp_path / "features", many, more, 48, False, {"target": "a target", "taps": [0, 3]}, Group(), where
+        )
     # An interrupted capture goes on where its note says, in parts as in one.
+    (tmp_path / "features" / "captured.json").unlink()
     (tmp_path / "features" / "captured-0-of-1.json").write_text("0")
     assert torch.equal(capture().read(place)[1], last)
     with pytest.raises(ValueError, match="made with target = a target, now it is another"):

@@ -145,8 +145,11 @@ def _lines(talk: Talk, stdin: TextIO, quiet: bool) -> int:
             return console.OK
         if text == "/reset":
             talk.reset()
-        elif text.startswith("/") and person and " " not in text:
-            console.say(f"{text} is no command: {_COMMANDS}; a message may begin with a space and a slash")
+        elif line.startswith("/") and " " not in text:
+            wrong = f"{text} is no command: {_COMMANDS}; a message may begin with a space and a slash"
+            if not person:
+                return console.complain(wrong, console.BAD_INPUT)
+            console.say(wrong)
         elif text:
             try:
                 wrong = talk.answer(text)

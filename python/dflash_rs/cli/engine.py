@@ -33,6 +33,12 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     if args.draft is not None and plain:
         raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
     known = None if args.model is None else known_models.find(args.model)
+    if args.model is not None and known is None and not os.path.exists(args.model):
+        from dflash_rs.models.checkpoint.folder import is_hub_name
+
+        # Whatever else is wrong, this is what has to be seen first.
+        if not is_hub_name(args.model):
+            raise InvalidArgument(f"--model: got {args.model}, and there is no such folder or file")
     if args.model is not None and args.draft is None and not plain and (known is None or known.drafter is None):
         raise InvalidArgument(
             "--model: got a target without a drafter, expected --draft PATH, --draft lookup or --no-draft, too"

@@ -65,6 +65,8 @@ class Constraints:
         return Constraint(params, self._vocab, ends, allowed, words, grammar)
 
     def _encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            raise InvalidArgument("bad_words: got some, expected none: this engine has no tokenizer to spell them")
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _spellings(self, word: str) -> list[tuple[int, ...]]:

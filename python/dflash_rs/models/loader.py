@@ -398,16 +398,20 @@ def draft_folder(path: str | Path) -> Path:
     if path.exists() or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         files = ["config.json", "*.safetensors", "model.safetensors.index.json", proposals.FILE]
         return Path(snapshot_download(path.as_posix(), allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"draft {path}: there is no such folder, and no such Hugging Face repository could be had ({type(error).__name__}: {reason})"
-        ) from error
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "no such repository at the Hugging Face hub, or none that may be read without a token"
+        elif isinstance(error, LocalEntryNotFoundError):
+            reason = "the Hugging Face hub cannot be reached"
+        else:
+            said = str(error).strip().split("\n")[0]
+            reason = f"no such Hugging Face repository could be had ({type(error).__name__}: {said})"
+        raise CheckpointError(f"draft {path}: there is no such folder, and {reason}") from error
 
 
 def build_draft(config: DraftConfig | MtpConfig) -> Any:

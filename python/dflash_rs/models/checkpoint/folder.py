@@ -38,10 +38,8 @@ def target_folder(path: str | Path, what: str = "target", weights: bool = True) 
             raise CheckpointError(f"{what} {path}: got a file, expected a folder with {CONFIG} and weights")
         if not is_hub_name(path):
             raise CheckpointError(f"{what} {path}: there is no such folder")
-        from huggingface_hub import snapshot_download
-
         name = folder.as_posix()
-        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_SMALL)))
+        folder = _fetched(name, what, list(_HUB_SMALL))
         if not weights:
             return folder
         explicit = read_object(folder / CONFIG, "a model's configuration").get("transformers_weights")
@@ -49,10 +47,28 @@ def target_folder(path: str | Path, what: str = "target", weights: bool = True) 
             # One kind of weights only: many repositories have them in several forms.
             files = tensor_files(folder, explicit) if explicit is not None else _hub_files(folder, single)
             wanted = sorted({file.name for file in files})
-            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_SMALL, *wanted]))
+            folder = _fetched(name, what, [*_HUB_SMALL, *wanted])
             if all((folder / file).is_file() for file in wanted):
                 break
         return folder
+
+
+def _fetched(name: str, what: str, files: list[str]) -> Path:
+    """A copy of some files of a repository of the hub. Raises CheckpointError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{what} {name}: there is no such folder here, and no such repository at the Hugging Face hub, or none that may be read without a token"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{what} {name}: there is no such folder here, and the Hugging Face hub cannot be reached, expected a folder, or a repository that was "
+            f"fetched before (hf download {name})"
+        ) from error
 
 
 def _hub_files(folder: Path, single: str) -> dict[Path, list[str]]:
