@@ -45,7 +45,7 @@ def engine(models: Models, requests: int, overlap: bool) -> LLM:
     costs = StepCosts.lines(1.0, 0.0, 0.1, 0.0)
     made = LLM.from_parts(
         models.target, models.draft, tokenizer=models.tokenizer, token_bytes=models.bytes, max_running=requests, max_context=1024,
-        max_batch_tokens=4096, costs=costs, num_pages=requests * 65, overlap=overlap,
+        max_batch_tokens=4096, costs=costs, num_pages=requests * 65, overlap=overlap, lookup=False,
     )  # fmt: skip
     backend = made._loop.backend
     assert isinstance(backend, DeviceBackend)

@@ -36,7 +36,7 @@ def main() -> int:
     threads, rows, same = min(2, usable_cpus()), [], True
     for requests in map(int, args.requests.split(",")):
         options = {"threads": threads, "matmul_precision": "auto", "max_running": requests, "device": "cpu"}
-        engines = {overlap: LLM(overlap=overlap, **options) for overlap in (False, True)}
+        engines = {overlap: LLM(overlap=overlap, lookup=False, **options) for overlap in (False, True)}
         runs: dict[bool, list[dict[str, Any]]] = {overlap: [] for overlap in engines}
         for number in range(args.rounds + 1):
             for overlap in sorted(engines, reverse=bool(number % 2)):

@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args()
     prompts = [prompt.text for prompt in held_out_prompts(args.prompts)]
     options = {"threads": min(2, usable_cpus()), "matmul_precision": "auto", "max_running": 1}
-    engines = {"chains": LLM(**options)}
+    engines = {"chains": LLM(lookup=False, **options)}
     engines |= {f"trees of {n}": LLM(tree_nodes=int(n), **options) for n in args.nodes.split(",")}
     names, rows, same = ["plain", *engines], [], True
     for temperature in (0.0, 0.7):

@@ -69,7 +69,7 @@ class LLM(Chats, AsyncCalls):
     - `overlap`: launch the next step before the results of the last one are read, so that the device does not wait for the host. None is
       True where steps stay on a GPU. On a CPU, where nothing runs beside the host, it is for tests.
     - `lookup`: beside the drafter, look drafts up in each request's own text, as ``draft="lookup"`` does, and take whichever promises more; where
-      the text promises more already, the drafter is not asked. Chains only, and not where steps stay on a GPU.
+      the text promises more already, the drafter is not asked. None is True where that can be: for chains, where steps do not stay on a GPU.
     - the rest: see `dflash_rs.config.EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used
@@ -102,7 +102,7 @@ class LLM(Chats, AsyncCalls):
         tree_nodes: int = 0,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
-        lookup: bool = False,
+        lookup: bool | None = None,
         **unknown: Any,
     ):
         elsewhere.unknown("LLM", unknown, elsewhere.ENGINE)
@@ -137,7 +137,7 @@ class LLM(Chats, AsyncCalls):
         tree_nodes: int = 0,
         cuda_graphs: bool = True,
         overlap: bool | None = None,
-        lookup: bool = False,
+        lookup: bool | None = None,
         **sizes: Any,
     ) -> LLM:
         """An engine of models that are made already: a `models.target.Target`, a `models.drafter.Drafter` or None, the tokenizer and the bytes
@@ -158,11 +158,11 @@ class LLM(Chats, AsyncCalls):
         from .engine.build import Sizes, build
         from .engine.constraints import Constraints
 
-        sizes = Sizes.choose(models, self.config, options.block_size, options.tree_nodes, options.lookup)
+        sizes = Sizes.choose(models, self.config, options)
         self.block_size, self.tree_nodes, self.max_context = sizes.block_size, sizes.tree_nodes, sizes.max_context
         self._target, self._draft = models.target, models.draft
         self.draft_kind = None if models.draft is None else models.draft.kind
-        self.lookup = options.lookup
+        self.lookup = sizes.look_up > 0
         self.tokenizer, self._bytes = models.tokenizer, models.bytes
         self.vocab_size, self.eos_token_ids = self._target.vocab_size, list(self._target.eos_token_ids)
         self._loop = build(models, self.config, sizes, options)

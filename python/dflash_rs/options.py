@@ -292,15 +292,16 @@ class StepOptions(NamedTuple):
     tree_nodes: int
     cuda_graphs: bool
     overlap: bool | None
-    lookup: bool = False
+    lookup: bool | None = None
 
     def check(self) -> StepOptions:
         """Raises InvalidArgument for what can be refused before models are loaded; the sizes depend on them."""
         flag("adaptive", self.adaptive)
         flag("cuda_graphs", self.cuda_graphs)
-        flag("lookup", self.lookup)
         if self.overlap is not None:
             flag("overlap", self.overlap)
+        if self.lookup is not None:
+            flag("lookup", self.lookup)
         if self.costs is not None and not isinstance(self.costs, StepCosts):
             raise bad("costs", self.costs, "a StepCosts")
         return self

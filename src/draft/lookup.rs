@@ -294,7 +294,9 @@ impl LookupRates {
     pub fn chance(&self, guess: &Guess) -> f32 {
         let at = place(guess);
         let matched = f64::from(guess.matched.min(LONGEST as u32));
-        let assumed = matched / (matched + if guess.unanimous { 1.0 } else { 2.0 });
+        // Near what a chat model's answers said of code, mathematics and prose alike (1: 0.25, 2: 0.51, 4: 0.68, 8: 0.86), and half of it where
+        // something else followed, too (1: 0.14, 2: 0.28, 4: 0.31, 8: 0.41).
+        let assumed = matched / (matched + 2.0) * if guess.unanimous { 1.0 } else { 0.5 };
         ((self.accepted[at] + PRIOR * assumed) / (self.reached[at] + PRIOR)) as f32
     }
 

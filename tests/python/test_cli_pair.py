@@ -111,7 +111,8 @@ def test_bench_says_same_text_and_writes_every_key(tmp_path):
     data = json.loads(path.read_text())
     assert len(data["rows"]) == 8
     assert all(row["identical_to_plain"] and row["identical_to_first_concurrency"] for row in data["rows"])
-    assert all(row["tau"] > 1 for row in data["rows"] if row["mode"] == "dflash")
+    assert all(row["tau"] > 1 for row in data["rows"] if row["mode"] == "dflash + lookup")
+    assert {row["mode"] for row in data["rows"]} == {"plain", "dflash + lookup"}
     assert all(sum(row["stage_seconds"].values()) > 0 for row in data["rows"])
     assert data["header"]["dtype"] == "float32" and data["header"]["torch"]
     assert (tmp_path / "plot.png").stat().st_size > 10_000

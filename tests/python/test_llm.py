@@ -201,7 +201,7 @@ def test_what_pays_does_not_change_the_text(one, kind, name):
     prompts = [one.encode(p) for p in PROMPTS[:6]]
     options = [params(name, seed=i) for i in range(6)]
     plain = one.generate(prompts, options, draft=False)
-    with LLM(device="cpu", costs=COSTS[kind]) as other:
+    with LLM(device="cpu", costs=COSTS[kind], lookup=False) as other:
         assert other.costs == COSTS[kind]
         fast = other.generate(prompts, options)
         stats = other.stats()
@@ -715,7 +715,7 @@ def test_what_steps_take_corrects_costs_that_were_measured_in_a_busy_moment(monk
     import dflash_rs.engine.build as build
 
     monkeypatch.setattr(build, "measure", lambda *_: StepCosts.lines(1e-9, 1e6, 1e6, 1e6))
-    with LLM(device="cpu") as engine:
+    with LLM(device="cpu", lookup=False) as engine:
         engine.generate(PROMPTS[:2], SamplingParams(max_tokens=64, ignore_eos=True))
         target, draft = engine._loop.policy.planner.costs
         assert max(time for _, time in target) < 1e6 and max(time for _, time in draft) < 1e6

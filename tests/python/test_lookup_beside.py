@@ -63,7 +63,7 @@ def test_the_text_is_the_same_with_and_without(llm, name):
 
 def test_it_takes_fewer_steps_than_either_alone():
     prompts, steps = PROMPTS[:12], {}
-    for name, options in {"both": {"lookup": True}, "drafter": {}, "look-up": {"draft": "lookup"}}.items():
+    for name, options in {"both": {}, "drafter": {"lookup": False}, "look-up": {"draft": "lookup"}}.items():
         with LLM(device="cpu", adaptive=False, num_pages=512, **options) as engine:
             steps[name] = sum(o.metrics["steps"] for o in engine.generate(prompts, GREEDY))
             assert engine.lookup == (name == "both")
@@ -115,6 +115,15 @@ def test_aborts_and_interruptions_harm_nobody(monkeypatch):
                 engine._loop.step()
         texts = {event.index: event.output.token_ids for event in stream if event.output is not None}
         assert calls > 10 and [texts[i] for i in range(4)] == plain and idle(engine)
+
+
+def test_it_is_on_where_it_can_be():
+    for options, on in (
+        ({}, True), ({"lookup": False}, False), ({"draft": None}, False), ({"draft": "lookup"}, False),
+        ({"tree_nodes": 4}, False), ({"overlap": True}, False), ({"overlap": False}, True),
+    ):  # fmt: skip
+        with LLM(device="cpu", **options) as engine:
+            assert engine.lookup is on, options
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
@@ -169,8 +178,7 @@ def test_what_is_learnt_of_the_drafter_is_learnt_of_its_own_drafts():
         assert max(planner.acceptance(0.0)) <= 0.7 + 1e-6
 
 
-def test_a_step_without_a_draft_of_the_drafter_injects_nothing(monkeypatch):
-    """With a drafter that never pays, look-up goes on alone."""
+def test_with_a_drafter_that_never_pays_look_up_goes_on_alone():
     draft = Counted()
     dear = StepCosts(((1, 1.0), (64, 1.0)), ((1, 100.0), (64, 100.0)))
     distinct = [(7 * i) % VOCAB for i in range(20)]
@@ -179,8 +187,8 @@ def test_a_step_without_a_draft_of_the_drafter_injects_nothing(monkeypatch):
         output = engine.generate([distinct], sampling)[0]
         plain = engine.generate([distinct], sampling, draft=False)[0]
     assert output.token_ids == plain.token_ids
-    # But for the steps that look whether that has changed.
-    assert draft.asked <= 3 and draft.injected <= 60
+    # But for the steps that look whether that has changed; the drafter could go on at any time.
+    assert draft.asked <= 3 and draft.injected >= 50
 
 
 @pytest.mark.parametrize(
@@ -191,6 +199,7 @@ def test_a_step_without_a_draft_of_the_drafter_injects_nothing(monkeypatch):
         ({"tree_nodes": 4}, "lookup: got True, expected False: tree_nodes is 4"),
         ({"overlap": True}, "overlap: got True, expected None or False: what is looked up"),
         ({"lookup": 1}, "lookup: got 1"),
+        ({"lookup": 0}, "lookup: got 0"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(options, message):

@@ -22,7 +22,8 @@ PARAMS = {
 
 
 def engine(target, draft=None, **options) -> LLM:
-    options = {"page_size": 4, "max_running": 5, "adaptive": False, **options}
+    # What drafts is the drafter alone.
+    options = {"page_size": 4, "max_running": 5, "adaptive": False, "lookup": False, **options}
     return LLM.from_parts(target, draft, tokenizer=None, token_bytes=BYTES, **options)
 
 
@@ -172,7 +173,9 @@ def test_trees_are_refused_for_a_target_with_state():
 def test_a_drafter_that_is_none_of_ours_drafts_for_an_ordinary_target():
     target, draft, prompts = TargetModel(qwen3_target()), LookUp(), [p for p in PROMPTS]
     table = [bytes([32 + token]) for token in range(target.vocab_size)]
-    with LLM.from_parts(target, draft, tokenizer=None, token_bytes=table, page_size=4, adaptive=False) as llm:
+    with LLM.from_parts(
+        target, draft, tokenizer=None, token_bytes=table, page_size=4, adaptive=False, lookup=False
+    ) as llm:
         texts = ids(llm.generate(prompts, PARAMS["greedy"], draft=False))
         draft.texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         assert ids(llm.generate(prompts, PARAMS["greedy"])) == texts

@@ -44,10 +44,11 @@ def test_conversations_are_reported_by_category_and_together(draft, tmp_path):
     ]
     assert [row["held_out_tau"] for row in rows[:3]] == [3.25, None, None]
     # The same by hand: a target without a template continues texts, and whole blocks are verified.
-    with LLM(assets() / "target", draft, adaptive=False) as llm:
-        outputs = llm.generate([LINES[0]["prompt"], LINES[2]["prompt"]], SamplingParams(max_tokens=16))
-    gained, passes = sum(len(o.token_ids) - 1 for o in outputs), sum(o.metrics["steps"] for o in outputs)
-    assert rows[0]["loop_tau"] == pytest.approx(gained / passes) and rows[0]["loop_tau"] > 1
+    for name, lookup in (("loop_tau", False), ("loop_tau_with_lookup", True)):
+        with LLM(assets() / "target", draft, adaptive=False, lookup=lookup) as llm:
+            outputs = llm.generate([LINES[0]["prompt"], LINES[2]["prompt"]], SamplingParams(max_tokens=16))
+        gained, passes = sum(len(o.token_ids) - 1 for o in outputs), sum(o.metrics["steps"] for o in outputs)
+        assert rows[0][name] == pytest.approx(gained / passes) and rows[0][name] > 1
 
 
 def test_texts_are_reported_as_before(draft, tmp_path):
@@ -55,7 +56,7 @@ def test_texts_are_reported_as_before(draft, tmp_path):
     prompts.write_text(json.dumps([{"prompt": LINES[0]["prompt"]}]))
     rows = loop_report(assets() / "target", draft, prompts, 8)
     assert [set(row) for row in rows] == [
-        {"temperature", "loop_tau", "ngram_tau", "repeated_4gram_share", "prompts", "max_tokens"}
+        {"temperature", "loop_tau", "loop_tau_with_lookup", "ngram_tau", "repeated_4gram_share", "prompts", "max_tokens"}
     ] * 2
 
 

@@ -22,6 +22,7 @@ from dflash_rs.bench import runner
 from dflash_rs.bench.arms import Arm, Done, Foreign, Own, Task, Work, conversations, line_of, others_beside
 from dflash_rs.bench.ngram import lookup_tau, repeated_ngram_share
 from dflash_rs.bench.runner import (
+    BESIDE,
     DFLASH,
     PLAIN,
     REFERENCE,
@@ -39,8 +40,6 @@ from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument
 
 TREES, MTP = "trees", "mtp"
-# A drafter with look-up beside it.
-BESIDE = f"+ {LOOKUP}"
 # Most steps of a head that the scan tries, its rounds, and what it runs.
 _MOST_STEPS, _SCAN_ROUNDS, _SCAN_PROMPTS, _SCAN_TOKENS = 7, 3, 6, 48
 # Drafts of a tree at most, unless the caller says otherwise.

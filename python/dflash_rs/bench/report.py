@@ -50,6 +50,7 @@ def header(argv: Sequence[str], llm: Any = None) -> dict[str, Any]:
         info["matmul_precision"] = getattr(llm, "matmul_precision", None)
         info["block_size"] = getattr(llm, "block_size", None)
         info["tree_nodes"] = getattr(llm, "tree_nodes", None)
+        info["lookup"] = getattr(llm, "lookup", None)
     return info
 
 

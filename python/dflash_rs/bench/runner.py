@@ -27,6 +27,8 @@ from dflash_rs.bench.workloads import Prompt, Setting
 from dflash_rs.errors import DflashError, InvalidArgument
 
 PLAIN, DFLASH, REFERENCE = "plain", "dflash", "z-lab"
+# Behind the name of a drafter with look-up beside it.
+BESIDE = f"+ {LOOKUP}"
 TRANSFORMERS, TRANSFORMERS_LOOKUP = "transformers", "transformers look-up"
 # Loops of others: their texts may differ by rounding, and their draws are others.
 FOREIGN = (REFERENCE, TRANSFORMERS, TRANSFORMERS_LOOKUP)
@@ -243,6 +245,12 @@ def run_demo(
     return rows
 
 
+def drafting_arm(llm: Any) -> str:
+    """What tables call an engine's own drafts: the drafter's kind, and look-up where it looks up beside it."""
+    kind = getattr(llm, "draft_kind", None) or DFLASH
+    return f"{kind} {BESIDE}" if getattr(llm, "lookup", False) else kind
+
+
 def _warm_up(llm: Any, prompt_ids: list[list[int]], plan: Plan, concurrency: int) -> None:
     some = prompt_ids[: max(2, concurrency)]
     for draft in (False, True):
@@ -258,7 +266,7 @@ def _measure(
     concurrency: int,
 ) -> list[tuple[Row, list[list[int]]]]:
     params = sampling_params(setting, len(prompts), plan.max_tokens)
-    drafted = getattr(llm, "draft_kind", None) or DFLASH
+    drafted = drafting_arm(llm)
     passes: dict[str, list[Pass]] = {PLAIN: [], drafted: []}
     stages: dict[str, dict[str, float]] = {PLAIN: {}, drafted: {}}
     counts = {name: 0 for name in ("passes", "drafted")}

@@ -76,9 +76,8 @@ def add_engine(parser: argparse.ArgumentParser, *, drafters: bool = False) -> An
     )
     group.add_argument(
         "--lookup",
-        action="store_true",
-        default=None,
-        help="beside the drafter, look drafts up in the text itself, and take what promises more; the same text",
+        action=argparse.BooleanOptionalAction,
+        help="beside the drafter, look drafts up in the text itself, and take what promises more; the same text; default: where that can be",
     )
     group.add_argument(
         "--no-adaptive",

@@ -124,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
     def engine_for(concurrency: int, draft: str | None = drafts[0]) -> Any:
         # Without prefix reuse: every run computes its prompts itself, whichever arm ran before.
         one = argparse.Namespace(**{**vars(args), "draft": draft})
-        llm = engine.make_engine(one, max_running=concurrency, prefix_cache=False)
+        # Beside another loop it is the drafter alone that is compared.
+        alone = {"lookup": False} if args.suite == "reference" else {}
+        llm = engine.make_engine(one, max_running=concurrency, prefix_cache=False, **alone)
         if not heads:
             try:
                 engine.begin(llm, prompts, SamplingParams(max_tokens=args.max_tokens)).close()

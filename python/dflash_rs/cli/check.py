@@ -140,7 +140,9 @@ def _battery(args: argparse.Namespace, prompts: Any) -> Any:
 
     def engine_of(drafter: Any, **sizes: Any) -> Any:
         # The pair's own drafter as it was asked for; one that is scripted in whole blocks, whatever pays.
-        own = {"block_size": block, "tree_nodes": nodes} if drafter is draft and draft is not None else {}
+        own: dict[str, Any] = {"lookup": False}
+        if drafter is draft and draft is not None:
+            own = {"block_size": block, "tree_nodes": nodes, "lookup": args.lookup}
         return type(llm).from_parts(target, drafter, adaptive=False, **made, **own, **sizes)
 
     return Battery(

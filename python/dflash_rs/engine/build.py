@@ -81,17 +81,15 @@ class Sizes:
     look_up: int = 0
 
     @classmethod
-    def choose(
-        cls, models: Models, config: EngineConfig, block_size: int | None, tree_nodes: int, lookup: bool = False
-    ) -> Sizes:
+    def choose(cls, models: Models, config: EngineConfig, options: StepOptions) -> Sizes:
         """Of what was asked for, within what the models take."""
         plain, draft = models.draft is None, models.draft
         expected = "0 without a drafter" if plain else None
-        block = _block(draft, block_size)
+        block = _block(draft, options.block_size)
         chains = draft is None or draft.from_text
         if chains and not plain:
             expected = "0 with a look-up, which drafts chains"
-        nodes = integer("tree_nodes", tree_nodes, 0, 0 if chains else _MOST_NODES, expected=expected)
+        nodes = integer("tree_nodes", options.tree_nodes, 0, 0 if chains else _MOST_NODES, expected=expected)
         if nodes and models.target.state is not None:
             raise InvalidArgument(
                 f"tree_nodes: got {nodes}, expected 0 with a target that keeps state: a state runs over one path, not over a tree"
@@ -99,7 +97,7 @@ class Sizes:
         asked, limit = config.max_context, models.target.max_context
         if asked > limit:
             raise InvalidArgument(f"max_context: got {asked}, expected at most {limit}, the target's own limit")
-        return cls(block, nodes, asked or limit, _look_up(models, nodes, lookup))
+        return cls(block, nodes, asked or limit, _look_up(models, nodes, options))
 
     @property
     def row(self) -> int:
@@ -107,10 +105,11 @@ class Sizes:
         return max(self.block_size, self.tree_nodes + 1, self.look_up)
 
 
-def _look_up(models: Models, nodes: int, asked: bool) -> int:
-    if not asked:
-        return 0
+def _look_up(models: Models, nodes: int, options: StepOptions) -> int:
+    """Most tokens of a block that is looked up beside the drafter, 0 where none is."""
     draft, why = models.draft, ""
+    if options.lookup is False:
+        return 0
     if draft is None:
         why = "there is no drafter to look up beside; draft='lookup' looks up alone"
     elif draft.from_text:
@@ -119,6 +118,10 @@ def _look_up(models: Models, nodes: int, asked: bool) -> int:
         why = f"tree_nodes is {nodes}, and what is looked up is a chain"
     elif serves(models.target, draft):
         why = "steps stay on the GPU, which does not know the texts"
+    elif options.overlap and options.lookup is None:
+        return 0
+    if why and options.lookup is None:
+        return 0
     if why:
         raise InvalidArgument(f"lookup: got True, expected False: {why}")
     return LOOKUP_BLOCK

@@ -78,8 +78,7 @@ class Policy:
             *_, drafting, _, longest, _ = plan.outline
         block = decision.block if trees else min(decision.block, longest)
         # Plain requests among themselves owe the drafter nothing; the core notes what it has not seen. A look-up has no KV that could be missing.
-        inject = self._from_text or (plan.drafts and (not self.look_up or block > 1))
-        return Step(plan, block, trees, inject, drafting * block)
+        return Step(plan, block, trees, self._from_text or plan.drafts, drafting * block)
 
     # ---- between drafting and verifying --------------------------------------------------------------------------
 

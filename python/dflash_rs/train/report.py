@@ -8,7 +8,8 @@ from typing import Any
 
 
 def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max_tokens: int) -> list[dict[str, Any]]:
-    """One row per temperature (0, 0.7): tau of the drafter, tau of an n-gram look-up and repeated 4-grams on the same outputs.
+    """One row per temperature (0, 0.7): tau of the drafter, tau with look-up beside it, tau of a look-up alone and repeated 4-grams on the same
+    outputs.
 
     `prompts`: a JSON list of texts (`train prompts`), which are continued; or JSON lines of conversations (`bench.workloads`), which are
     answered as chats where the target has a template; None for those of the package. Conversations have a row for every
@@ -30,14 +31,14 @@ def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max
     held_out = held_out_taus(Path(draft))
     rows = []
     # Whole blocks: what the drafter can do, not what pays on this machine.
-    with LLM(model=target, draft=draft, adaptive=False) as llm:
+    with LLM(model=target, draft=draft, adaptive=False, lookup=False) as llm:
         if talks:
             tasks, ends = conversations(llm, talks, max_tokens)
             ids, kinds = [task.ids for task in tasks], [task.prompt.category for task in tasks]
         else:
             ids, ends, kinds = [llm.encode(t) for t in texts], [], [""] * len(texts)
-        for temperature in (0.0, 0.7):
-            params = [
+        params = {
+            temperature: [
                 SamplingParams(
                     temperature=temperature,
                     seed=i,
@@ -48,23 +49,33 @@ def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max
                 )
                 for i in range(len(ids))
             ]
-            outputs = llm.generate(ids, params)
-            for kind in [*dict.fromkeys(kinds), ALL] if talks else [""]:
-                chosen = [i for i in range(len(ids)) if kind in (kinds[i], ALL)]
-                own = [outputs[i] for i in chosen]
-                passes = sum(o.metrics["steps"] for o in own)
-                gained = sum(len(o.token_ids) - 1 for o in own)
-                row = {
-                    "temperature": temperature,
-                    # Answers of one token have no pass.
-                    "loop_tau": gained / passes if passes else None,
-                    "ngram_tau": lookup_tau([(ids[i], outputs[i].token_ids) for i in chosen], llm.block_size),
-                    "repeated_4gram_share": sum(repeated_ngram_share(o.token_ids, 4) for o in own) / len(own),
-                    "prompts": len(own),
-                    "max_tokens": max_tokens,
-                }
-                rows.append({"category": kind, **row, "held_out_tau": held_out.get(kind)} if talks else row)
+            for temperature in (0.0, 0.7)
+        }
+        alone = {temperature: llm.generate(ids, its) for temperature, its in params.items()}
+        block_size = llm.block_size
+    with LLM(model=target, draft=draft, adaptive=False, lookup=True) as llm:
+        beside = {temperature: llm.generate(ids, its) for temperature, its in params.items()}
+    for temperature, outputs in alone.items():
+        for kind in [*dict.fromkeys(kinds), ALL] if talks else [""]:
+            chosen = [i for i in range(len(ids)) if kind in (kinds[i], ALL)]
+            own = [outputs[i] for i in chosen]
+            row = {
+                "temperature": temperature,
+                "loop_tau": _tau(own),
+                "loop_tau_with_lookup": _tau([beside[temperature][i] for i in chosen]),
+                "ngram_tau": lookup_tau([(ids[i], outputs[i].token_ids) for i in chosen], block_size),
+                "repeated_4gram_share": sum(repeated_ngram_share(o.token_ids, 4) for o in own) / len(own),
+                "prompts": len(own),
+                "max_tokens": max_tokens,
+            }
+            rows.append({"category": kind, **row, "held_out_tau": held_out.get(kind)} if talks else row)
     return rows
+
+
+def _tau(outputs: list[Any]) -> float | None:
+    """Tokens per pass; None where answers of one token had none."""
+    passes = sum(o.metrics["steps"] for o in outputs)
+    return sum(len(o.token_ids) - 1 for o in outputs) / passes if passes else None
 
 
 def held_out_taus(draft: Path) -> dict[str, float]:
