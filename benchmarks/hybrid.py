@@ -180,7 +180,9 @@ def main() -> int:
             parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
     requests = max(one[0] for one in PASSES)
     draft = "auto" if args.model == MODEL else "lookup"
-    with LLM(args.model, draft, threads=args.threads, max_running=requests, prefix_cache=False, adaptive=False, lookup=False) as llm:
+    with LLM(
+        args.model, draft, threads=args.threads, max_running=requests, prefix_cache=False, adaptive=False, lookup=False
+    ) as llm:
         if llm._target.state is None:
             parser.error(f"--model: got {args.model}, expected a target with recurrent layers")
         head = header(sys.argv[1:], llm) | {"command": "python benchmarks/hybrid.py", "rounds": args.rounds}

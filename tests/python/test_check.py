@@ -25,7 +25,8 @@ PROMPTS = [np.random.default_rng(n).integers(3, VOCAB, n).tolist() for n in (2, 
 
 def battery(target, draft=None, **options) -> Battery:
     def engine(drafter, **sizes):
-        return LLM.from_parts(target, drafter, tokenizer=None, token_bytes=BYTES, adaptive=False, **sizes)
+        # What drafts is the drafter alone, right or wrong.
+        return LLM.from_parts(target, drafter, tokenizer=None, token_bytes=BYTES, adaptive=False, lookup=False, **sizes)
 
     options = {"block_size": 5, "max_tokens": 24, "rejected": 60, "rounds": 2, **options}
     return Battery(engine, draft, PROMPTS, **options)

@@ -268,7 +268,9 @@ def test_models_may_be_named_as_on_the_hub(tmp_path):
     done = run("/nowhere/at/all", "someone/drafter")
     assert done.returncode == 2 and "--model: got /nowhere/at/all, and there is no such folder or file" in done.stderr
     done = run("someone/absent", "someone/drafter")
-    assert "target someone/absent: there is no such folder here, and the Hugging Face hub cannot be reached" in done.stderr
+    assert (
+        "target someone/absent: there is no such folder here, and the Hugging Face hub cannot be reached" in done.stderr
+    )
     done = run("someone/target", "someone/nothing")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("dflash-rs: error: draft someone/nothing: there is no such folder"), done.stderr

@@ -33,7 +33,8 @@ def target(kind: str) -> TargetModel:
 
 
 def engine(kind: str, draft=None, **options) -> LLM:
-    options = {"page_size": 4, "max_running": 4, "max_context": 128, "adaptive": False, **options}
+    # What drafts is the drafter alone, right or wrong.
+    options = {"page_size": 4, "max_running": 4, "max_context": 128, "adaptive": False, "lookup": False, **options}
     made = kind if isinstance(kind, TargetModel) else target(kind)
     return LLM.from_parts(made, draft, tokenizer=None, token_bytes=BYTES, **options)
 

@@ -60,7 +60,8 @@ def test_texts_are_the_same_with_drafts_and_without_and_several_tokens_are_kept_
 @pytest.mark.parametrize(("row", "tau"), [(0.0, 1.4), (2.0, 1.0)], ids=["rows are free", "a row costs two passes"])
 def test_as_much_is_drafted_as_pays(row, tau):
     costs = StepCosts.lines(1.0, row, 0.1, 0.0)
-    with engine(costs=costs) as llm:
+    # What is looked up is certain now and then, and pays even so.
+    with engine(costs=costs, lookup=False) as llm:
         outputs = llm.generate(PROMPTS, PARAMS["greedy"])
         assert [output.token_ids for output in outputs] == plain("greedy")
         found = llm.stats()["tau"]

@@ -277,7 +277,8 @@ def engine(draft="guesser", **options) -> LLM:
     target = TargetModel(model)
     if draft == "guesser":
         draft = guesser(qwen3_target()).bind_target(target.embedding, target.lm_head)
-    options = {"page_size": 4, "max_running": 5, "adaptive": False, **options}
+    # What drafts is the head alone.
+    options = {"page_size": 4, "max_running": 5, "adaptive": False, "lookup": False, **options}
     return LLM.from_parts(target, draft, tokenizer=None, token_bytes=BYTES, **options)
 
 

@@ -56,7 +56,15 @@ def test_texts_are_reported_as_before(draft, tmp_path):
     prompts.write_text(json.dumps([{"prompt": LINES[0]["prompt"]}]))
     rows = loop_report(assets() / "target", draft, prompts, 8)
     assert [set(row) for row in rows] == [
-        {"temperature", "loop_tau", "loop_tau_with_lookup", "ngram_tau", "repeated_4gram_share", "prompts", "max_tokens"}
+        {
+            "temperature",
+            "loop_tau",
+            "loop_tau_with_lookup",
+            "ngram_tau",
+            "repeated_4gram_share",
+            "prompts",
+            "max_tokens",
+        }
     ] * 2
 
 

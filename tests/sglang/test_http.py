@@ -73,6 +73,10 @@ def test_the_counters_are_exported_and_the_alarm_rings(web: Server) -> None:
         ("top_logprobs_num", {"text": "def f", "return_logprob": True, "top_logprobs_num": 1_000_000}),
         ("custom_logit_processor", {"text": "def f", "custom_logit_processor": "nonsense"}),
         ("custom_logit_processor", {"text": "def f", "custom_logit_processor": '{"callable": "80044b052e"}'}),
+        (
+            "custom_params.dflash_rs.max_drafts",
+            {"text": "def f", "sampling_params": {"custom_params": {"dflash_rs": {"max_drafts": -1}}}},
+        ),
     ],
 )
 def test_what_would_end_plain_sglang_is_refused_by_name(ours: Server, option: str, fields: dict) -> None:
@@ -90,6 +94,40 @@ def test_what_would_end_plain_sglang_is_refused_by_name(ours: Server, option: st
     reason = last["meta_info"]["finish_reason"]
     assert (reason["type"], reason["status_code"]) == ("abort", 400) and f"{option}: got" in reason["message"]
     assert tokens(ours.together([alone])) == tokens(expected) and ours.process.poll() is None
+
+
+def drafts_per_pass(answer: dict) -> float:
+    """Drafts accepted in a pass, as the answer's notes tell; the first token came of the prompt."""
+    meta = answer["meta_info"]
+    return (meta["completion_tokens"] - 1) / meta["spec_verify_ct"] - 1
+
+
+def test_a_request_may_limit_its_drafts_and_the_text_stays(ours: Server, reference: dict) -> None:
+    limits: list[int | None] = [None, 0, 1, 2]
+    for name, params in (("greedy", cases.greedy()["greedy"]), ("seed", cases.seeded()["seed"])):
+        asked = cases.bodies(params)
+        for body, most in zip(asked, limits, strict=True):
+            if most is not None:
+                body["sampling_params"] = params | {"custom_params": {"dflash_rs": {"max_drafts": most}}}
+        together = ours.together(asked)
+        assert tokens(together) == tokens(reference[name])
+        free, *limited = map(drafts_per_pass, together)
+        assert limited[0] == 0 and 0 < limited[1] <= 1 and 0 < limited[2] <= 2 and free > limited[0]
+    # Nobody drafts.
+    alone = ours.together([asked[1]])
+    assert tokens(alone) == tokens(reference["seed"])[1:2] and drafts_per_pass(alone[0]) == 0
+
+
+def test_the_openai_routes_carry_a_limit(ours: Server) -> None:
+    body = {"model": TARGET, "prompt": cases.prompts()[0], "temperature": 0, "max_tokens": 24}
+    texts = []
+    for more in ({}, {"custom_params": {"dflash_rs": {"max_drafts": 0}}}):
+        status, answer = ours.post("/v1/completions", body | more)
+        assert status == 200, answer
+        texts.append(answer["choices"][0]["text"])
+    assert texts[0] == texts[1]
+    status, answer = ours.post("/v1/completions", body | {"custom_params": {"dflash_rs": 3}})
+    assert status == 400 and "custom_params.dflash_rs: got 3" in json.dumps(answer)
 
 
 @pytest.mark.parametrize("greedy", [{"temperature": 0}, {"temperature": 0.8, "top_k": 1}])

@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 import dflash_rs.sglang
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, grammar, requests, sampling
+from dflash_rs.sglang.limits import Limits
+from dflash_rs.sglang.limits import of_request as limits_of
+from dflash_rs.sglang.limits import why_not as limit_refusal
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import History, Penalties, TargetSampler
 from dflash_rs.sglang.shapes import SHAPED, Shapes, Undrafted
@@ -286,6 +289,9 @@ def test_options_come_inline_or_from_a_file(tmp_path) -> None:
         ('{"alarm_tau": "high"}', "alarm_tau: got 'high', expected a finite number"),
         ('{"alarm_passes": 0}', "alarm_passes: got 0, expected an integer of at least 1"),
         ('{"metrics": 1}', "metrics: got 1, expected true or false"),
+        ('{"max_drafts": -1}', "max_drafts: got -1, expected an integer of at least 0"),
+        ('{"max_drafts": true}', "max_drafts: got True, expected an integer"),
+        ('{"max_draft_context": "long"}', "max_draft_context: got 'long', expected an integer of at least 0"),
         ('{"adaptive": "often"}', "adaptive: got 'often', expected true, false or \"cycle\""),
         ('{"adaptive": 1}', "adaptive: got 1, expected true, false"),
         ('{"widths": 4}', "widths: got 4, expected a list of integers"),
@@ -673,7 +679,7 @@ def serve(widths: Widths, clock: Clock, steps: int, requests: int, seconds: Any,
         chosen.append(widths.next(requests))
         clock.now += seconds(requests, chosen[-1])
         if len(chosen) > 1:
-            assert widths.verified([min(likely, chosen[-2] - 1)] * requests) == chosen[-2]
+            assert widths.verified([min(likely, chosen[-2] - 1)] * requests) == (chosen[-2], None)
     widths.interrupted()
     widths.verified([min(likely, chosen[-1] - 1)] * requests)
     return chosen
@@ -722,7 +728,7 @@ def test_ranks_take_what_rank_0_has_chosen() -> None:
     assert (follower.next(3), follower.planner, asked) == (1, None, [None])
     leader = Widths([1, 8], agree=lambda width: asked.append(width) or width)
     assert leader.next(3) == asked[-1] == 8
-    assert follower.verified([0, 0, 0]) == 1 and leader.verified([7, 0, 2]) == 8
+    assert follower.verified([0, 0, 0])[0] == 1 and leader.verified([7, 0, 2])[0] == 8
     # Nothing to agree on.
     assert Widths([8], agree=None).next(3) == 8
     assert [Widths([1, 4], cycle=True, leads=leads).next(1) for leads in (True, False)] == [1, 1]
@@ -731,7 +737,103 @@ def test_ranks_take_what_rank_0_has_chosen() -> None:
 def test_a_result_that_never_came_does_not_shift_the_others() -> None:
     widths = Widths([2, 4, 8], cycle=True)
     assert [widths.next(requests) for requests in (1, 3, 3)] == [2, 4, 8]
-    assert [widths.verified([0, 0, 0]) for _ in range(3)] == [4, 8, 8]
+    assert [widths.verified([0, 0, 0])[0] for _ in range(3)] == [4, 8, 8]
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def says(*most: Any, length: int = 10, **more: Any) -> list[Any]:
+    """Requests with these limits; ... says nothing."""
+    made = []
+    for n in most:
+        params = None if n is ... else {"dflash_rs": {"max_drafts": n}, **more}
+        made.append(
+            SimpleNamespace(
+                sampling_params=SimpleNamespace(custom_params=params), origin_input_ids=[1] * length, output_ids=[]
+            )
+        )
+    return made
+
+
+def test_a_request_has_its_own_limit_or_the_servers() -> None:
+    assert Limits(8, None, None).of(says(..., ..., {})[:2]) is None
+    assert Limits(8, None, None).of(says(7, 9)) is None, "as much as there is is no limit"
+    assert Limits(8, None, None).of(says(..., 0, 3, 12, other=1)) == [7, 0, 3, 7]
+    assert Limits(8, 2, None).of(says(..., 0, 5)) == [2, 0, 5]
+    assert Limits(8, None, None).of([]) is None
+    # A dictionary that says nothing of it, and one whose limit is null.
+    quiet = SimpleNamespace(custom_params={"dflash_rs": {}}), SimpleNamespace(custom_params={"mine": 3})
+    assert [limits_of(params) for params in (*quiet, SimpleNamespace())] == [None, None, None]
+
+
+def test_a_long_text_drafts_nothing_more() -> None:
+    limits = Limits(8, None, 12)
+    short, long = says(..., length=12) + says(3, length=12)
+    assert limits.of([short, long]) == [7, 3]
+    for req in (short, long):
+        req.output_ids = [5]
+    assert limits.of([short, long]) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (3, "custom_params.dflash_rs: got 3, expected an object with max_drafts"),
+        ({"max_drafts": -1}, "custom_params.dflash_rs.max_drafts: got -1, expected an integer of at least 0"),
+        ({"max_drafts": True}, "custom_params.dflash_rs.max_drafts: got True"),
+        ({"max_drafts": "2"}, "custom_params.dflash_rs.max_drafts: got '2'"),
+        ({"max_draft": 2}, "custom_params.dflash_rs: got max_draft, expected max_drafts"),
+    ],
+)
+def test_a_limit_that_cannot_be_read_is_refused(said: Any, message: str) -> None:
+    req = SimpleNamespace(sampling_params=SimpleNamespace(custom_params={"dflash_rs": said}))
+    assert (limit_refusal(req) or "").startswith(message)
+
+
+def test_a_step_is_no_wider_than_what_somebody_may_use_and_learns_from_the_others_only() -> None:
+    turns = Widths([1, 2, 4, 8], cycle=True)
+    assert [turns.next(2, [0, 0]) for _ in range(4)] == [1] * 4
+    assert [turns.next(2, [2, 0]) for _ in range(4)] == [1, 2, 4, 4]
+    # Whole blocks where there is no choice.
+    assert Widths([8]).next(1, [0]) == 8
+    judging = Widths([1, 8])
+    recorded: list[tuple[int, list[int]]] = []
+    choose = judging.planner.choose
+    judging.planner = SimpleNamespace(
+        choose=choose, observe=lambda *_: None, record=lambda width, drafts: recorded.append((width, drafts))
+    )
+    assert judging.next(3, [7, 0, 7]) == 8 and judging.verified([5, 0, 2]) == (8, [7, 0, 7])
+    assert judging.next(2, [3, 3]) == 8 and judging.verified([3, 3]) == (8, [3, 3])
+    assert recorded == [(8, [5, 2])]
+
+
+def test_what_a_request_may_not_accept_is_not_counted_as_drafted() -> None:
+    from prometheus_client import CollectorRegistry
+
+    registry = CollectorRegistry()
+    acceptance = Acceptance(8, 1.05, 3, Exporter(8, {"model_name": "m"}, registry))
+    acceptance.observe([5, 0, 2], 8, [7, 0, 3])
+
+    def value(name: str) -> float | None:
+        return registry.get_sample_value(f"dflash_rs_spec_{name}", {"model_name": "m"})
+
+    assert (value("drafts_total"), value("draft_tokens_total"), value("accepted_tokens_total")) == (2, 10, 7)
+    assert acceptance.tau == 1 + 7 / 2
+    for _ in range(20):
+        acceptance.observe([0, 0], 8, [0, 0])
+    assert not acceptance.alarmed and acceptance.tau == 1 + 7 / 2
+
+
+def test_drafts_beyond_a_limit_are_tokens_that_nobody_says() -> None:
+    from dflash_rs.sglang.worker import DflashRsWorker
+
+    worker, blocks = DflashRsWorker.__new__(DflashRsWorker), torch.arange(12).view(3, 4)
+    worker._most = None
+    assert worker._within_limits(blocks) is blocks
+    worker._most = [3, 0, 1]
+    assert worker._within_limits(blocks).tolist() == [[0, 1, 2, 3], [4, -1, -1, -1], [8, 9, -1, -1]]
+    assert blocks[1].tolist() == [4, 5, 6, 7]
 
 
 def worker(**changes: Any) -> SimpleNamespace:

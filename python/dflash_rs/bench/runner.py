@@ -24,6 +24,7 @@ import numpy as np
 
 from dflash_rs.bench.ngram import lookup_tau, repeated_ngram_share
 from dflash_rs.bench.workloads import Prompt, Setting
+from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
 
 PLAIN, DFLASH, REFERENCE = "plain", "dflash", "z-lab"

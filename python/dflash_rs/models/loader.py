@@ -398,7 +398,12 @@ def draft_folder(path: str | Path) -> Path:
     if path.exists() or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         files = ["config.json", "*.safetensors", "model.safetensors.index.json", proposals.FILE]

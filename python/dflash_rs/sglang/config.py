@@ -31,6 +31,9 @@ class Options:
       and how many drafts are accepted. False drafts and verifies whole blocks; None is true on a CPU and false elsewhere. "cycle" takes
       the widths in turn, for tests.
     - `widths`: what to choose from, tokens per request with the anchor counted; None is 1, 2, 4 and so on, and the block.
+    - `max_drafts`: most drafts of a request that are accepted in one pass, where the request does not say it itself; 0 decodes plainly, None does not
+      limit.
+    - `max_draft_context`: requests whose prompt and output are longer than this many tokens draft nothing more; None does not limit.
     - `allow_untested_sglang`: run on an SGLang version that the tests have not seen, if its seams look right.
     """
 
@@ -40,6 +43,8 @@ class Options:
     kernels: bool = True
     adaptive: bool | str | None = None
     widths: Sequence[int] | None = None
+    max_drafts: int | None = None
+    max_draft_context: int | None = None
     allow_untested_sglang: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +54,10 @@ class Options:
         passes = self.alarm_passes
         if isinstance(passes, bool) or not isinstance(passes, int) or not 1 <= passes <= MOST_PASSES:
             raise _bad("alarm_passes", passes, f"an integer of at least 1 and at most {MOST_PASSES}")
+        for name in ("max_drafts", "max_draft_context"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise _bad(name, value, "an integer of at least 0")
         for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")

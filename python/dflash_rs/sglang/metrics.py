@@ -32,19 +32,19 @@ class Acceptance:
         """Tokens per pass that verified drafts since the start, the bonus token counted."""
         return 1 + self.accepted / self.passes if self.passes else None
 
-    def observe(self, accepted: Sequence[int], width: int | None = None) -> None:
-        """One step: drafts accepted by each request of `width` tokens, by default of a whole block."""
+    def observe(self, accepted: Sequence[int], width: int | None = None, limits: Sequence[int] | None = None) -> None:
+        """One step: drafts accepted by each request of `width` tokens, by default of a whole block. `limits`: most drafts of each, None where none
+        is limited; who may accept none has drafted nothing, and who may accept few counts for what it may."""
         if not accepted:
             return
         width = self.block if width is None else width
+        drafted = [min(most, width - 1) for most in (limits or [width - 1] * len(accepted))]
         if self.exporter is not None:
-            self.exporter.step(accepted, width)
-        if width == 1:
-            return
-        total = sum(accepted)
-        self.passes += len(accepted)
+            self.exporter.step(accepted, width, drafted)
+        passes, total = sum(n > 0 for n in drafted), sum(accepted)
+        self.passes += passes
         self.accepted += total
-        self.window_passes += len(accepted)
+        self.window_passes += passes
         self.window_accepted += total
         if self.window_passes >= self.alarm_passes:
             self._look()
@@ -108,14 +108,14 @@ class Exporter:
             block
         )
 
-    def step(self, accepted: Sequence[int], width: int) -> None:
-        """One step: drafts accepted by each request of `width` tokens."""
+    def step(self, accepted: Sequence[int], width: int, drafted: Sequence[int]) -> None:
+        """One step: drafts accepted by each request of `width` tokens, of those that it might accept."""
         self.passes[width].inc(len(accepted))
         self.width.set(width)
-        if width == 1:
+        if not any(drafted):
             return
-        self.drafts.inc(len(accepted))
-        self.draft_tokens.inc(len(accepted) * (width - 1))
+        self.drafts.inc(sum(n > 0 for n in drafted))
+        self.draft_tokens.inc(sum(drafted))
         self.accepted_tokens.inc(sum(accepted))
         for position, counter in enumerate(self.per_position[: width - 1]):
             if hits := sum(n > position for n in accepted):

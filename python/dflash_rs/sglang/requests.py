@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dflash_rs.sglang import limits
+
 
 def ours() -> bool:
     """Whether this server runs ``DFLASH_RS``: SGLang asks for every algorithm of DFLASH's family."""
@@ -47,7 +49,7 @@ def without_idle_filters(req: Any) -> None:
 def harmless(req: Any) -> None:
     """A refused request still runs through one prefill before SGLang answers it; what was refused must not happen there."""
     req.sampling_params = copy.copy(req.sampling_params)
-    req.sampling_params.min_p = 0.0
+    req.sampling_params.min_p, req.sampling_params.custom_params = 0.0, None
     req.return_hidden_states = req.return_sampling_mask = False
     req.logprob.top_logprobs_num = 0
     req.custom_logit_processor = None
@@ -66,6 +68,8 @@ def why_not(req: Any, seeded: bool) -> str | None:
             f"min_p: got {req.sampling_params.min_p}, expected 0 with --enable-deterministic-inference: SGLang's seeded sampler "
             "cannot apply it"
         )
+    if (unreadable_limit := limits.why_not(req)) is not None:
+        return unreadable_limit
     if not req.origin_input_ids:
         return "input_ids: got none, expected at least one token: the prompt is empty"
     if not 0 <= (wanted := req.logprob.top_logprobs_num or 0) <= req.vocab_size:

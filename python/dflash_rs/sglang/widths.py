@@ -46,20 +46,21 @@ class Widths:
         self.widths, self.cycle, self.agree, self.ahead, self.clock = tuple(widths), cycle, agree, ahead, clock
         judges = leads and not cycle and len(self.widths) > 1
         self.planner = WidthPlanner(list(self.widths)) if judges else None
-        self._launched: deque[tuple[int, int]] = deque(maxlen=_ON_THEIR_WAY)
+        # Requests, width and limits.
+        self._launched: deque[tuple[int, int, list[int] | None]] = deque(maxlen=_ON_THEIR_WAY)
         # The step that runs: requests, width, when it started, and whether its time counts.
         self._running: tuple[int, int, float, bool] | None = None
         self._turn = 0
 
-    def next(self, requests: int) -> int:
-        """The width of the step of so many requests that starts now."""
+    def next(self, requests: int, limits: list[int] | None = None) -> int:
+        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited."""
         if self.planner is not None:
             now, last = self.clock(), None
             if self._running is not None:
                 before, last, began, counts = self._running
                 if counts:
                     self.planner.observe(before, last, now - began)
-            width = self.planner.choose(requests)
+            width = self._enough(self.planner.choose(requests), limits)
             self._running = (requests, width, now, last == width or not self.ahead)
         elif self.cycle:
             width = self.widths[self._turn % len(self.widths)]
@@ -68,22 +69,30 @@ class Widths:
             width = self.widths[-1]
         if self.agree is not None and not self.cycle and len(self.widths) > 1:
             width = self.agree(None if self.planner is None else width)
-        self._launched.append((requests, width))
+        width = self._enough(width, limits)
+        self._launched.append((requests, width, limits))
         return width
+
+    def _enough(self, width: int, limits: list[int] | None) -> int:
+        """No wider than what somebody may use."""
+        most = self.widths[-1] if limits is None else 1 + max(limits)
+        return min(width, next((w for w in self.widths if w >= most), self.widths[-1]))
 
     def interrupted(self) -> None:
         """Something else than a decoding step runs: what lies between two steps is no step's time."""
         self._running = None
 
-    def verified(self, accepted: Sequence[int]) -> int:
-        """The oldest step whose accept lengths have not come had these: drafts accepted by each request. Returns its width."""
+    def verified(self, accepted: Sequence[int]) -> tuple[int, list[int] | None]:
+        """The oldest step whose accept lengths have not come had these: drafts accepted by each request. Returns its width and limits."""
         while self._launched:
-            requests, width = self._launched.popleft()
+            requests, width, limits = self._launched.popleft()
             if requests == len(accepted):
-                if self.planner is not None:
-                    self.planner.record(width, list(accepted))
-                return width
-        return self.widths[-1]
+                # What a request may not accept says nothing of the drafts.
+                free = [n for n, most in zip(accepted, limits or [width] * requests) if most >= width - 1]
+                if self.planner is not None and free:
+                    self.planner.record(width, free)
+                return width, limits
+        return self.widths[-1], None
 
 
 def over(group: Any) -> Callable[[int | None], int]:

@@ -26,8 +26,9 @@ import torch
 from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
 from dflash_rs.sglang.kernels import ContextKv, Walk
+from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
-from dflash_rs.sglang.sampling import TargetSampler, bare
+from dflash_rs.sglang.sampling import TargetSampler, bare, put
 from dflash_rs.sglang.shapes import SHAPED, Shapes
 from dflash_rs.sglang.widths import Widths, over
 
@@ -59,6 +60,9 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._slots: torch.Tensor | None = None
         self._info: Any = None
         self._scored = False
+        # Most drafts of each of them, None where none is limited.
+        self._limits = Limits(int(self.block_size), self.options.max_drafts, self.options.max_draft_context)
+        self._most: list[int] | None = None
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
         self._context_kv: ContextKv | None = None
@@ -172,7 +176,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._reqs, self._slots, self._info, self._scored = reqs, slots, given, bool(batch.return_logprob)
         if prefill:
             self._widths.interrupted()
-        width = int(self.block_size) if prefill else self._widths.next(len(reqs))
+        self._most = None if prefill else self._limits.of(reqs)
+        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most)
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
             with self._shapes.of(width):
@@ -220,6 +225,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         ours = (self._on_host or self._walk_kernel is not None) and not compat.installed().simulates_acceptance()
         if drawn or ours:
             target_predict = compat.installed().same_on_all_ranks(self, target_predict, drawn)
+        candidates = self._within_limits(candidates)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
         self._selector_sample = None
         if ours:
@@ -238,6 +244,13 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self.targets.committed(self._reqs, self._slots, out_tokens, commit_lens)
         return accepted
 
+    def _within_limits(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Blocks i64 ``[R, B]`` in which what a request may not accept is a token that the target never says."""
+        if self._most is None:
+            return candidates
+        place = torch.arange(candidates.shape[1], device=candidates.device)
+        return candidates.masked_fill(place[None] > put(self._most, candidates.device)[:, None], -1)
+
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
         if self._walk_kernel is not None:
             return self._walk_kernel(block, sampled, prefix_lens)
@@ -255,4 +268,4 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """SGLang has learned a step's accept lengths on the host."""
-        self.acceptance.observe(num_correct_drafts_per_req, self._widths.verified(num_correct_drafts_per_req))
+        self.acceptance.observe(num_correct_drafts_per_req, *self._widths.verified(num_correct_drafts_per_req))
