@@ -825,15 +825,20 @@ def test_what_a_request_may_not_accept_is_not_counted_as_drafted() -> None:
     assert not acceptance.alarmed and acceptance.tau == 1 + 7 / 2
 
 
-def test_drafts_beyond_a_limit_are_tokens_that_nobody_says() -> None:
+def test_drafts_beyond_a_limit_are_tokens_that_the_target_does_not_say_there() -> None:
     from dflash_rs.sglang.worker import DflashRsWorker
 
     worker, blocks = DflashRsWorker.__new__(DflashRsWorker), torch.arange(12).view(3, 4)
+    # Every draft is what the target says, zeros and ones among them.
+    blocks[1, 2:], said = torch.tensor([0, 1]), torch.zeros_like(blocks)
+    said[:, :-1] = blocks[:, 1:]
     worker._most = None
-    assert worker._within_limits(blocks) is blocks
+    assert worker._within_limits(blocks, said) is blocks
     worker._most = [3, 0, 1]
-    assert worker._within_limits(blocks).tolist() == [[0, 1, 2, 3], [4, -1, -1, -1], [8, 9, -1, -1]]
-    assert blocks[1].tolist() == [4, 5, 6, 7]
+    limited = worker._within_limits(blocks, said.flatten())
+    assert limited[0].tolist() == [0, 1, 2, 3] and limited[:, 0].tolist() == [0, 4, 8] and limited[2, 1] == 9
+    matches = (limited[:, 1:] == said[:, :-1]).int().cumprod(1).sum(1)
+    assert matches.tolist() == [3, 0, 1] and blocks[1].tolist() == [4, 5, 0, 1]
 
 
 def worker(**changes: Any) -> SimpleNamespace:

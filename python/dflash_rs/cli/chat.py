@@ -146,10 +146,10 @@ def _lines(talk: Talk, stdin: TextIO, quiet: bool) -> int:
         if text == "/reset":
             talk.reset()
         elif line.startswith("/") and " " not in text:
-            wrong = f"{text} is no command: {_COMMANDS}; a message may begin with a space and a slash"
+            none = f"{text} is no command: {_COMMANDS}; a message may begin with a space and a slash"
             if not person:
-                return console.complain(wrong, console.BAD_INPUT)
-            console.say(wrong)
+                return console.complain(none, console.BAD_INPUT)
+            console.say(none)
         elif text:
             try:
                 wrong = talk.answer(text)

@@ -225,7 +225,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         ours = (self._on_host or self._walk_kernel is not None) and not compat.installed().simulates_acceptance()
         if drawn or ours:
             target_predict = compat.installed().same_on_all_ranks(self, target_predict, drawn)
-        candidates = self._within_limits(candidates)
+        candidates = self._within_limits(candidates, target_predict)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
         self._selector_sample = None
         if ours:
@@ -244,12 +244,15 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self.targets.committed(self._reqs, self._slots, out_tokens, commit_lens)
         return accepted
 
-    def _within_limits(self, candidates: torch.Tensor) -> torch.Tensor:
-        """Blocks i64 ``[R, B]`` in which what a request may not accept is a token that the target never says."""
+    def _within_limits(self, candidates: torch.Tensor, target_predict: torch.Tensor) -> torch.Tensor:
+        """Blocks i64 ``[R, B]`` in which what a request may not accept is another token than the target's, which `target_predict` ``[R, B]`` has
+        one place earlier."""
         if self._most is None:
             return candidates
         place = torch.arange(candidates.shape[1], device=candidates.device)
-        return candidates.masked_fill(place[None] > put(self._most, candidates.device)[:, None], -1)
+        said = target_predict.view_as(candidates).roll(1, dims=1)
+        other = (said == 0).to(candidates.dtype)
+        return torch.where(place[None] > put(self._most, candidates.device)[:, None], other, candidates)
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
         if self._walk_kernel is not None:
