@@ -1,4 +1,4 @@
-"""Targets that keep a state beside their KV: what it has to be like, and how a narrower block finds its way in it.
+"""Targets that keep a state beside their KV: what it has to be like.
 
 SGLang verifies a block without moving the states of its recurrent layers. It writes down what they would be after every token of the
 block, and once the tokens are accepted copies the state after the last one, the convolutions' last inputs with it. A state is therefore
@@ -9,7 +9,6 @@ is rounded. The texts are the same if there is nothing to round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -39,20 +38,3 @@ def check(inputs: Sequence[torch.dtype], states: Sequence[torch.dtype], model: t
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def steps_of_whole_blocks(backend: Any) -> None:
-    """Has an attention backend for narrower blocks write down its states where those of a whole block would be.
-
-    They go to memory that was made for whole blocks, from where they are copied. SGLang's kernel takes the distance between two requests
-    there from the number of tokens that it verifies.
-    """
-    layers = backend.linear_attn_backend
-    dispatcher = layers.kernel_dispatcher
-    block = int(layers.req_to_token_pool.mamba_pool.mamba_cache.intermediate_ssm.shape[2])
-    verify = dispatcher.target_verify
-
-    def target_verify(*args: Any, **kwargs: Any) -> Any:
-        return verify(*args, **kwargs | {"cache_steps": block})
-
-    dispatcher.target_verify = target_verify

@@ -249,10 +249,6 @@ class Seams(ABC):
         `drafts_of` is the worker, in this width's shape, if the runner is its drafter's: its graphs draw the drafts, too.
         """
         backend = self.new_backend(runner)
-        if hasattr(backend, "linear_attn_backend"):
-            from dflash_rs.sglang import states
-
-            states.steps_of_whole_blocks(backend)
         graphs = runner.decode_cuda_graph_runner
         if graphs is None or graphs is runner.eager_runner:
             return {"attn_backend": backend, "decode_cuda_graph_runner": graphs}
