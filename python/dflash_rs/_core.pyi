@@ -1010,11 +1010,13 @@ class Planner:
         others: int = 0,
         *,
         plan: StepPlan | None = None,
+        drafted: int | None = None,
     ) -> NDArray[np.int32]:
         """The width of each request, ``[n]``, at most ``most`` ``[n]``: chains are cut where more would not pay.
 
         ``probabilities`` ``[n, depth]``: the drafter's own of what it drafted, where what is no number counts as 0; ``temperatures`` ``[n]``.
-        With the ``plan`` of the step, whose ``draft_rows`` they are, ``record_step`` learns what the probabilities are worth.
+        With the ``plan`` of the step, whose ``draft_rows`` they are, ``record_step`` learns what the probabilities are worth. ``drafted``: rows of
+        the drafter's pass, None where every request had a block of all places.
         """
 
     def admit_trees(

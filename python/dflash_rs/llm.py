@@ -69,7 +69,7 @@ class LLM(Chats, AsyncCalls):
     - `overlap`: launch the next step before the results of the last one are read, so that the device does not wait for the host. None is
       True where steps stay on a GPU. On a CPU, where nothing runs beside the host, it is for tests.
     - `lookup`: beside the drafter, look drafts up in each request's own text, as ``draft="lookup"`` does, and take whichever promises more; where
-      the text promises more already, the drafter is not asked. None is True where that can be: for chains, where steps do not stay on a GPU.
+      the text promises more already, the drafter is not asked. None is True where that can be: for chains, on a CPU.
     - the rest: see `dflash_rs.config.EngineConfig`.
 
     Text is the same with and without a drafter, for every sampling option, up to rounding of the logits. An LLM may be used

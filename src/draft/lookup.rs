@@ -16,7 +16,7 @@
 //! of the state of the whole text is the state of its longest ending that occurred before.
 //!
 //! How likely a draft is hangs on how long the ending was, and on whether everything that ever followed it was the same token: learnt by
-//! [`LookupRates`] from what became of drafts.
+//! [`LookupRates`] from every guess, drafted or not, as soon as it is known how the text went on.
 
 use crate::types::TokenId;
 
@@ -25,9 +25,9 @@ const NONE: u32 = u32::MAX;
 const RENEWED: usize = 32;
 /// Matches at least so long count alike.
 const LONGEST: usize = 31;
-/// Drafts over which what became of them is remembered, about.
+/// Guesses over which what became of them is remembered, about.
 const MEMORY: f64 = 200.0;
-/// Drafts that the assumption at the start is worth.
+/// Guesses that the assumption at the start is worth.
 const PRIOR: f64 = 6.0;
 
 /// Endings that occur at the same places.
@@ -267,10 +267,10 @@ impl Lookup {
     }
 }
 
-/// How often drafts were right, by how much of the text before them matched.
+/// How often guesses were right, by how much of the text before them matched.
 #[derive(Clone, Debug)]
 pub struct LookupRates {
-    // Fading, by `place`: drafts that were reached, and those accepted.
+    // Fading, by `place`: guesses that the text went past, and those that were right.
     reached: [f64; 2 * (LONGEST + 1)],
     accepted: [f64; 2 * (LONGEST + 1)],
 }
@@ -391,7 +391,10 @@ mod tests {
             let mut rates = LookupRates::new();
             rates.record(&guesses, text.iter().map(|&token| TokenId(token)));
             let change = |guess| rates.chance(guess) - LookupRates::new().chance(guess);
-            guesses.iter().map(|guess| change(guess).total_cmp(&0.0) as i32).collect()
+            guesses
+                .iter()
+                .map(|guess| change(guess).total_cmp(&0.0) as i32)
+                .collect()
         };
         assert_eq!(moved(&[]), [0, 0, 0, 0, 0]);
         assert_eq!(moved(&[1, 2]), [1, 1, 0, 0, 0]);

@@ -92,6 +92,8 @@ pub struct Offers<'a> {
     pub most: &'a [i32],
     /// Tokens that run beside them.
     pub others: usize,
+    /// Rows of the drafter's pass, which is spent already; `None`: a block of all places for every request.
+    pub drafted: Option<usize>,
     /// Number of the step and its requests `[n]`, by which [`Planner::record_pass`] names them again. Without, nothing is learnt of what
     /// the probabilities are worth.
     pub step: Option<(u64, &'a [u64])>,
@@ -445,7 +447,10 @@ fn sums(terms: impl Iterator<Item = f64>) -> Vec<f64> {
 fn worth(cost: Option<&StepCost>, offers: &Offers<'_>, line: impl ExactSizeIterator<Item = f32>) -> usize {
     let Some(cost) = cost else { return line.len() };
     let requests = offers.most.len();
-    let drafting = cost.draft.at(requests * (offers.depth + 1));
+    let drafting = match offers.drafted.unwrap_or(requests * (offers.depth + 1)) {
+        0 => 0.0,
+        rows => cost.draft.at(rows),
+    };
     let goodput = |tokens: f64, drafts: usize| tokens / (cost.target.at(requests + offers.others + drafts) + drafting);
     let mut tokens = requests as f64;
     let (mut admitted, mut most) = (0, goodput(tokens, 0));

@@ -121,8 +121,9 @@ impl Planner {
 
     /// Tokens of each request to verify, the anchor counted, i32 `[n]`. probabilities f32 `[n, depth]`: the drafter's own; temperatures f32
     /// `[n]`; most i32 `[n]`: tokens of each request at most. With the `plan` of the step it is learnt what the probabilities are worth.
-    #[pyo3(signature = (probabilities, temperatures, most, others=Count::ZERO, *, plan=None),
-           text_signature = "($self, probabilities, temperatures, most, others=0, *, plan=None)")]
+    #[pyo3(signature = (probabilities, temperatures, most, others=Count::ZERO, *, plan=None, drafted=None),
+           text_signature = "($self, probabilities, temperatures, most, others=0, *, plan=None, drafted=None)")]
+    #[allow(clippy::too_many_arguments)] // arrays, one each
     fn admit<'py>(
         &mut self,
         py: Python<'py>,
@@ -131,6 +132,7 @@ impl Planner {
         most: &Bound<'py, PyAny>,
         others: Count,
         plan: Option<Object<'py, StepPlan>>,
+        drafted: Option<Count>,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, depth]")?;
         let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[n]")?;
@@ -144,6 +146,7 @@ impl Planner {
             temperatures: temperatures.as_slice()?,
             most: most.as_slice()?,
             others: rows("others", others)?,
+            drafted: drafted.map(|drafted| rows("drafted", drafted)).transpose()?,
             step: step.as_ref().map(|(step, requests)| (*step, &requests[..])),
         })?;
         Ok(PyArray1::from_vec(py, widths))
@@ -191,6 +194,7 @@ impl Planner {
             temperatures: temperatures.as_slice()?,
             most: most.as_slice()?,
             others: rows("others", others)?,
+            drafted: None,
             step: step.as_ref().map(|(step, requests)| (*step, &requests[..])),
         };
         let trees = self.0.admit_trees(&offers, anchors.as_slice()?, tokens.as_slice()?)?;

@@ -15,7 +15,7 @@ from test_seams import PROMPTS as TOY_PROMPTS  # noqa: E402
 from toy_models import VOCAB, RecurrentTarget  # noqa: E402
 from toy_models import LookUp as Teller  # noqa: E402
 
-from dflash_rs import LLM, SamplingParams, StepCosts  # noqa: E402
+from dflash_rs import LLM, SamplingParams, StepCosts, _core  # noqa: E402
 from dflash_rs.errors import InvalidArgument  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
@@ -205,6 +205,66 @@ def test_with_a_drafter_that_never_pays_look_up_goes_on_alone():
 def test_what_cannot_be_is_refused_by_name(options, message):
     with pytest.raises(InvalidArgument, match=message):
         LLM(device="cpu", **({"lookup": True} | options))
+
+
+@pytest.mark.parametrize("options", [{"adaptive": False, "costs": None}, {}], ids=["whole", "adaptive"])
+def test_a_drafter_of_longer_blocks_keeps_them(options):
+    sampling = SamplingParams(temperature=0.0, max_tokens=60)
+    with toys(None, lookup=False, costs=None) as engine:
+        plain = ids(engine.generate(TOY_PROMPTS, sampling))
+    draft = told(plain)
+    draft.block_size = 24
+    with toys(draft, **options) as engine:
+        assert ids(engine.generate(TOY_PROMPTS, sampling)) == plain
+        assert engine._loop.policy.look_up == 24 and engine.stats()["tau"] > 1.5
+
+
+def test_many_requests_share_the_room_of_a_step():
+    """Long rows for the first would leave none for the others."""
+    prompts = [[11, n, 11] for n in range(1, 9)]
+    bias = SamplingParams(temperature=0.0, max_tokens=40, logit_bias={11: 1000.0})
+    with toys(Counted(), max_batch_tokens=40) as engine:
+        outputs = engine.generate(prompts, bias)
+        assert all(output.token_ids == [11] * 40 for output in outputs)
+        steps = [output.metrics["steps"] for output in outputs]
+    # Three tokens for each of eight.
+    assert max(steps) <= 26 and max(steps) - min(steps) <= 6, steps
+
+
+def test_a_step_in_which_nobody_drafts_says_nothing_of_what_drafting_costs():
+    draft = Counted()
+    with toys(draft) as engine:
+        policy, observed = engine._loop.policy, []
+        policy.planner = _Watched(policy.planner, observed)
+        policy._observes = True
+        # The last step has room for one token alone.
+        engine.generate([[(7 * i) % VOCAB for i in range(20)]], SamplingParams(temperature=0.0, max_tokens=4))
+    assert draft.asked > 0 and observed[-1][2] == 0 and max(rows for _, _, rows, _ in observed) > 0
+
+
+class _Watched:
+    """A planner whose observations are written down."""
+
+    def __init__(self, planner, observed):
+        self._planner, self._observed = planner, observed
+
+    def __getattr__(self, name):
+        return getattr(self._planner, name)
+
+    def observe(self, *what):
+        self._observed.append(what)
+
+
+def test_what_drafting_took_is_what_the_drafter_took():
+    planner = _core.Planner(8, target=[(1, 1.0), (65, 29.8)], draft=[(1, 2.0), (64, 2.0)])
+    chances = np.full((1, 7), 0.8, dtype=np.float32)
+    temperatures, most = np.zeros(1, dtype=np.float32), np.array([8], dtype=np.int32)
+    whole = planner.admit(chances, temperatures, most)
+    assert planner.admit(chances, temperatures, most, drafted=8) == whole
+    # Time that was not spent does not make up for more rows.
+    assert planner.admit(chances, temperatures, most, drafted=0) < whole
+    with pytest.raises(InvalidArgument, match="drafted: got -1"):
+        planner.admit(chances, temperatures, most, drafted=-1)
 
 
 def test_of_which_rows_a_planner_learns_is_checked():

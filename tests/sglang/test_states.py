@@ -47,7 +47,7 @@ def target(layers: Any, written: torch.Tensor | None) -> SimpleNamespace:
     if layers is not None:
         layers.req_to_token_pool = pool
     runner = SimpleNamespace(attn_backend=SimpleNamespace(linear_attn_backend=layers), req_to_token_pool=pool)
-    return SimpleNamespace(_need_mamba_verify_commit=True, model_runner=runner)
+    return SimpleNamespace(_need_mamba_verify_commit=True, model_runner=runner, device="cuda:1")
 
 
 def test_types_are_those_of_states_that_there_are() -> None:
@@ -77,6 +77,9 @@ def test_only_known_kernels_verify_narrower_blocks() -> None:
     assert ask(target(GDNAttnBackend(TritonGDNKernel), room)) is None
     assert "GDNAttnBackend with OtherKernel" in (ask(target(GDNAttnBackend(OtherKernel), room)) or "")
     assert "NoneType with NoneType" in (ask(target(None, room)) or "")
+    elsewhere = target(GDNAttnBackend(TritonGDNKernel), room)
+    elsewhere.device = "xpu"
+    assert "recurrent layers on xpu" in (ask(elsewhere) or "")
     assert "--enable-linear-replayssm-spec" in (ask(target(GDNAttnBackend(TritonGDNKernel), None)) or "")
 
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dflash_rs.bench.runner import FOREIGN, PLAIN, REFERENCE, Row
+from dflash_rs.bench.runner import BESIDE, FOREIGN, PLAIN, REFERENCE, Row
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
 
@@ -168,8 +168,8 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 f"{where}: {row.repeated_4gram_share:.0%} of the 4-grams repeat; tau on text that loops says little"
             )
         drafted = row.drafts_per_pass
-        if row.mode in (PLAIN, LOOKUP) or row.mode in FOREIGN:
-            # What is not found is not drafted, and its tau is a look-up's anyway.
+        if row.mode in (PLAIN, LOOKUP) or row.mode in FOREIGN or row.mode.endswith(BESIDE):
+            # What is not found is not drafted, and its tau is a look-up's anyway, or in part.
             pass
         elif drafted is not None and drafted < HARDLY_DRAFTED * (row.most_drafts or 0):
             why = "it was not expected to pay"

@@ -110,6 +110,11 @@ def run(args: argparse.Namespace) -> int:
     drafts = args.draft or [None]
     if args.suite == "reference" and (len(drafts) > 1 or LOOKUP in drafts):
         raise InvalidArgument(f"--draft: got {', '.join(drafts)}, expected one DFlash drafter for --suite reference")
+    if args.lookup is not None and args.suite != "demo":
+        what = "measures drafters with and without it" if args.suite == "peers" else "is about the drafter alone"
+        raise InvalidArgument(
+            f"--lookup, --no-lookup: got one with --suite {args.suite}, which {what}, expected neither"
+        )
     if args.plot is not None and args.json is not None and os.path.realpath(args.plot) == os.path.realpath(args.json):
         raise InvalidArgument(f"--plot: got {args.plot}, expected another file than --json")
     if args.suite == "peers":

@@ -11,7 +11,7 @@ class Step(NamedTuple):
     """A planned step, and what is to be done beside verifying.
 
     `plan`: a `_core.StepPlan`. `block`: tokens of the drafter's blocks, the anchor counted. `trees`: the drafts are trees. `inject`: what
-    is kept gets draft KV. `drafted_rows`: rows of the drafter's pass.
+    is kept gets draft KV. `drafted_rows`: rows of the drafter's pass, of whose requests none is looked up for.
     """
 
     plan: Any

@@ -97,7 +97,7 @@ class Sizes:
         asked, limit = config.max_context, models.target.max_context
         if asked > limit:
             raise InvalidArgument(f"max_context: got {asked}, expected at most {limit}, the target's own limit")
-        return cls(block, nodes, asked or limit, _look_up(models, nodes, options))
+        return cls(block, nodes, asked or limit, _look_up(models, block, nodes, options))
 
     @property
     def row(self) -> int:
@@ -105,7 +105,7 @@ class Sizes:
         return max(self.block_size, self.tree_nodes + 1, self.look_up)
 
 
-def _look_up(models: Models, nodes: int, options: StepOptions) -> int:
+def _look_up(models: Models, block: int, nodes: int, options: StepOptions) -> int:
     """Most tokens of a block that is looked up beside the drafter, 0 where none is."""
     draft, why = models.draft, ""
     if options.lookup is False:
@@ -116,15 +116,15 @@ def _look_up(models: Models, nodes: int, options: StepOptions) -> int:
         why = "the drafter looks up already"
     elif nodes:
         why = f"tree_nodes is {nodes}, and what is looked up is a chain"
-    elif serves(models.target, draft):
-        why = "steps stay on the GPU, which does not know the texts"
+    elif models.target.device.type != "cpu" or cuda.available(models.target.device):
+        why = f"steps are taken on {models.target.device}, and what stays there does not know the texts"
     elif options.overlap and options.lookup is None:
         return 0
     if why and options.lookup is None:
         return 0
     if why:
         raise InvalidArgument(f"lookup: got True, expected False: {why}")
-    return LOOKUP_BLOCK
+    return max(LOOKUP_BLOCK, block)
 
 
 def _block(draft: Any | None, asked: int | None) -> int:

@@ -66,10 +66,15 @@ class Policy:
         if self._from_text:
             return Decision(self._block, self._block, False)
         row, block, trees = decided
-        return Decision(max(row, self.look_up), block, trees)
+        if self.look_up:
+            # As long as there is room for everyone's; a quarter of a step is the prompts'.
+            requests = max(1, len(temperatures))
+            row = max(row, min(self.look_up, self._max_batch_tokens * 3 // 4 // requests))
+        return Decision(row, block, trees)
 
     def shape(self, plan: Any, decision: Decision) -> Step:
         """What the planned step is to do."""
+        self._drafters, self._asked_rows = None, 0
         *_, drafting, _, longest, prompts = plan.outline
         # Prompts take their share of a step: what drafts beside them drafts chains.
         trees = bool(decision.trees and drafting and not prompts)
@@ -85,15 +90,14 @@ class Policy:
     def ask(self, step: Step, chances: np.ndarray) -> np.ndarray:
         """For which of the rows that may draft the drafter is asked, bool [n], beside drafts that were looked up, with `chances` float32 [n, D] of
         each when all before it are right, 0 where there is none."""
-        temperatures = step.plan.temperatures[step.plan.draft_rows]
+        rows = step.plan.draft_rows
+        temperatures, most = step.plan.temperatures[rows].tolist(), step.plan.block_len[rows]
         if step.block < 2:
-            asked = np.zeros(temperatures.size, dtype=bool)
+            asked = np.zeros(rows.size, dtype=bool)
         else:
-            known = {
-                t: np.cumprod(self.planner.acceptance(t)[: step.block - 1]).sum() for t in set(temperatures.tolist())
-            }
-            expected = np.array([known[t] for t in temperatures.tolist()])
-            asked = _promised(chances) < expected
+            known = {t: self.planner.acceptance(t)[: step.block - 1] for t in set(temperatures)}
+            expected = _within(np.array([known[t] for t in temperatures]), most)
+            asked = _promised(chances) < _promised(expected)
         self._asked_rows = int(asked.sum()) * step.block
         return asked
 
@@ -118,7 +122,8 @@ class Policy:
             chains, its = drafted
             width = min(chains.shape[1], tokens.shape[1])
             rows = np.flatnonzero(asked)
-            better = _promised(its ** exponent[rows]) >= _promised(chances[rows])
+            own = _within(its ** exponent[rows], plan.block_len[plan.draft_rows[rows]])
+            better = _promised(own) >= _promised(chances[rows])
             rows = rows[better]
             tokens[rows, :width], probabilities[rows] = chains[better, :width], 0
             probabilities[rows, :width] = its[better, :width]
@@ -131,9 +136,9 @@ class Policy:
         (None: all of them)."""
         plan, rows = step.plan, step.plan.draft_rows
         temperatures, most = plan.temperatures[rows], plan.block_len[rows]
+        others = plan.token_ids.size - int(most.sum())
         if found is not None:
             most = np.minimum(most, found + 1)
-        others = plan.token_ids.size - int(most.sum())
         if step.trees:
             anchors = plan.token_ids[plan.query_starts[rows]]
             trees = self.planner.admit_trees(anchors, tokens, probabilities, temperatures, most, others, plan=plan)
@@ -141,7 +146,8 @@ class Policy:
             return
         first, its = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
         plan.set_drafts(first)
-        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan))
+        drafted = self._asked_rows if self.look_up else None
+        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan, drafted=drafted))
 
     # ---- after a step --------------------------------------------------------------------------------------------
 
@@ -155,9 +161,14 @@ class Policy:
         plan, took = step.plan, times.step
         # A prefill computes fewer logits than rows.
         if self._observes and plan.logit_rows.size == plan.token_ids.size:
-            rows = self._asked_rows if self.look_up else step.drafted_rows
-            drafted = rows if step.inject else 0
+            asked = self._asked_rows if self.look_up else step.drafted_rows
+            drafted = asked if step.inject else 0
             self.planner.observe(plan.token_ids.size, took["verify"], drafted, took["draft"] + took["inject"])
+
+
+def _within(chances: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Chances [n, D] of drafts for rows of `most` tokens [n], the anchor counted: 0 where there is no room for one."""
+    return np.where(np.arange(chances.shape[1]) < most[:, None] - 1, chances, 0)
 
 
 def _promised(chances: np.ndarray) -> np.ndarray:

@@ -276,7 +276,7 @@ def _add_report(subparsers) -> None:
     report = _add(
         subparsers,
         "report",
-        "held-out loop tau of a pair: greedy and sampled, beside an n-gram look-up; of chats by category",
+        "held-out loop tau of a pair: greedy and sampled, alone, with look-up beside it, and of a look-up alone; of chats by category",
         "dflash-rs train report --target runs/target --draft runs/draft --prompts runs/prompts.json",
         "dflash-rs train report --target smollm2 --draft runs/draft --prompts questions.jsonl",
     )

@@ -192,7 +192,8 @@ def load_checkpoint(path: Path) -> dict | None:
 def resumed(path: Path, settings: Any) -> dict | None:
     """The checkpoint at `path` of a run with these `settings`, None where there is none. Raises ValueError where others made it."""
     state = load_checkpoint(path)
-    if state is not None and state["settings"] != asdict(settings):
+    # What a setting was before there was one is its default.
+    if state is not None and asdict(type(settings)()) | state["settings"] != asdict(settings):
         raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
     return state
 

@@ -8,8 +8,8 @@ from typing import Any
 
 
 def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max_tokens: int) -> list[dict[str, Any]]:
-    """One row per temperature (0, 0.7): tau of the drafter, tau with look-up beside it, tau of a look-up alone and repeated 4-grams on the same
-    outputs.
+    """One row per temperature (0, 0.7): tau of the drafter, tau with look-up beside it (None where it does not run), tau of a look-up alone and
+    repeated 4-grams on the same outputs.
 
     `prompts`: a JSON list of texts (`train prompts`), which are continued; or JSON lines of conversations (`bench.workloads`), which are
     answered as chats where the target has a template; None for those of the package. Conversations have a row for every
@@ -53,8 +53,8 @@ def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max
         }
         alone = {temperature: llm.generate(ids, its) for temperature, its in params.items()}
         block_size = llm.block_size
-    with LLM(model=target, draft=draft, adaptive=False, lookup=True) as llm:
-        beside = {temperature: llm.generate(ids, its) for temperature, its in params.items()}
+    with LLM(model=target, draft=draft, adaptive=False) as llm:
+        beside = {t: llm.generate(ids, its) if llm.lookup else [] for t, its in params.items()}
     for temperature, outputs in alone.items():
         for kind in [*dict.fromkeys(kinds), ALL] if talks else [""]:
             chosen = [i for i in range(len(ids)) if kind in (kinds[i], ALL)]
@@ -62,7 +62,7 @@ def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max
             row = {
                 "temperature": temperature,
                 "loop_tau": _tau(own),
-                "loop_tau_with_lookup": _tau([beside[temperature][i] for i in chosen]),
+                "loop_tau_with_lookup": _tau([beside[temperature][i] for i in chosen if beside[temperature]]),
                 "ngram_tau": lookup_tau([(ids[i], outputs[i].token_ids) for i in chosen], block_size),
                 "repeated_4gram_share": sum(repeated_ngram_share(o.token_ids, 4) for o in own) / len(own),
                 "prompts": len(own),
@@ -73,7 +73,7 @@ def loop_report(target: str | Path, draft: str | Path, prompts: Path | None, max
 
 
 def _tau(outputs: list[Any]) -> float | None:
-    """Tokens per pass; None where answers of one token had none."""
+    """Tokens per pass; None without any."""
     passes = sum(o.metrics["steps"] for o in outputs)
     return sum(len(o.token_ids) - 1 for o in outputs) / passes if passes else None
 

@@ -226,6 +226,7 @@ fn no_request_verifies_more_than_it_may() {
         temperatures: &[0.0; 3],
         most: &[1, 3, 9],
         others: 0,
+        drafted: None,
         step: None,
     };
     assert_eq!(planner.admit(&offers).unwrap(), [1, 3, 4]);
@@ -406,6 +407,7 @@ fn what_does_not_fit_is_refused_by_name() {
         temperatures: &[0.0; 2],
         most: &[3; 2],
         others: 0,
+        drafted: None,
         step: Some((1, &[7, 8])),
     };
     let refused = [

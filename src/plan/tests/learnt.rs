@@ -11,6 +11,7 @@ fn offer(step: u64, requests: &[u64]) -> Offers<'_> {
         temperatures: &[0.0, 1.0],
         most: &[5, 5],
         others: 0,
+        drafted: None,
         step: Some((step, requests)),
     }
 }
@@ -95,6 +96,7 @@ fn every_request_of_a_step_is_told_of_its_own_drafts_once() {
         temperatures: &[1.0; 3],
         most: &[5; 3],
         others: 0,
+        drafted: None,
         step: Some((step, &[7, 8, 9])),
     };
     let pass = |step, request, tree| Pass {
@@ -147,6 +149,7 @@ fn of_every_request_its_own_tree_says_what_was_reached() {
         temperatures: &[1.0; 2],
         most: &[5; 2],
         others: 0,
+        drafted: None,
         step: Some((1, &[7, 8])),
     };
     let grown = planner
@@ -271,6 +274,7 @@ impl World {
                         temperatures: &temperatures,
                         most: &[8; 4],
                         others: 0,
+                        drafted: None,
                         step: fixed.is_none().then_some((step, &requests)),
                     })
                     .unwrap();

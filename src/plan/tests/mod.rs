@@ -54,6 +54,7 @@ fn drafts(planner: &mut Planner, probabilities: &[f32], depth: usize, others: us
         temperatures: &vec![1.0; requests],
         most: &vec![100; requests],
         others,
+        drafted: None,
         step: None,
     })?;
     Ok(widths.iter().map(|&width| width as usize - 1).collect())
@@ -113,6 +114,7 @@ fn grow(planner: &mut Planner, probabilities: &[f32], most: &[i32], others: usiz
         temperatures: &vec![1.0; most.len()],
         most,
         others,
+        drafted: None,
         step: None,
     };
     let anchors: Vec<i64> = (1..=most.len() as i64).collect();

@@ -119,6 +119,8 @@ class Version(Seams):
         names = type(layers).__name__, type(kernel).__name__
         if names != ("GDNAttnBackend", "TritonGDNKernel"):
             return f"other widths have not been tried with the target's recurrent layers, {' with '.join(names)}"
+        if (device := str(worker.device).partition(":")[0]) not in ("cpu", "cuda"):
+            return f"other widths have not been tried with the target's recurrent layers on {device}"
         if runner.req_to_token_pool.mamba_pool.mamba_cache.intermediate_ssm is None:
             return "--enable-linear-replayssm-spec keeps what whole blocks were fed with"
         return None
