@@ -236,7 +236,7 @@ def _run_peers(args: argparse.Namespace, plan: Any, files: list[str], limit: int
     )
     found = suite.run(prompts)
     # Every row has its own limits of drafts.
-    head = {name: value for name, value in heads[0].items() if name not in ("block_size", "tree_nodes")}
+    head = {name: value for name, value in heads[0].items() if name not in ("block_size", "tree_nodes", "lookup")}
     head |= {"load_average_at_end": report.load_average(), "dflash": report.version("dflash")}
     whole = [row for row in found.rows if row.category == ALL] or found.rows
     # By category at the first number of requests, all together at the others: the rest is for programs.
