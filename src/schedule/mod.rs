@@ -188,9 +188,8 @@ impl Scheduler {
         let wanted = block.min(running.request.max_total - running.lo - 1);
         let mut len = wanted;
         let mut reserved = self.kv.reserve(running.key, running.hi + len, len)?;
-        // Few drafts fit where many do not.
-        while reserved.is_none() && len > 1 {
-            len /= 2;
+        if reserved.is_none() && len > 1 {
+            len = 1;
             reserved = self.kv.reserve(running.key, running.hi + len, len)?;
         }
         let Some(reservation) = reserved else {
