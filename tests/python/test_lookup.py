@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from interruptions import finish_interrupted  # noqa: E402
 from models_helpers import qwen3_target  # noqa: E402
 from test_llm import LENGTH, PROMPTS, SAMPLING, idle, params, rounding_explains  # noqa: E402
 from toy_models import VOCAB as TOY_VOCAB  # noqa: E402
@@ -92,25 +92,7 @@ def test_a_stream_that_is_left_an_abort_and_an_interruption_harm_nobody(monkeypa
         plain = ids(engine.generate(PROMPTS[:4], GREEDY, draft=False))
         with engine.stream(PROMPTS[:2], GREEDY) as left:
             next(left)
-        backend = type(engine._loop.backend)
-        accept, calls = backend._accept, 0
-
-        def interrupted(self, plan, *rows):
-            nonlocal calls
-            calls += 1
-            if calls % 3 == 0:
-                raise KeyboardInterrupt
-            return accept(self, plan, *rows)
-
-        monkeypatch.setattr(backend, "_accept", interrupted)
-        stream = engine.stream(PROMPTS[:5], GREEDY)
-        gone = list(engine._requests.active)[4]
-        engine._loop.step()
-        assert engine.abort(gone)
-        while engine._requests.active:
-            with contextlib.suppress(KeyboardInterrupt):
-                engine._loop.step()
-        texts = {event.index: event.output.token_ids for event in stream if event.output is not None}
+        texts, calls = finish_interrupted(engine, engine.stream(PROMPTS[:5], GREEDY), monkeypatch, leaves=4)
         assert calls > 10 and [texts[i] for i in range(4)] == plain and idle(engine)
 
 

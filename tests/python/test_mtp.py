@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from interruptions import finish_interrupted  # noqa: E402
 from models_helpers import HIDDEN, VOCAB, Pages, best, qwen3_target, randomise  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -342,25 +342,8 @@ def test_a_prefix_that_a_plain_request_left_does_not_spoil_the_drafts(plain):
 
 def test_an_interruption_and_an_abort_harm_nobody(plain, monkeypatch):
     with engine() as llm:
-        backend = type(llm._loop.backend)
-        accept, calls = backend._accept, 0
-
-        def interrupted(self, plan, *rows):
-            nonlocal calls
-            calls += 1
-            if calls % 3 == 0:
-                raise KeyboardInterrupt
-            return accept(self, plan, *rows)
-
-        monkeypatch.setattr(backend, "_accept", interrupted)
         stream = llm.stream(PROMPTS, [params("seeded", i) for i in range(len(PROMPTS))])
-        gone = list(llm._requests.active)[5]
-        llm._loop.step()
-        assert llm.abort(gone)
-        while llm._requests.active:
-            with contextlib.suppress(KeyboardInterrupt):
-                llm._loop.step()
-        texts = {event.index: event.output.token_ids for event in stream if event.output is not None}
+        texts, calls = finish_interrupted(llm, stream, monkeypatch, leaves=5)
     assert calls > 10 and [texts[i] for i in range(5)] == plain["seeded"][:5]
 
 

@@ -64,15 +64,14 @@ def test_candidates_are_the_likeliest_of_the_part(kind):
 def test_a_chain_goes_on_from_the_tokens_of_the_part(kind):
     """Every place of a longer block, not the first alone: an MTP head is fed with what it proposed."""
     draft = bound(drafter(kind))
-    # All but the mask, in an order that maps every column to another token.
-    draft.vocabulary = torch.tensor([t for t in range(VOCAB) if t != MASK])
-    tokens, chances = candidates(draft)
-    draft.vocabulary = None
-    everything, whole = candidates(draft)
-    # An MTP head may propose the mask token, which is any token to it.
-    if kind == "dflash" or not (everything == MASK).any():
-        assert np.array_equal(tokens, everything)
-        np.testing.assert_allclose(chances, whole, rtol=2e-2 if kind == "mtp" else 1e-5)
+    everything, whole = candidates(draft, k=1)
+    # All but one that is not drafted anyway, so that columns behind it are of other tokens than their numbers; a DFlash never drafts its mask.
+    spare = MASK if kind == "dflash" else next(t for t in range(VOCAB) if t not in everything)
+    assert everything.max() > spare
+    draft.vocabulary = torch.tensor([t for t in range(VOCAB) if t != spare])
+    tokens, chances = candidates(draft, k=1)
+    assert np.array_equal(tokens, everything)
+    assert (chances >= whole * (1 - 1e-5)).all() and np.allclose(chances, whole, rtol=0.1)
 
 
 def test_the_text_is_the_targets_own_whatever_is_proposed():

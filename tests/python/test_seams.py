@@ -1,9 +1,8 @@
 """What the engine needs of a model and nothing more: a recurrent target and a drafter that are none of the package's run through `LLM`."""
 
-import contextlib
-
 import numpy as np
 import pytest
+from interruptions import finish_interrupted
 from models_helpers import qwen3_target
 from toy_models import VOCAB, LookUp, RecurrentTarget
 
@@ -147,21 +146,7 @@ def test_a_broken_state_is_seen(plain, monkeypatch, fault):
 def test_a_step_that_is_called_off_leaves_states_as_they_were(plain, monkeypatch):
     target, draft = RecurrentTarget(), told(plain["greedy"])
     with engine(target, draft, max_batch_tokens=9) as llm:
-        accept, calls = type(llm._loop.backend)._accept, 0
-
-        def interrupted(self, plan, *rows):
-            nonlocal calls
-            calls += 1
-            if calls % 3 == 0:
-                raise KeyboardInterrupt
-            return accept(self, plan, *rows)
-
-        monkeypatch.setattr(type(llm._loop.backend), "_accept", interrupted)
-        stream = llm.stream(PROMPTS, PARAMS["greedy"])
-        while llm._requests.active:
-            with contextlib.suppress(KeyboardInterrupt):
-                llm._loop.step()
-        texts = {event.index: event.output.token_ids for event in stream if event.output is not None}
+        texts, calls = finish_interrupted(llm, llm.stream(PROMPTS, PARAMS["greedy"]), monkeypatch)
     assert calls > 20 and [texts[i] for i in range(len(PROMPTS))] == plain["greedy"]
 
 

@@ -118,9 +118,7 @@ def _look_up(models: Models, block: int, nodes: int, options: StepOptions) -> in
         why = f"tree_nodes is {nodes}, and what is looked up is a chain"
     elif models.target.device.type != "cpu" or cuda.available(models.target.device):
         why = f"steps are taken on {models.target.device}, and what stays there does not know the texts"
-    elif options.overlap and options.lookup is None:
-        return 0
-    if why and options.lookup is None:
+    if options.lookup is None and (why or options.overlap):
         return 0
     if why:
         raise InvalidArgument(f"lookup: got True, expected False: {why}")
