@@ -11,14 +11,13 @@ import argparse
 import json
 import statistics
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from trees import run  # beside this file
+from trees import run, write  # beside this file
 
 from dflash_rs import LLM, SamplingParams
-from dflash_rs.bench.report import cpu_model, usable_cpus, version
+from dflash_rs.bench.report import usable_cpus
 from dflash_rs.bench.workloads import held_out_prompts
 
 
@@ -59,18 +58,7 @@ def main() -> int:
         print(json.dumps(row), file=sys.stderr, flush=True)
         for engine in engines.values():
             engine.close()
-    result = {
-        "command": "python benchmarks/overlap.py",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": usable_cpus(), "threads": threads},
-        "versions": {name: version(name) for name in ("dflash-rs", "torch")},
-        "prompts": args.prompts,
-        "max_tokens": args.max_tokens,
-        "rounds": args.rounds,
-        "rows": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args, threads, rows)
     return 0 if same else 1
 
 

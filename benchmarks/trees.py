@@ -35,6 +35,22 @@ def run(engine: LLM, prompts: list[str], params: list[SamplingParams], draft: bo
     }
 
 
+def write(args: argparse.Namespace, threads: int, rows: list[dict[str, Any]]) -> None:
+    """Keeps what was measured, and with what, at ``args.json``, if that is given."""
+    result = {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"cpu": cpu_model(), "cores": usable_cpus(), "threads": threads},
+        "versions": {name: version(name) for name in ("dflash-rs", "torch")},
+        "prompts": args.prompts,
+        "max_tokens": args.max_tokens,
+        "rounds": args.rounds,
+        "rows": rows,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """0 if every text is the plain one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -75,17 +91,7 @@ def main() -> int:
             same = same and row["same_text"]
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
-    result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": usable_cpus(), "threads": options["threads"]},
-        "versions": {name: version(name) for name in ("dflash-rs", "torch")},
-        "prompts": args.prompts,
-        "max_tokens": args.max_tokens,
-        "rounds": args.rounds,
-        "rows": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args, options["threads"], rows)
     return 0 if same else 1
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -89,6 +92,30 @@ def test_text_is_the_same_with_and_without_drafts(llm, name):
     drafted = llm.generate(PROMPTS, params(name))
     assert tokens(drafted) == plain
     assert sum(sum(o.metrics["accept_histogram"][1:]) for o in drafted) > 0, "no draft was ever accepted"
+
+
+@pytest.mark.parametrize("options", [{}, {"tree_nodes": 7}], ids=["chains", "trees"])
+def test_a_drafter_of_a_part_of_the_vocabulary_proposes_that_part_alone(exact, tmp_path, monkeypatch, options):
+    folder = shutil.copytree(assets() / "draft", tmp_path / "draft")
+    part = [token for token in range(2, 4096) if token % 7]
+    (folder / "draft_vocab.json").write_text(json.dumps(part))
+    picked: list[torch.Tensor] = []
+    with engine(model=assets() / "target", draft=folder, **options) as made:
+        assert isinstance(made._loop.backend, DeviceBackend)
+        runtime = made._draft.runtime
+
+        def watch(original, *args):
+            found = original(*args)
+            picked.append(found[0] if isinstance(found, tuple) else found)
+            return found
+
+        for name in ("choose", "branch"):
+            monkeypatch.setattr(runtime, name, functools.partial(watch, getattr(runtime, name)))
+        plain = tokens(made.generate(PROMPTS, params("seeded"), draft=False))
+        drafted = made.generate(PROMPTS, params("seeded"))
+    assert tokens(drafted) == plain
+    assert sum(sum(o.metrics["accept_histogram"][1:]) for o in drafted) > 0
+    assert picked and all(torch.isin(found, torch.tensor(part)).all() for found in picked)
 
 
 def test_min_tokens_are_written_before_a_token_that_stops(llm):
