@@ -78,8 +78,8 @@ class DflashRsAlgorithm(CustomSpecAlgo):
     def handle_server_args(self, server_args: Any) -> None:
         """Fills in what DFLASH would; contradictory flags are errors that name them."""
         options = config.load()
-        fill_in(server_args)
-        options.widths_of(server_args.speculative_num_draft_tokens)
+        block = fill_in(server_args, options.tree_nodes)
+        options.widths_of(block)
 
 
 def _as_dflash(name: str):
@@ -119,8 +119,11 @@ def require_registered() -> None:
         )
 
 
-def fill_in(args: Any) -> None:
-    """Server arguments that DFLASH needs, on anything with ServerArgs' attributes; plain assignments only."""
+def fill_in(args: Any, tree_nodes: int = 0) -> int:
+    """Server arguments that DFLASH needs, on anything with ServerArgs' attributes; plain assignments only. Returns the tokens of a block.
+
+    With trees SGLang makes room for `tree_nodes` drafts and the anchor, and the block's own length stands in `speculative_dflash_block_size`.
+    """
     if args.speculative_draft_model_path is None:
         raise InvalidArgument(f"--speculative-draft-model-path: not given, expected a DFlash drafter for {ALGORITHM}")
     if args.disaggregation_mode != "null":
@@ -132,6 +135,8 @@ def fill_in(args: Any) -> None:
         raise InvalidArgument(f"{answer} and {ALGORITHM}")
 
     block, named = args.speculative_num_draft_tokens, args.speculative_dflash_block_size
+    if tree_nodes and named is not None and block == tree_nodes + 1:
+        block = named  # filled in before
     if block is not None and named is not None and int(block) != int(named):
         raise InvalidArgument(
             f"--speculative-num-draft-tokens: got {block}, but --speculative-dflash-block-size is {named}; give one, or the same"
@@ -144,6 +149,8 @@ def fill_in(args: Any) -> None:
             f"--speculative-num-draft-tokens: got {block}, expected at least 2 (the anchor and a draft)"
         )
     args.speculative_num_draft_tokens = int(block)
+    if tree_nodes:
+        args.speculative_num_draft_tokens, args.speculative_dflash_block_size = tree_nodes + 1, int(block)
 
     # SGLang sizes KV by steps and branches as well; a block is one step of one branch.
     for name in ("speculative_num_steps", "speculative_eagle_topk"):
@@ -159,6 +166,7 @@ def fill_in(args: Any) -> None:
     if args.max_running_requests is None:
         args.max_running_requests = 48
         logger.warning("%s: --max-running-requests is not set, 48 is used", ALGORITHM)
+    return int(block)
 
 
 def drafter_block_size(args: Any) -> int:

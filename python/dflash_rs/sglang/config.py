@@ -16,6 +16,8 @@ from dflash_rs.errors import InvalidArgument
 
 VARIABLE = "DFLASH_RS_CONFIG"
 MOST_PASSES = 2**31 - 1
+# More drafts of a tree than this no kernel of this package takes.
+MOST_NODES = 1023
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Options:
       and how many drafts are accepted. False drafts and verifies whole blocks; None is true on a CPU and false elsewhere. "cycle" takes
       the widths in turn, for tests.
     - `widths`: what to choose from, tokens per request with the anchor counted; None is 1, 2, 4 and so on, and the block.
+    - `tree_nodes`: most drafts of a tree that is verified in one pass, at least as many tokens as the block has; 0 verifies one chain of drafts.
     - `max_drafts`: most drafts of a request that are accepted in one pass, where the request does not say it itself; 0 decodes plainly, None does not
       limit.
     - `max_draft_context`: requests whose prompt and output are longer than this many tokens draft nothing more; None does not limit.
@@ -43,6 +46,7 @@ class Options:
     kernels: bool = True
     adaptive: bool | str | None = None
     widths: Sequence[int] | None = None
+    tree_nodes: int = 0
     max_drafts: int | None = None
     max_draft_context: int | None = None
     allow_untested_sglang: bool = False
@@ -58,6 +62,15 @@ class Options:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise _bad(name, value, "an integer of at least 0")
+        nodes = self.tree_nodes
+        if isinstance(nodes, bool) or not isinstance(nodes, int) or not 0 <= nodes <= MOST_NODES:
+            raise _bad("tree_nodes", nodes, f"an integer of at least 0 and at most {MOST_NODES}")
+        if nodes and self.adaptive is True:
+            raise _bad(
+                "adaptive",
+                True,
+                "false where tree_nodes is given: how wide a step is and whether it drafts a tree are not weighed together yet",
+            )
         for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
@@ -78,20 +91,25 @@ class Options:
             raise _bad("widths", widths, "each width once")
         if self.adaptive is False:
             raise _bad("widths", widths, 'none with "adaptive": false')
+        if self.tree_nodes and self.adaptive is None:
+            raise _bad("widths", widths, "none with tree_nodes")
         object.__setattr__(self, "widths", tuple(sorted(widths)))
 
     def widths_of(self, block: int) -> tuple[int, ...]:
-        """The widths to choose from with blocks of this many tokens, rising.
+        """The widths to choose from with blocks of this many tokens, rising; a step that has the tokens of a tree verifies one.
 
-        Raises InvalidArgument when `widths` has one that is larger.
+        Raises InvalidArgument when `widths` has one that is larger than the block, or a tree fewer drafts than the block has tokens.
         """
-        if self.adaptive is False:
-            return (block,)
+        trees = () if not self.tree_nodes else (self.tree_nodes + 1,)
+        if trees and self.tree_nodes < block:
+            raise _bad("tree_nodes", self.tree_nodes, f"at least the block, {block}")
+        if self.adaptive is False or (trees and self.adaptive != "cycle"):
+            return trees or (block,)
         if self.widths is None:
-            return (*(w for w in (1 << n for n in range(block.bit_length())) if w < block), block)
+            return (*(w for w in (1 << n for n in range(block.bit_length())) if w < block), block, *trees)
         if self.widths[-1] > block:
             raise _bad("widths", list(self.widths), f"at most the block, {block}")
-        return tuple(self.widths)
+        return (*self.widths, *trees)
 
 
 def parse(text: str | None) -> Options:

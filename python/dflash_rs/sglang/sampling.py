@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dflash_rs.sglang import compat
+from dflash_rs.sglang.trees import Tree
 
 # What the rows of penalised requests may take at a time, several float32 copies of [rows, B, V]: more are adjusted one part after the other.
 _PENALTY_BYTES = 256 << 20
@@ -86,13 +87,17 @@ class History:
         where = (rows[:, None].expand_as(tokens), tokens.clamp(0, self.vocab - 1))
         self.table.index_put_(where, taken.to(torch.int32), accumulate=True)
 
-    def at(self, rows: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        """Counts at every place of a block, f32 ``[n, B, V]``: place ``i`` has seen ``drafts[n, :i]`` as well; drafts ``[n, B-1]``."""
+    def at(self, rows: torch.Tensor, drafts: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """Counts at every place of a block, f32 ``[n, B, V]``; drafts ``[n, B-1]``. Place ``i`` has seen ``drafts[n, :i]`` as well, or with `seen`
+        bool ``[n, B, B]`` those drafts ``j`` of which ``seen[n, i, j + 1]`` is true."""
         assert self.table is not None
         n, places = drafts.shape[0], drafts.shape[1] + 1
         counts = torch.zeros((n, places, self.vocab), dtype=torch.float32, device=self.device)
-        if places > 1:
-            counts[:, 1:].scatter_(2, drafts.clamp(0, self.vocab - 1)[:, :, None], 1.0)
+        known = drafts.clamp(0, self.vocab - 1)
+        if seen is not None:
+            counts.scatter_add_(2, known[:, None].expand(n, places, places - 1), seen[:, :, 1:].to(torch.float32))
+        elif places > 1:
+            counts[:, 1:].scatter_(2, known[:, :, None], 1.0)
             counts.cumsum_(dim=1)
         return counts.add_(self.table[rows][:, None])
 
@@ -205,20 +210,22 @@ class TargetSampler:
         block: torch.Tensor,
         starts: torch.Tensor,
         scored: bool = True,
+        tree: Tree | None = None,
     ) -> torch.Tensor:
         """The target's token after every row, i64 ``[R, B]``.
 
         ``logits`` f32 ``[R * B, V]``, with grammar masks applied; adjusted in place, so that log-probabilities are those of
         the distribution drawn from. Unless they are ``scored``, nobody reads them afterwards, and the sampler may overwrite
-        them. ``block`` i64 ``[R, B]`` is each request's anchor and drafts, ``starts`` i64 ``[R]`` the anchor's position.
+        them. ``block`` i64 ``[R, B]`` is each request's anchor and drafts, ``starts`` i64 ``[R]`` the anchor's position. With
+        a `tree` the block are its nodes, and each is a place on the path above it.
         """
         if self.untouched(info, reqs):
             return torch.argmax(logits, dim=-1).view_as(block)
-        self.adjust(logits.view(*block.shape, -1), info, reqs, slots, block, starts)
+        self.adjust(logits.view(*block.shape, -1), info, reqs, slots, block, starts, tree)
         if info.is_all_greedy:
             return torch.argmax(logits, dim=-1).view_as(block)
         places = block.shape[1]
-        positions = (starts[:, None] + torch.arange(places, device=logits.device)).reshape(-1)
+        positions = (starts[:, None] + _depths(block, tree)).reshape(-1)
         if info.sampling_seed is None:
             # The sampler turns logits into probabilities in place.
             return self._draw(logits.clone() if scored else logits, info, positions, places).view_as(block)
@@ -243,18 +250,26 @@ class TargetSampler:
         slots: torch.Tensor,
         block: torch.Tensor,
         starts: torch.Tensor,
+        tree: Tree | None = None,
     ) -> None:
         """Penalties, bias and custom processors, in place; ``logits`` ``[R, B, V]``."""
         penalised = [i for i, req in enumerate(reqs) if is_penalized(req.sampling_params)]
         part = max(1, _PENALTY_BYTES // (_PENALTY_COPIES * 4 * logits.shape[1] * logits.shape[2]))
         for begin in range(0, len(penalised), part):
-            self._penalise(logits, Penalties(reqs, slots, self.device, penalised[begin : begin + part]), block, starts)
+            some = Penalties(reqs, slots, self.device, penalised[begin : begin + part])
+            self._penalise(logits, some, block, starts, tree)
         if info.logit_bias is not None:
             logits.add_(info.logit_bias[:, None].to(logits.dtype))
         if info.has_custom_logit_processor:
             for processor, indices in compat.installed().processors(info):
                 rows = put(indices, logits.device)
-                params = [p for i in indices for p in self._places(reqs[i], info.custom_params[i], block[i], starts[i])]
+                params = [
+                    p
+                    for i in indices
+                    for p in self._places(
+                        reqs[i], info.custom_params[i], block[i], starts[i], None if tree is None else tree.seen[i]
+                    )
+                ]
                 result = processor(logits[rows].flatten(0, 1), params)
                 logits[rows] = result.view(len(indices), *logits.shape[1:]).to(logits.dtype)
 
@@ -273,19 +288,27 @@ class TargetSampler:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def _penalise(self, logits: torch.Tensor, penalties: Penalties, block: torch.Tensor, starts: torch.Tensor) -> None:
+    def _penalise(
+        self,
+        logits: torch.Tensor,
+        penalties: Penalties,
+        block: torch.Tensor,
+        starts: torch.Tensor,
+        tree: Tree | None,
+    ) -> None:
         mine = penalties.where
-        counts = self._counts(penalties, block[mine, 1:])
-        written = (starts[mine] + 1 - penalties.prompt)[:, None]
-        written = written + torch.arange(block.shape[1], device=self.device)
+        counts = self._counts(penalties, block[mine, 1:], None if tree is None else tree.seen[mine])
+        written = (starts[mine] + 1 - penalties.prompt)[:, None] + _depths(block, tree)[mine]
         changed = logits[mine] + penalties.additive(counts, written, self.vocab)
         if counts is not None:
             by = penalties.scaling(counts)
             changed = torch.where(changed < 0, changed * by, changed / by)
         logits[mine] = changed.to(logits.dtype)
 
-    def _counts(self, penalties: Penalties, drafts: torch.Tensor) -> torch.Tensor | None:
-        return self.history.at(penalties.slots, drafts) if penalties.counting else None
+    def _counts(
+        self, penalties: Penalties, drafts: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        return self.history.at(penalties.slots, drafts, seen) if penalties.counting else None
 
     def _draw(self, logits: torch.Tensor, info: Any, positions: torch.Tensor, places: int) -> torch.Tensor:
         """Overwrites `logits`."""
@@ -305,7 +328,9 @@ class TargetSampler:
             kinds[0 if p.top_k <= 1 else 1 if p.top_p == 1.0 and p.top_k == TOP_K_ALL else 2].append(i)
         return [(rows, kind == 0) for kind, rows in kinds.items() if rows]
 
-    def _places(self, req: Any, params: dict | None, block: torch.Tensor, start: torch.Tensor) -> list[dict | None]:
+    def _places(
+        self, req: Any, params: dict | None, block: torch.Tensor, start: torch.Tensor, seen: torch.Tensor | None
+    ) -> list[dict | None]:
         """A custom processor's parameters at every place of a block."""
         if params is None or "__req__" not in params:
             return [params] * block.shape[0]
@@ -315,7 +340,18 @@ class TargetSampler:
             tokens, length = self.last[req.rid]
             output += tokens[: int(length)].tolist()[-missing:]
         drafts = block.tolist()[1:]
-        return [params | {"__req__": RowRequest(req, output + drafts[:i])} for i in range(block.shape[0])]
+        if seen is None:
+            paths = [drafts[:place] for place in range(block.shape[0])]
+        else:
+            paths = [[token for token, above in zip(drafts, row[1:]) if above] for row in seen.tolist()]
+        return [params | {"__req__": RowRequest(req, output + path)} for path in paths]
+
+
+def _depths(block: torch.Tensor, tree: Tree | None) -> torch.Tensor:
+    """How far each place of a block ``[R, B]`` is from the anchor, i64 ``[R, B]``."""
+    if tree is not None:
+        return tree.depths
+    return torch.arange(block.shape[1], device=block.device).expand_as(block)
 
 
 def bare(info: Any) -> Any:

@@ -29,7 +29,8 @@ from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare, put
-from dflash_rs.sglang.shapes import SHAPED, Shapes
+from dflash_rs.sglang.shapes import PASSES, SHAPED, Shapes
+from dflash_rs.sglang.trees import Recorded, Step
 from dflash_rs.sglang.widths import Widths, over
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,14 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 f"--speculative-num-draft-tokens: got {self.block_size}, expected at most {context // 2}, half of the context of {context} "
                 "tokens: a request reserves room for two blocks"
             )
+        # With trees SGLang's own block has room for all nodes; the drafter's is shorter.
+        self._block, self._nodes = int(self.block_size), 0
+        if self.options.tree_nodes:
+            args = compat.installed().resolved(server_args)
+            self._block, self._nodes = int(args.speculative_dflash_block_size), int(self.block_size)
+            self.draft_model.set_block_size(self._block)
+        self._tree: Step | None = None
+        self._tree_pass: dict[str, Any] = {}
         compat.installed().follow_all_drafts(self)
         self._targets: TargetSampler | None = None
         # The requests of the running call, their rows of the request pool and their sampling parameters.
@@ -61,7 +70,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._info: Any = None
         self._scored = False
         # Most drafts of each of them, None where none is limited.
-        self._limits = Limits(int(self.block_size), self.options.max_drafts, self.options.max_draft_context)
+        self._limits = Limits(self._block, self.options.max_drafts, self.options.max_draft_context)
         self._most: list[int] | None = None
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
@@ -74,10 +83,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             labels = {
                 "model_name": compat.installed().served_model_name(server_args)
             } | compat.installed().data_parallel_rank(self)
-            exporter = Exporter(self.block_size, labels, widths=self.options.widths_of(self.block_size))
-        self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
+            exporter = Exporter(self._block, labels, widths=self.options.widths_of(self._block))
+        self.acceptance = Acceptance(self._block, self.options.alarm_tau, self.options.alarm_passes, exporter)
         if self._target_tp_rank == 0:
-            logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self.block_size, self.options, compat.version())
+            logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self._block, self.options, compat.version())
             logger.debug("%s: vocabulary %d", ALGORITHM, runner.model_config.vocab_size)
 
     def _check_drafter(self) -> None:
@@ -94,11 +103,14 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         """SGLang's, and with them what is known of which widths a step can have."""
         super().init_attention_backends()
         states.check(*compat.installed().state_types(self), self.model_runner.dtype)
-        if self.options.adaptive is False:
+        if self._nodes:
+            self._require_trees()
+        elif self.options.adaptive is False:
             return
-        widths = self.options.widths_of(self.block_size)
+        widths = self.options.widths_of(self._block)
         asked = self.options.adaptive is not None or self.options.widths is not None
-        reason = compat.installed().only_whole_blocks(self, SHAPED, asked)
+        # Trees need the block's own shape, and `_require_trees` has asked for it.
+        reason = None if self._nodes else compat.installed().only_whole_blocks(self, SHAPED, asked)
         if reason is None:
             group = compat.installed().tensor_parallel_group()
             several = group.world_size > 1
@@ -109,7 +121,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 leads=group.is_first_rank,
                 ahead=not self._on_host,
             )
-            self._shapes = Shapes(self, widths)
+            self._shapes = Shapes(self, sorted({*widths, self._block}))
         if self._target_tp_rank == 0:
             chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
             level = logging.WARNING if reason is not None and asked else logging.INFO
@@ -119,6 +131,23 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         """SGLang's, and what the other widths need beside them."""
         super().init_cuda_graphs()
         self._shapes.make_passes()
+        if self._nodes:
+            with compat.installed().masks_captured(), compat.installed().sized_for(self._nodes):
+                self._tree_pass = compat.installed().own_pass(self.model_runner, self._nodes)
+
+    def _require_trees(self) -> None:
+        """Raises InvalidArgument, naming everything for which this server cannot verify trees."""
+        found = compat.installed().no_trees(self)
+        if (reason := compat.installed().only_whole_blocks(self, SHAPED, True)) is not None:
+            found.append(reason)
+        if found:
+            raise InvalidArgument(
+                f"tree_nodes: got {self.options.tree_nodes} in DFLASH_RS_CONFIG, expected 0 here: {'; '.join(found)}"
+            )
+
+    def _put_tree_pass(self) -> None:
+        for name in PASSES:
+            setattr(self.model_runner, name, self._tree_pass[name])
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's, and the kernels once there are pages for them to write to."""
@@ -180,8 +209,11 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most)
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
-            with self._shapes.of(width):
-                result = super().forward_batch_generation(batch, *args, **kwargs)
+            if width == self._nodes and not prefill:
+                result = self._tree_step(batch, *args, **kwargs)
+            else:
+                with self._shapes.of(width):
+                    result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             batch.sampling_info = given
             self._reqs, self._slots, self._info = [], None, None
@@ -189,6 +221,27 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             first = result.next_token_ids.to(torch.int64)[:, None]
             self.targets.committed(reqs, slots, first, torch.ones(len(reqs), dtype=torch.int32, device=first.device))
         return result
+
+    def _tree_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step that drafts a block and verifies trees of what the drafter holds likely."""
+        target = self._target_worker
+        recorded = Recorded(target)
+        # The shape of the block, left at the end, puts the target's pass back that the trees' own comes in place of.
+        with self._shapes.of(self._block):
+            self._tree, self._target_worker = Step(self, recorded, self._nodes - 1, self._put_tree_pass), recorded
+            try:
+                with compat.installed().verifying(self._tree):
+                    return super().forward_batch_generation(batch, *args, **kwargs)
+            finally:
+                self._tree, self._target_worker = None, target
+
+    def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states: Any, lm_head: Any, **kwargs: Any) -> Any:
+        # The drafts of a block, from the drafter's last hidden states.
+        if self._tree is None:
+            return super()._greedy_sample_from_vocab_parallel_head(
+                hidden_states=hidden_states, lm_head=lm_head, **kwargs
+            )
+        return self._tree.draft(hidden_states, lm_head, compat.installed().drafter_group())
 
     def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
         # The sampling info that SGLang passes is the bare one.
@@ -209,6 +262,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         bs: int,
         target_predict: torch.Tensor | None = None,
     ) -> tuple:
+        tree = None if self._tree is None else self._tree.tree
+        nodes = candidates if tree is None else tree.tokens
         drawn = target_predict is None and not self._info.is_all_greedy
         if target_predict is None:
             assert next_token_logits is not None
@@ -217,14 +272,17 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 self._info,
                 self._reqs,
                 self._slots,
-                candidates,
+                nodes,
                 prefix_lens.to(torch.int64),
                 self._scored,
+                tree,
             )
         # SGLang's own method sees to the tokens that were not drawn.
         ours = (self._on_host or self._walk_kernel is not None) and not compat.installed().simulates_acceptance()
         if drawn or ours:
             target_predict = compat.installed().same_on_all_ranks(self, target_predict, drawn)
+        if self._tree is not None:
+            return self._accept_tree(target_predict.view_as(nodes), prefix_lens)
         candidates = self._within_limits(candidates, target_predict)
         # Drafts of a sampling drafter are followed like any other: they do not depend on the target's draws.
         self._selector_sample = None
@@ -243,6 +301,14 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         _, commit_lens, _, out_tokens, _ = accepted
         self.targets.committed(self._reqs, self._slots, out_tokens, commit_lens)
         return accepted
+
+    def _accept_tree(self, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
+        """What `_accept_block` returns, for trees with the target's tokens `sampled` i64 ``[R, M]``."""
+        assert self._tree is not None
+        accepted, bonus, gained = self._tree.keep(sampled, self._most, self._scored)
+        commit_lens = accepted + 1
+        self.targets.committed(self._reqs, self._slots, gained, commit_lens)
+        return accepted, commit_lens, bonus, gained, prefix_lens + commit_lens.to(prefix_lens.dtype)
 
     def _within_limits(self, candidates: torch.Tensor, target_predict: torch.Tensor) -> torch.Tensor:
         """Blocks i64 ``[R, B]`` in which what a request may not accept is another token than the target's, which `target_predict` ``[R, B]`` has

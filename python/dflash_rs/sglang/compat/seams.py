@@ -17,6 +17,7 @@ METHODS = {
     "__init__": ("server_args", "gpu_id", "nccl_port", "target_worker"),
     "forward_batch_generation": ("batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
     "_can_skip_verify_logits": ("batch", "sampling_info"),
+    "_greedy_sample_from_vocab_parallel_head": ("hidden_states", "lm_head"),
     "_accept_block": (
         "candidates",
         "next_token_logits",
@@ -123,6 +124,18 @@ class Seams(ABC):
         """Why the states of the worker's target, which has some beside its KV, are those of whole blocks only; None if they need not be."""
 
     @abstractmethod
+    def no_trees(self, worker: Any) -> list[str]:
+        """Everything for which this worker cannot verify trees, in words; empty if it can."""
+
+    @abstractmethod
+    def verifying(self, step: Any) -> contextlib.AbstractContextManager[None]:
+        """SGLang's step within the context verifies the trees of `step`, a ``trees.Step``, and not the chain that it drafts."""
+
+    @abstractmethod
+    def masks_captured(self) -> contextlib.AbstractContextManager[None]:
+        """CUDA graphs that are captured within the context read a mask of who attends to whom."""
+
+    @abstractmethod
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """The custom logit processors of a batch, each with the numbers of its requests."""
 
@@ -199,6 +212,12 @@ class Seams(ABC):
         from sglang.srt.distributed import get_tp_group
 
         return get_tp_group()
+
+    def drafter_group(self) -> Any:
+        """The ranks that have a part of the head each, where SGLang's step draws the drafts."""
+        from sglang.srt.runtime_context import get_parallel
+
+        return get_parallel().tp_group
 
     def simulates_acceptance(self) -> bool:
         """Whether SGLANG_SIMULATE_ACC_LEN asks for made-up accept lengths, for measuring; the text is then meaningless."""

@@ -89,6 +89,18 @@ class Version(Seams):
         """The tests have seen others in later versions only."""
         return "the target keeps a state beside its KV, of whole blocks with this SGLang"
 
+    def no_trees(self, worker: Any) -> list[str]:
+        """Its step cannot be told of another pass than that of the chain."""
+        return ["trees are served with sglang 0.5.23, not with this one"]
+
+    def verifying(self, step: Any) -> contextlib.AbstractContextManager[None]:
+        """Never: see `no_trees`."""
+        raise NotImplementedError
+
+    def masks_captured(self) -> contextlib.AbstractContextManager[None]:
+        """Never: see `no_trees`."""
+        raise NotImplementedError
+
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """See ``Seams``."""
         return [

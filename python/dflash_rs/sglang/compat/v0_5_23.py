@@ -12,6 +12,8 @@ from dflash_rs.sglang.compat.seams import Around, Ours, Seams
 # Where it asks which models new weights are for, and where a turn of a streaming session ends.
 WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners"
 TURN_ENDS = "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req"
+# Attention backends that read a mask of the whole context, which the custom masks of other algorithms' trees are.
+MASKED_BACKENDS = ("TritonAttnBackend", "FlashInferAttnBackend")
 
 
 class Version(Seams):
@@ -124,6 +126,83 @@ class Version(Seams):
         if runner.req_to_token_pool.mamba_pool.mamba_cache.intermediate_ssm is None:
             return "--enable-linear-replayssm-spec keeps what whole blocks were fed with"
         return None
+
+    def no_trees(self, worker: Any) -> list[str]:
+        """Known of attention over all of the context, in backends that read a mask of the whole of it."""
+        from sglang.srt.runtime_context import get_parallel
+        from sglang.srt.speculative.dflash_utils import is_dense_head_weight, resolve_dflash_verify_mask_policy
+
+        runner, found = worker.model_runner, []
+        backend, _ = resolve_dflash_verify_mask_policy(runner.attn_backend)
+        if backend not in MASKED_BACKENDS and not getattr(runner.attn_backend, "reads_custom_masks", False):
+            found.append(f"--attention-backend: {backend} does not mask a block by tree, triton and flashinfer do")
+        if worker._need_mamba_verify_commit:
+            found.append("the target keeps a state beside its KV, which runs over one path")
+        window = getattr(runner, "sliding_window_size", None)
+        if (window is not None and window > 0) or getattr(runner, "attention_chunk_size", None) is not None:
+            found.append("the target attends within windows, which are counted in slots")
+        if runner.kv_index_translator.reads_are_translated:
+            found.append("KV slots of this server stand for others, and those of the path have to move")
+        if get_parallel().attn_dcp_size > 1:
+            found.append("--dcp-size: ranks have a part of every context each")
+        head = worker.target_worker.model_runner.model.lm_head
+        shard = getattr(head, "shard_indices", None)
+        if not is_dense_head_weight(getattr(head, "weight", None)):
+            found.append("the target's head is quantized")
+        elif shard is not None and int(shard.num_added_elements):
+            found.append("the target's vocabulary has tokens added by an adapter")
+        return found
+
+    @contextlib.contextmanager
+    def verifying(self, step: Any) -> Iterator[None]:
+        """Its step asks names of its own module for the pass to run and for the tree that a grammar walks along; and one that adjusts logits,
+        of which it knows how many a chain has. There is nothing to adjust, see ``sampling.bare``."""
+        from sglang.srt.speculative import dflash_worker_v2 as module
+
+        class Verify(module.DFlashVerifyInput):
+            """What the target's pass is told."""
+
+            def prepare_for_verify(self, batch: Any, target_worker: Any, **kwargs: Any) -> Any:
+                step.verify(self, batch, target_worker.model_runner.req_to_token_pool.req_to_token)
+                return super().prepare_for_verify(batch, target_worker, **kwargs)
+
+        class Tree(module.GrammarTree):
+            """What a grammar walks along."""
+
+            @classmethod
+            def from_linear_chain(cls, verify_ids_2d: Any) -> Any:
+                parents = step.tree.parents.masked_fill(~step.tree.real, -1)
+                return cls.from_device(parents, parents, step.tree.tokens)
+
+            def resolve(self) -> Any:
+                from dflash_rs.sglang.trees import links
+
+                parents, _, tokens = super().resolve()
+                return *links(parents), tokens
+
+        ours = {
+            "DFlashVerifyInput": Verify,
+            "GrammarTree": Tree,
+            "apply_dflash_verify_logits_adjustments": lambda **_: None,
+        }
+        before = {name: getattr(module, name) for name in ours}
+        vars(module).update(ours)
+        try:
+            yield
+        finally:
+            vars(module).update(before)
+
+    @contextlib.contextmanager
+    def masks_captured(self) -> Iterator[None]:
+        """Its capture asks by the backend's name whether there is a mask."""
+        from sglang.srt.speculative import dflash_utils as module
+
+        asked = module.resolve_dflash_verify_mask_policy
+        module.resolve_dflash_verify_mask_policy = lambda backend: (asked(backend)[0], True)
+        try:
+            yield
+        finally:
+            module.resolve_dflash_verify_mask_policy = asked
 
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """See ``Seams``."""

@@ -14,8 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 class HostAttention(TorchNativeAttnBackend):
     """Causal blocks for the target, bidirectional ones for a drafter's encoder-only layers.
 
-    Like SGLang's backends for GPUs it is made for one block length and serves no other.
+    Like SGLang's backends for GPUs it is made for one block length and serves no other, and reads custom masks.
     """
+
+    reads_custom_masks = True
 
     def __init__(self, model_runner):
         super().__init__(model_runner)
@@ -39,11 +41,16 @@ class HostAttention(TorchNativeAttnBackend):
         queries = q.view(-1, block, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries[..., : layer.v_head_dim])
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
+        # As SGLang's backends for GPUs read it: for each request after the other a row of keys for each of its queries.
+        given, begin = getattr(forward_batch.spec_info, "custom_mask", None), 0
         rows = zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist())
         for number, (row, prefix) in enumerate(rows):
             slots = table[row, : prefix + block].to(torch.int64)
             mask = torch.ones(block, prefix + block, dtype=torch.bool)
-            if causal:
+            if given is not None:
+                mask = given[begin : begin + mask.numel()].view_as(mask)
+                begin += mask.numel()
+            elif causal:
                 mask[:, prefix:].tril_()
             result = scaled_dot_product_attention(
                 queries[number].transpose(0, 1)[None],

@@ -1,0 +1,231 @@
+"""Draft trees: many candidates for the next tokens, checked in one pass of the target, of which one path is kept.
+
+    drafter's block ──> candidates ──> Tree          most likely prefixes, arXiv 2604.12989 (the core's builder, or its kernel)
+    SGLang's verify pass, a node per slot            mask: what lies above a node; position: the anchor's and its depth
+    the target's own token after every node          sampling.TargetSampler
+    Tree.walk ──> the accepted path                  moved to the front: KV, hidden states, logits
+
+What comes after the pass of the target is SGLang's own step for a chain of the drafter's block: the path stands where a chain would. So a
+request needs slots for all nodes while it is verified, and gains at most a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflash_rs import DraftTree, cuda
+
+# Candidates for each place of the block; deeper ones are hardly ever among the likeliest prefixes.
+MOST_CANDIDATES = 16
+
+
+class Tree:
+    """The trees of a batch, ``R`` requests with room for ``M`` nodes each. Node 0 is the anchor, parents come before their children.
+
+    - `tokens` i64 ``[R, M]``.
+    - `parents` i64 ``[R, M]``: -1 for the anchor. Where a tree has fewer nodes, the rest hang from the anchor and are never accepted.
+    - `depths` i64 ``[R, M]``: 0 for the anchor.
+    - `real` bool ``[R, M]``: false where there is no node.
+    - `seen` bool ``[R, M, M]``: ``seen[r, i, j]`` where ``j`` is ``i`` or lies above it.
+    """
+
+    def __init__(self, tokens: Tensor, parents: Tensor, depths: Tensor, counts: Tensor, depth: int):
+        """`counts` ``[R]``: nodes of each tree, the anchor included; what lies behind is not read. `depth`: no node lies deeper."""
+        rows, nodes = tokens.shape
+        self.depth = depth
+        self.real = torch.arange(nodes, device=tokens.device)[None] < counts[:, None]
+        self.tokens = torch.where(self.real, tokens, tokens[:, :1])
+        self.parents = torch.where(self.real, parents.to(torch.int64), 0)
+        self.parents[:, 0] = -1
+        self.depths = torch.where(self.real, depths.to(torch.int64), 1)
+        above = torch.arange(nodes, device=tokens.device) == self.parents[:, :, None]
+        reach = above | torch.eye(nodes, dtype=torch.bool, device=tokens.device)
+        # From one step up to two, four and so on, until the anchor is reached from everywhere.
+        for _ in range(max(0, depth - 1).bit_length()):
+            steps = reach.to(torch.float32)
+            reach = torch.bmm(steps, steps) > 0
+        self.seen = reach
+
+    @property
+    def nodes(self) -> int:
+        """``M``."""
+        return self.tokens.shape[1]
+
+    @classmethod
+    def build(cls, anchors: Tensor, tokens: Tensor, log_probs: Tensor, drafts: int) -> Tree:
+        """The `drafts` likeliest prefixes below each of the `anchors` i64 ``[R]``; `tokens` i64 and `log_probs` f32 ``[R, depth, k]``: candidates
+        for each place, the likeliest first."""
+        depth = tokens.shape[1]
+        if anchors.device.type == "cuda":
+            built = cuda.tree_build(anchors, tokens.contiguous(), log_probs.contiguous(), drafts)
+            return cls(built.tokens, built.parents, built.depths, built.counts, depth)
+        rows = anchors.shape[0]
+        out = torch.zeros((3, rows, drafts + 1), dtype=torch.int64)
+        counts = torch.empty(rows, dtype=torch.int64)
+        for row, anchor in enumerate(anchors.tolist()):
+            tree = DraftTree.build(anchor, tokens[row].numpy(), log_probs[row].numpy(), drafts)
+            counts[row] = len(tree)
+            for place, values in enumerate((tree.tokens, tree.parents, tree.depths)):
+                out[place, row, : len(tree)] = torch.from_numpy(values.astype("int64"))
+        return cls(*out, counts, depth)
+
+    def positions(self, starts: Tensor) -> Tensor:
+        """Positions of all nodes, i64 ``[R, M]``, with the anchors at `starts` ``[R]``."""
+        return starts.to(torch.int64)[:, None] + self.depths
+
+    def mask(self, starts: Tensor, most: int) -> Tensor:
+        """Who attends to whom, in SGLang's flat form: for each request after the other ``M`` rows of ``starts[r] + M`` keys, true where a node sees
+        the key. `most`: how many entries there are for certain room for, at least ``sum(M * (starts + M))``; what is left over is true."""
+        rows, nodes = self.tokens.shape
+        starts = starts.to(torch.int64)
+        flat = torch.ones(most, dtype=torch.bool, device=starts.device)
+        lengths = starts + nodes
+        begins = torch.cumsum(lengths * nodes, 0) - lengths * nodes
+        place = torch.arange(nodes, device=starts.device)
+        where = (begins + starts)[:, None, None] + lengths[:, None, None] * place[None, :, None] + place[None, None]
+        flat[where.reshape(-1)] = self.seen.reshape(-1)
+        return flat
+
+    def walk(self, sampled: Tensor, most: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Follows the drafts while they are the tokens that were drawn above them.
+
+        `sampled` i64 ``[R, M]``: the target's token after every node; `most`: most drafts that each request may accept. Returns the accepted nodes
+        i64 ``[R, depth + 1]``, by depth and the anchor first (behind the last one is the anchor again), and how many drafts they are, i32 ``[R]``.
+        """
+        drawn = sampled.gather(1, self.parents.clamp(min=0))
+        fits = self.real & (drawn == self.tokens)
+        if most is not None:
+            limits = torch.tensor(list(most), dtype=torch.int64, device=sampled.device)
+            fits &= self.depths <= limits[:, None]
+        fits[:, 0] = True
+        # Siblings are different tokens, so of each depth at most one node is left.
+        kept = ~(self.seen & ~fits[:, None, :]).any(2)
+        place = torch.where(kept, self.depths, self.depth + 1)
+        path = torch.zeros((sampled.shape[0], self.depth + 2), dtype=torch.int64, device=sampled.device)
+        path.scatter_(1, place, torch.arange(self.nodes, device=sampled.device).expand_as(place))
+        return path[:, :-1], (kept.sum(1) - 1).to(torch.int32)
+
+
+def links(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """First child and next sibling of every node, i64 ``[R, M]``, -1 where there is none; `parents` ``[R, M]``, -1 for what hangs from nowhere."""
+    rows, nodes = parents.shape
+    child, sibling = torch.full((2, rows, nodes), -1, dtype=torch.int64)
+    every = torch.arange(rows)
+    for node in range(nodes - 1, 0, -1):
+        parent = parents[:, node]
+        has = parent >= 0
+        sibling[has, node] = child[every[has], parent[has]]
+        child[every[has], parent[has]] = node
+    return child, sibling
+
+
+def candidates(hidden: Tensor, lm_head: Any, group: Any, best: int) -> tuple[Tensor, Tensor]:
+    """The `best` tokens by the head's logits of the drafter's `hidden` ``[n, H]``, the likeliest first: tokens i64 and log-probabilities f32
+    ``[n, best]``. Where the ranks of `group` have a part of the vocabulary each, every rank gets the same."""
+    weight, shard = lm_head.weight, getattr(lm_head, "shard_indices", None)
+    start = 0
+    if shard is not None:
+        weight, start = weight[: int(shard.num_org_elements)], int(shard.org_vocab_start_index)
+    logits = torch.matmul(hidden.to(weight.dtype), weight.T).to(torch.float32)
+    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    values, tokens = logits.topk(min(best, logits.shape[-1]), dim=-1)
+    tokens = tokens + start
+    if group is not None and group.world_size > 1:
+        values, tokens, total = (group.all_gather(x.contiguous(), dim=-1) for x in (values, tokens, total))
+        total = torch.logsumexp(total, dim=-1, keepdim=True)
+        values, order = values.topk(min(best, values.shape[-1]), dim=-1)
+        tokens = tokens.gather(-1, order)
+    # What is no number is the least likely; rounding must not lift a certain token above 0.
+    log_probs = torch.nan_to_num(values - total, nan=-1e30, neginf=-1e30).clamp(max=0.0)
+    log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
+    return tokens.gather(-1, order), log_probs
+
+
+class Recorded:
+    """A target worker whose last pass can be looked at, and changed, before SGLang's step reads on."""
+
+    def __init__(self, worker: Any):
+        self._worker, self.result = worker, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The target's pass."""
+        self.result = self._worker.forward_batch_generation(*args, **kwargs)
+        return self.result
+
+
+class Step:
+    """One step of trees: what is drafted, verified and kept, between SGLang's own doings.
+
+    - `worker`: SGLang's DFLASH worker, in the shape of the drafter's block.
+    - `drafts`: most drafts of a tree.
+    - `passes`: puts the target's attention backend and graphs for all nodes in place.
+    """
+
+    def __init__(self, worker: Any, target: Recorded, drafts: int, passes: Any):
+        self.worker, self.target, self.drafts, self.passes = worker, target, drafts, passes
+        self.tree: Tree | None = None
+        self.slots: Tensor | None = None
+
+    def draft(self, hidden: Tensor, lm_head: Any, group: Any) -> Tensor:
+        """Trees out of the drafter's `hidden` ``[R * (B - 1), H]``; returns the likeliest token of every place, i64 ``[R * (B - 1)]``."""
+        rows = hidden.shape[0] // (self.worker.block_size - 1)
+        tokens, log_probs = candidates(hidden, lm_head, group, min(self.drafts, MOST_CANDIDATES))
+        shape = (rows, -1, tokens.shape[-1])
+        anchors = self.worker._draft_block_ids_buf[:rows, 0].to(torch.int64)
+        self.tree = Tree.build(anchors, tokens.view(shape), log_probs.view(shape), self.drafts)
+        return tokens[:, 0]
+
+    def verify(self, told: Any, batch: Any, table: Tensor) -> None:
+        """Has SGLang's pass verify the trees instead of the chain it was `told` of; `table` are the KV slots of SGLang's requests."""
+        assert self.tree is not None
+        block, nodes = int(told.draft_token_num), self.tree.nodes
+        starts = batch.seq_lens.to(torch.int64)
+        place = starts[:, None] + torch.arange(nodes, device=starts.device)
+        self.slots = table[batch.req_pool_indices.to(torch.int64)[:, None], place].to(torch.int64)
+        told.draft_token = self.tree.tokens.reshape(-1)
+        told.positions = self.tree.positions(starts).reshape(-1)
+        told.draft_token_num = told.num_tokens_per_req = told.num_tokens_for_logprob_per_req = nodes
+        batch.out_cache_loc = self.slots.reshape(-1)
+        before = batch.seq_lens_cpu
+        # SGLang's bound of the length: what is committed, and the block. Where it knows no better, all that is reserved.
+        exact = before is not batch.spec_info.nxt_kv_lens_cpu
+        if exact:
+            batch.seq_lens_cpu = before + (nodes - block)
+            batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        told.kv_loc_plan = self.worker.model_runner.kv_index_translator.plan(
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_cpu=before - block if exact else before,
+            write_virtual=batch.out_cache_loc,
+            read_extent=nodes,
+        )
+        # With overlap scheduling the host may be a step behind, which gains at most a block.
+        told.custom_mask = self.tree.mask(starts, nodes * (int(batch.seq_lens_sum) + block * starts.shape[0]))
+        self.passes()
+
+    def keep(self, sampled: Tensor, most: Sequence[int] | None, scored: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps the drafts that are the target's tokens `sampled` i64 ``[R, M]``: KV, hidden states and, where they are `scored`, logits of the path
+        move to where a chain's would be. Returns how many drafts i32 ``[R]``, the bonus i64 ``[R]`` and the tokens gained i64 ``[R, B]``, of
+        which those behind the bonus are never read."""
+        assert self.tree is not None and self.slots is not None
+        path, accepted = self.tree.walk(sampled, most)
+        gained = sampled.gather(1, path)
+        bonus = gained.gather(1, accepted.to(torch.int64)[:, None])[:, 0]
+        front = self.slots[:, : path.shape[1]]
+        taken = torch.arange(path.shape[1], device=path.device)[None] <= accepted[:, None]
+        # What is behind the path moves onto itself.
+        source = torch.where(taken, self.slots.gather(1, path), front)
+        self.worker.model_runner.token_to_kv_pool.move_kv_cache(front.reshape(-1), source.reshape(-1))
+        rows = (torch.arange(path.shape[0], device=path.device)[:, None] * self.tree.nodes + path).reshape(-1)
+        output = self.target.result.logits_output
+        output.hidden_states = output.hidden_states[rows]
+        if scored:
+            output.next_token_logits = output.next_token_logits[rows]
+        return accepted, bonus, gained
