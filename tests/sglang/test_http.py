@@ -162,11 +162,12 @@ def law(prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
     return known
 
 
-def test_unseeded_draws_follow_the_filtered_distribution(web: Server) -> None:
+def follows_the_law(server: Server) -> None:
+    """Asserts that what a server draws without seeds is distributed as the filters say."""
     prompt, length, draws = cases.ids(cases.prompts()[0])[:24], 3, 400
     expected = law(prompt, length)
     body = {"input_ids": prompt, "sampling_params": SHAPE | {"max_new_tokens": length, "ignore_eos": True}}
-    seen = Counter(tuple(answer["output_ids"]) for answer in web.together([body] * draws))
+    seen = Counter(tuple(answer["output_ids"]) for answer in server.together([body] * draws))
     assert set(seen) <= set(expected), "a token that the filters exclude"
     rare = [path for path, p in expected.items() if p * draws < 5]
     cells = [(seen[path], p * draws) for path, p in expected.items() if p * draws >= 5]
@@ -176,6 +177,10 @@ def test_unseeded_draws_follow_the_filtered_distribution(web: Server) -> None:
     freedom = len(cells) - 1
     # Five standard deviations of chi-square, which is about normal: false alarms are rarer than one in a million runs.
     assert freedom > 3 and chi < freedom + 5 * (2 * freedom) ** 0.5, (chi, freedom)
+
+
+def test_unseeded_draws_follow_the_filtered_distribution(web: Server) -> None:
+    follows_the_law(web)
 
 
 RANKS = """

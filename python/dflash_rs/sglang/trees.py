@@ -11,7 +11,6 @@ request needs slots for all nodes while it is verified, and gains at most a bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,17 +89,16 @@ class Tree:
         flat[where.reshape(-1)] = self.seen.reshape(-1)
         return flat
 
-    def walk(self, sampled: Tensor, most: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def walk(self, sampled: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Follows the drafts while they are the tokens that were drawn above them.
 
-        `sampled` i64 ``[R, M]``: the target's token after every node; `most`: most drafts that each request may accept. Returns the accepted nodes
+        `sampled` i64 ``[R, M]``: the target's token after every node; `most` i64 ``[R]``: most drafts that each request may accept. Returns the accepted nodes
         i64 ``[R, depth + 1]``, by depth and the anchor first (behind the last one is the anchor again), and how many drafts they are, i32 ``[R]``.
         """
         drawn = sampled.gather(1, self.parents.clamp(min=0))
         fits = self.real & (drawn == self.tokens)
         if most is not None:
-            limits = torch.tensor(list(most), dtype=torch.int64, device=sampled.device)
-            fits &= self.depths <= limits[:, None]
+            fits &= self.depths <= most[:, None]
         fits[:, 0] = True
         # Siblings are different tokens, so of each depth at most one node is left.
         kept = ~(self.seen & ~fits[:, None, :]).any(2)
@@ -210,7 +208,7 @@ class Step:
         told.custom_mask = self.tree.mask(starts, nodes * (int(batch.seq_lens_sum) + block * starts.shape[0]))
         self.passes()
 
-    def keep(self, sampled: Tensor, most: Sequence[int] | None, scored: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def keep(self, sampled: Tensor, most: Tensor | None, scored: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Keeps the drafts that are the target's tokens `sampled` i64 ``[R, M]``: KV, hidden states and, where they are `scored`, logits of the path
         move to where a chain's would be. Returns how many drafts i32 ``[R]``, the bonus i64 ``[R]`` and the tokens gained i64 ``[R, B]``, of
         which those behind the bonus are never read."""

@@ -305,7 +305,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def _accept_tree(self, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
         """What `_accept_block` returns, for trees with the target's tokens `sampled` i64 ``[R, M]``."""
         assert self._tree is not None
-        accepted, bonus, gained = self._tree.keep(sampled, self._most, self._scored)
+        most = None if self._most is None else put(self._most, sampled.device)
+        accepted, bonus, gained = self._tree.keep(sampled, most, self._scored)
         commit_lens = accepted + 1
         self.targets.committed(self._reqs, self._slots, gained, commit_lens)
         return accepted, commit_lens, bonus, gained, prefix_lens + commit_lens.to(prefix_lens.dtype)
