@@ -1075,10 +1075,12 @@ class WidthPlanner:
     For an engine whose steps cannot be timed in parts. Times are kept per width and size of the batch; a width never tried is tried
     where it might be the best, and old times are renewed, at most at the cost of about one step in 256 for each width.
 
-    Raises ``InvalidArgument`` for widths that do not rise from 1 to at most 4096.
+    With ``tree_depth`` the largest width is a tree: so many nodes, of which a path of at most that many drafts is accepted.
+
+    Raises ``InvalidArgument`` for widths that do not rise from 1 to at most 4096, or a tree deeper than it has nodes.
     """
 
-    def __new__(cls, widths: list[int]) -> WidthPlanner: ...
+    def __new__(cls, widths: list[int], *, tree_depth: int | None = None) -> WidthPlanner: ...
     def choose(self, requests: int) -> int:
         """The width of the next step, of ``requests`` requests; 1 is a plain step."""
 

@@ -40,7 +40,17 @@ impl Acceptance {
 
     /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
     pub fn at(&self, position: usize) -> f64 {
-        (self.accepted[position] + PRIOR * ASSUMED) / (self.reached[position] + PRIOR)
+        self.assuming(position, ASSUMED)
+    }
+
+    /// How many positions there are.
+    pub fn positions(&self) -> usize {
+        self.reached.len()
+    }
+
+    /// `at`, where `assumed` is what is believed of a position that was never reached.
+    pub fn assuming(&self, position: usize, assumed: f64) -> f64 {
+        (self.accepted[position] + PRIOR * assumed) / (self.reached[position] + PRIOR)
     }
 
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.

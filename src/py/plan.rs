@@ -310,9 +310,13 @@ pub struct WidthPlanner(plan::WidthPlanner);
 #[pymethods]
 impl WidthPlanner {
     #[new]
-    fn new(widths: Given<Vec<usize>>) -> PyResult<Self> {
+    #[pyo3(signature = (widths, *, tree_depth = None))]
+    fn new(widths: Given<Vec<usize>>, tree_depth: Option<Count>) -> PyResult<Self> {
         let widths = widths.of("widths", "a list of whole numbers")?;
-        Ok(Self(plan::WidthPlanner::new(&widths)?))
+        Ok(Self(match tree_depth {
+            None => plan::WidthPlanner::new(&widths)?,
+            Some(depth) => plan::WidthPlanner::with_tree(&widths, rows("tree_depth", depth)?)?,
+        }))
     }
 
     /// The width of the next step, of `requests` requests; 1 is a plain step.

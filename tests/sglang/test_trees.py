@@ -27,6 +27,7 @@ from dflash_rs.errors import InvalidArgument
 from dflash_rs.sglang import algorithm, compat, config
 from dflash_rs.sglang.sampling import History
 from dflash_rs.sglang.trees import Tree, candidates, links
+from dflash_rs.sglang.widths import Widths
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ def test_a_drafter_that_is_not_finite_drafts_something() -> None:
 
 
 def test_the_widths_of_trees() -> None:
-    assert config.Options(tree_nodes=16).widths_of(8) == (17,)
+    assert config.Options(tree_nodes=16).widths_of(8) == (1, 2, 4, 8, 17)
     assert config.Options(tree_nodes=16, adaptive=False).widths_of(8) == (17,)
     assert config.Options(tree_nodes=16, adaptive="cycle").widths_of(8) == (1, 2, 4, 8, 17)
     assert config.Options(tree_nodes=16, adaptive="cycle", widths=[1, 3]).widths_of(8) == (1, 3, 17)
@@ -195,8 +196,7 @@ def test_the_widths_of_trees() -> None:
         ({"tree_nodes": True}, "tree_nodes: got True"),
         ({"tree_nodes": 1024}, "tree_nodes: got 1024"),
         ({"tree_nodes": 7}, "tree_nodes: got 7, expected at least the block, 8"),
-        ({"tree_nodes": 8, "adaptive": True}, "adaptive: got True, expected false where tree_nodes is given"),
-        ({"tree_nodes": 8, "widths": [1, 8]}, r"widths: got \[1, 8\], expected none with tree_nodes"),
+        ({"tree_nodes": 16, "widths": [1, 9]}, r"widths: got \[1, 9\], expected at most the block, 8"),
     ],
 )
 def test_bad_options_are_named(given: dict, named: str) -> None:
@@ -209,6 +209,16 @@ def test_sglang_makes_room_for_the_tree_and_remembers_the_block() -> None:
     for _ in range(2):
         assert algorithm.fill_in(args, 16) == 6
         assert (args.speculative_num_draft_tokens, args.speculative_dflash_block_size) == (17, 6)
+
+
+def test_a_limit_below_the_depth_says_nothing_of_the_tree() -> None:
+    widths = Widths([1, 8, 17], tree_depth=7)
+    recorded: list[int] = []
+    widths.planner = SimpleNamespace(record=lambda width, free: recorded.append(len(free)))
+    for limits in ([7, 3], [6, 6], None):
+        widths._launched.append((2, 17, limits))
+        assert widths.verified([0, 0]) == (17, limits)
+    assert recorded == [1, 2]
 
 
 def able(**changes: Any) -> SimpleNamespace:
@@ -284,7 +294,7 @@ def grove(logs) -> Iterator[Server]:
         schedule_conservativeness=0.05,
         chunked_prefill_size=16,
     )
-    with Server(logs / "grove.log", env=CHECKED | trees(12), **options) as server:
+    with Server(logs / "grove.log", env=CHECKED | trees(12, adaptive=False), **options) as server:
         yield server
 
 
@@ -367,7 +377,7 @@ def test_more_drafts_are_accepted_than_of_a_chain(grove: Server, logs) -> None:
 def ranks(logs) -> Iterator[Server]:
     """Two ranks with half of every layer and of the vocabulary each, and no seeds."""
     options = speculative(tp_size=2, grammar_backend="none")
-    with Server(logs / "tree-ranks.log", env=TWO_CORES | trees(10), **options) as server:
+    with Server(logs / "tree-ranks.log", env=TWO_CORES | trees(10, adaptive=False), **options) as server:
         yield server
 
 

@@ -29,8 +29,8 @@ class Options:
     - `alarm_passes`: how many passes of single requests one look at the acceptance covers.
     - `metrics`: counters for Prometheus (they appear where SGLang's own do, with --enable-metrics).
     - `kernels`: on a GPU, this package's CUDA kernels for the walk and for draft K and V; false leaves both to SGLang's.
-    - `adaptive`: before each step choose how many tokens of a block are drafted and verified, a plain step included, by what steps take
-      and how many drafts are accepted. False drafts and verifies whole blocks; None is true on a CPU and false elsewhere. "cycle" takes
+    - `adaptive`: before each step choose how many tokens of a block are drafted and verified, a plain step and a tree included, by what steps
+      take and how many drafts are accepted. False drafts and verifies whole blocks, or trees; None is true on a CPU and false elsewhere. "cycle" takes
       the widths in turn, for tests.
     - `widths`: what to choose from, tokens per request with the anchor counted; None is 1, 2, 4 and so on, and the block.
     - `tree_nodes`: most drafts of a tree that is verified in one pass, at least as many tokens as the block has; 0 verifies one chain of drafts.
@@ -65,12 +65,6 @@ class Options:
         nodes = self.tree_nodes
         if isinstance(nodes, bool) or not isinstance(nodes, int) or not 0 <= nodes <= MOST_NODES:
             raise _bad("tree_nodes", nodes, f"an integer of at least 0 and at most {MOST_NODES}")
-        if nodes and self.adaptive is True:
-            raise _bad(
-                "adaptive",
-                True,
-                "false where tree_nodes is given: how wide a step is and whether it drafts a tree are not weighed together yet",
-            )
         for name in ("metrics", "kernels", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
@@ -91,8 +85,6 @@ class Options:
             raise _bad("widths", widths, "each width once")
         if self.adaptive is False:
             raise _bad("widths", widths, 'none with "adaptive": false')
-        if self.tree_nodes and self.adaptive is None:
-            raise _bad("widths", widths, "none with tree_nodes")
         object.__setattr__(self, "widths", tuple(sorted(widths)))
 
     def widths_of(self, block: int) -> tuple[int, ...]:
@@ -103,7 +95,7 @@ class Options:
         trees = () if not self.tree_nodes else (self.tree_nodes + 1,)
         if trees and self.tree_nodes < block:
             raise _bad("tree_nodes", self.tree_nodes, f"at least the block, {block}")
-        if self.adaptive is False or (trees and self.adaptive != "cycle"):
+        if self.adaptive is False:
             return trees or (block,)
         if self.widths is None:
             return (*(w for w in (1 << n for n in range(block.bit_length())) if w < block), block, *trees)

@@ -25,6 +25,7 @@ class Widths:
     """Chooses the width of every decoding step.
 
     - `widths`: those to choose from, rising; the last one is what a step has where there is no choice.
+    - `tree_depth`: where the last one is a tree's, the most drafts of it that are accepted.
     - `cycle`: take them in turn instead of judging.
     - `agree`: with several ranks, hands rank 0's width to all of them; its argument is None on the others. Their clocks differ, and
       with them what they would choose.
@@ -41,11 +42,13 @@ class Widths:
         agree: Callable[[int | None], int] | None = None,
         leads: bool = True,
         ahead: bool = False,
+        tree_depth: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.widths, self.cycle, self.agree, self.ahead, self.clock = tuple(widths), cycle, agree, ahead, clock
         judges = leads and not cycle and len(self.widths) > 1
-        self.planner = WidthPlanner(list(self.widths)) if judges else None
+        self.planner = WidthPlanner(list(self.widths), tree_depth=tree_depth) if judges else None
+        self._tree_depth = tree_depth
         # Requests, width and limits.
         self._launched: deque[tuple[int, int, list[int] | None]] = deque(maxlen=_ON_THEIR_WAY)
         # The step that runs: requests, width, when it started, and whether its time counts.
@@ -88,7 +91,10 @@ class Widths:
             requests, width, limits = self._launched.popleft()
             if requests == len(accepted):
                 # What a request may not accept says nothing of the drafts.
-                free = [n for n, most in zip(accepted, limits or [width] * requests) if most >= width - 1]
+                deepest = width - 1
+                if self._tree_depth is not None and width == self.widths[-1]:
+                    deepest = self._tree_depth
+                free = [n for n, most in zip(accepted, limits or [width] * requests) if most >= deepest]
                 if self.planner is not None and free:
                     self.planner.record(width, free)
                 return width, limits

@@ -108,6 +108,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         elif self.options.adaptive is False:
             return
         widths = self.options.widths_of(self._block)
+        if self._nodes and self.options.adaptive is None and not self._on_host:
+            widths = (self._nodes,)
         asked = self.options.adaptive is not None or self.options.widths is not None
         # Trees need the block's own shape, and `_require_trees` has asked for it.
         reason = None if self._nodes else compat.installed().only_whole_blocks(self, SHAPED, asked)
@@ -120,6 +122,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 agree=over(group) if several else None,
                 leads=group.is_first_rank,
                 ahead=not self._on_host,
+                tree_depth=self._block - 1 if self._nodes else None,
             )
             self._shapes = Shapes(self, sorted({*widths, self._block}))
         if self._target_tp_rank == 0:

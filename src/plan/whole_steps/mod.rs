@@ -10,6 +10,9 @@
 //!   narrower one took. It is tried if even so it might be the best.
 //! * *A figure that has grown old* is renewed, the more rarely the more that costs: each width may cost one step in `FRESH`.
 //!
+//! The widest may be a *tree*: as many nodes, of which a path is accepted, no longer than the tree is deep. How deep paths get is learnt apart from
+//! how far chains are accepted, which is what is believed of a tree until some have been verified.
+//!
 //! Both look at a width for a few steps in a row, because only the inner ones are timed cleanly.
 //!
 //! A width is timed at other times than the one it is compared with, and meanwhile contexts grow, or the machine is given to others. So
@@ -109,6 +112,8 @@ pub struct WidthPlanner {
     // Rising.
     widths: Vec<usize>,
     acceptance: Acceptance,
+    // By depth, where the widest is a tree, and how deep it is.
+    tree: Option<(usize, Acceptance)>,
     sizes: Vec<Size>,
     // The width that is looked at, and for how many more steps.
     look: (usize, u8),
@@ -132,10 +137,31 @@ impl WidthPlanner {
         Ok(Self {
             widths: widths.into(),
             acceptance: Acceptance::new(last - 1),
+            tree: None,
             sizes: Vec::new(),
             look: (0, 0),
             current: widths.len() - 1,
             pace: 1.0,
+        })
+    }
+
+    /// The same where the widest is a tree: so many nodes with the anchor counted, of which at most `depth` are accepted.
+    ///
+    /// # Errors
+    /// As `new`; `InvalidArgument` when the tree has fewer than `depth` nodes below its anchor, or `depth` is 0.
+    pub fn with_tree(widths: &[usize], depth: usize) -> Result<Self> {
+        let planner = Self::new(widths)?;
+        let nodes = planner.acceptance.positions();
+        if depth == 0 || depth > nodes {
+            return Err(Error::InvalidArgument {
+                name: "tree_depth",
+                got: depth.to_string(),
+                expected: format!("1..{nodes}, the nodes below the anchor"),
+            });
+        }
+        Ok(Self {
+            tree: Some((depth, Acceptance::new(depth))),
+            ..planner
         })
     }
 
@@ -149,7 +175,7 @@ impl WidthPlanner {
         self.acceptance.at(position)
     }
 
-    /// Books a step: drafts accepted by each request when `width` tokens were verified of each.
+    /// Books a step: drafts accepted by each request when `width` tokens were verified of each, in a tree where that is the tree's width.
     ///
     /// # Errors
     /// `AcceptedExceedsDrafted`, `InvalidArgument` for a width of 0; nothing is booked then.
@@ -161,6 +187,11 @@ impl WidthPlanner {
                 expected: "at least 1".into(),
             });
         };
+        let of_tree = self.widths.last() == Some(&width);
+        let (drafted, acceptance) = match &mut self.tree {
+            Some((depth, paths)) if of_tree => (*depth, paths),
+            _ => (drafted, &mut self.acceptance),
+        };
         if let Some(&most) = accepted.iter().max().filter(|&&most| most as usize > drafted) {
             return Err(Error::AcceptedExceedsDrafted {
                 accepted: most,
@@ -169,7 +200,7 @@ impl WidthPlanner {
         }
         accepted
             .iter()
-            .try_for_each(|&n| self.acceptance.record(drafted, n as usize))
+            .try_for_each(|&n| acceptance.record(drafted, n as usize))
     }
 
     /// A step of `requests` requests and this width took `time`. A width that is not among those to choose from is ignored.
@@ -275,7 +306,16 @@ impl WidthPlanner {
             }
             tokens
         };
-        self.widths.iter().map(more).collect()
+        let mut all: Vec<f64> = self.widths.iter().map(more).collect();
+        if let (Some((depth, paths)), Some(of_tree)) = (&self.tree, all.last_mut()) {
+            let mut alive = 1.0;
+            *of_tree = 1.0;
+            for position in 0..*depth {
+                alive *= paths.assuming(position, self.acceptance.at(position));
+                *of_tree += alive;
+            }
+        }
+        all
     }
 
     /// What a step takes at least: as long as a step that is no wider, of its share of the requests.
