@@ -10,6 +10,7 @@
 # make test-processors  what depends on the processor, as a lesser one would run it; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-hybrids   the same with targets that have recurrent layers, all cases of it (half an hour and more); few are part of `make test`
+# make sglang-long   what else is too long for `make test`: adapters, trees on two ranks
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png
@@ -27,7 +28,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo chat test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
-  sglang-hybrids sglang-demo sglang-install bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host \
+  sglang-hybrids sglang-long sglang-demo sglang-install bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host \
   bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
@@ -130,6 +131,9 @@ sglang-test: sglang-install
 # Says what it ran, and how long each case took.
 sglang-hybrids: sglang-install
 	$(SGLANG)/python -m pytest tests/sglang/test_hybrids.py tests/sglang/test_states.py -m "long or not long" -v --durations=0
+
+sglang-long: sglang-install
+	$(SGLANG)/python -m pytest tests/sglang -m long --ignore tests/sglang/test_hybrids.py --ignore tests/sglang/test_states.py -v --durations=0
 
 sglang-demo: sglang-install
 	$(SGLANG)/python tests/sglang/demo.py $(SERVE)

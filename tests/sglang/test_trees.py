@@ -381,6 +381,7 @@ def ranks(logs) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.long
 def test_ranks_draft_the_same_trees(ranks: Server, reference: dict) -> None:
     for name in ("greedy", "all penalties"):
         answers = ranks.together(cases.bodies(matrix()[name]))
@@ -388,6 +389,7 @@ def test_ranks_draft_the_same_trees(ranks: Server, reference: dict) -> None:
         assert max(answer["meta_info"]["spec_accept_length"] for answer in answers) > 1.5
 
 
+@pytest.mark.long
 def test_unseeded_draws_follow_the_filtered_distribution(ranks: Server) -> None:
     follows_the_law(ranks)
 

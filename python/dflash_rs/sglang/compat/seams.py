@@ -299,6 +299,8 @@ class Seams(ABC):
         args = self.resolved(worker.server_args)
         if args.enable_two_batch_overlap or args.enable_pdmux:
             return "--enable-two-batch-overlap and --enable-pdmux keep attention backends of their own"
+        if device != "cpu" and getattr(args, "enable_lora", None):
+            return "--enable-lora: CUDA graphs with adapters are for one number of tokens per request"
         if self.shares_attention():
             return "ranks with data-parallel attention must keep step, each with requests of its own"
         # Kinds of drafters, which not every version knows.

@@ -12,8 +12,20 @@ from dflash_rs.sglang.compat.seams import Around, Ours, Seams
 # Where it asks which models new weights are for, and where a turn of a streaming session ends.
 WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners"
 TURN_ENDS = "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req"
+# Where it asks which algorithms an adapter can be served with, by their names.
+ADAPTERS = "sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility"
 # Attention backends that read a mask of the whole context, which the custom masks of other algorithms' trees are.
 MASKED_BACKENDS = ("TritonAttnBackend", "FlashInferAttnBackend")
+
+
+class Named:
+    """Server arguments as they are seen, with another algorithm's name."""
+
+    def __init__(self, seen: Any, algorithm: str):
+        self._seen, self.speculative_algorithm = seen, algorithm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen, name)
 
 
 class Version(Seams):
@@ -58,7 +70,8 @@ class Version(Seams):
         return req
 
     def more_hooks(self, ours: Ours) -> dict[str, Around]:
-        """New weights are the target's alone, and a turn of a session is cached without its last token."""
+        """New weights are the target's alone, a turn of a session is cached without its last token, and adapters are served as with DFLASH: they are
+        the target's, and a drafter reads what they make of it."""
 
         def weights_for(original: Any, manager: Any, selector: str = "all") -> Any:
             # The target's weights and the drafter's have the same names: loaded into both, they would leave no drafter.
@@ -72,7 +85,22 @@ class Version(Seams):
                 kv.kv_committed_len = min(kv.kv_committed_len, len(req.origin_input_ids) + len(req.output_ids) - 1)
             return kept
 
-        return {WEIGHTS_FOR: weights_for, TURN_ENDS: turn_ends}
+        def adapters(original: Any, args: Any) -> Any:
+            from sglang.srt.arg_groups import lora_hook as module
+
+            from dflash_rs.sglang import ALGORITHM
+
+            # There is no running server yet that `ours` could be asked about.
+            seen = module.resolving_view(args)
+            if seen.speculative_algorithm != ALGORITHM:
+                return original(args)
+            before, module.resolving_view = module.resolving_view, lambda args: Named(seen, "DFLASH")
+            try:
+                return original(args)
+            finally:
+                module.resolving_view = before
+
+        return {WEIGHTS_FOR: weights_for, TURN_ENDS: turn_ends, ADAPTERS: adapters}
 
     def block_and_page(self, *args: Any) -> tuple[int, int]:
         """From the running server: nothing is handed around."""
@@ -129,6 +157,7 @@ class Version(Seams):
 
     def no_trees(self, worker: Any) -> list[str]:
         """Known of attention over all of the context, in backends that read a mask of the whole of it."""
+        from sglang.srt.lora.layers import unwrap_lora_layer
         from sglang.srt.runtime_context import get_parallel
         from sglang.srt.speculative.dflash_utils import is_dense_head_weight, resolve_dflash_verify_mask_policy
 
@@ -145,7 +174,7 @@ class Version(Seams):
             found.append("KV slots of this server stand for others, and those of the path have to move")
         if get_parallel().attn_dcp_size > 1:
             found.append("--dcp-size: ranks have a part of every context each")
-        head = worker.target_worker.model_runner.model.lm_head
+        head = unwrap_lora_layer(worker.target_worker.model_runner.model.lm_head)
         shard = getattr(head, "shard_indices", None)
         if not is_dense_head_weight(getattr(head, "weight", None)):
             found.append("the target's head is quantized")
