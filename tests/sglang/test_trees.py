@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "python"))
 import cases
 import numpy as np
 import pytest
 import torch
 from cases import custom, flat, matrix, tokens
+from second import second
 from servers import Server, environment, speculative
 from test_http import follows_the_law
 from test_parts import server_args, worker
@@ -130,6 +132,42 @@ def test_counts_are_those_of_the_path() -> None:
     chain = torch.tensor([[4, 4, 7]])
     seen = torch.ones(4, 4, dtype=torch.bool).tril()[None]
     assert torch.equal(history.at(rows[:1], chain), history.at(rows[:1], chain, seen))
+
+
+@pytest.mark.parametrize("drafts", [1, 6, 25])
+def test_a_tree_along_a_lattice_has_the_likeliest_prefixes(drafts: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    found = torch.stack([torch.randperm(VOCAB, generator=generator)[:BEST] for _ in range(2 * 3)]).view(2, 3, BEST)
+    log_probs = (2 * torch.randn(2, 3, BEST, BEST, generator=generator)).log_softmax(-1)
+    tree = Tree.along(torch.tensor([7, 9]), found, log_probs, drafts)
+    for row in range(2):
+        prefixes: dict[tuple[int, ...], float] = {(): 0.0}
+        for place in range(3):
+            for path in [path for path in prefixes if len(path) == place]:
+                before = path[-1] if path else 0
+                for last in range(BEST):
+                    prefixes[(*path, last)] = prefixes[path] + float(log_probs[row, place, before, last])
+        likeliest = sorted(prefixes, key=lambda path: -prefixes[path])[: drafts + 1]
+        expected = {tuple(int(found[row, place, c]) for place, c in enumerate(path)) for path in likeliest}
+        got = set()
+        for node in range(drafts + 1):
+            path = [int(tree.tokens[row, n]) for n in range(1, drafts + 1) if tree.seen[row, node, n]]
+            assert len(path) == tree.depths[row, node]
+            got.add(tuple(path))
+        assert got == expected and tree.real.all()
+        assert tree.tokens[row, 0] == (7, 9)[row]
+    # Where candidates do not depend on those before them it is the other builder's.
+    alone = log_probs[:, :, :1].sort(-1, descending=True).values.expand(-1, -1, BEST, -1)
+    same = Tree.build(torch.tensor([7, 9]), found, alone[:, :, 0].contiguous(), drafts)
+    along = Tree.along(torch.tensor([7, 9]), found, alone, drafts)
+    assert torch.equal(along.tokens, same.tokens) and torch.equal(along.seen, same.seen)
+
+
+def test_a_lattice_with_fewer_prefixes_than_there_is_room_for() -> None:
+    log_probs = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    tree = Tree.along(torch.tensor([1]), torch.tensor([[[3, 4], [5, 6]]]), log_probs, 9)
+    assert tree.nodes == 10 and tree.real.sum() == 7
+    assert sorted(tree.tokens[0, 1:7].tolist()) == [3, 4, 5, 5, 6, 6]
 
 
 class Ranks:
@@ -408,6 +446,17 @@ def test_sglangs_triton_kernel_reads_the_mask_as_it_is_meant() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     largest = [float(line) for line in done.stdout.split()]
     assert len(largest) == 3 and max(largest[:2]) < 1e-5 < 1e-2 < largest[2], largest
+
+
+def test_a_dflash_2_drafts_trees_along_its_lattice(reference: dict, logs, tmp_path) -> None:
+    options = speculative(page_size=16, enable_deterministic_inference=True, grammar_backend="none")
+    options["speculative_draft_model_path"] = str(second(tmp_path, 0.001))
+    with Server(logs / "tree-second.log", env=trees(12), **options) as server:
+        for name in ("greedy", "all penalties", "seed, top_k"):
+            answers = server.together(cases.bodies(matrix()[name]))
+            assert tokens(answers) == tokens(reference[name])
+            assert sum(answer["meta_info"]["spec_accept_length"] for answer in answers) > 6
+        assert "each step verifies one of 13 tokens" in server.log.read_text(errors="replace")
 
 
 def test_counters_tell_what_was_verified(grove: Server) -> None:

@@ -72,6 +72,40 @@ class Tree:
                 out[place, row, : len(tree)] = torch.from_numpy(values.astype("int64"))
         return cls(*out, counts, depth)
 
+    @classmethod
+    def along(cls, anchors: Tensor, tokens: Tensor, log_probs: Tensor, drafts: int) -> Tree:
+        """The same where a candidate's likelihood depends on the one before it: `log_probs` f32 ``[R, depth, k, k]``, ``[r, i, p, c]`` of candidate ``c``
+        behind candidate ``p`` of the place before; all ``p`` of the first place are the anchor.
+
+        Of each depth the likeliest prefixes are kept, as many as the tree may have nodes: what lies above a likely prefix is likelier still.
+        """
+        rows, depth, best = tokens.shape
+        scores, order = log_probs[:, 0, 0].topk(min(drafts, best), dim=-1)
+        found = [(scores, order, torch.zeros_like(order))]
+        before = 1
+        for place in range(1, depth):
+            above, chosen, _ = found[-1]
+            steps = log_probs[:, place].gather(1, chosen[:, :, None].expand(-1, -1, best))
+            scores, flat = (above[:, :, None] + steps).flatten(1).topk(min(drafts, above.shape[1] * best), dim=-1)
+            found.append((scores, flat % best, flat // best + before))
+            before += above.shape[1]
+        # All of them by depth, numbered from 1; 0 is the anchor. A parent is never less likely than its child, and of equals it comes first.
+        levels = torch.cat([torch.full_like(chosen, at + 1) for at, (_, chosen, _) in enumerate(found)], 1)
+        ids = torch.cat([tokens[:, at].gather(1, chosen) for at, (_, chosen, _) in enumerate(found)], 1)
+        above = torch.cat([parents for _, _, parents in found], 1)
+        order = torch.cat([scores for scores, _, _ in found], 1).sort(dim=1, descending=True, stable=True).indices
+        taken = order[:, :drafts]
+        nodes = taken.shape[1] + 1
+        number = torch.zeros((rows, above.shape[1] + 1), dtype=torch.int64, device=tokens.device)
+        number.scatter_(1, taken + 1, torch.arange(1, nodes, device=tokens.device).expand(rows, -1))
+        parents = torch.full((rows, drafts + 1), -1, dtype=torch.int64, device=tokens.device)
+        parents[:, 1:nodes] = number.gather(1, above.gather(1, taken))
+        out = torch.zeros((2, rows, drafts + 1), dtype=torch.int64, device=tokens.device)
+        out[0, :, 0] = anchors
+        out[0, :, 1:nodes], out[1, :, 1:nodes] = ids.gather(1, taken), levels.gather(1, taken)
+        counts = torch.full((rows,), nodes, dtype=torch.int64, device=tokens.device)
+        return cls(out[0], parents, out[1], counts, depth)
+
     def positions(self, starts: Tensor) -> Tensor:
         """Positions of all nodes, i64 ``[R, M]``, with the anchors at `starts` ``[R]``."""
         return starts.to(torch.int64)[:, None] + self.depths
@@ -179,6 +213,13 @@ class Step:
         anchors = self.worker._draft_block_ids_buf[:rows, 0].to(torch.int64)
         self.tree = Tree.build(anchors, tokens.view(shape), log_probs.view(shape), self.drafts)
         return tokens[:, 0]
+
+    def draft_along(self, anchors: Tensor, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Trees out of a DFlash 2's lattice: candidates i64 ``[R, B - 1, k]`` and their scores behind each other ``[R, B - 1, k, k]``. Returns the
+        first candidate of every place, i64 ``[R, B - 1]``."""
+        log_probs = torch.nan_to_num(scores.to(torch.float32).log_softmax(-1), nan=-1e30, neginf=-1e30)
+        self.tree = Tree.along(anchors.to(torch.int64), tokens, log_probs, self.drafts)
+        return tokens[:, :, 0]
 
     def verify(self, told: Any, batch: Any, table: Tensor) -> None:
         """Has SGLang's pass verify the trees instead of the chain it was `told` of; `table` are the KV slots of SGLang's requests."""

@@ -108,7 +108,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         elif self.options.adaptive is False:
             return
         widths = self.options.widths_of(self._block)
-        if self._nodes and self.options.adaptive is None and not self._on_host:
+        if self._nodes and (compat.installed().selects(self) or (self.options.adaptive is None and not self._on_host)):
             widths = (self._nodes,)
         asked = self.options.adaptive is not None or self.options.widths is not None
         # Trees need the block's own shape, and `_require_trees` has asked for it.
@@ -141,7 +141,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def _require_trees(self) -> None:
         """Raises InvalidArgument, naming everything for which this server cannot verify trees."""
         found = compat.installed().no_trees(self)
-        if (reason := compat.installed().only_whole_blocks(self, SHAPED, True)) is not None:
+        if (reason := compat.installed().only_whole_blocks(self, SHAPED, True, own=True)) is not None:
             found.append(reason)
         if found:
             raise InvalidArgument(
@@ -245,6 +245,22 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 hidden_states=hidden_states, lm_head=lm_head, **kwargs
             )
         return self._tree.draft(hidden_states, lm_head, compat.installed().drafter_group())
+
+    def _propose_selector_block(
+        self, *, draft_logits_output: Any, bs: int, lm_head: Any, anchor_token_ids: Any, sampling_info: Any
+    ) -> Any:
+        # The same of a DFlash 2.
+        if self._tree is None:
+            return super()._propose_selector_block(
+                draft_logits_output=draft_logits_output,
+                bs=bs,
+                lm_head=lm_head,
+                anchor_token_ids=anchor_token_ids,
+                sampling_info=sampling_info,
+            )
+        hidden = draft_logits_output.hidden_states
+        lattice = compat.installed().lattice(self, hidden, anchor_token_ids, lm_head)
+        return self._tree.draft_along(anchor_token_ids, *lattice)
 
     def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
         # The sampling info that SGLang passes is the bare one.

@@ -132,6 +132,11 @@ class Seams(ABC):
         """SGLang's step within the context verifies the trees of `step`, a ``trees.Step``, and not the chain that it drafts."""
 
     @abstractmethod
+    def lattice(self, worker: Any, hidden: Any, anchors: Any, lm_head: Any) -> tuple[Any, Any]:
+        """A DFlash 2's candidates for every place of a block, i64 ``[R, B - 1, k]``, and their scores behind those of the place before
+        ``[R, B - 1, k, k]``; `hidden` is what its pass over a block has left, `anchors` ``[R]``."""
+
+    @abstractmethod
     def masks_captured(self) -> contextlib.AbstractContextManager[None]:
         """CUDA graphs that are captured within the context read a mask of who attends to whom."""
 
@@ -213,6 +218,10 @@ class Seams(ABC):
 
         return get_tp_group()
 
+    def selects(self, worker: Any) -> bool:
+        """Whether the worker's drafter is a DFlash 2, whose candidates depend on those before them."""
+        return getattr(worker, "selector", None) is not None
+
     def drafter_group(self) -> Any:
         """The ranks that have a part of the head each, where SGLang's step draws the drafts."""
         from sglang.srt.runtime_context import get_parallel
@@ -286,10 +295,10 @@ class Seams(ABC):
             runner.capture_tail_hooks, runner.attn_backend = hooks, before
         return {"attn_backend": backend, "decode_cuda_graph_runner": captured}
 
-    def only_whole_blocks(self, worker: Any, names: tuple[str, ...], asked: bool) -> str | None:
+    def only_whole_blocks(self, worker: Any, names: tuple[str, ...], asked: bool, *, own: bool = False) -> str | None:
         """Why every step of this worker has to be a whole block, in words; None where the attributes `names` can be exchanged for one.
 
-        `asked`: whether other widths were asked for in so many words.
+        `asked`: whether other widths were asked for in so many words. `own`: whether none is but the drafter's own block.
         """
         import torch
 
@@ -304,7 +313,7 @@ class Seams(ABC):
         if self.shares_attention():
             return "ranks with data-parallel attention must keep step, each with requests of its own"
         # Kinds of drafters, which not every version knows.
-        if getattr(worker, "selector", None) is not None or getattr(worker, "lilicorr", None) is not None:
+        if (self.selects(worker) and not own) or getattr(worker, "lilicorr", None) is not None:
             return f"{type(worker.draft_model).__name__} selects among candidates within its block"
         if getattr(worker, "_is_domino", False):
             return f"{type(worker.draft_model).__name__} rolls its block out token by token"

@@ -221,6 +221,21 @@ class Version(Seams):
         finally:
             vars(module).update(before)
 
+    def lattice(self, worker: Any, hidden: Any, anchors: Any, lm_head: Any) -> tuple[Any, Any]:
+        """See ``Seams``."""
+        model = worker.draft_model
+        if model.lm_head is None:
+            model.lm_head = lm_head
+        places = hidden.view(len(anchors), -1, hidden.shape[-1])[:, 1:]
+        tokens, unary = model.compute_candidates(places.reshape(-1, hidden.shape[-1]))
+        tokens = tokens.view(*places.shape[:2], -1)
+        return tokens, model.candidate_selector.build_lattice(
+            candidate_ids=tokens,
+            unary_logits=unary.view_as(tokens),
+            hidden_states=places,
+            anchor_token_ids=anchors,
+        )
+
     @contextlib.contextmanager
     def masks_captured(self) -> Iterator[None]:
         """Its capture asks by the backend's name whether there is a mask."""
