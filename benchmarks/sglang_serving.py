@@ -1,5 +1,5 @@
 """Tokens per second of real SGLang servers on this CPU, on the bundled pair: without speculation, with SGLang's own DFLASH, and with
-DFLASH_RS in whole blocks and in widths as they pay.
+DFLASH_RS in whole blocks, in widths as they pay, and in widths and trees as they pay.
 
 All servers are up at once and idle but for the one that is measured; they take turns, in another order each round, so that a slow
 minute of the machine falls on all of them. A run is a number of requests, so many of them at once; its tokens per second are output
@@ -32,16 +32,21 @@ import cases  # noqa: E402
 from servers import Server, speculative, widths  # noqa: E402
 
 MOST = 16
+# Temperature, and the least tokens of a prompt.
 WORKLOADS = {
-    "greedy": {"temperature": 0},
-    # Few drafts are accepted. SGLang's own DFLASH takes the likeliest token on a CPU, which is another text.
-    "sampled": {"temperature": 1.3},
+    "greedy": (0, 0),
+    "long": (0, 600),
+    # SGLang's own DFLASH takes the likeliest token on a CPU, which is another text.
+    "warm": (0.7, 0),
+    # Few drafts are accepted.
+    "sampled": (1.3, 0),
 }
+NODES = 16
 OPTIONS = {
     "grammar_backend": "none",
     "page_size": 16,
     "max_running_requests": MOST,
-    "max_total_tokens": 16384,
+    "max_total_tokens": 24576,
     "enable_metrics": True,
 }
 
@@ -54,6 +59,9 @@ def start(logs: Path) -> dict[str, Server]:
         "DFLASH": Server(logs / "stock.log", **speculative("DFLASH", **OPTIONS)),
         "DFLASH_RS, whole blocks": Server(logs / "whole.log", env=widths(False), **ours),
         "DFLASH_RS": Server(logs / "adaptive.log", env=widths(True), **ours),
+        "DFLASH_RS, trees": Server(
+            logs / "trees.log", env={"DFLASH_RS_CONFIG": json.dumps({"tree_nodes": NODES, "adaptive": True})}, **ours
+        ),
     }
 
 
@@ -65,10 +73,20 @@ def passes(server: Server) -> dict[str, float]:
     return {width: float(count) for width, count in found}
 
 
-def run(server: Server, params: dict[str, Any], at_once: int, count: int) -> dict[str, Any]:
-    """One run: tokens per second, tokens per pass, passes by width, texts."""
+def prompt_of(number: int, least: int) -> list[int]:
+    """Token ids of a held-out prompt, with as many others before it as make at least so many tokens."""
     stored = cases.prompts(64)
-    bodies = [{"text": stored[n % len(stored)], "sampling_params": params} for n in range(count)]
+    ids = cases.ids(stored[number % len(stored)])
+    before = number
+    while len(ids) < least:
+        before += 7
+        ids = (cases.ids(stored[before % len(stored)]) + ids)[-max(least, len(ids)) :]
+    return ids
+
+
+def run(server: Server, params: dict[str, Any], least: int, at_once: int, count: int) -> dict[str, Any]:
+    """One run: tokens per second, tokens per pass, passes by width, texts."""
+    bodies = [{"input_ids": prompt_of(n, least), "sampling_params": params} for n in range(count)]
     before = passes(server)
     begun = time.perf_counter()
     answers = server.together(bodies, at_once=at_once)
@@ -91,13 +109,14 @@ def spread(values: list[float], digits: int) -> dict[str, Any]:
 
 def measure(servers: dict[str, Server], workload: str, at_once: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """One row per server."""
-    names = [name for name in servers if workload == "greedy" or name != "DFLASH"]
-    params = WORKLOADS[workload] | {"max_new_tokens": tokens, "ignore_eos": True}
+    temperature, least = WORKLOADS[workload]
+    names = [name for name in servers if temperature == 0 or name != "DFLASH"]
+    params = {"temperature": temperature, "max_new_tokens": tokens, "ignore_eos": True}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            done = run(servers[name], params, at_once, max(8, 2 * at_once))
+            done = run(servers[name], params, least, at_once, max(8, 2 * at_once))
             if number:
                 runs[name].append(done)
     plain, rows = runs["plain"], []
@@ -115,7 +134,7 @@ def measure(servers: dict[str, Server], workload: str, at_once: int, rounds: int
         if own[0]["passes"]:
             total = sum(sum(r["passes"].values()) for r in own)
             row["width_share"] = {w: round(sum(r["passes"][w] for r in own) / total, 3) for w in own[0]["passes"]}
-        if workload == "greedy":
+        if temperature == 0:
             row["same_text"] = all(r["texts"] == p["texts"] for r, p in zip(own, plain))
         rows.append(row)
         times, over = row["tokens_per_s"], row["over_plain"]
@@ -133,7 +152,7 @@ def main() -> int:
     """0 if all greedy texts are the same."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", default="1,2,4,8,16", help="requests at once, several with commas, at most 16")
-    parser.add_argument("--workload", default=",".join(WORKLOADS), help="of greedy and sampled")
+    parser.add_argument("--workload", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
@@ -150,7 +169,7 @@ def main() -> int:
     from dflash_rs.bench.report import cpu_model, usable_cpus, version
 
     logs = Path(tempfile.mkdtemp(prefix="sglang-serving-"))
-    print(f"Four servers start, logs in {logs}", file=sys.stderr)
+    print(f"Servers start, logs in {logs}", file=sys.stderr)
     servers = start(logs)
     try:
         for server in servers.values():
