@@ -642,6 +642,20 @@ def test_only_what_was_drafted_is_counted() -> None:
     assert (value("width"), value("block_size")) == (8, 8)
 
 
+@pytest.mark.parametrize(("accepted", "level", "said"), [(2, "INFO", "3.00 tokens"), (0, "WARNING", "1.00 tokens")])
+def test_the_first_passes_tell_whether_a_drafter_fits(
+    caplog: pytest.LogCaptureFixture, accepted: int, level: str, said: str
+) -> None:
+    acceptance = Acceptance(4, 1.05, 4096)
+    with caplog.at_level(logging.INFO):
+        for _ in range(40):
+            acceptance.observe([accepted, accepted])
+            acceptance.observe([0, 0], 1)  # plain steps say nothing
+    (record,) = caplog.records
+    assert record.levelname == level and said in record.message and "the first 64" in record.message
+    assert f"by place: {' '.join(['1.00' if n < accepted else '0.00' for n in range(3)])}" in record.message
+
+
 def test_the_alarm_rings_once_until_drafts_are_accepted_again(caplog: pytest.LogCaptureFixture) -> None:
     acceptance = Acceptance(8, 1.05, 4)
     with caplog.at_level(logging.INFO, logger="dflash_rs.sglang.metrics"):

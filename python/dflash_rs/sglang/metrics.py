@@ -16,6 +16,8 @@ from dflash_rs.sglang import ALGORITHM
 logger = logging.getLogger(__name__)
 
 PREFIX = "dflash_rs_spec_"
+# Passes after which the log says for the first time what drafts are worth: enough to tell whether a drafter is this target's at all.
+FIRST_PASSES = 64
 
 
 class Acceptance:
@@ -26,6 +28,8 @@ class Acceptance:
         self.passes = self.accepted = 0
         self.window_passes = self.window_accepted = 0
         self.alarmed = False
+        # Passes that accepted the draft at each place, until the first look; None after it.
+        self._first: list[int] | None = [0] * (block - 1)
 
     @property
     def tau(self) -> float | None:
@@ -44,6 +48,8 @@ class Acceptance:
         passes, total = sum(n > 0 for n in drafted), sum(accepted)
         self.passes += passes
         self.accepted += total
+        if self._first is not None and passes:
+            self._look_first(accepted)
         self.window_passes += passes
         self.window_accepted += total
         if self.window_passes >= self.alarm_passes:
@@ -54,6 +60,25 @@ class Acceptance:
         logger.error("%s: kernel %s failed, SGLang's own code takes over: %s", ALGORITHM, kernel, error)
         if self.exporter is not None:
             self.exporter.kernel_failures.inc()
+
+    def _look_first(self, accepted: Sequence[int]) -> None:
+        assert self._first is not None
+        for place in range(len(self._first)):
+            self._first[place] += sum(n > place for n in accepted)
+        if self.passes < FIRST_PASSES:
+            return
+        assert self.tau is not None
+        gains = self.alarm_tau == 0 or self.tau > self.alarm_tau
+        logger.log(
+            logging.INFO if gains else logging.WARNING,
+            "%s: the first %d target passes with drafts gave %.2f tokens each, plain decoding gives 1; drafts accepted by place: %s%s",
+            ALGORITHM,
+            self.passes,
+            self.tau,
+            " ".join(f"{hits / self.passes:.2f}" for hits in self._first),
+            "" if gains else ". Is the drafter the one trained for this target?",
+        )
+        self._first = None
 
     def _look(self) -> None:
         tau = 1 + self.window_accepted / self.window_passes
