@@ -68,9 +68,10 @@ class Tree:
         for row, anchor in enumerate(anchors.tolist()):
             tree = DraftTree.build(anchor, tokens[row].numpy(), log_probs[row].numpy(), drafts)
             counts[row] = len(tree)
-            for place, values in enumerate((tree.tokens, tree.parents, tree.depths)):
-                out[place, row, : len(tree)] = torch.from_numpy(values.astype("int64"))
-        return cls(*out, counts, depth)
+            out[0, row, : len(tree)] = torch.from_numpy(tree.tokens)
+            out[1, row, : len(tree)] = torch.from_numpy(tree.parents)
+            out[2, row, : len(tree)] = torch.from_numpy(tree.depths)
+        return cls(out[0], out[1], out[2], counts, depth)
 
     @classmethod
     def along(cls, anchors: Tensor, tokens: Tensor, log_probs: Tensor, drafts: int) -> Tree:
@@ -181,7 +182,8 @@ class Recorded:
     """A target worker whose last pass can be looked at, and changed, before SGLang's step reads on."""
 
     def __init__(self, worker: Any):
-        self._worker, self.result = worker, None
+        self._worker = worker
+        self.result: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._worker, name)

@@ -227,7 +227,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
 
     def _tree_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """A step that drafts a block and verifies trees of what the drafter holds likely."""
-        target = self._target_worker
+        target: Any = self.target_worker
         recorded = Recorded(target)
         # The shape of the block, left at the end, puts the target's pass back that the trees' own comes in place of.
         with self._shapes.of(self._block):
