@@ -27,6 +27,7 @@ from test_widths import Counts
 from dflash_rs import DraftTree
 from dflash_rs.errors import InvalidArgument
 from dflash_rs.sglang import algorithm, compat, config
+from dflash_rs.sglang.kernels import PathKv
 from dflash_rs.sglang.sampling import History
 from dflash_rs.sglang.trees import Tree, candidates, links
 from dflash_rs.sglang.widths import Widths
@@ -261,6 +262,7 @@ def test_a_limit_below_the_depth_says_nothing_of_the_tree() -> None:
 
 def able(**changes: Any) -> SimpleNamespace:
     """A worker that can verify trees, but for the changes to its model runner and head."""
+    device, routed = changes.pop("device", "cpu"), changes.pop("routed", False)
     head = {"weight": torch.zeros(4, 4), "shard_indices": None} | changes.pop("head", {})
     runner = SimpleNamespace(
         **{
@@ -269,10 +271,20 @@ def able(**changes: Any) -> SimpleNamespace:
             "attention_chunk_size": None,
             "kv_index_translator": SimpleNamespace(reads_are_translated=False),
             "model": SimpleNamespace(lm_head=SimpleNamespace(**head)),
+            "model_config": SimpleNamespace(hf_config=None),
+            "token_to_kv_pool": SimpleNamespace(k_buffer=[torch.zeros(4, 2, 8)]),
         }
         | changes
     )
-    return worker(model_runner=runner, target_worker=SimpleNamespace(model_runner=runner))
+    return worker(
+        model_runner=runner,
+        target_worker=SimpleNamespace(model_runner=runner),
+        server_args=SimpleNamespace(enable_return_routed_experts=routed),
+        device=device,
+    )
+
+
+splitting = type("TritonAttnBackend", (), {"use_verify_splitkv": True})()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +293,11 @@ def able(**changes: Any) -> SimpleNamespace:
         ({}, None),
         ({"attn_backend": type("FlashInferAttnBackend", (), {})()}, None),
         ({"attn_backend": type("FlashAttentionBackend", (), {})()}, "--attention-backend: FlashAttentionBackend"),
+        ({"attn_backend": splitting}, "the attention backend verifies chains by a kernel of their own"),
+        ({"device": "cuda"}, "this build of dflash-rs has no kernels for cuda"),
+        ({"routed": True}, "--enable-return-routed-experts"),
+        ({"token_to_kv_pool": SimpleNamespace(kv_buffer=[])}, "a path's K and V cannot be moved"),
+        ({"token_to_kv_pool": SimpleNamespace(k_buffer=[torch.zeros(1, 2, 4, 8)])}, "a path's K and V cannot be moved"),
         ({"sliding_window_size": 128}, "the target attends within windows"),
         ({"attention_chunk_size": 8192}, "the target attends within windows"),
         ({"kv_index_translator": SimpleNamespace(reads_are_translated=True)}, "KV slots of this server"),
@@ -291,12 +308,49 @@ def able(**changes: Any) -> SimpleNamespace:
 def test_what_cannot_verify_trees_says_so(monkeypatch: pytest.MonkeyPatch, changes: dict, reason: str | None) -> None:
     import sglang.srt.runtime_context as context
 
+    from dflash_rs import cuda
+
     monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_dcp_size=1))
+    monkeypatch.setattr(type(compat.installed()), "resolved", lambda self, args: args)
+    monkeypatch.setattr(cuda, "available", lambda device: False)
+    monkeypatch.setattr("sglang.srt.configs.hybrid_arch.mambaish_config", lambda config: None)
     found = compat.installed().no_trees(able(**changes))
     assert found == [] if reason is None else len(found) == 1 and found[0].startswith(reason)
     several = able(sliding_window_size=8)
     several._need_mamba_verify_commit = True
     assert len(compat.installed().no_trees(several)) == 2, "everything at once"
+
+
+def test_paths_move_to_the_front_and_nothing_else_does() -> None:
+    generator = torch.Generator().manual_seed(3)
+    pool = SimpleNamespace(k_buffer=[], v_buffer=[])
+    for _ in range(2):
+        pool.k_buffer.append(torch.randn(60, 2, 8, generator=generator))
+        pool.v_buffer.append(torch.randn(60, 2, 8, generator=generator))
+    before = [cache.clone() for cache in (*pool.k_buffer, *pool.v_buffer)]
+    slots = torch.randperm(60, generator=generator)[:20].view(2, 10)
+    # Each entry reads what the next one is written to.
+    path, accepted = torch.tensor([[0, 2, 3, 4, 9], [0, 5, 0, 0, 0]]), torch.tensor([4, 1], dtype=torch.int32)
+    PathKv(pool, torch.zeros(2, 2, dtype=torch.int32))(path, accepted, slots, torch.tensor([0, 0]), torch.arange(2))
+    for cache, old in zip((*pool.k_buffer, *pool.v_buffer), before):
+        expected = old.clone()
+        for row in range(2):
+            for depth in range(int(accepted[row]) + 1):
+                expected[slots[row, depth]] = old[slots[row, path[row, depth]]]
+        assert torch.equal(cache, expected)
+
+
+def test_a_limit_leaves_a_tree_where_it_allows_a_draft() -> None:
+    widths = Widths([1, 8, 17], tree_depth=7)
+    widths.planner = SimpleNamespace(choose=lambda requests: 17, observe=lambda *_: None)
+    assert [widths.next(2, limits) for limits in (None, [7, 0], [0, 1], [0, 0])] == [17, 17, 17, 1]
+
+
+def test_candidates_come_in_parts_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden = SimpleNamespace(weight=torch.randn(VOCAB, 8)), torch.randn(11, 8)
+    whole = candidates(hidden, head, None, BEST)
+    monkeypatch.setattr("dflash_rs.sglang.trees.ROWS", 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole, candidates(hidden, head, None, BEST)))
 
 
 # --- beside plain SGLang ----------------------------------------------------------------------------------------------

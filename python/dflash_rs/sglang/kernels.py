@@ -1,6 +1,7 @@
 """The CUDA kernels of this package inside SGLang's worker.
 
     drafts, drawn tokens ──> Walk ──────> accepted, lengths, bonus      one launch
+    path of a tree ────────> PathKv ────> its KV moves to the front     one launch for all layers of the target
     projected features ────> ContextKv ─> pages of all drafter layers   one product and one launch, committed tokens only
 
 SGLang's sampler keeps the draws, because they are to be SGLang's; its attention backends keep both forward passes.
@@ -126,6 +127,34 @@ class ContextKv:
             slots = torch.where(places < lengths[:, None], block_slots, -1).view(-1)
         kv = torch.nn.functional.linear(hidden, self.weight).view(-1, self.layers, 2, self.heads, self.head_dim)
         cuda.kv_inject(kv, self.norms, self.cos_sin, positions, slots, self.caches, eps=self.eps)
+
+
+class PathKv:
+    """Moves the target's K and V of the accepted paths of trees to where those of chains would be."""
+
+    def __init__(self, pool: Any, table: Tensor):
+        """`pool` is SGLang's, of slots ``[slots, heads, elements]`` by layer; `table` int32 ``[rows, length]`` names the slots of its requests."""
+        self._pool, self._table = pool, table
+        first = pool.k_buffer[0]
+        self._caches = None
+        # A kernel moves a path in order. Torch reads all of it before it writes any; SGLang's own kernel does not say so.
+        if cuda.available(first.device) and first.dtype == torch.bfloat16 and first.shape[-1] % 8 == 0:
+            self._caches = cuda.KvCaches(list(pool.k_buffer), list(pool.v_buffer))
+
+    def __call__(self, path: Tensor, accepted: Tensor, slots: Tensor, starts: Tensor, rows: Tensor) -> None:
+        """`path` i64 ``[R, depth + 1]``: nodes by depth, of which the anchor and `accepted` ``[R]`` more count; `slots` i64 ``[R, M]`` of all nodes,
+        `starts` ``[R]``: the anchors' positions, `rows` ``[R]`` of the table."""
+        taken = torch.arange(path.shape[1], device=path.device)[None] <= accepted[:, None]
+        if self._caches is not None:
+            nodes = torch.where(taken, path, -1).to(torch.int32)
+            table = cuda.PageTable(self._table, rows.to(torch.int32), 1)
+            cuda.compact_kv(nodes, starts.to(torch.int32), self._caches, table)
+            return
+        front = slots[:, : path.shape[1]]
+        # What is behind the path moves onto itself.
+        source = torch.where(taken, slots.gather(1, path), front).reshape(-1)
+        for cache in (*self._pool.k_buffer, *self._pool.v_buffer):
+            cache[front.reshape(-1)] = cache[source]
 
 
 def _plain_rope() -> Any:

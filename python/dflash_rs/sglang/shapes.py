@@ -15,7 +15,7 @@ the next step may draft.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +64,9 @@ class Undrafted:
 class Shapes:
     """One set of attributes for each width, of the worker and of the two model runners."""
 
-    def __init__(self, worker: Any, widths: Sequence[int]):
-        self.worker, self.whole = worker, int(worker.block_size)
+    def __init__(self, worker: Any, widths: Sequence[int], drafted_only: Collection[int] = ()):
+        """`drafted_only`: those of the widths that the target never runs."""
+        self.worker, self.whole, self.drafted_only = worker, int(worker.block_size), drafted_only
         self.sets = {width: self._narrow(width) for width in widths if width != self.whole}
         self.passes: dict[int, list[tuple[Any, dict[str, Any]]]] = {width: [] for width in self.sets}
 
@@ -89,7 +90,9 @@ class Shapes:
         # The widest first: what it has room for the others share.
         for width in sorted(self.sets, reverse=True):
             with self.of(width), compat.installed().sized_for(width):
-                made = [(target, compat.installed().own_pass(target, width))]
+                made = []
+                if width not in self.drafted_only:
+                    made.append((target, compat.installed().own_pass(target, width)))
                 if width > 1:
                     with compat.installed().for_drafter(self.worker):
                         made.append((draft, compat.installed().own_pass(draft, width, self.worker)))
@@ -103,7 +106,8 @@ class Shapes:
             return
         own = vars(self.worker)
         before = {name: own[name] for name in SHAPED}
-        passes = [(runner, {name: getattr(runner, name) for name in PASSES}) for runner, _ in self.passes[width]]
+        runners = (self.worker.model_runner, before["draft_model_runner"])
+        passes = [(runner, {name: getattr(runner, name) for name in PASSES}) for runner in runners]
         own.update(self.sets[width])
         try:
             _give(self.passes[width])

@@ -11,6 +11,7 @@ request needs slots for all nodes while it is verified, and gains at most a bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from dflash_rs import DraftTree, cuda
 
 # Candidates for each place of the block; deeper ones are hardly ever among the likeliest prefixes.
 MOST_CANDIDATES = 16
+# Rows of logits over the vocabulary that are there at a time.
+ROWS = 256
 
 
 class Tree:
@@ -55,12 +58,12 @@ class Tree:
         return self.tokens.shape[1]
 
     @classmethod
-    def build(cls, anchors: Tensor, tokens: Tensor, log_probs: Tensor, drafts: int) -> Tree:
+    def build(cls, anchors: Tensor, tokens: Tensor, log_probs: Tensor, drafts: int, *, kernels: bool = False) -> Tree:
         """The `drafts` likeliest prefixes below each of the `anchors` i64 ``[R]``; `tokens` i64 and `log_probs` f32 ``[R, depth, k]``: candidates
-        for each place, the likeliest first."""
+        for each place, the likeliest first. `kernels`: by the kernel of this package, on a device that has it; otherwise on the host."""
         depth = tokens.shape[1]
-        if anchors.device.type == "cuda":
-            built = cuda.tree_build(anchors, tokens.contiguous(), log_probs.contiguous(), drafts)
+        if kernels:
+            built = cuda.tree_build(anchors.contiguous(), tokens.contiguous(), log_probs.contiguous(), drafts)
             return cls(built.tokens, built.parents, built.depths, built.counts, depth)
         rows = anchors.shape[0]
         out = torch.zeros((3, rows, drafts + 1), dtype=torch.int64)
@@ -159,6 +162,11 @@ def links(parents: Tensor) -> tuple[Tensor, Tensor]:
 def candidates(hidden: Tensor, lm_head: Any, group: Any, best: int) -> tuple[Tensor, Tensor]:
     """The `best` tokens by the head's logits of the drafter's `hidden` ``[n, H]``, the likeliest first: tokens i64 and log-probabilities f32
     ``[n, best]``. Where the ranks of `group` have a part of the vocabulary each, every rank gets the same."""
+    parts = [_candidates(part, lm_head, group, best) for part in hidden.split(ROWS)]
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([log_probs for _, log_probs in parts])
+
+
+def _candidates(hidden: Tensor, lm_head: Any, group: Any, best: int) -> tuple[Tensor, Tensor]:
     weight, shard = lm_head.weight, getattr(lm_head, "shard_indices", None)
     start = 0
     if shard is not None:
@@ -199,13 +207,29 @@ class Step:
 
     - `worker`: SGLang's DFLASH worker, in the shape of the drafter's block.
     - `drafts`: most drafts of a tree.
-    - `passes`: puts the target's attention backend and graphs for all nodes in place.
+    - `passes`: puts the target's attention backend and graphs for all nodes in place; its argument is how many entries their mask has.
+    - `move`: moves the KV of a path, see ``kernels.PathKv``.
+    - `kernels`: whether trees are built by the kernel of this package.
     """
 
-    def __init__(self, worker: Any, target: Recorded, drafts: int, passes: Any):
-        self.worker, self.target, self.drafts, self.passes = worker, target, drafts, passes
+    def __init__(
+        self,
+        worker: Any,
+        target: Recorded,
+        drafts: int,
+        passes: Callable[[int], None],
+        move: Callable[..., None],
+        kernels: bool,
+    ):
+        self.worker, self.target, self.drafts, self.passes, self.move = worker, target, drafts, passes, move
+        self.kernels = kernels
         self.tree: Tree | None = None
-        self.slots: Tensor | None = None
+        # Slots of all nodes, where the anchors stand, and rows of the requests.
+        self.places: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forget(self) -> None:
+        """The step is over. What it holds is large, and SGLang's classes that stand for it live until they are collected."""
+        self.tree = self.places = self.target.result = None
 
     def draft(self, hidden: Tensor, lm_head: Any, group: Any) -> Tensor:
         """Trees out of the drafter's `hidden` ``[R * (B - 1), H]``; returns the likeliest token of every place, i64 ``[R * (B - 1)]``."""
@@ -213,7 +237,7 @@ class Step:
         tokens, log_probs = candidates(hidden, lm_head, group, min(self.drafts, MOST_CANDIDATES))
         shape = (rows, -1, tokens.shape[-1])
         anchors = self.worker._draft_block_ids_buf[:rows, 0].to(torch.int64)
-        self.tree = Tree.build(anchors, tokens.view(shape), log_probs.view(shape), self.drafts)
+        self.tree = Tree.build(anchors, tokens.view(shape), log_probs.view(shape), self.drafts, kernels=self.kernels)
         return tokens[:, 0]
 
     def draft_along(self, anchors: Tensor, tokens: Tensor, scores: Tensor) -> Tensor:
@@ -229,11 +253,13 @@ class Step:
         block, nodes = int(told.draft_token_num), self.tree.nodes
         starts = batch.seq_lens.to(torch.int64)
         place = starts[:, None] + torch.arange(nodes, device=starts.device)
-        self.slots = table[batch.req_pool_indices.to(torch.int64)[:, None], place].to(torch.int64)
+        rows = batch.req_pool_indices.to(torch.int64)
+        slots = table[rows[:, None], place].to(torch.int64)
+        self.places = slots, starts, rows
         told.draft_token = self.tree.tokens.reshape(-1)
         told.positions = self.tree.positions(starts).reshape(-1)
         told.draft_token_num = told.num_tokens_per_req = told.num_tokens_for_logprob_per_req = nodes
-        batch.out_cache_loc = self.slots.reshape(-1)
+        batch.out_cache_loc = slots.reshape(-1)
         before = batch.seq_lens_cpu
         # SGLang's bound of the length: what is committed, and the block. Where it knows no better, all that is reserved.
         exact = before is not batch.spec_info.nxt_kv_lens_cpu
@@ -249,21 +275,17 @@ class Step:
         )
         # With overlap scheduling the host may be a step behind, which gains at most a block.
         told.custom_mask = self.tree.mask(starts, nodes * (int(batch.seq_lens_sum) + block * starts.shape[0]))
-        self.passes()
+        self.passes(told.custom_mask.numel())
 
     def keep(self, sampled: Tensor, most: Tensor | None, scored: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Keeps the drafts that are the target's tokens `sampled` i64 ``[R, M]``: KV, hidden states and, where they are `scored`, logits of the path
         move to where a chain's would be. Returns how many drafts i32 ``[R]``, the bonus i64 ``[R]`` and the tokens gained i64 ``[R, B]``, of
         which those behind the bonus are never read."""
-        assert self.tree is not None and self.slots is not None
+        assert self.tree is not None and self.places is not None
         path, accepted = self.tree.walk(sampled, most)
         gained = sampled.gather(1, path)
         bonus = gained.gather(1, accepted.to(torch.int64)[:, None])[:, 0]
-        front = self.slots[:, : path.shape[1]]
-        taken = torch.arange(path.shape[1], device=path.device)[None] <= accepted[:, None]
-        # What is behind the path moves onto itself.
-        source = torch.where(taken, self.slots.gather(1, path), front)
-        self.worker.model_runner.token_to_kv_pool.move_kv_cache(front.reshape(-1), source.reshape(-1))
+        self.move(path, accepted, *self.places)
         rows = (torch.arange(path.shape[0], device=path.device)[:, None] * self.tree.nodes + path).reshape(-1)
         output = self.target.result.logits_output
         output.hidden_states = output.hidden_states[rows]

@@ -77,7 +77,9 @@ class Widths:
         return width
 
     def _enough(self, width: int, limits: list[int] | None) -> int:
-        """No wider than what somebody may use."""
+        """No wider than what somebody may use; a tree has more than one draft for the first place."""
+        if self._tree_depth is not None and width == self.widths[-1] and limits is not None and max(limits) > 0:
+            return width
         most = self.widths[-1] if limits is None else 1 + max(limits)
         return min(width, next((w for w in self.widths if w >= most), self.widths[-1]))
 

@@ -25,7 +25,7 @@ import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
-from dflash_rs.sglang.kernels import ContextKv, Walk
+from dflash_rs.sglang.kernels import ContextKv, PathKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare, put
@@ -62,6 +62,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             self.draft_model.set_block_size(self._block)
         self._tree: Step | None = None
         self._tree_pass: dict[str, Any] = {}
+        self._moves: PathKv | None = None
+        self._has_kernels = False
         compat.installed().follow_all_drafts(self)
         self._targets: TargetSampler | None = None
         # The requests of the running call, their rows of the request pool and their sampling parameters.
@@ -110,6 +112,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         widths = self.options.widths_of(self._block)
         if self._nodes and (compat.installed().selects(self) or (self.options.adaptive is None and not self._on_host)):
             widths = (self._nodes,)
+            if (self.options.adaptive or self.options.widths) and self._target_tp_rank == 0:
+                logger.warning("%s: a DFlash 2 that drafts trees drafts them in every step", ALGORITHM)
         asked = self.options.adaptive is not None or self.options.widths is not None
         # Trees need the block's own shape, and `_require_trees` has asked for it.
         reason = None if self._nodes else compat.installed().only_whole_blocks(self, SHAPED, asked)
@@ -124,7 +128,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 ahead=not self._on_host,
                 tree_depth=self._block - 1 if self._nodes else None,
             )
-            self._shapes = Shapes(self, sorted({*widths, self._block}))
+            # Where trees alone are verified, the block is drafted and the target never runs it.
+            self._shapes = Shapes(self, sorted({*widths, self._block}), drafted_only={self._block} - set(widths))
         if self._target_tp_rank == 0:
             chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
             level = logging.WARNING if reason is not None and asked else logging.INFO
@@ -147,10 +152,26 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             raise InvalidArgument(
                 f"tree_nodes: got {self.options.tree_nodes} in DFLASH_RS_CONFIG, expected 0 here: {'; '.join(found)}"
             )
+        # The builder of trees and the mover of paths are ours everywhere, whatever `kernels` says of the rest.
+        self._has_kernels = cuda.available(torch.device(self.device))
+        if self._has_kernels:
+            cuda.load(torch.device(self.device))
 
-    def _put_tree_pass(self) -> None:
+    def _put_tree_pass(self, entries: int) -> None:
         for name in PASSES:
             setattr(self.model_runner, name, self._tree_pass[name])
+        room = compat.installed().mask_room(self.model_runner.attn_backend)
+        if room is not None and entries > room:
+            # Near the end of the context a graph's own mask has no room for what the host takes for the length.
+            self.model_runner.decode_cuda_graph_runner = None
+
+    @property
+    def _path_kv(self) -> PathKv:
+        """Made on first use, as `targets`."""
+        if self._moves is None:
+            runner = self.model_runner
+            self._moves = PathKv(runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token)
+        return self._moves
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's, and the kernels once there are pages for them to write to."""
@@ -231,12 +252,17 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         recorded = Recorded(target)
         # The shape of the block, left at the end, puts the target's pass back that the trees' own comes in place of.
         with self._shapes.of(self._block):
-            self._tree, self._target_worker = Step(self, recorded, self._nodes - 1, self._put_tree_pass), recorded
+            step = Step(self, recorded, self._nodes - 1, self._put_tree_pass, self._path_kv, self._has_kernels)
+            # The sampler in the drafter's graph draws a chain.
+            sampler: Any = vars(self)["_draft_sampler"]
+            self._draft_sampler = None
+            self._tree, self._target_worker = step, recorded
             try:
-                with compat.installed().verifying(self._tree):
+                with compat.installed().verifying(step):
                     return super().forward_batch_generation(batch, *args, **kwargs)
             finally:
-                self._tree, self._target_worker = None, target
+                self._tree, self._target_worker, self._draft_sampler = None, target, sampler
+                step.forget()
 
     def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states: Any, lm_head: Any, **kwargs: Any) -> Any:
         # The drafts of a block, from the drafter's last hidden states.
@@ -298,7 +324,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             )
         # SGLang's own method sees to the tokens that were not drawn.
         ours = (self._on_host or self._walk_kernel is not None) and not compat.installed().simulates_acceptance()
-        if drawn or ours:
+        if drawn or ours or tree is not None:
             target_predict = compat.installed().same_on_all_ranks(self, target_predict, drawn)
         if self._tree is not None:
             return self._accept_tree(target_predict.view_as(nodes), prefix_lens)

@@ -132,6 +132,10 @@ class Seams(ABC):
         """SGLang's step within the context verifies the trees of `step`, a ``trees.Step``, and not the chain that it drafts."""
 
     @abstractmethod
+    def mask_room(self, backend: Any) -> int | None:
+        """How many entries of a mask an attention backend's CUDA graphs have room for; None where that does not limit."""
+
+    @abstractmethod
     def lattice(self, worker: Any, hidden: Any, anchors: Any, lm_head: Any) -> tuple[Any, Any]:
         """A DFlash 2's candidates for every place of a block, i64 ``[R, B - 1, k]``, and their scores behind those of the place before
         ``[R, B - 1, k, k]``; `hidden` is what its pass over a block has left, `anchors` ``[R]``."""

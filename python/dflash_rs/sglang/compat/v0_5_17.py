@@ -97,6 +97,10 @@ class Version(Seams):
         """Never: see `no_trees`."""
         raise NotImplementedError
 
+    def mask_room(self, backend: Any) -> int | None:
+        """Never: see `no_trees`."""
+        raise NotImplementedError
+
     def lattice(self, worker: Any, hidden: Any, anchors: Any, lm_head: Any) -> tuple[Any, Any]:
         """Never: see `no_trees`."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from dflash_rs import cuda
 from dflash_rs.sglang.compat.seams import Around, Ours, Seams
 
 # Where it asks which models new weights are for, and where a turn of a streaming session ends.
@@ -157,19 +158,40 @@ class Version(Seams):
 
     def no_trees(self, worker: Any) -> list[str]:
         """Known of attention over all of the context, in backends that read a mask of the whole of it."""
+        import torch
+        from sglang.srt.configs.hybrid_arch import mambaish_config
         from sglang.srt.lora.layers import unwrap_lora_layer
         from sglang.srt.runtime_context import get_parallel
         from sglang.srt.speculative.dflash_utils import is_dense_head_weight, resolve_dflash_verify_mask_policy
 
         runner, found = worker.model_runner, []
+        device = torch.device(worker.device)
+        if device.type != "cpu" and not cuda.available(device):
+            found.append(f"this build of dflash-rs has no kernels for {device}, of which trees need two")
         backend, _ = resolve_dflash_verify_mask_policy(runner.attn_backend)
         if backend not in MASKED_BACKENDS and not getattr(runner.attn_backend, "reads_custom_masks", False):
             found.append(f"--attention-backend: {backend} does not mask a block by tree, triton and flashinfer do")
-        if worker._need_mamba_verify_commit:
+        if any(getattr(runner.attn_backend, name, False) for name in ("use_verify_splitkv", "use_verify_shared_kv")):
+            found.append("the attention backend verifies chains by a kernel of their own, which reads no mask")
+        if worker._need_mamba_verify_commit or mambaish_config(runner.model_config) is not None:
             found.append("the target keeps a state beside its KV, which runs over one path")
         window = getattr(runner, "sliding_window_size", None)
         if (window is not None and window > 0) or getattr(runner, "attention_chunk_size", None) is not None:
             found.append("the target attends within windows, which are counted in slots")
+        pool = runner.token_to_kv_pool
+        buffers = getattr(pool, "k_buffer", None)
+        if (
+            not isinstance(buffers, list | tuple)
+            or buffers[0].ndim != 3
+            or any(getattr(pool, name, None) is not None for name in ("k_scale_buffer", "native_k_scale_buffer"))
+        ):
+            found.append(
+                f"a path's K and V cannot be moved in a {type(pool).__name__}, pages in another order or scales beside it"
+            )
+        if getattr(self.resolved(worker.server_args), "enable_return_routed_experts", False):
+            found.append(
+                "--enable-return-routed-experts keeps experts by slot, and what a path keeps would move from under them"
+            )
         if runner.kv_index_translator.reads_are_translated:
             found.append("KV slots of this server stand for others, and those of the path have to move")
         if get_parallel().attn_dcp_size > 1:
@@ -220,6 +242,11 @@ class Version(Seams):
             yield
         finally:
             vars(module).update(before)
+
+    def mask_room(self, backend: Any) -> int | None:
+        """Triton's keeps one for the largest batch of whole contexts."""
+        mask = getattr(backend, "_verify_mask", None)
+        return None if mask is None else int(mask.buffer.numel())
 
     def lattice(self, worker: Any, hidden: Any, anchors: Any, lm_head: Any) -> tuple[Any, Any]:
         """See ``Seams``."""
