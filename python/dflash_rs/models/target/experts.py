@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import _core
@@ -54,7 +55,8 @@ def _of_transformers(module: nn.Module) -> bool:
 
 
 def _silu(module: nn.Module) -> bool:
-    return type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    activation = getattr(module, "act_fn", None)
+    return activation is F.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _plain(weight: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -80,11 +82,12 @@ def _against(module: nn.Module) -> str | None:
     if getattr(type(module)._apply_gate, "__module__", "") != "transformers.integrations.moe":
         return f"{name} has a gate of its own"
     if not _silu(module):
-        return f"{name}: act_fn is {type(getattr(module, 'act_fn', None)).__name__}"
+        activation = getattr(module, "act_fn", None)
+        return f"{name}: act_fn is {getattr(activation, '__name__', type(activation).__name__)}"
     if _touched(module):
         return f"{name} has hooks"
     held = {key for key, _ in module.named_parameters()} | {key for key, _ in module.named_buffers()}
-    if held != {"gate_up_proj", "down_proj"} or [key for key, _ in module.named_children()] != ["act_fn"]:
+    if held != {"gate_up_proj", "down_proj"} or {key for key, _ in module.named_children()} - {"act_fn"}:
         return f"{name} has {', '.join(sorted(held))}"
     gate_up, down = module.gate_up_proj, module.down_proj
     if down.ndim != 3 or 0 in down.shape:
@@ -163,17 +166,19 @@ class _Layer:
         return self._run(hidden_states, None, None)
 
     def _run(self, hidden_states: Tensor, indices, weights) -> Tensor:
-        x = hidden_states.reshape(-1, self.hidden).float().contiguous()
-        out, rows, width = torch.empty_like(x), x.shape[0], self.hidden
+        x = hidden_states
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        out, width = torch.empty_like(x), self.hidden
         self.packed.run(
             (x.data_ptr(), width, width),
-            rows,
+            x.numel() // width,
             (out.data_ptr(), width, width),
             indices,
             weights,
             torch.get_num_threads(),
         )
-        return out.view(hidden_states.shape).to(hidden_states.dtype)
+        return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:
