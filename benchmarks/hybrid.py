@@ -8,7 +8,8 @@
   much as a row through the whole model would eat what drafting gains, and experts make a row dearer the more of them a block meets.
 
 A pass is one of N requests with R rows each behind one token of context, after a pass of which K tokens were kept. Passes take turns; times
-are medians. Speeds of whole texts are measured by ``dflash-rs bench --suite demo --model bundled-hybrid``.
+are medians. Where experts run in the extension, every round is taken with transformers' own code for them, too: what that costs is in the
+columns that say torch. Speeds of whole texts are measured by ``dflash-rs bench --suite demo --model bundled-hybrid``.
 
 Run in the environment of ``make install``: ``.venv/bin/python benchmarks/hybrid.py --json OUT``
 """
@@ -105,8 +106,9 @@ class Clock:
             self.seconds[part] += time.perf_counter() - begun
             return found
 
+        own = vars(thing).get(name)
         setattr(thing, name, timed)
-        self._undo.append(lambda: delattr(thing, name))
+        self._undo.append(lambda: delattr(thing, name) if own is None else setattr(thing, name, own))
 
     def remove(self) -> None:
         """Leaves the target as it was."""
@@ -141,29 +143,43 @@ def batch(target: Any, requests: int, rows: int, block: int) -> StepBatch:
 
 
 def measure(llm: LLM, rounds: int) -> list[dict[str, Any]]:
-    """A row for each of `PASSES`: milliseconds by part."""
+    """A row for each of `PASSES`: milliseconds by part, and what experts and the whole take with transformers' experts, if ours are others."""
     target, block = llm._target, llm.block_size
-    taken: dict[tuple[int, int, int], list[dict[str, float]]] = {one: [] for one in PASSES}
+    experts = target.experts
+    ways = ("",) if experts is None or experts.given_up else ("", "torch_")
+    taken: dict[tuple[str, tuple[int, int, int]], list[dict[str, float]]] = {
+        (w, one): [] for w in ways for one in PASSES
+    }
     batches = {one: batch(target, one[0], one[1], block) for one in PASSES}
     before = {one: batch(target, one[0], max(one[1], one[2]), block) for one in PASSES}
-    clock = Clock(target)
-    try:
-        for turn in range(rounds + 1):
-            for one in PASSES:
-                requests, rows, kept = one
-                index = np.arange(requests, dtype=np.int32)
-                target.forward(before[one])
-                target.state.keep(index, np.full(requests, kept, dtype=np.int32))
-                found = clock.take(partial(target.forward, batches[one]))
-                target.state.keep(index, np.full(requests, 1, dtype=np.int32))
-                if turn:
-                    taken[one].append(found)
-    finally:
-        clock.remove()
+    for turn in range(rounds + 1):
+        for way in ways:
+            if way:
+                experts.undo()
+            clock = Clock(target)
+            try:
+                for one in PASSES:
+                    requests, _, kept = one
+                    index = np.arange(requests, dtype=np.int32)
+                    target.forward(before[one])
+                    target.state.keep(index, np.full(requests, kept, dtype=np.int32))
+                    found = clock.take(partial(target.forward, batches[one]))
+                    target.state.keep(index, np.full(requests, 1, dtype=np.int32))
+                    if turn:
+                        taken[way, one].append(found)
+            finally:
+                clock.remove()
+                if way:
+                    experts.use()
+
+    def median(way: str, one: tuple[int, int, int], part: str) -> float:
+        return round(1000 * statistics.median(run[part] for run in taken[way, one]), 3)
+
     return [
-        {"requests": requests, "rows": rows, "kept": kept}
-        | {f"{part}_ms": round(1000 * statistics.median(run[part] for run in runs), 3) for part in (*PARTS, "all")}
-        for (requests, rows, kept), runs in taken.items()
+        {"requests": one[0], "rows": one[1], "kept": one[2]}
+        | {f"{part}_ms": median("", one, part) for part in (*PARTS, "all")}
+        | {f"{way}{part}_ms": median(way, one, part) for way in ways[1:] for part in ("experts", "all")}
+        for one in PASSES
     ]
 
 
@@ -195,9 +211,10 @@ def main() -> int:
             f"{row['model']}, {row['how']}, of a request: state {sizes[0]:.2f} MiB and {sizes[1]:.2f} MiB that a block of {row['block_size']} "
             f"feeds in; a snapshot after every token would be {sizes[2]:.2f} MiB"
         )
-    print("requests rows kept " + " ".join(f"{part:>12}" for part in ("all", *PARTS)) + "  (ms)")
+    columns = ("all", *PARTS, *(part for part in ("torch_experts", "torch_all") if f"{part}_ms" in passes[0]))
+    print("requests rows kept " + " ".join(f"{part:>13}" for part in columns) + "  (ms)")
     for row in passes:
-        times = " ".join(f"{row[f'{part}_ms']:12.2f}" for part in ("all", *PARTS))
+        times = " ".join(f"{row[f'{part}_ms']:13.2f}" for part in columns)
         print(f"{row['requests']:8} {row['rows']:4} {row['kept']:4} {times}")
     if args.json is not None:
         args.json.write_text(

@@ -892,6 +892,57 @@ class PackedWeight:
         """
 
 @final
+class Experts:
+    """The SwiGLU experts of one layer, packed for few rows on the host.
+
+    ``gate_up`` ``[count, 2 * inner, hidden]`` (gate, then up) and ``down`` ``[count, hidden, inner]`` are contiguous and of ``dtype``, "float32"
+    or "bfloat16", and given as (address, first stride, second stride) in elements; they are read by ``threads`` threads and not needed
+    afterwards. ``precision`` is that of ``PackedWeight``.
+
+    With ``router`` f32 ``[count, hidden]`` rows may choose for themselves: the ``top_k`` largest of the softmax of ``router x``, divided by their
+    sum if ``normalised``. With ``shared_gate_up`` f32 ``[2 * shared, hidden]``, ``shared_down`` ``[hidden, shared]`` and ``shared_gate`` ``[hidden]``
+    every such row meets one expert more, weighed by the sigmoid of ``shared_gate x``.
+    """
+
+    def __new__(
+        cls,
+        gate_up: tuple[int, int, int],
+        down: tuple[int, int, int],
+        count: int,
+        hidden: int,
+        inner: int,
+        dtype: str,
+        precision: str = "highest",
+        threads: int = 1,
+        *,
+        router: NDArray[np.float32] | None = None,
+        top_k: int = 0,
+        normalised: bool = True,
+        shared_gate_up: NDArray[np.float32] | None = None,
+        shared_down: NDArray[np.float32] | None = None,
+        shared_gate: NDArray[np.float32] | None = None,
+    ) -> Experts: ...
+    @property
+    def bytes(self) -> int:
+        """Bytes they take: two per weight of an expert whose weights are all bfloat16 values, or in medium precision, else four."""
+
+    def run(
+        self,
+        x: tuple[int, int, int],
+        rows: int,
+        out: tuple[int, int, int],
+        indices: NDArray[np.int64] | None = None,
+        weights: NDArray[np.float32] | None = None,
+        threads: int = 1,
+    ) -> None:
+        """``out``: the rows ``x``, both f32 ``[rows, hidden]``, through their experts.
+
+        Row r goes to the experts ``indices[r]``, which count as much as ``weights[r]``, both ``[rows, top_k]``; ``count`` stands for none. Without
+        them the router chooses. Those of experts with a shared one have to be left to the router. Arrays as for ``PackedWeight.product``. A
+        row's result depends on that row and its experts alone, bit for bit.
+        """
+
+@final
 class HostDecoder:
     """Decoder layers (RMSNorm, rotary attention, SwiGLU) and a head whose passes run in one call on the host, in f32.
 

@@ -133,6 +133,17 @@ impl<E: Element> Checked<E> {
         unsafe { Rows::from_raw(self.address, self.layout) }
     }
 
+    /// All elements, of an array without gaps.
+    pub(super) fn elements<'a>(&self) -> Result<&'a [E], Error> {
+        let Layout { rows, heads, dim, .. } = self.layout;
+        let elements = self.layout.span(self.name)?;
+        if elements > 0 && self.layout != Layout::contiguous(rows, heads, dim) {
+            return Err(not_contiguous(self.name));
+        }
+        // SAFETY: see the module.
+        Ok(unsafe { std::slice::from_raw_parts(self.address, elements) })
+    }
+
     pub(super) fn rows_mut<'a>(&self) -> RowsMut<'a, E> {
         // SAFETY: see the module.
         unsafe { RowsMut::from_raw(self.address, self.layout) }
@@ -306,6 +317,15 @@ pub(super) fn mask_named(name: Given<String>) -> PyResult<Mask> {
     }
 }
 
+pub(super) fn precision_named(name: Given<String>) -> PyResult<Precision> {
+    const PRECISIONS: &str = "'highest' or 'medium'";
+    match name.of("precision", PRECISIONS)?.as_str() {
+        "highest" => Ok(Precision::Highest),
+        "medium" => Ok(Precision::Medium),
+        other => Err(unknown("precision", other, PRECISIONS)),
+    }
+}
+
 pub(super) fn unknown(name: &'static str, got: &str, expected: &str) -> PyErr {
     Error::InvalidArgument {
         name,
@@ -420,16 +440,11 @@ impl PackedWeight {
     #[pyo3(signature = (weight, bias=None, precision=Given::new("highest".into())),
            text_signature = "(weight, bias=None, precision='highest')")]
     fn new(weight: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>, precision: Given<String>) -> PyResult<Self> {
-        const PRECISIONS: &str = "'highest' or 'medium'";
         let weight = array::<f32, Ix2>("weight", weight, "[outputs, inputs]")?;
         let bias = bias.map(|b| array::<f32, Ix1>("bias", b, "[outputs]")).transpose()?;
         let values = weight.as_slice().map_err(|_| not_contiguous("weight"))?;
         let bias = bias.as_ref().map(|b| contiguous("bias", b)).transpose()?;
-        let precision = match precision.of("precision", PRECISIONS)?.as_str() {
-            "highest" => Precision::Highest,
-            "medium" => Precision::Medium,
-            other => return Err(unknown("precision", other, PRECISIONS)),
-        };
+        let precision = precision_named(precision)?;
         let weight = host::PackedWeight::new(values, weight.shape()[0], weight.shape()[1], bias, precision)?;
         Ok(Self {
             weight: Arc::new(weight),

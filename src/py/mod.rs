@@ -10,6 +10,7 @@ mod delta;
 #[allow(unsafe_code, reason = "arrays of a step are shown in place, as `buffers` says")]
 mod engine;
 mod errors;
+mod experts;
 #[allow(unsafe_code, reason = "addresses of torch tensors become rows")]
 mod host;
 mod lookup;
@@ -35,6 +36,8 @@ mod _core {
     use super::delta::{DeltaRule, cuda_delta_rule};
     #[pymodule_export]
     use super::engine::{Accepted, Engine, Events, Record, StepPlan, read_records};
+    #[pymodule_export]
+    use super::experts::Experts;
     #[pymodule_export]
     use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
     #[pymodule_export]

@@ -282,6 +282,19 @@ def on_host():
     weight = _core.PackedWeight(**good)
     yield weight.product, dict(x=NOWHERE, rows=0, out=NOWHERE, residual=None), ("x", "rows", "out", "residual"), ()
     yield _core.swiglu, dict(gate_up=NOWHERE, rows=0, width=0, out=NOWHERE), ("gate_up", "rows", "width", "out"), ()
+    good = dict(
+        gate_up=NOWHERE, down=NOWHERE, count=1, hidden=2, inner=1, dtype="float32", precision="highest", threads=1
+    )
+    shared = dict.fromkeys(("router", "shared_gate_up", "shared_down"), np.ones((2, 2), F32)) | dict(
+        shared_gate=np.ones(2, F32)
+    )
+    good |= shared | dict(top_k=1, normalised=True)
+    yield _core.Experts, good, tuple(good), ("gate_up",)
+    one = np.ones(4, F32)
+    places = dict(gate_up=(one.ctypes.data, 4, 2), down=(one.ctypes.data, 2, 1))
+    experts = _core.Experts(**(good | places | dict.fromkeys(shared)))
+    good = dict(x=NOWHERE, rows=0, out=NOWHERE, indices=np.zeros((0, 1), I64), weights=np.zeros((0, 1), F32))
+    yield experts.run, good, tuple(good), ("indices", "weights", "x")
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "out"), NOWHERE)
     sizes = dict(num_q_heads=0, num_kv_heads=0, head_dim=8, window=None, softcap=None, scale=1.0, sinks=None)
     good = dict(batch=batch, dtype="float32", mask="causal", **arrays, **sizes)

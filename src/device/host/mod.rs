@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! decoder   layers and heads in one call
-//! attention, linear, delta, rowwise   one operation each, written once for any vectors
+//! attention, linear, experts, delta, rowwise   one operation each, written once for any vectors
 //! simd <- view                 vectors of every instruction set; rows and chunks of keys in memory
 //! team                         threads that wait close by
 //! ```
@@ -18,6 +18,7 @@ pub(crate) mod batch;
 pub mod decoder;
 #[allow(unsafe_code, reason = "heads of one array of states are moved by several threads")]
 mod delta;
+mod experts;
 mod linear;
 mod rowwise;
 #[allow(unsafe_code, reason = "intrinsics, once the processor said that it has them")]
@@ -29,6 +30,7 @@ mod view;
 
 pub use batch::{AttentionBatch, BatchArrays};
 pub use delta::{DeltaRule, DeltaTensors, Span};
+pub use experts::{Choice, ExpertWeights, Experts, SharedExpert};
 pub use linear::{PackedWeight, Precision};
 pub use simd::Isa;
 pub use view::{Bf16, Element, Layout, Rows, RowsMut};

@@ -6,9 +6,9 @@
 
 The model's own code runs: attention is swapped through transformers' attention registry, and hidden states are tapped
 with hooks. For the plain Llama-shaped families a shorter path does the same sums with fewer operations
-(`FusedModel`); hybrids on a device with kernels for them are run layer by layer (`LayerwiseModel`). All are compared with the ordinary forward on a small ragged batch when the model is loaded, and an
-architecture with state that pages do not hold is refused there,
-unless its recurrent layers are known (`models.hybrid`). What only length shows is looked at without the length: the masks
+(`FusedModel`); hybrids on a device with kernels for them are run layer by layer (`LayerwiseModel`); on a CPU, layers of experts
+are one call of the extension each (`HostExperts`). All are compared with the ordinary forward on a small ragged batch when the
+model is loaded, and an architecture with state that pages do not hold is refused there, unless its recurrent layers are known (`models.hybrid`). What only length shows is looked at without the length: the masks
 that the model asks for are evaluated at positions far apart, and one of the compared requests stands at the end of the context.
 """
 
@@ -31,6 +31,7 @@ from ..drafter import FINAL
 from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
 from .check import Check
+from .experts import HostExperts
 from .fused import FusedModel
 from .layerwise import LayerwiseModel
 from .load import check_finite, read_model
@@ -42,6 +43,7 @@ class TargetModel:
 
     `model` is a transformers `...ForCausalLM`, put in eval mode and switched to our attention: it must not be used for
     anything else afterwards. `path` names which forward runs: "fused", "layers" or "modules"; `path_reason` says why.
+    `experts`: what of its experts runs in the extension, or None.
     `kernel` tells whether attention runs in the extension; setting it to False selects the torch reference.
     `matmul_precision`: "highest", or "medium", which multiplies in bfloat16 (sums stay float32); the latter needs the fused forward.
     """
@@ -71,6 +73,7 @@ class TargetModel:
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_slots = 0
         self.state: MixerState | None = None
+        self.experts: HostExperts | None = None
         with torch.inference_mode():
             with named(model, "its own forward on a few tokens"):
                 check = Check(self) if self_check else None
@@ -90,6 +93,8 @@ class TargetModel:
             if check is not None:
                 with named(model, "its forward with attention over pages"):
                     check.compare(self, "modules")
+            if fused and self.device.type == "cpu":
+                self.experts = self._place_experts(check)
             if fused:
                 self._fused, self.path_reason = FusedModel.build(self)
                 if self._fused is not None and check is not None and not check.agrees(self):
@@ -174,6 +179,16 @@ class TargetModel:
         """Bytes of KV one token takes over all layers."""
         per_head = (layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.kv_layers.values())
         return sum(per_head) * self.dtype.itemsize
+
+    def _place_experts(self, check: Check | None) -> HostExperts | None:
+        """Layers of experts that run in the extension; None where none does, or where that is not the model's own forward."""
+        experts = HostExperts(self.model)
+        if experts.layers and check is not None and not check.agrees(self):
+            if experts.given_up:
+                check.compare(self, "experts in one call")
+            experts.undo()
+            return None
+        return experts if experts.layers else None
 
     def _find_layers(self, attention: dict[int, nn.Module]) -> nn.ModuleList:
         """The list whose i-th entry holds the module that attended as layer i, if one did: a tower for pictures may be as deep."""

@@ -25,12 +25,12 @@ use std::ops::Range;
 
 /// Vectors, and outputs, of a panel.
 const VECTORS: usize = 2;
-const PANEL: usize = VECTORS * LANES;
+pub(super) const PANEL: usize = VECTORS * LANES;
 /// Inputs that are multiplied between two requests for the next panel, and the bytes that memory delivers at once.
 const STRETCH: usize = 8;
 const LINE: usize = 64;
 /// Multiply-adds that are worth handing out: some microseconds of work.
-const WORK_PER_PART: usize = 1 << 17;
+pub(super) const WORK_PER_PART: usize = 1 << 17;
 
 /// What is multiplied; sums are f32 in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +68,8 @@ pub struct PackedWeight {
 trait Weight: Copy + Send + Sync {
     type Input: Copy;
     type Vector<L: Lanes>: Copy;
+    /// The panels, if they are stored so.
+    fn stored(panels: &Panels) -> Option<&[Self]>;
     fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [Self::Input];
     fn vector<L: Lanes>(w: &[Self; LANES]) -> Self::Vector<L>;
     fn add<L: Lanes>(sum: L, x: Self::Input, w: Self::Vector<L>) -> L;
@@ -76,9 +78,15 @@ trait Weight: Copy + Send + Sync {
 impl Weight for f32 {
     type Input = f32;
     type Vector<L: Lanes> = L;
+    fn stored(panels: &Panels) -> Option<&[Self]> {
+        match panels {
+            Panels::F32(panels) => Some(panels),
+            _ => None,
+        }
+    }
     #[inline(always)]
     fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [f32] {
-        job.x.row(row, 0)
+        job.x.row(job.place(row), 0)
     }
     #[inline(always)]
     fn vector<L: Lanes>(w: &[Self; LANES]) -> L {
@@ -93,9 +101,15 @@ impl Weight for f32 {
 impl Weight for Bf16 {
     type Input = f32;
     type Vector<L: Lanes> = L;
+    fn stored(panels: &Panels) -> Option<&[Self]> {
+        match panels {
+            Panels::Bf16(panels) => Some(panels),
+            _ => None,
+        }
+    }
     #[inline(always)]
     fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [f32] {
-        job.x.row(row, 0)
+        job.x.row(job.place(row), 0)
     }
     #[inline(always)]
     fn vector<L: Lanes>(w: &[Self; LANES]) -> L {
@@ -110,9 +124,15 @@ impl Weight for Bf16 {
 impl Weight for Pair {
     type Input = Self;
     type Vector<L: Lanes> = L::Pairs;
+    fn stored(panels: &Panels) -> Option<&[Self]> {
+        match panels {
+            Panels::Pairs(panels) => Some(panels),
+            _ => None,
+        }
+    }
     #[inline(always)]
     fn inputs<'a>(job: &'a Job<'_>, row: usize) -> &'a [Self] {
-        let width = job.weight.inputs.next_multiple_of(2);
+        let (row, width) = (job.place(row), job.weight.inputs.next_multiple_of(2));
         job.rounded[row * width..(row + 1) * width].as_chunks().0
     }
     #[inline(always)]
@@ -222,25 +242,16 @@ impl PackedWeight {
                 });
             }
         }
-        let mut rounded = Vec::new();
-        if let Panels::Pairs(_) = self.panels {
-            rounded.resize(rows * self.inputs.next_multiple_of(2), Bf16::default());
-            dispatch(
-                isa,
-                Round {
-                    x: &x,
-                    out: &mut rounded,
-                },
-            );
-        }
+        let rounded = self.rounded(isa, &x);
         let job = Job {
             weight: self,
             x,
-            rounded,
+            picked: None,
+            rounded: &rounded,
             residual,
         };
         // Parts are runs of panels: every one needs all rows, so each weight is read by one thread only.
-        let panels = self.outputs.div_ceil(PANEL);
+        let panels = self.panels();
         let work = rows * self.inputs * self.outputs;
         let parts = (work / WORK_PER_PART).clamp(1, 4 * threads.max(1)).min(panels);
         let each = panels.div_ceil(parts);
@@ -248,9 +259,24 @@ impl PackedWeight {
         team::each(threads, parts, |(first, out): (usize, _)| {
             // The parts between are the other threads'.
             let then = first + each * threads.clamp(1, panels);
-            job.run(isa, first..panels.min(first + each), then, out);
+            job.run(isa, first..panels.min(first + each), Some((self, then)), out);
         });
         Ok(())
+    }
+
+    /// Panels of its outputs.
+    pub(super) fn panels(&self) -> usize {
+        self.outputs.div_ceil(PANEL)
+    }
+
+    /// What a [`Job`] takes beside the rows `x`: the same in bfloat16 if the weight is stored in pairs, else nothing.
+    pub(super) fn rounded(&self, isa: Isa, x: &Rows<'_, f32>) -> Vec<Bf16> {
+        let mut out = Vec::new();
+        if let Panels::Pairs(_) = self.panels {
+            out.resize(x.layout().rows * self.inputs.next_multiple_of(2), Bf16::default());
+            dispatch(isa, Round { x, out: &mut out });
+        }
+        out
     }
 }
 
@@ -293,19 +319,38 @@ fn pack_pairs(weight: &[f32], outputs: usize, inputs: usize) -> Vec<Pair> {
     panels
 }
 
-/// What a call reads. Threads share it and take disjoint panels.
-struct Job<'a> {
-    weight: &'a PackedWeight,
-    x: Rows<'a, f32>,
-    /// The rows of `x` in bfloat16, if the weight is stored in pairs.
-    rounded: Vec<Bf16>,
-    residual: Option<Rows<'a, f32>>,
+/// What a product reads. Threads share it and take disjoint panels.
+pub(super) struct Job<'a> {
+    pub weight: &'a PackedWeight,
+    /// `[_, 1, K]`.
+    pub x: Rows<'a, f32>,
+    /// Which rows of `x` are multiplied; without, all are.
+    pub picked: Option<&'a [usize]>,
+    /// [`PackedWeight::rounded`] of all of `x`.
+    pub rounded: &'a [Bf16],
+    pub residual: Option<Rows<'a, f32>>,
 }
 
 impl Job<'_> {
-    /// All rows of the outputs in `panels`, to `out`, which holds these columns. Panel `then` is what this thread will need next, most
-    /// likely.
-    fn run(&self, isa: Isa, panels: Range<usize>, then: usize, out: RowsMut<'_, f32>) {
+    fn rows(&self) -> usize {
+        self.picked.map_or(self.x.layout().rows, <[usize]>::len)
+    }
+
+    /// The row of `x` that is the product's row `row`.
+    #[inline(always)]
+    fn place(&self, row: usize) -> usize {
+        self.picked.map_or(row, |picked| picked[row])
+    }
+
+    /// All rows of the outputs in `panels`, to `out`, which holds these columns. `then` is the panel that this thread will need next, most
+    /// likely, and whose it is.
+    pub(super) fn run(
+        &self,
+        isa: Isa,
+        panels: Range<usize>,
+        then: Option<(&PackedWeight, usize)>,
+        out: RowsMut<'_, f32>,
+    ) {
         match &self.weight.panels {
             Panels::F32(all) => self.share(isa, all, panels, then, out),
             Panels::Bf16(all) => self.share(isa, all, panels, then, out),
@@ -313,12 +358,24 @@ impl Job<'_> {
         }
     }
 
-    fn share<W: Weight>(&self, isa: Isa, all: &[W], panels: Range<usize>, then: usize, out: RowsMut<'_, f32>) {
-        let size = all.len() / self.weight.outputs.div_ceil(PANEL);
+    fn share<W: Weight>(
+        &self,
+        isa: Isa,
+        all: &[W],
+        panels: Range<usize>,
+        then: Option<(&PackedWeight, usize)>,
+        out: RowsMut<'_, f32>,
+    ) {
+        let size = all.len() / self.weight.panels();
+        let then = then.and_then(|(weight, panel)| {
+            let all = W::stored(&weight.panels)?;
+            let size = all.len() / weight.panels();
+            all.get(panel * size..(panel + 1) * size)
+        });
         let share = Share {
             job: self,
             panels: &all[panels.start * size..panels.end * size],
-            then: all.get(then * size..(then + 1) * size).unwrap_or(&[]),
+            then: then.unwrap_or(&[]),
             size,
             first: panels.start,
             out,
@@ -346,7 +403,7 @@ const PASS: usize = 256;
 impl<W: Weight> Routine for Share<'_, W> {
     #[inline(always)]
     fn run<L: Lanes>(mut self) {
-        let rows = self.job.x.layout().rows;
+        let rows = self.job.rows();
         for begin in (0..rows).step_by(PASS) {
             let end = rows.min(begin + PASS);
             let passes = (end - begin).div_ceil(L::PRODUCT_ROWS);
