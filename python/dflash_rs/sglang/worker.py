@@ -9,7 +9,7 @@ A step, in SGLang's order; ours are the lines marked *::
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
     walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
     publish, log-probabilities  DFlashWorkerV2
-    inject draft KV             kernels.ContextKv                        *  (on a CPU: DFlashWorkerV2)
+    inject draft KV             deferred.Deferred -> kernels.ContextKv   *  (on a CPU: DFlashWorkerV2)
     count                       on_verify_complete_cpu -> widths, metrics  *
 
 Between forward_batch_generation and _accept_block, SGLang's code sees sampling parameters with nothing left to adjust: it would
@@ -25,6 +25,7 @@ import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
+from dflash_rs.sglang.deferred import Deferred
 from dflash_rs.sglang.kernels import ContextKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
@@ -76,6 +77,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             } | compat.installed().data_parallel_rank(self)
             exporter = Exporter(self.block_size, labels, widths=self.options.widths_of(self.block_size))
         self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
+        self._deferred = Deferred(super()._append_target_hidden_to_draft_kv_by_loc, steps=0)
         if self._target_tp_rank == 0:
             logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self.block_size, self.options, compat.version())
             logger.debug("%s: vocabulary %d", ALGORITHM, runner.model_config.vocab_size)
@@ -110,6 +112,9 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 ahead=not self._on_host,
             )
             self._shapes = Shapes(self, widths)
+            if not compat.installed().copies_pages_away(self):
+                write = super()._append_target_hidden_to_draft_kv_by_loc
+                self._deferred = Deferred(write, self.acceptance.exporter)
         if self._target_tp_rank == 0:
             chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
             level = logging.WARNING if reason is not None and asked else logging.INFO
@@ -137,6 +142,14 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             self._use_fused_kv_materialize, self._fused_kv_helper = True, self._context_kv
         if self._target_tp_rank == 0 and (self._context_kv is not None or not self._on_host):
             logger.info("%s: kernels for draft KV: %s", ALGORITHM, reason)
+
+    def _append_target_hidden_to_draft_kv_by_loc(
+        self, *, target_hidden: torch.Tensor, cache_loc: torch.Tensor, positions: torch.Tensor, **block: Any
+    ) -> None:
+        if not self._deferred.keep(target_hidden, cache_loc, positions):
+            super()._append_target_hidden_to_draft_kv_by_loc(
+                target_hidden=target_hidden, cache_loc=cache_loc, positions=positions, **block
+            )
 
     def _append_target_hidden_fused(
         self,
@@ -169,6 +182,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         """One step. Arguments and result are those of SGLang's worker."""
         if batch.forward_mode.is_idle() or batch.sampling_info is None:
             self._widths.interrupted()
+            self._deferred.begin(plain=False, owners=())
             return super().forward_batch_generation(batch, *args, **kwargs)
         given, reqs = batch.sampling_info, list(batch.reqs)
         prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
@@ -178,6 +192,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             self._widths.interrupted()
         self._most = None if prefill else self._limits.of(reqs)
         width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most)
+        self._deferred.begin(plain=width == 1, owners=[req.rid for req in reqs])
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
             with self._shapes.of(width):

@@ -30,6 +30,7 @@ METHODS = {
     "init_attention_backends": (),
     "init_cuda_graphs": (),
     "alloc_memory_pool": ("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
+    "_append_target_hidden_to_draft_kv_by_loc": ("target_hidden", "cache_loc", "positions"),
     "_append_target_hidden_fused": (
         "ctx_hidden",
         "ctx_positions",
@@ -121,6 +122,10 @@ class Seams(ABC):
     @abstractmethod
     def states_of_whole_blocks(self, worker: Any) -> str | None:
         """Why the states of the worker's target, which has some beside its KV, are those of whole blocks only; None if they need not be."""
+
+    @abstractmethod
+    def copies_pages_away(self, worker: Any) -> bool:
+        """Whether the drafter's pages of a request that ends are copied elsewhere. Asked once attention backends are made."""
 
     @abstractmethod
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:

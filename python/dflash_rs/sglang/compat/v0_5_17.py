@@ -89,6 +89,10 @@ class Version(Seams):
         """The tests have seen others in later versions only."""
         return "the target keeps a state beside its KV, of whole blocks with this SGLang"
 
+    def copies_pages_away(self, worker: Any) -> bool:
+        """See ``Seams``."""
+        return bool(worker.server_args.enable_hierarchical_cache)
+
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """See ``Seams``."""
         return [
