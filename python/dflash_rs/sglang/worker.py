@@ -262,7 +262,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def _within_limits(self, candidates: torch.Tensor, target_predict: torch.Tensor) -> torch.Tensor:
         """Blocks i64 ``[R, B]`` in which what a request may not accept is another token than the target's, which `target_predict` ``[R, B]`` has
         one place earlier."""
-        if self._most is None:
+        if self._most is None or candidates.shape[1] == 1:
             return candidates
         place = torch.arange(candidates.shape[1], device=candidates.device)
         said = target_predict.view_as(candidates).roll(1, dims=1)
@@ -270,6 +270,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         return torch.where(place[None] > put(self._most, candidates.device)[:, None], other, candidates)
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
+        if block.shape[1] == 1:
+            # A plain step: nothing to walk along.
+            gained = torch.ones(len(block), dtype=torch.int32, device=block.device)
+            return gained - 1, gained, sampled.view(-1), sampled.clone(), prefix_lens + 1
         if self._walk_kernel is not None:
             return self._walk_kernel(block, sampled, prefix_lens)
         drafts = block[:, 1:].contiguous()
