@@ -46,22 +46,29 @@ class Widths:
         self.widths, self.cycle, self.agree, self.ahead, self.clock = tuple(widths), cycle, agree, ahead, clock
         judges = leads and not cycle and len(self.widths) > 1
         self.planner = WidthPlanner(list(self.widths)) if judges else None
-        # Requests, width and limits.
-        self._launched: deque[tuple[int, int, list[int] | None]] = deque(maxlen=_ON_THEIR_WAY)
-        # The step that runs: requests, width, when it started, and whether its time counts.
-        self._running: tuple[int, int, float, bool] | None = None
+        # Requests, width, limits and temperatures.
+        self._launched: deque[tuple[int, int, list[int] | None, Sequence[float]]] = deque(maxlen=_ON_THEIR_WAY)
+        # The step that runs: requests, width, tokens of context, when it started, and whether its time counts.
+        self._running: tuple[int, int, int, float, bool] | None = None
         self._turn = 0
 
-    def next(self, requests: int, limits: list[int] | None = None) -> int:
-        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited."""
+    def next(
+        self,
+        requests: int,
+        limits: list[int] | None = None,
+        context: int = 0,
+        temperatures: Sequence[float] = (),
+    ) -> int:
+        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited; `context`: tokens of
+        all of them together; `temperatures`: of each, 0 is greedy."""
         if self.planner is not None:
             now, last = self.clock(), None
             if self._running is not None:
-                before, last, began, counts = self._running
+                before, last, length, began, counts = self._running
                 if counts:
-                    self.planner.observe(before, last, now - began)
-            width = self._enough(self.planner.choose(requests), limits)
-            self._running = (requests, width, now, last == width or not self.ahead)
+                    self.planner.observe(before, last, now - began, length)
+            width = self._enough(self.planner.choose(requests, context, list(temperatures)), limits)
+            self._running = (requests, width, context, now, last == width or not self.ahead)
         elif self.cycle:
             width = self.widths[self._turn % len(self.widths)]
             self._turn += 1
@@ -70,7 +77,7 @@ class Widths:
         if self.agree is not None and not self.cycle and len(self.widths) > 1:
             width = self.agree(None if self.planner is None else width)
         width = self._enough(width, limits)
-        self._launched.append((requests, width, limits))
+        self._launched.append((requests, width, limits, temperatures))
         return width
 
     def _enough(self, width: int, limits: list[int] | None) -> int:
@@ -85,14 +92,22 @@ class Widths:
     def verified(self, accepted: Sequence[int]) -> tuple[int, list[int] | None]:
         """The oldest step whose accept lengths have not come had these: drafts accepted by each request. Returns its width and limits."""
         while self._launched:
-            requests, width, limits = self._launched.popleft()
+            requests, width, limits, temperatures = self._launched.popleft()
             if requests == len(accepted):
                 # What a request may not accept says nothing of the drafts.
-                free = [n for n, most in zip(accepted, limits or [width] * requests) if most >= width - 1]
+                free = [i for i, most in enumerate(limits or [width] * requests) if most >= width - 1]
                 if self.planner is not None and free:
-                    self.planner.record(width, free)
+                    warm = [temperatures[i] for i in free] if temperatures else []
+                    self.planner.record(width, [accepted[i] for i in free], warm)
                 return width, limits
         return self.widths[-1], None
+
+
+def described(reqs: Sequence[Any]) -> tuple[int, list[float]]:
+    """Tokens of these requests together, as far as the host knows, and the temperature of each; 0 is greedy."""
+    params = [req.sampling_params for req in reqs]
+    context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs)
+    return context, [0.0 if p.top_k <= 1 else float(p.temperature) for p in params]
 
 
 def over(group: Any) -> Callable[[int | None], int]:

@@ -31,7 +31,7 @@ from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare, put
 from dflash_rs.sglang.shapes import SHAPED, Shapes
-from dflash_rs.sglang.widths import Widths, over
+from dflash_rs.sglang.widths import Widths, described, over
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if prefill:
             self._widths.interrupted()
         self._most = None if prefill else self._limits.of(reqs)
-        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most)
+        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most, *described(reqs))
         self._deferred.begin(plain=width == 1, owners=[req.rid for req in reqs])
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
