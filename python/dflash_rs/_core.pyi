@@ -1080,7 +1080,7 @@ class WidthPlanner:
     """
 
     def __new__(cls, widths: list[int]) -> WidthPlanner: ...
-    def choose(self, requests: int, context: int = 0, temperatures: list[float] = ...) -> int:
+    def choose(self, requests: int, context: int = 0, temperatures: Sequence[float] = ...) -> int:
         """The width of the next step, of ``requests`` requests with ``context`` tokens together; 1 is a plain step.
 
         ``temperatures``: of each request, 0 is greedy; none are greedy ones.
@@ -1092,7 +1092,7 @@ class WidthPlanner:
         Widths not to choose from are ignored.
         """
 
-    def record(self, width: int, accepted: list[int], temperatures: list[float] = ...) -> None:
+    def record(self, width: int, accepted: list[int], temperatures: Sequence[float] = ...) -> None:
         """Books a step: drafts accepted by each request when ``width`` tokens of each were verified; ``temperatures`` as for ``choose``.
 
         Raises ``InvalidArgument`` when more were accepted than verified.

@@ -188,7 +188,7 @@ BASE = {"temperature": 0, "ignore_eos": True}
 PLAIN = {"custom_params": {"dflash_rs": {"max_drafts": 0}}}
 
 
-def drafts(most: int, length: int, prompts: int = 8) -> list[dict[str, Any]]:
+def drafts(most: int, length: int, prompts: int = 6) -> list[dict[str, Any]]:
     """/generate bodies; every `most`-th request may draft, the others decode plainly."""
     params = [BASE | {"max_new_tokens": length + 9 * n} | ({} if n % most == 0 else PLAIN) for n in range(prompts)]
     return [{"text": text, "sampling_params": own} for text, own in zip(cases.prompts(prompts), params)]
@@ -259,11 +259,9 @@ def same(shadowed: Shadowed) -> None:
 
 
 def test_requests_that_draft_and_others_that_do_not_share_batches(plain: Server, shadowed: Shadowed) -> None:
-    for most in (2, 4):
+    for most, at_once in ((2, 1), (4, 3)):
         bodies = drafts(most, 20)
-        expected = tokens(plain.together(bodies))
-        for at_once in (1, 3):
-            assert tokens(shadowed.server.together(bodies, at_once=at_once)) == expected
+        assert tokens(shadowed.server.together(bodies, at_once=at_once)) == tokens(plain.together(bodies))
     same(shadowed)
     deferred, injected, goes = shadowed.counts()
     # Nobody waits but the last requests' last steps.
