@@ -91,8 +91,9 @@ def test_lengths_and_temperatures_are_told_to_the_planner() -> None:
         req.sampling_params.top_k, req.sampling_params.temperature = top_k, temperature
     reqs[0].output_ids = [3, 4]
     assert described(reqs) == (22, [0.0, 0.75])
-    judging.next(2, [0, 7], *described(reqs))
-    judging.next(2, None, 24, [0.0, 0.75])
+    judging.next(2, [0, 7], reqs)
+    reqs[1].output_ids = [5, 6]
+    judging.next(2, None, reqs)
     # One step took a tick of the clock, at the length that it had. Nothing is learnt of who may not accept.
     assert told == [(2, 22, [0.0, 0.75]), (2, 8, 1, 22), (2, 24, [0.0, 0.75])]
     assert judging.verified([0, 5]) == (8, [0, 7]) and judging.verified([1, 2]) == (8, None)

@@ -47,27 +47,22 @@ class Widths:
         judges = leads and not cycle and len(self.widths) > 1
         self.planner = WidthPlanner(list(self.widths)) if judges else None
         # Requests, width, limits and temperatures.
-        self._launched: deque[tuple[int, int, list[int] | None, Sequence[float]]] = deque(maxlen=_ON_THEIR_WAY)
+        self._launched: deque[tuple[int, int, list[int] | None, list[float]]] = deque(maxlen=_ON_THEIR_WAY)
         # The step that runs: requests, width, tokens of context, when it started, and whether its time counts.
         self._running: tuple[int, int, int, float, bool] | None = None
         self._turn = 0
 
-    def next(
-        self,
-        requests: int,
-        limits: list[int] | None = None,
-        context: int = 0,
-        temperatures: Sequence[float] = (),
-    ) -> int:
-        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited; `context`: tokens of
-        all of them together; `temperatures`: of each, 0 is greedy."""
+    def next(self, requests: int, limits: list[int] | None = None, reqs: Sequence[Any] = ()) -> int:
+        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited; `reqs`: the requests,
+        where what is known of them is to count."""
+        context, temperatures = described(reqs) if self.planner is not None else (0, [])
         if self.planner is not None:
             now, last = self.clock(), None
             if self._running is not None:
                 before, last, length, began, counts = self._running
                 if counts:
                     self.planner.observe(before, last, now - began, length)
-            width = self._enough(self.planner.choose(requests, context, list(temperatures)), limits)
+            width = self._enough(self.planner.choose(requests, context, temperatures), limits)
             self._running = (requests, width, context, now, last == width or not self.ahead)
         elif self.cycle:
             width = self.widths[self._turn % len(self.widths)]

@@ -31,7 +31,7 @@ from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare, put
 from dflash_rs.sglang.shapes import SHAPED, Shapes
-from dflash_rs.sglang.widths import Widths, described, over
+from dflash_rs.sglang.widths import Widths, over
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
         self._context_kv: ContextKv | None = None
+        self._deferred = Deferred(super()._append_target_hidden_to_draft_kv_by_loc, steps=0)
         # Until the attention backends are there, which may not serve other widths than the block.
         self._widths = Widths([self.block_size])
         self._shapes = Shapes(self, [self.block_size])
@@ -77,7 +78,6 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             } | compat.installed().data_parallel_rank(self)
             exporter = Exporter(self.block_size, labels, widths=self.options.widths_of(self.block_size))
         self.acceptance = Acceptance(self.block_size, self.options.alarm_tau, self.options.alarm_passes, exporter)
-        self._deferred = Deferred(super()._append_target_hidden_to_draft_kv_by_loc, steps=0)
         if self._target_tp_rank == 0:
             logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self.block_size, self.options, compat.version())
             logger.debug("%s: vocabulary %d", ALGORITHM, runner.model_config.vocab_size)
@@ -191,7 +191,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if prefill:
             self._widths.interrupted()
         self._most = None if prefill else self._limits.of(reqs)
-        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most, *described(reqs))
+        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most, reqs)
         self._deferred.begin(plain=width == 1, owners=[req.rid for req in reqs])
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:

@@ -124,16 +124,16 @@ class Seams(ABC):
         """Why the states of the worker's target, which has some beside its KV, are those of whole blocks only; None if they need not be."""
 
     @abstractmethod
-    def copies_pages_away(self, worker: Any) -> bool:
-        """Whether the drafter's pages of a request that ends are copied elsewhere. Asked once attention backends are made."""
-
-    @abstractmethod
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """The custom logit processors of a batch, each with the numbers of its requests."""
 
     @abstractmethod
     def no_sampling_mask(self) -> dict[str, Any]:
         """The fields of the sampling info that have a sampler record what its filters left, empty."""
+
+    @abstractmethod
+    def copies_pages_away(self, worker: Any) -> bool:
+        """Whether the drafter's pages of a request that ends are copied elsewhere. Asked once attention backends are made."""
 
     @abstractmethod
     def follow_all_drafts(self, worker: Any) -> None:

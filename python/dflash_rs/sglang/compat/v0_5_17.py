@@ -89,10 +89,6 @@ class Version(Seams):
         """The tests have seen others in later versions only."""
         return "the target keeps a state beside its KV, of whole blocks with this SGLang"
 
-    def copies_pages_away(self, worker: Any) -> bool:
-        """See ``Seams``."""
-        return bool(worker.server_args.enable_hierarchical_cache)
-
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """See ``Seams``."""
         return [
@@ -103,6 +99,10 @@ class Version(Seams):
     def no_sampling_mask(self) -> dict[str, Any]:
         """See ``Seams``."""
         return {"return_sampling_masks": None}
+
+    def copies_pages_away(self, worker: Any) -> bool:
+        """See ``Seams``."""
+        return bool(worker.server_args.enable_hierarchical_cache)
 
     def follow_all_drafts(self, worker: Any) -> None:
         """None of its drafters samples."""

@@ -125,10 +125,6 @@ class Version(Seams):
             return "--enable-linear-replayssm-spec keeps what whole blocks were fed with"
         return None
 
-    def copies_pages_away(self, worker: Any) -> bool:
-        """A hierarchical cache, and what else is planned for like one."""
-        return bool(worker.hicache_draft_plan.device_pools)
-
     def processors(self, info: Any) -> list[tuple[Any, list[int]]]:
         """See ``Seams``."""
         return [(entry.processor, entry.rows) for entry in info.custom_logit_processor.values()]
@@ -136,6 +132,10 @@ class Version(Seams):
     def no_sampling_mask(self) -> dict[str, Any]:
         """See ``Seams``."""
         return {"sampling_mask_batch_indices": None, "return_sampling_masks": None}
+
+    def copies_pages_away(self, worker: Any) -> bool:
+        """A hierarchical cache, and what else is planned for like one."""
+        return bool(worker.hicache_draft_plan.device_pools)
 
     def follow_all_drafts(self, worker: Any) -> None:
         """See ``Seams``."""
