@@ -250,7 +250,7 @@ fn texts_too_long_for_drafts_to_pay_decode_plainly_while_short_ones_go_on_drafti
     let share = |widths: &[usize], plain: bool| {
         widths.iter().filter(|&&w| (w == 1) == plain).count() as f64 / widths.len() as f64
     };
-    // Six texts that grow from a short one, a token a step.
+    // Short texts and long ones in turn, which grow a token a step.
     for _ in 0..2 {
         let (widths, _) = alone(&mut planner, &mut world, 400, |step| step, 0.0);
         assert!(share(&widths[100..], false) > 0.8, "{widths:?}");
