@@ -1123,8 +1123,9 @@ class Planner:
 class WidthPlanner:
     """Chooses one block length for a whole batch: most expected tokens per second, judged by what steps were seen to take.
 
-    For an engine whose steps cannot be timed in parts. Times are kept per width and size of the batch; a width never tried is tried
-    where it might be the best, and old times are renewed, at most at the cost of about one step in 256 for each width.
+    For an engine whose steps cannot be timed in parts. Times are kept per width, size of the batch and length of its contexts, acceptance
+    per band of temperatures; a width never tried is tried where it might be the best, and old times are renewed, at most at the cost of about
+    one step in 256 for each width.
 
     With ``tree_depth`` the largest width is a tree: so many nodes, of which a path of at most that many drafts is accepted.
 
@@ -1132,28 +1133,36 @@ class WidthPlanner:
     """
 
     def __new__(cls, widths: list[int], *, tree_depth: int | None = None) -> WidthPlanner: ...
-    def choose(self, requests: int) -> int:
-        """The width of the next step, of ``requests`` requests; 1 is a plain step."""
+    def choose(self, requests: int, context: int = 0, temperatures: Sequence[float] = ...) -> int:
+        """The width of the next step, of ``requests`` requests with ``context`` tokens together; 1 is a plain step.
 
-    def observe(self, requests: int, width: int, seconds: float) -> None:
-        """A step of ``requests`` requests and this width took ``seconds``. Widths not to choose from are ignored."""
+        ``temperatures``: of each request, 0 is greedy; none are greedy ones.
+        """
 
-    def record(self, width: int, accepted: list[int]) -> None:
-        """Books a step: drafts accepted by each request when ``width`` tokens of each were verified.
+    def observe(self, requests: int, width: int, seconds: float, context: int = 0) -> None:
+        """A step of ``requests`` requests with ``context`` tokens together and this width took ``seconds``.
+
+        Widths not to choose from are ignored.
+        """
+
+    def record(self, width: int, accepted: list[int], temperatures: Sequence[float] = ...) -> None:
+        """Books a step: drafts accepted by each request when ``width`` tokens of each were verified; ``temperatures`` as for ``choose``.
 
         Raises ``InvalidArgument`` when more were accepted than verified.
         """
 
-    def times(self, requests: int) -> list[float | None]:
-        """What a step of ``requests`` requests takes, in seconds, with each of the widths; None where it is not known."""
+    def times(self, requests: int, context: int = 0) -> list[float | None]:
+        """What a step of ``requests`` requests with ``context`` tokens together takes, in seconds, with each of the widths.
+
+        None where it is not known.
+        """
 
     @property
     def widths(self) -> list[int]:
         """The widths to choose from."""
 
-    @property
-    def acceptance(self) -> list[float]:
-        """Chance that the draft at each position is accepted when all before it were."""
+    def acceptance(self, temperature: float = 0.0) -> list[float]:
+        """Chance that the draft at each position of a request at this temperature is accepted when all before it were."""
 
 @final
 class Lookup:

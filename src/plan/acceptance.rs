@@ -1,7 +1,9 @@
 //! How often drafts were accepted: by their position in a chain, and by their place in the order of a tree. Learnt from passes, and
 //! slowly forgotten.
 //!
-//! A pass says something of every draft that it reached, and nothing of those behind the first that was refused.
+//! A pass says something of every draft that it reached, and nothing of those behind the first that was refused. Where few passes came so
+//! far, a draft is taken to be as likely as the one before it, and what was seen there before is forgotten as fast as elsewhere: otherwise
+//! the places behind one that is mostly refused would look as good as they once did, or as assumed, for ever.
 
 use crate::error::{Error, Result};
 
@@ -29,6 +31,11 @@ impl Acceptance {
         }
     }
 
+    /// Drafts per block.
+    pub fn positions(&self) -> usize {
+        self.reached.len()
+    }
+
     /// For one draft that so many passes reached and accepted.
     #[cfg(test)]
     pub fn seen(reached: f64, accepted: f64) -> Self {
@@ -40,17 +47,22 @@ impl Acceptance {
 
     /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
     pub fn at(&self, position: usize) -> f64 {
-        self.assuming(position, ASSUMED)
+        self.chances().nth(position).expect("a position of the block")
     }
 
-    /// How many positions there are.
-    pub fn positions(&self) -> usize {
-        self.reached.len()
+    /// The same of all positions.
+    pub fn chances(&self) -> impl Iterator<Item = f64> + '_ {
+        let seen = self.reached.iter().zip(&self.accepted);
+        seen.scan(ASSUMED, |chance, (reached, accepted)| {
+            *chance = (accepted + PRIOR * *chance) / (reached + PRIOR);
+            Some(*chance)
+        })
     }
 
-    /// `at`, where `assumed` is what is believed of a position that was never reached.
-    pub fn assuming(&self, position: usize, assumed: f64) -> f64 {
-        (self.accepted[position] + PRIOR * assumed) / (self.reached[position] + PRIOR)
+    /// The same, where `assumed` is what is believed of a position that was never reached.
+    pub fn assuming(&self, assumed: impl Iterator<Item = f64>) -> impl Iterator<Item = f64> {
+        let seen = self.reached.iter().zip(&self.accepted).zip(assumed);
+        seen.map(|((reached, accepted), assumed)| (accepted + PRIOR * assumed) / (reached + PRIOR))
     }
 
     /// Books one request's pass: `drafted` drafts verified, `accepted` of them kept.
@@ -65,9 +77,10 @@ impl Acceptance {
             });
         }
         let fade = 1.0 - 1.0 / MEMORY;
-        for position in 0..drafted.min(self.reached.len()).min(accepted + 1) {
-            self.reached[position] = self.reached[position] * fade + 1.0;
-            self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(position < accepted));
+        for position in 0..drafted.min(self.reached.len()) {
+            let (reached, kept) = (position <= accepted, position < accepted);
+            self.reached[position] = self.reached[position] * fade + f64::from(u8::from(reached));
+            self.accepted[position] = self.accepted[position] * fade + f64::from(u8::from(kept));
         }
         Ok(())
     }
@@ -130,7 +143,7 @@ mod tests {
             acceptance.record(3, pass % 2).unwrap();
         }
         assert!((acceptance.at(0) - 0.5).abs() < 0.02 && acceptance.at(1) < 0.05);
-        assert_eq!(acceptance.at(2), ASSUMED, "nothing came so far");
+        assert_eq!(acceptance.at(2), acceptance.at(1), "nothing came so far");
         let refused = Error::AcceptedExceedsDrafted {
             accepted: 3,
             drafted: 2,
@@ -138,6 +151,25 @@ mod tests {
         assert_eq!(acceptance.record(2, 3), Err(refused));
         // Longer blocks than were asked for say nothing of what is not there.
         acceptance.record(9, 9).unwrap();
+    }
+
+    #[test]
+    fn places_behind_one_that_is_mostly_refused_do_not_look_as_good_as_they_once_did() {
+        let mut acceptance = Acceptance::new(7);
+        (0..300).for_each(|_| acceptance.record(7, 7).unwrap());
+        assert!(acceptance.chances().all(|chance| chance > 0.98));
+        for pass in 0..1200 {
+            acceptance.record(7, usize::from(pass % 5 == 0)).unwrap();
+        }
+        assert!(
+            (acceptance.at(0) - 0.2).abs() < 0.03 && acceptance.at(1) < 0.05,
+            "{acceptance:?}"
+        );
+        assert!((2..7).all(|position| acceptance.at(position) < 0.5), "{acceptance:?}");
+        // What narrower blocks do not say is kept.
+        let before = acceptance.reached[5];
+        acceptance.record(3, 3).unwrap();
+        assert_eq!(acceptance.reached[5], before);
     }
 
     #[test]

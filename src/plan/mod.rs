@@ -411,27 +411,49 @@ struct Expected {
 
 impl Expected {
     fn of(planner: &Planner, temperatures: &[f32]) -> Self {
-        let mut shares = [0.0; BANDS];
-        for &temperature in temperatures {
-            shares[band(temperature)] += 1.0 / temperatures.len() as f64;
-        }
-        let mut alive = shares;
-        let chain = (0..planner.block - 1).map(|position| {
-            let still = |(alive, acceptance): (&mut f64, &Acceptance)| {
-                *alive *= acceptance.at(position);
-                *alive
-            };
-            alive.iter_mut().zip(&planner.acceptance).map(still).sum::<f64>()
-        });
+        let shares = shares(temperatures);
         let tree = (0..planner.tree_nodes()).map(|node| {
             let rates = shares.iter().zip(&planner.nodes);
             rates.map(|(share, rates)| share * rates.at(node)).sum::<f64>()
         });
         Self {
-            chain: sums(chain),
+            chain: chain(&planner.acceptance, temperatures),
             tree: sums(tree),
         }
     }
+}
+
+/// Which share of the requests is in each band.
+fn shares(temperatures: &[f32]) -> [f64; BANDS] {
+    let mut shares = [0.0; BANDS];
+    for &temperature in temperatures {
+        shares[band(temperature)] += 1.0 / temperatures.len() as f64;
+    }
+    shares
+}
+
+/// Drafts of a request that are accepted in the mean, by length of the block: 0 of a plain step, then those of 2, 3 and more tokens.
+/// `acceptance`: by band of temperatures.
+fn chain(acceptance: &[Acceptance], temperatures: &[f32]) -> Vec<f64> {
+    let positions = acceptance.first().map_or(0, Acceptance::positions);
+    kept(
+        acceptance.iter().map(Acceptance::chances).collect(),
+        positions,
+        temperatures,
+    )
+}
+
+/// The same of so many positions, `bands` having the chances of each by band of temperatures.
+fn kept<I: Iterator<Item = f64>>(mut bands: Vec<I>, positions: usize, temperatures: &[f32]) -> Vec<f64> {
+    let mut alive = shares(temperatures);
+    let reached = (0..positions).map(|_| {
+        let still = |(alive, chances): (&mut f64, &mut I)| {
+            *alive *= Iterator::next(chances).unwrap_or(0.0);
+            *alive
+        };
+        alive.iter_mut().zip(&mut bands).map(still).sum::<f64>()
+    });
+    sums(reached)
 }
 
 fn sums(terms: impl Iterator<Item = f64>) -> Vec<f64> {

@@ -298,6 +298,15 @@ impl Planner {
     }
 }
 
+fn temperatures(given: Given<Vec<f32>>) -> PyResult<Vec<f32>> {
+    const EXPECTED: &str = "a list of finite numbers of at least 0";
+    let temperatures = given.of("temperatures", EXPECTED)?;
+    match temperatures.iter().find(|t| !(t.is_finite() && **t >= 0.0)) {
+        None => Ok(temperatures),
+        Some(temperature) => Err(invalid("temperatures", temperature.to_string(), EXPECTED)),
+    }
+}
+
 fn same_rows(rows: usize, temperatures: &[usize], most: &[usize]) -> PyResult<()> {
     shaped("temperatures", temperatures, &[rows], "[n], one per request")?;
     shaped("most", most, &[rows], "[n], one per request")
@@ -319,27 +328,34 @@ impl WidthPlanner {
         }))
     }
 
-    /// The width of the next step, of `requests` requests; 1 is a plain step.
-    fn choose(&mut self, requests: Count) -> PyResult<usize> {
-        Ok(self.0.choose(rows("requests", requests)?))
+    /// The width of the next step, of `requests` requests with `context` tokens together; 1 is a plain step.
+    #[pyo3(signature = (requests, context=Count::ZERO, temperatures=Given::new(Vec::new())), text_signature = "($self, requests, context=0, temperatures=())")]
+    fn choose(&mut self, requests: Count, context: Count, temperatures: Given<Vec<f32>>) -> PyResult<usize> {
+        let (requests, context) = (rows("requests", requests)?, rows("context", context)?);
+        Ok(self.0.choose(requests, context, &self::temperatures(temperatures)?))
     }
 
-    /// A step of `requests` requests and this width took `seconds`.
-    fn observe(&mut self, requests: Count, width: Count, seconds: Given<f64>) -> PyResult<()> {
+    /// A step of `requests` requests with `context` tokens together and this width took `seconds`.
+    #[pyo3(signature = (requests, width, seconds, context=Count::ZERO), text_signature = "($self, requests, width, seconds, context=0)")]
+    fn observe(&mut self, requests: Count, width: Count, seconds: Given<f64>, context: Count) -> PyResult<()> {
         let (requests, width) = (rows("requests", requests)?, rows("width", width)?);
-        self.0.observe(requests, width, time("seconds", seconds)?);
+        let context = rows("context", context)?;
+        self.0.observe(requests, context, width, time("seconds", seconds)?);
         Ok(())
     }
 
-    /// Books a step: drafts accepted by each request when `width` tokens of each were verified.
-    fn record(&mut self, width: Count, accepted: Given<Vec<u32>>) -> PyResult<()> {
+    /// Books a step: drafts accepted by each request when `width` tokens of each were verified, and the requests' temperatures.
+    #[pyo3(signature = (width, accepted, temperatures=Given::new(Vec::new())), text_signature = "($self, width, accepted, temperatures=())")]
+    fn record(&mut self, width: Count, accepted: Given<Vec<u32>>, temperatures: Given<Vec<f32>>) -> PyResult<()> {
         let accepted = accepted.of("accepted", "a list of numbers of drafts")?;
-        Ok(self.0.record(rows("width", width)?, &accepted)?)
+        let temperatures = self::temperatures(temperatures)?;
+        Ok(self.0.record(rows("width", width)?, &accepted, &temperatures)?)
     }
 
-    /// What a step of `requests` requests takes, in seconds, with each of the widths; None where it is not known.
-    fn times(&self, requests: Count) -> PyResult<Vec<Option<f64>>> {
-        Ok(self.0.times(rows("requests", requests)?))
+    /// What a step of `requests` requests with `context` tokens together takes, in seconds, with each of the widths; None where it is not known.
+    #[pyo3(signature = (requests, context=Count::ZERO), text_signature = "($self, requests, context=0)")]
+    fn times(&self, requests: Count, context: Count) -> PyResult<Vec<Option<f64>>> {
+        Ok(self.0.times(rows("requests", requests)?, rows("context", context)?))
     }
 
     /// The widths to choose from.
@@ -348,10 +364,13 @@ impl WidthPlanner {
         self.0.widths().to_vec()
     }
 
-    /// Chance that the draft at each position is accepted when all before it were.
-    #[getter]
-    fn acceptance(&self) -> Vec<f64> {
+    /// Chance that the draft at each position of a request at this temperature is accepted when all before it were.
+    #[pyo3(signature = (temperature=Given::new(0.0)), text_signature = "($self, temperature=0.0)")]
+    fn acceptance(&self, temperature: Given<f32>) -> PyResult<Vec<f64>> {
+        let temperature = self::temperature(temperature)?;
         let widest = self.0.widths().last().map_or(1, |&width| width);
-        (0..widest - 1).map(|position| self.0.acceptance(position)).collect()
+        Ok((0..widest - 1)
+            .map(|position| self.0.acceptance(temperature, position))
+            .collect())
     }
 }

@@ -733,7 +733,7 @@ def test_a_page_pool_counts_owners_and_refuses_a_second_free():
 
 def test_a_width_is_chosen_from_what_steps_took():
     planner = WidthPlanner([1, 4, 8])
-    assert planner.widths == [1, 4, 8] and len(planner.acceptance) == 7
+    assert planner.widths == [1, 4, 8] and len(planner.acceptance()) == 7
     assert planner.choose(2) == 8 and planner.times(2) == [None] * 3
     for _ in range(50):
         width = planner.choose(2)
@@ -741,7 +741,13 @@ def test_a_width_is_chosen_from_what_steps_took():
         planner.record(width, [0, 0])
     assert planner.choose(2) == 1
     assert planner.times(2) == [0.1, pytest.approx(0.4), 0.8] and planner.times(3) == [None] * 3
-    assert planner.acceptance[0] < 0.2 < planner.acceptance[1]
+    # Deeper places, which nothing reached, are taken to be as likely; other temperatures and longer contexts are judged for themselves.
+    assert max(planner.acceptance()) < 0.2 and planner.acceptance(1.0) == [pytest.approx(0.7)] * 7
+    assert planner.times(2, 5000) == [None] * 3
+    planner.observe(2, 4, 0.5, 5000)
+    planner.record(8, [7, 0], [1.0, 0.0])
+    assert planner.times(2, 5000) == [None, 0.5, None] and planner.acceptance(1.0)[6] > 0.7
+    assert planner.choose(2, 5000, [1.0, 0.0]) in (1, 4, 8)
     for widths in ([], [0], [4, 1], [2**13]):
         with pytest.raises(InvalidArgument, match="^widths: got"):
             WidthPlanner(widths)
@@ -772,6 +778,8 @@ ROWS = np.ones(2, np.float32), np.full(2, 4, np.int32)
         (lambda: Planner(8).admit(np.zeros((2, 3)), *ROWS), "probabilities"),
         (lambda: WidthPlanner(8), "widths"),
         (lambda: WidthPlanner([1, 8]).choose(-1), "requests"),
+        (lambda: WidthPlanner([1, 8]).choose(1, -1), "context"),
+        (lambda: WidthPlanner([1, 8]).choose(1, 0, [-1.0]), "temperatures"),
         (lambda: WidthPlanner([1, 8]).observe(1, 8, -1.0), "seconds"),
         (lambda: WidthPlanner([1, 8]).record(8, [-1]), "accepted"),
         (lambda: WidthPlanner([1, 8]).record(0, [0]), "width"),

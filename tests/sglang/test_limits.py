@@ -10,7 +10,7 @@ import torch
 
 from dflash_rs.sglang.limits import Limits, of_request, why_not
 from dflash_rs.sglang.metrics import Acceptance, Exporter
-from dflash_rs.sglang.widths import Widths
+from dflash_rs.sglang.widths import Widths, described
 
 
 def says(*most: Any, length: int = 10, **more: Any) -> list[Any]:
@@ -71,11 +71,33 @@ def test_a_step_is_no_wider_than_what_somebody_may_use_and_learns_from_the_other
     recorded: list[tuple[int, list[int]]] = []
     choose = judging.planner.choose
     judging.planner = SimpleNamespace(
-        choose=choose, observe=lambda *_: None, record=lambda width, drafts: recorded.append((width, drafts))
+        choose=choose, observe=lambda *_: None, record=lambda width, drafts, _: recorded.append((width, drafts))
     )
     assert judging.next(3, [7, 0, 7]) == 8 and judging.verified([5, 0, 2]) == (8, [7, 0, 7])
     assert judging.next(2, [3, 3]) == 8 and judging.verified([3, 3]) == (8, [3, 3])
     assert recorded == [(8, [5, 2])]
+
+
+def test_lengths_and_temperatures_are_told_to_the_planner() -> None:
+    told: list[tuple[Any, ...]] = []
+    judging = Widths([1, 8], clock=iter(range(9)).__next__)
+    judging.planner = SimpleNamespace(
+        choose=lambda *given: told.append(given) or 8,
+        observe=lambda *given: told.append(given),
+        record=lambda *given: told.append(given),
+    )
+    reqs = says(..., ..., length=10)
+    for req, top_k, temperature in zip(reqs, (1, 50), (1.0, 0.75)):
+        req.sampling_params.top_k, req.sampling_params.temperature = top_k, temperature
+    reqs[0].output_ids = [3, 4]
+    assert described(reqs) == (22, [0.0, 0.75])
+    judging.next(2, [0, 7], reqs)
+    reqs[1].output_ids = [5, 6]
+    judging.next(2, None, reqs)
+    # One step took a tick of the clock, at the length that it had. Nothing is learnt of who may not accept.
+    assert told == [(2, 22, [0.0, 0.75]), (2, 8, 1, 22), (2, 24, [0.0, 0.75])]
+    assert judging.verified([0, 5]) == (8, [0, 7]) and judging.verified([1, 2]) == (8, None)
+    assert told[3:] == [(8, [5], [0.75]), (8, [1, 2], [0.0, 0.75])]
 
 
 def test_what_a_request_may_not_accept_is_not_counted_as_drafted() -> None:

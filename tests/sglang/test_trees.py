@@ -253,9 +253,9 @@ def test_sglang_makes_room_for_the_tree_and_remembers_the_block() -> None:
 def test_a_limit_below_the_depth_says_nothing_of_the_tree() -> None:
     widths = Widths([1, 8, 17], tree_depth=7)
     recorded: list[int] = []
-    widths.planner = SimpleNamespace(record=lambda width, free: recorded.append(len(free)))
+    widths.planner = SimpleNamespace(record=lambda width, free, temperatures: recorded.append(len(free)))
     for limits in ([7, 3], [6, 6], None):
-        widths._launched.append((2, 17, limits))
+        widths._launched.append((2, 17, limits, [0.0, 0.7]))
         assert widths.verified([0, 0]) == (17, limits)
     assert recorded == [1, 2]
 
@@ -342,7 +342,7 @@ def test_paths_move_to_the_front_and_nothing_else_does() -> None:
 
 def test_a_limit_leaves_a_tree_where_it_allows_a_draft() -> None:
     widths = Widths([1, 8, 17], tree_depth=7)
-    widths.planner = SimpleNamespace(choose=lambda requests: 17, observe=lambda *_: None)
+    widths.planner = SimpleNamespace(choose=lambda *_: 17, observe=lambda *_: None)
     assert [widths.next(2, limits) for limits in (None, [7, 0], [0, 1], [0, 0])] == [17, 17, 17, 1]
 
 

@@ -122,6 +122,13 @@ class Exporter:
         self.kernel_failures = counter(
             "kernel_failures", "Failures of kernels of this package; SGLang's own code took over."
         ).labels(**labels)
+        self.deferred_tokens = counter(
+            "deferred_tokens", "Tokens of plain steps whose draft KV was put off until it is read."
+        ).labels(**labels)
+        self.injected_tokens = counter("injected_tokens", "Those of them whose draft KV has been written.").labels(
+            **labels
+        )
+        self.injections = counter("injections", "In how many goes it was written.").labels(**labels)
         gauges = {"registry": registry, "multiprocess_mode": "mostrecent"}
         self.tau = Gauge(
             PREFIX + "tau", "Tokens per target pass that verified drafts, over recent ones.", names, **gauges

@@ -7,9 +7,8 @@ block stays reserved whatever the width.
 Attention backends and CUDA graphs are made for one number of tokens per request, too. Each width has its own of both, for the target and
 for the drafter, made as SGLang's EAGLE worker makes them for its own adaptive steps.
 
-A step of width 1 is a plain one. Its block is the anchor alone, so there is nothing to draft and the drafter's pass is left out. What
-follows a pass of the target is not: the drafter's keys and values of the committed token are written as after any other step, and
-the next step may draft.
+A step of width 1 is a plain one. Its block is the anchor alone, so there is nothing to draft: the drafter's pass is left out, and what SGLang
+prepares for it where it can be. What the pass of the target leaves for the drafter is kept until it is read, see ``deferred``.
 """
 
 from __future__ import annotations
@@ -39,8 +38,17 @@ _ROOM = {
     "_out_tokens_bufs": (),
     "_new_seq_lens_bufs": (),
 }
-# Everything a block length is written into; `draft_model_runner` for what a plain step leaves out.
-SHAPED = ("block_size", "_block_pos_offsets", "_draft_block_spec_info", "_draft_sampler", "draft_model_runner", *_ROOM)
+# Everything a block length is written into; the drafter's runner, and whether it has rows of its own to be told of, for what a plain step
+# leaves out.
+SHAPED = (
+    "block_size",
+    "_block_pos_offsets",
+    "_draft_block_spec_info",
+    "_draft_sampler",
+    "draft_model_runner",
+    "use_compact_draft_cache",
+    *_ROOM,
+)
 # The same of a model runner.
 PASSES = ("attn_backend", "decode_cuda_graph_runner")
 
@@ -81,6 +89,7 @@ class Shapes:
             "_draft_block_spec_info": compat.installed().block_spec(width, worker.device),
             "_draft_sampler": None,
             "draft_model_runner": runner,
+            "use_compact_draft_cache": worker.use_compact_draft_cache and width > 1,
             **_ROOM,
         }
 

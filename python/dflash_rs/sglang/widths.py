@@ -49,22 +49,24 @@ class Widths:
         judges = leads and not cycle and len(self.widths) > 1
         self.planner = WidthPlanner(list(self.widths), tree_depth=tree_depth) if judges else None
         self._tree_depth = tree_depth
-        # Requests, width and limits.
-        self._launched: deque[tuple[int, int, list[int] | None]] = deque(maxlen=_ON_THEIR_WAY)
-        # The step that runs: requests, width, when it started, and whether its time counts.
-        self._running: tuple[int, int, float, bool] | None = None
+        # Requests, width, limits and temperatures.
+        self._launched: deque[tuple[int, int, list[int] | None, list[float]]] = deque(maxlen=_ON_THEIR_WAY)
+        # The step that runs: requests, width, tokens of context, when it started, and whether its time counts.
+        self._running: tuple[int, int, int, float, bool] | None = None
         self._turn = 0
 
-    def next(self, requests: int, limits: list[int] | None = None) -> int:
-        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited."""
+    def next(self, requests: int, limits: list[int] | None = None, reqs: Sequence[Any] = ()) -> int:
+        """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited; `reqs`: the requests,
+        where what is known of them is to count."""
+        context, temperatures = described(reqs) if self.planner is not None else (0, [])
         if self.planner is not None:
             now, last = self.clock(), None
             if self._running is not None:
-                before, last, began, counts = self._running
+                before, last, length, began, counts = self._running
                 if counts:
-                    self.planner.observe(before, last, now - began)
-            width = self._enough(self.planner.choose(requests), limits)
-            self._running = (requests, width, now, last == width or not self.ahead)
+                    self.planner.observe(before, last, now - began, length)
+            width = self._enough(self.planner.choose(requests, context, temperatures), limits)
+            self._running = (requests, width, context, now, last == width or not self.ahead)
         elif self.cycle:
             width = self.widths[self._turn % len(self.widths)]
             self._turn += 1
@@ -73,7 +75,7 @@ class Widths:
         if self.agree is not None and not self.cycle and len(self.widths) > 1:
             width = self.agree(None if self.planner is None else width)
         width = self._enough(width, limits)
-        self._launched.append((requests, width, limits))
+        self._launched.append((requests, width, limits, temperatures))
         return width
 
     def _enough(self, width: int, limits: list[int] | None) -> int:
@@ -90,17 +92,25 @@ class Widths:
     def verified(self, accepted: Sequence[int]) -> tuple[int, list[int] | None]:
         """The oldest step whose accept lengths have not come had these: drafts accepted by each request. Returns its width and limits."""
         while self._launched:
-            requests, width, limits = self._launched.popleft()
+            requests, width, limits, temperatures = self._launched.popleft()
             if requests == len(accepted):
                 # What a request may not accept says nothing of the drafts.
                 deepest = width - 1
                 if self._tree_depth is not None and width == self.widths[-1]:
                     deepest = self._tree_depth
-                free = [n for n, most in zip(accepted, limits or [width] * requests) if most >= deepest]
+                free = [i for i, most in enumerate(limits or [width] * requests) if most >= deepest]
                 if self.planner is not None and free:
-                    self.planner.record(width, free)
+                    warm = [temperatures[i] for i in free] if temperatures else []
+                    self.planner.record(width, [accepted[i] for i in free], warm)
                 return width, limits
         return self.widths[-1], None
+
+
+def described(reqs: Sequence[Any]) -> tuple[int, list[float]]:
+    """Tokens of these requests together, as far as the host knows, and the temperature of each; 0 is greedy."""
+    params = [req.sampling_params for req in reqs]
+    context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs)
+    return context, [0.0 if p.top_k <= 1 else float(p.temperature) for p in params]
 
 
 def over(group: Any) -> Callable[[int | None], int]:

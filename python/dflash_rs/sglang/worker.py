@@ -9,7 +9,7 @@ A step, in SGLang's order; ours are the lines marked *::
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
     walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
     publish, log-probabilities  DFlashWorkerV2
-    inject draft KV             kernels.ContextKv                        *  (on a CPU: DFlashWorkerV2)
+    inject draft KV             deferred.Deferred -> kernels.ContextKv   *  (on a CPU: DFlashWorkerV2)
     count                       on_verify_complete_cpu -> widths, metrics  *
 
 Between forward_batch_generation and _accept_block, SGLang's code sees sampling parameters with nothing left to adjust: it would
@@ -25,6 +25,7 @@ import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
+from dflash_rs.sglang.deferred import Deferred
 from dflash_rs.sglang.kernels import ContextKv, PathKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
@@ -77,6 +78,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
         self._context_kv: ContextKv | None = None
+        self._deferred = Deferred(super()._append_target_hidden_to_draft_kv_by_loc, steps=0)
         # Until the attention backends are there, which may not serve other widths than the block.
         self._widths = Widths([self.block_size])
         self._shapes = Shapes(self, [self.block_size])
@@ -130,6 +132,9 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             )
             # Where trees alone are verified, the block is drafted and the target never runs it.
             self._shapes = Shapes(self, sorted({*widths, self._block}), drafted_only={self._block} - set(widths))
+            if not compat.installed().copies_pages_away(self):
+                write = super()._append_target_hidden_to_draft_kv_by_loc
+                self._deferred = Deferred(write, self.acceptance.exporter)
         if self._target_tp_rank == 0:
             chosen = f"one of {', '.join(map(str, widths))} tokens" if reason is None else f"whole blocks: {reason}"
             level = logging.WARNING if reason is not None and asked else logging.INFO
@@ -191,6 +196,14 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if self._target_tp_rank == 0 and (self._context_kv is not None or not self._on_host):
             logger.info("%s: kernels for draft KV: %s", ALGORITHM, reason)
 
+    def _append_target_hidden_to_draft_kv_by_loc(
+        self, *, target_hidden: torch.Tensor, cache_loc: torch.Tensor, positions: torch.Tensor, **block: Any
+    ) -> None:
+        if not self._deferred.keep(target_hidden, cache_loc, positions):
+            super()._append_target_hidden_to_draft_kv_by_loc(
+                target_hidden=target_hidden, cache_loc=cache_loc, positions=positions, **block
+            )
+
     def _append_target_hidden_fused(
         self,
         ctx_hidden: torch.Tensor,
@@ -222,6 +235,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         """One step. Arguments and result are those of SGLang's worker."""
         if batch.forward_mode.is_idle() or batch.sampling_info is None:
             self._widths.interrupted()
+            self._deferred.begin(plain=False, owners=())
             return super().forward_batch_generation(batch, *args, **kwargs)
         given, reqs = batch.sampling_info, list(batch.reqs)
         prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
@@ -230,7 +244,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if prefill:
             self._widths.interrupted()
         self._most = None if prefill else self._limits.of(reqs)
-        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most)
+        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most, reqs)
+        self._deferred.begin(plain=width == 1, owners=[req.rid for req in reqs])
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
             if width == self._nodes and not prefill:
@@ -359,7 +374,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def _within_limits(self, candidates: torch.Tensor, target_predict: torch.Tensor) -> torch.Tensor:
         """Blocks i64 ``[R, B]`` in which what a request may not accept is another token than the target's, which `target_predict` ``[R, B]`` has
         one place earlier."""
-        if self._most is None:
+        if self._most is None or candidates.shape[1] == 1:
             return candidates
         place = torch.arange(candidates.shape[1], device=candidates.device)
         said = target_predict.view_as(candidates).roll(1, dims=1)
@@ -367,6 +382,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         return torch.where(place[None] > put(self._most, candidates.device)[:, None], other, candidates)
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
+        if block.shape[1] == 1:
+            # A plain step: nothing to walk along.
+            gained = torch.ones(len(block), dtype=torch.int32, device=block.device)
+            return gained - 1, gained, sampled.view(-1), sampled.clone(), prefix_lens + 1
         if self._walk_kernel is not None:
             return self._walk_kernel(block, sampled, prefix_lens)
         drafts = block[:, 1:].contiguous()

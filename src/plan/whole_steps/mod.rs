@@ -4,7 +4,7 @@
 //!   goodput(w) = expected tokens / time of a step    for every width w that can be run; 1 is a plain step
 //! ```
 //! For an engine whose step cannot be timed in parts, or where the widths that can be run are few (`Planner` chooses from curves
-//! instead). One width goes for the whole batch. Step times are kept for each width and size of the batch, in seconds:
+//! instead). One width goes for the whole batch. Step times are kept for each width, size of the batch and length of its contexts, in seconds:
 //!
 //! * *A width that was never tried* is given the benefit of the doubt: a step takes at least what one with fewer requests or a
 //!   narrower one took. It is tried if even so it might be the best.
@@ -21,9 +21,11 @@
 //! is found out in a few steps.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
-use super::MOST_BLOCK;
 use super::acceptance::Acceptance;
+use super::chances::{BANDS, band};
+use super::{MOST_BLOCK, chain, kept};
 use crate::error::{Error, Result};
 
 /// Steps in a row that a look at a width takes.
@@ -62,6 +64,20 @@ fn most_of(size: usize) -> f64 {
     (((17 + part) as u64) << (log - 4)) as f64
 }
 
+/// Tokens of context per request that are taken to be one length, the shortest; then one length to each doubling. Rows of a wide step each look
+/// at all of it, and so does the drafter, so what pays for a short text may not pay for a long one.
+const SHORT: usize = 512;
+
+/// The length of the contexts of `requests` requests that have `context` tokens together.
+fn length_of(requests: usize, context: usize) -> usize {
+    let each = context / requests.max(1);
+    if each < SHORT {
+        0
+    } else {
+        (each / SHORT).ilog2() as usize + 1
+    }
+}
+
 /// Times of one width at one size, as shares of the pace.
 #[derive(Clone, Debug, Default)]
 struct Times {
@@ -98,7 +114,7 @@ impl Times {
     }
 }
 
-/// What is known of one size of the batch.
+/// What is known of one size of the batch with contexts of one length.
 #[derive(Clone, Debug, Default)]
 struct Size {
     steps: u64,
@@ -111,10 +127,12 @@ struct Size {
 pub struct WidthPlanner {
     // Rising.
     widths: Vec<usize>,
-    acceptance: Acceptance,
-    // By depth, where the widest is a tree, and how deep it is.
-    tree: Option<(usize, Acceptance)>,
-    sizes: Vec<Size>,
+    // By band of temperatures.
+    acceptance: Vec<Acceptance>,
+    // The same by depth where the widest is a tree, and how deep it is.
+    tree: Option<(usize, Vec<Acceptance>)>,
+    // By length of the contexts and size.
+    sizes: BTreeMap<(usize, usize), Size>,
     // The width that is looked at, and for how many more steps.
     look: (usize, u8),
     current: usize,
@@ -136,9 +154,9 @@ impl WidthPlanner {
         }
         Ok(Self {
             widths: widths.into(),
-            acceptance: Acceptance::new(last - 1),
+            acceptance: vec![Acceptance::new(last - 1); BANDS],
             tree: None,
-            sizes: Vec::new(),
+            sizes: BTreeMap::new(),
             look: (0, 0),
             current: widths.len() - 1,
             pace: 1.0,
@@ -151,7 +169,7 @@ impl WidthPlanner {
     /// As `new`; `InvalidArgument` when the tree has fewer than `depth` nodes below its anchor, or `depth` is 0.
     pub fn with_tree(widths: &[usize], depth: usize) -> Result<Self> {
         let planner = Self::new(widths)?;
-        let nodes = planner.acceptance.positions();
+        let nodes = planner.acceptance[0].positions();
         if depth == 0 || depth > nodes {
             return Err(Error::InvalidArgument {
                 name: "tree_depth",
@@ -160,7 +178,7 @@ impl WidthPlanner {
             });
         }
         Ok(Self {
-            tree: Some((depth, Acceptance::new(depth))),
+            tree: Some((depth, vec![Acceptance::new(depth); BANDS])),
             ..planner
         })
     }
@@ -170,16 +188,17 @@ impl WidthPlanner {
         &self.widths
     }
 
-    /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
-    pub fn acceptance(&self, position: usize) -> f64 {
-        self.acceptance.at(position)
+    /// Chance that the draft at `position` (0 is the first) of a request at this temperature is accepted when all before it were.
+    pub fn acceptance(&self, temperature: f32, position: usize) -> f64 {
+        self.acceptance[band(temperature)].at(position)
     }
 
-    /// Books a step: drafts accepted by each request when `width` tokens were verified of each, in a tree where that is the tree's width.
+    /// Books a step: drafts accepted by each request when `width` tokens were verified of each, in a tree where that is the tree's width, and the
+    /// requests' `temperatures`; those that are not told are greedy.
     ///
     /// # Errors
     /// `AcceptedExceedsDrafted`, `InvalidArgument` for a width of 0; nothing is booked then.
-    pub fn record(&mut self, width: usize, accepted: &[u32]) -> Result<()> {
+    pub fn record(&mut self, width: usize, accepted: &[u32], temperatures: &[f32]) -> Result<()> {
         let Some(drafted) = width.checked_sub(1) else {
             return Err(Error::InvalidArgument {
                 name: "width",
@@ -198,19 +217,20 @@ impl WidthPlanner {
                 drafted: drafted as u32,
             });
         }
-        accepted
-            .iter()
-            .try_for_each(|&n| acceptance.record(drafted, n as usize))
+        let temperatures = temperatures.iter().chain(std::iter::repeat(&0.0));
+        let mut passes = accepted.iter().zip(temperatures);
+        passes.try_for_each(|(&n, &temperature)| acceptance[band(temperature)].record(drafted, n as usize))
     }
 
-    /// A step of `requests` requests and this width took `time`. A width that is not among those to choose from is ignored.
-    pub fn observe(&mut self, requests: usize, width: usize, time: f64) {
+    /// A step of `requests` requests with `context` tokens together and this width took `time`. A width that is not among those to choose from is
+    /// ignored.
+    pub fn observe(&mut self, requests: usize, context: usize, width: usize, time: f64) {
         if let Ok(index) = self.widths.binary_search(&width)
             && time > 0.0
             && time.is_finite()
         {
             let (pace, current) = (self.pace, self.current);
-            let size = self.size(requests);
+            let size = self.size(requests, context);
             let (now, times) = (size.steps, &mut size.times[index]);
             let before = times.typical.filter(|_| index == current && times.kept.len() == KEPT);
             times.add(time / pace, now);
@@ -224,31 +244,33 @@ impl WidthPlanner {
         }
     }
 
-    /// What a step of `requests` requests takes with each of the widths, as far as it is known.
-    pub fn times(&self, requests: usize) -> Vec<Option<f64>> {
-        let size = self.sizes.get(size_of(requests));
+    /// What a step of `requests` requests with `context` tokens together takes with each of the widths, as far as it is known.
+    pub fn times(&self, requests: usize, context: usize) -> Vec<Option<f64>> {
+        let size = self.sizes.get(&key_of(requests, context));
         (0..self.widths.len())
             .map(|index| Some(size?.times[index].typical? * self.pace))
             .collect()
     }
 
-    /// The width of the next step, of `requests` requests.
-    pub fn choose(&mut self, requests: usize) -> usize {
-        let index = self.index(requests);
+    /// The width of the next step, of `requests` requests with `context` tokens together, at these `temperatures`; none are greedy.
+    pub fn choose(&mut self, requests: usize, context: usize, temperatures: &[f32]) -> usize {
+        let greedy = [0.0];
+        let temperatures = if temperatures.is_empty() { &greedy } else { temperatures };
+        let index = self.index(requests, context, temperatures);
         self.widths[index]
     }
 
-    fn index(&mut self, requests: usize) -> usize {
+    fn index(&mut self, requests: usize, context: usize, temperatures: &[f32]) -> usize {
         if requests == 0 || self.widths.len() == 1 {
             return self.widths.len() - 1;
         }
-        self.size(requests).steps += 1;
+        self.size(requests, context).steps += 1;
         if self.look.1 > 0 {
             self.look.1 -= 1;
             return self.look.0;
         }
-        let size = &self.sizes[size_of(requests)];
-        let (tokens, times) = (self.tokens(), self.times(requests));
+        let size = &self.sizes[&key_of(requests, context)];
+        let (tokens, times) = (self.tokens(temperatures), self.times(requests, context));
         let now = size.steps;
         // Times are per step of the whole batch, tokens per request: the number of requests is the same on all sides.
         let (mut best, mut most) = (None, 0.0);
@@ -259,7 +281,7 @@ impl WidthPlanner {
                     (best, most) = (Some(index), tokens[index] / time);
                 }
             } else if size.times[index].tried.is_none_or(|then| now - then >= FRESH) {
-                let at_best = tokens[index] / self.at_least(requests, index);
+                let at_best = tokens[index] / self.at_least(requests, context, index);
                 if at_best >= hope {
                     (hopeful, hope) = (Some(index), at_best);
                 }
@@ -268,7 +290,7 @@ impl WidthPlanner {
         if let Some(index) = hopeful
             && (best.is_none() || hope > most * HOPE)
         {
-            return self.look_at(requests, index);
+            return self.look_at(requests, context, index);
         }
         // Tried, and never timed: whole blocks, as without a planner.
         let Some(best) = best else {
@@ -285,62 +307,52 @@ impl WidthPlanner {
             let lost = f64::from(LOOK) * (time - tokens[index] / most) / step;
             index != self.current && (now - size.times[index].seen) as f64 >= FRESH as f64 * lost.max(1.0)
         });
-        due.map_or(self.current, |index| self.look_at(requests, index))
+        due.map_or(self.current, |index| self.look_at(requests, context, index))
     }
 
-    fn look_at(&mut self, requests: usize, index: usize) -> usize {
+    fn look_at(&mut self, requests: usize, context: usize, index: usize) -> usize {
         self.look = (index, LOOK - 1);
-        let size = self.size(requests);
+        let size = self.size(requests, context);
         size.times[index].look(size.steps);
         index
     }
 
     /// Expected tokens of a request's pass, by width.
-    fn tokens(&self) -> Vec<f64> {
-        let (mut tokens, mut alive, mut reached) = (1.0, 1.0, 1);
-        let more = |&width: &usize| {
-            while reached < width {
-                alive *= self.acceptance.at(reached - 1);
-                tokens += alive;
-                reached += 1;
-            }
-            tokens
-        };
-        let mut all: Vec<f64> = self.widths.iter().map(more).collect();
+    fn tokens(&self, temperatures: &[f32]) -> Vec<f64> {
+        let drafts = chain(&self.acceptance, temperatures);
+        let mut all: Vec<f64> = self.widths.iter().map(|&width| 1.0 + drafts[width - 1]).collect();
         if let (Some((depth, paths)), Some(of_tree)) = (&self.tree, all.last_mut()) {
-            let mut alive = 1.0;
-            *of_tree = 1.0;
-            for position in 0..*depth {
-                alive *= paths.assuming(position, self.acceptance.at(position));
-                *of_tree += alive;
-            }
+            let bands = paths.iter().zip(&self.acceptance);
+            let chances = bands.map(|(paths, chain)| paths.assuming(chain.chances())).collect();
+            *of_tree = 1.0 + kept(chances, *depth, temperatures)[*depth];
         }
         all
     }
 
-    /// What a step takes at least: as long as a step that is no wider, of its share of the requests.
-    fn at_least(&self, requests: usize, index: usize) -> f64 {
+    /// What a step takes at least: as long as a step that is no wider, of its share of the requests, with contexts no longer.
+    fn at_least(&self, requests: usize, context: usize, index: usize) -> f64 {
         let share = |size: usize| (requests as f64 / most_of(size)).min(1.0);
         let narrower = |size: &Size| {
             let times = size.times.iter().take(index + 1);
             times.filter_map(|times| times.typical).fold(0.0, f64::max)
         };
-        let sizes = self.sizes.iter().enumerate();
-        sizes
-            .map(|(size, known)| narrower(known) * share(size))
+        let no_longer = self.sizes.range(..(length_of(requests, context) + 1, 0));
+        no_longer
+            .map(|(&(_, size), known)| narrower(known) * share(size))
             .fold(0.0, f64::max)
     }
 
-    fn size(&mut self, requests: usize) -> &mut Size {
-        let index = size_of(requests);
-        while self.sizes.len() <= index {
-            self.sizes.push(Size {
-                steps: 0,
-                times: vec![Times::default(); self.widths.len()],
-            });
-        }
-        &mut self.sizes[index]
+    fn size(&mut self, requests: usize, context: usize) -> &mut Size {
+        let widths = self.widths.len();
+        self.sizes.entry(key_of(requests, context)).or_insert_with(|| Size {
+            steps: 0,
+            times: vec![Times::default(); widths],
+        })
     }
+}
+
+fn key_of(requests: usize, context: usize) -> (usize, usize) {
+    (length_of(requests, context), size_of(requests))
 }
 
 fn refused(got: String) -> Error {

@@ -46,19 +46,19 @@ impl World {
         let mut last = 0;
         for step in 0..steps {
             let requests = size(step);
-            let width = planner.choose(requests);
+            let width = planner.choose(requests, 0, &[]);
             let mut time = self.time(requests, width);
             if self.random() < 0.2 {
                 time *= 1.0 + noise * self.random();
             }
             // Only where the step before had the same width is the time a clean one.
             if last == width {
-                planner.observe(requests, width, time);
+                planner.observe(requests, 0, width, time);
             }
             let accepted: Vec<u32> = (0..requests)
                 .map(|_| (1..width).take_while(|_| self.random() < self.likely).count() as u32)
                 .collect();
-            planner.record(width, &accepted).unwrap();
+            planner.record(width, &accepted, &[]).unwrap();
             tokens += self.tokens(width);
             seconds += time;
             widths.push(width);
@@ -161,7 +161,7 @@ fn what_is_far_too_slow_is_looked_at_rarely_and_still_now_and_then() {
 fn drafts_that_get_better_are_noticed() {
     let mut planner = planner();
     world(0.01, 0.0).run(&mut planner, 2000, |_| 8, 0.0);
-    assert_eq!(planner.choose(8), 1);
+    assert_eq!(planner.choose(8, 0, &[]), 1);
     world(0.01, 0.95).run(&mut planner, 2000, |_| 8, 0.0);
     let (_, _, widths) = world(0.01, 0.95).run(&mut planner, 100, |_| 8, 0.0);
     assert!(widths.iter().filter(|&&w| w >= 8).count() > 80, "{widths:?}");
@@ -181,15 +181,15 @@ fn under(pace: impl Fn(usize) -> f64, world: &mut World, requests: usize, steps:
     let (mut planner, mut last) = (planner(), 0);
     let (mut tokens, mut seconds, mut plain) = (0.0, 0.0, 0.0);
     for step in 0..steps {
-        let width = planner.choose(requests);
+        let width = planner.choose(requests, 0, &[]);
         let time = world.time(requests, width) * pace(step);
         if last == width {
-            planner.observe(requests, width, time);
+            planner.observe(requests, 0, width, time);
         }
         let accepted: Vec<u32> = (0..requests)
             .map(|_| (1..width).take_while(|_| world.random() < world.likely).count() as u32)
             .collect();
-        planner.record(width, &accepted).unwrap();
+        planner.record(width, &accepted, &[]).unwrap();
         tokens += world.tokens(width);
         seconds += time;
         plain += world.time(requests, 1) * pace(step);
@@ -217,19 +217,119 @@ fn a_machine_that_slows_down_and_contexts_that_grow_do_not_look_like_one_width()
     }
 }
 
+/// Steps of one request with this context, and how likely its drafts are: the widths, and tokens and seconds together.
+fn alone(
+    planner: &mut WidthPlanner,
+    world: &mut World,
+    steps: usize,
+    context: impl Fn(usize) -> usize,
+    temperature: f32,
+) -> (Vec<usize>, f64) {
+    let (mut widths, mut last, mut tokens, mut seconds) = (Vec::new(), 0, 0.0, 0.0);
+    for step in 0..steps {
+        let context = context(step);
+        let width = planner.choose(1, context, &[temperature]);
+        // Every row looks at all of the context.
+        let time = world.time(1, width) * (1.0 + (context * width) as f64 / 4096.0);
+        if last == width {
+            planner.observe(1, context, width, time);
+        }
+        let accepted = (1..width).take_while(|_| world.random() < world.likely).count();
+        planner.record(width, &[accepted as u32], &[temperature]).unwrap();
+        tokens += 1.0 + accepted as f64;
+        seconds += time;
+        widths.push(width);
+        last = width;
+    }
+    (widths, tokens / seconds)
+}
+
+#[test]
+fn texts_too_long_for_drafts_to_pay_decode_plainly_while_short_ones_go_on_drafting() {
+    let (mut world, mut planner) = (world(0.001, 0.6), planner());
+    let share = |widths: &[usize], plain: bool| {
+        widths.iter().filter(|&&w| (w == 1) == plain).count() as f64 / widths.len() as f64
+    };
+    // Short texts and long ones in turn, which grow a token a step.
+    for _ in 0..2 {
+        let (widths, _) = alone(&mut planner, &mut world, 400, |step| step, 0.0);
+        assert!(share(&widths[100..], false) > 0.8, "{widths:?}");
+        let (widths, _) = alone(&mut planner, &mut world, 400, |step| 20_000 + step, 0.0);
+        assert!(share(&widths[100..], true) > 0.8, "{widths:?}");
+    }
+}
+
+#[test]
+fn requests_that_sample_are_not_judged_by_greedy_ones() {
+    let mut planner = planner();
+    let (widths, _) = alone(&mut planner, &mut world(0.02, 0.95), 400, |_| 0, 0.0);
+    assert!(widths[300..].iter().filter(|&&w| w >= 8).count() > 80, "{widths:?}");
+    let (widths, _) = alone(&mut planner, &mut world(0.1, 0.1), 400, |_| 0, 1.3);
+    assert!(widths[60..].iter().filter(|&&w| w == 1).count() > 300, "{widths:?}");
+    // And the other way around; the batch is judged by its mixture.
+    assert!(planner.acceptance(0.0, 0) > 0.9 && planner.acceptance(1.3, 0) < 0.2);
+    let tokens = |temperatures: &[f32]| planner.tokens(temperatures)[4];
+    let (greedy, sampled, both) = (tokens(&[0.0]), tokens(&[1.3]), tokens(&[0.0, 1.3, 1.0, 0.0]));
+    assert!(
+        (both - (greedy + sampled) / 2.0).abs() < 1e-9,
+        "{greedy} {sampled} {both}"
+    );
+}
+
+#[test]
+fn lengths_of_contexts_are_one_up_to_511_tokens_a_request_and_one_to_each_doubling() {
+    let lengths = [
+        (1, 0),
+        (1, 511),
+        (1, 512),
+        (1, 1023),
+        (1, 1024),
+        (4, 2047),
+        (4, 2048),
+        (0, 9),
+        (1, 1 << 20),
+    ];
+    assert_eq!(
+        lengths.map(|(requests, context)| length_of(requests, context)),
+        [0, 0, 1, 1, 2, 0, 1, 0, 12]
+    );
+}
+
+#[test]
+fn times_of_contexts_of_another_length_are_their_own_and_bound_longer_ones_from_below() {
+    let mut planner = planner();
+    planner.observe(2, 1000, 1, 0.5);
+    planner.observe(2, 3000, 1, 0.75);
+    let times = |context| planner.times(2, context)[0];
+    assert_eq!(
+        [times(0), times(1100), times(2900), times(9000)],
+        [Some(0.5), None, Some(0.75), None]
+    );
+    let least = |context| planner.at_least(2, context, 4);
+    assert_eq!(
+        [least(0), least(1100), least(2900), least(9000)],
+        [0.5, 0.5, 0.75, 0.75]
+    );
+}
+
 #[test]
 fn where_nothing_can_be_timed_whole_blocks_are_taken_most_of_the_time() {
     let mut planner = planner();
-    let widths: Vec<usize> = (0..1000).map(|_| planner.choose(3)).collect();
+    let widths: Vec<usize> = (0..1000).map(|_| planner.choose(3, 0, &[])).collect();
     assert!(widths.iter().filter(|&&w| w == 16).count() > 900);
-    assert_eq!(planner.times(3), [None; 5]);
+    assert_eq!(planner.times(3, 0), [None; 5]);
 }
 
 #[test]
 fn where_nothing_can_be_timed_every_width_is_looked_at_again_after_as_many_steps() {
     let mut planner = planner();
-    assert!((0..9).all(|_| planner.choose(0) == 16), "a step of nobody is none");
-    let widths: Vec<usize> = (0..2 * FRESH as usize + 40).map(|_| planner.choose(3)).collect();
+    assert!(
+        (0..9).all(|_| planner.choose(0, 0, &[]) == 16),
+        "a step of nobody is none"
+    );
+    let widths: Vec<usize> = (0..2 * FRESH as usize + 40)
+        .map(|_| planner.choose(3, 0, &[]))
+        .collect();
     for (step, &width) in widths.iter().enumerate() {
         let look = step % FRESH as usize;
         let expected = if look < 20 { [16, 8, 4, 2, 1][look / 4] } else { 16 };
@@ -278,7 +378,7 @@ fn a_typical_time_is_the_lower_quartile_of_the_latest() {
 fn knowing(widths: [usize; 2], times: [Option<f64>; 2]) -> WidthPlanner {
     let mut planner = WidthPlanner::new(&widths).unwrap();
     planner.current = 0;
-    let size = planner.size(4);
+    let size = planner.size(4, 0);
     size.steps = 1000;
     for (known, time) in size.times.iter_mut().zip(times) {
         (known.typical, known.seen) = (time, 1000);
@@ -289,12 +389,12 @@ fn knowing(widths: [usize; 2], times: [Option<f64>; 2]) -> WidthPlanner {
 #[test]
 fn a_width_is_left_for_a_wider_one_or_a_narrower_one_only_where_that_is_better_by_its_margin() {
     // Nothing is known of drafts: a width of 2 has 1.7 tokens.
-    let wider = |better: f64| knowing([1, 2], [Some(1.0), Some(1.7 / better)]).choose(4);
+    let wider = |better: f64| knowing([1, 2], [Some(1.0), Some(1.7 / better)]).choose(4, 0, &[]);
     assert_eq!((wider(WIDER - 0.005), wider(WIDER + 0.005)), (1, 2));
     let narrower = |better: f64| {
         let mut planner = knowing([1, 2], [Some(1.0), Some(1.7 * better)]);
         planner.current = 1;
-        planner.choose(4)
+        planner.choose(4, 0, &[])
     };
     assert_eq!((narrower(NARROWER - 0.005), narrower(NARROWER + 0.005)), (2, 1));
 }
@@ -303,8 +403,8 @@ fn a_width_is_left_for_a_wider_one_or_a_narrower_one_only_where_that_is_better_b
 fn a_width_that_was_never_tried_is_tried_only_where_it_looks_better_by_a_margin_at_best() {
     let with = |chance: f64| {
         let mut planner = knowing([1, 2], [Some(1.0), None]);
-        planner.acceptance = Acceptance::seen(1e9, 1e9 * chance);
-        planner.choose(4)
+        planner.acceptance[0] = Acceptance::seen(1e9, 1e9 * chance);
+        planner.choose(4, 0, &[])
     };
     // At best it takes no longer than a plain step.
     assert_eq!((with(HOPE - 1.005), with(HOPE - 0.995)), (1, 2));
@@ -313,10 +413,10 @@ fn a_width_that_was_never_tried_is_tried_only_where_it_looks_better_by_a_margin_
 #[test]
 fn a_step_takes_at_least_what_one_no_wider_takes_for_its_share_of_the_requests() {
     let planner = knowing([1, 2], [Some(1.0), Some(3.0)]);
-    let least = |requests, index| planner.at_least(requests, index);
+    let least = |requests, index| planner.at_least(requests, 0, index);
     assert_eq!([least(2, 0), least(4, 0), least(8, 0)], [0.5, 1.0, 1.0]);
     assert_eq!([least(2, 1), least(4, 1), least(8, 1)], [1.5, 3.0, 3.0]);
-    assert_eq!(knowing([1, 2], [None, Some(3.0)]).at_least(4, 0), 0.0);
+    assert_eq!(knowing([1, 2], [None, Some(3.0)]).at_least(4, 0, 0), 0.0);
 }
 
 #[test]
@@ -325,14 +425,14 @@ fn an_old_time_is_renewed_the_more_rarely_the_more_that_costs() {
     let mut planner = knowing([1, 2], [Some(2.0), Some(6.8)]);
     let lost = 4.0 * (6.8 - 1.7 * 2.0) / 2.0;
     let due = 1000 + (FRESH as f64 * lost).ceil() as u64;
-    planner.size(4).steps = due - 2;
-    assert_eq!((planner.choose(4), planner.size(4).steps), (1, due - 1));
-    assert_eq!((planner.choose(4), planner.look), (2, (1, LOOK - 1)));
-    assert_eq!(planner.size(4).times[1].seen, due);
+    planner.size(4, 0).steps = due - 2;
+    assert_eq!((planner.choose(4, 0, &[]), planner.size(4, 0).steps), (1, due - 1));
+    assert_eq!((planner.choose(4, 0, &[]), planner.look), (2, (1, LOOK - 1)));
+    assert_eq!(planner.size(4, 0).times[1].seen, due);
     // What would lose nothing is renewed after so many steps all the same.
     let mut planner = knowing([1, 2], [Some(1.0), Some(1.7)]);
-    planner.size(4).steps = 1000 + FRESH - 2;
-    assert_eq!((planner.choose(4), planner.choose(4)), (1, 2));
+    planner.size(4, 0).steps = 1000 + FRESH - 2;
+    assert_eq!((planner.choose(4, 0, &[]), planner.choose(4, 0, &[])), (1, 2));
 }
 
 #[test]
@@ -340,30 +440,30 @@ fn the_pace_follows_the_times_of_the_width_in_use_once_enough_are_known() {
     let mut planner = WidthPlanner::new(&[1, 2]).unwrap();
     planner.current = 0;
     for _ in 0..KEPT {
-        planner.observe(4, 1, 3.0);
-        planner.observe(4, 2, 5.0);
+        planner.observe(4, 0, 1, 3.0);
+        planner.observe(4, 0, 2, 5.0);
         assert_eq!(planner.pace, 1.0);
     }
-    planner.observe(4, 1, 3.0);
-    planner.observe(4, 2, 9.0);
+    planner.observe(4, 0, 1, 3.0);
+    planner.observe(4, 0, 2, 9.0);
     assert_eq!(planner.pace, 1.0);
-    planner.observe(4, 1, 3.1);
+    planner.observe(4, 0, 1, 3.1);
     assert_eq!(planner.pace, PACE_UP);
-    assert_eq!(planner.times(4), [Some(3.0 * PACE_UP), Some(5.0 * PACE_UP)]);
-    planner.observe(4, 1, 2.9);
+    assert_eq!(planner.times(4, 0), [Some(3.0 * PACE_UP), Some(5.0 * PACE_UP)]);
+    planner.observe(4, 0, 1, 2.9);
     assert_eq!(planner.pace, PACE_UP * PACE_DOWN);
     // It is kept as a share of the pace.
     planner.pace = 2.0;
     for _ in 0..KEPT {
-        planner.observe(9, 2, 5.0);
+        planner.observe(9, 0, 2, 5.0);
     }
-    assert_eq!((planner.times(9), planner.pace), (vec![None, Some(5.0)], 2.0));
-    planner.observe(4, 1, 4.0);
+    assert_eq!((planner.times(9, 0), planner.pace), (vec![None, Some(5.0)], 2.0));
+    planner.observe(4, 0, 1, 4.0);
     assert_eq!(planner.pace, 2.0 * PACE_DOWN, "6 would be typical now");
-    assert_eq!(planner.times(1), [None; 2]);
+    assert_eq!(planner.times(1, 0), [None; 2]);
     for nothing in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        planner.observe(1, 1, nothing);
-        assert_eq!(planner.times(1), [None; 2], "{nothing}");
+        planner.observe(1, 0, 1, nothing);
+        assert_eq!(planner.times(1, 0), [None; 2], "{nothing}");
     }
 }
 
@@ -371,18 +471,18 @@ fn the_pace_follows_the_times_of_the_width_in_use_once_enough_are_known() {
 fn its_widths_and_what_it_learnt_of_drafts_can_be_asked() {
     let mut planner = planner();
     assert_eq!(planner.widths(), WIDTHS);
-    assert_eq!((planner.acceptance(0), planner.acceptance(14)), (0.7, 0.7));
-    planner.record(2, &[1]).unwrap();
-    assert!((planner.acceptance(0) - 3.8 / 5.0).abs() < 1e-12);
+    assert_eq!((planner.acceptance(0.0, 0), planner.acceptance(0.0, 14)), (0.7, 0.7));
+    planner.record(2, &[1], &[]).unwrap();
+    assert!((planner.acceptance(0.0, 0) - 3.8 / 5.0).abs() < 1e-12);
 }
 
 #[test]
 fn one_width_is_no_choice() {
     let mut planner = WidthPlanner::new(&[8]).unwrap();
-    planner.observe(4, 8, 0.1);
-    planner.observe(4, 5, 0.1);
-    planner.observe(4, 8, f64::NAN);
-    assert_eq!((planner.choose(4), planner.times(4)), (8, vec![Some(0.1)]));
+    planner.observe(4, 0, 8, 0.1);
+    planner.observe(4, 0, 5, 0.1);
+    planner.observe(4, 0, 8, f64::NAN);
+    assert_eq!((planner.choose(4, 0, &[]), planner.times(4, 0)), (8, vec![Some(0.1)]));
 }
 
 /// Steps of a plain pass, a chain of 7 drafts and a tree of 16, whose paths are accepted with these chances.
@@ -397,13 +497,13 @@ fn widths_with_a_tree(chain: f64, tree: f64, row: f64) -> Vec<usize> {
     };
     let (mut widths, mut last) = (Vec::new(), 0);
     for _ in 0..4000 {
-        let width = planner.choose(1);
+        let width = planner.choose(1, 0, &[]);
         if last == width {
-            planner.observe(1, width, world.time(1, width));
+            planner.observe(1, 0, width, world.time(1, width));
         }
         world.likely = if width == 17 { tree } else { chain };
         let accepted = (1..width.min(8)).take_while(|_| world.random() < world.likely).count();
-        planner.record(width, &[accepted as u32]).unwrap();
+        planner.record(width, &[accepted as u32], &[]).unwrap();
         widths.push(width);
         last = width;
     }
@@ -424,18 +524,15 @@ fn a_tree_is_taken_where_its_paths_are_worth_its_rows() {
 #[test]
 fn a_tree_learns_apart_and_is_taken_for_a_chain_until_then() {
     let mut planner = WidthPlanner::with_tree(&[1, 4, 9], 3).unwrap();
-    let at = |planner: &WidthPlanner| planner.tokens();
-    assert_eq!(at(&planner)[1], at(&planner)[2], "as deep as the chain is long");
-    planner.record(4, &[0]).unwrap();
-    assert_eq!(
-        at(&planner)[1],
-        at(&planner)[2],
-        "what the chain learns is believed of the tree"
-    );
+    let at = |planner: &WidthPlanner| planner.tokens(&[]);
+    let as_the_chain = |planner: &WidthPlanner| (at(planner)[1] - at(planner)[2]).abs() < 1e-12;
+    assert!(as_the_chain(&planner), "as deep as the chain is long");
+    planner.record(4, &[0], &[]).unwrap();
+    assert!(as_the_chain(&planner), "what the chain learns is believed of the tree");
     let chain = at(&planner)[1];
-    planner.record(9, &[3]).unwrap();
+    planner.record(9, &[3], &[]).unwrap();
     assert!(at(&planner)[1] == chain && at(&planner)[2] > chain);
-    assert!(planner.record(9, &[4]).is_err(), "deeper than it is");
+    assert!(planner.record(9, &[4], &[]).is_err(), "deeper than it is");
     for depth in [0, 9] {
         let error = WidthPlanner::with_tree(&[1, 9], depth).unwrap_err().to_string();
         assert!(error.starts_with("tree_depth: got"), "{error}");
@@ -449,7 +546,7 @@ fn what_cannot_be_is_refused_by_name() {
         assert!(error.starts_with("widths: got"), "{error}");
     }
     let mut planner = planner();
-    let before = planner.acceptance(0);
-    assert!(planner.record(4, &[1, 4]).is_err() && planner.record(0, &[]).is_err());
-    assert_eq!(planner.acceptance(0), before);
+    let before = planner.acceptance(0.0, 0);
+    assert!(planner.record(4, &[1, 4], &[]).is_err() && planner.record(0, &[], &[]).is_err());
+    assert_eq!(planner.acceptance(0.0, 0), before);
 }

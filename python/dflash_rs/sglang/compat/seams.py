@@ -31,6 +31,7 @@ METHODS = {
     "init_attention_backends": (),
     "init_cuda_graphs": (),
     "alloc_memory_pool": ("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
+    "_append_target_hidden_to_draft_kv_by_loc": ("target_hidden", "cache_loc", "positions"),
     "_append_target_hidden_fused": (
         "ctx_hidden",
         "ctx_positions",
@@ -151,6 +152,10 @@ class Seams(ABC):
     @abstractmethod
     def no_sampling_mask(self) -> dict[str, Any]:
         """The fields of the sampling info that have a sampler record what its filters left, empty."""
+
+    @abstractmethod
+    def copies_pages_away(self, worker: Any) -> bool:
+        """Whether the drafter's pages of a request that ends are copied elsewhere. Asked once attention backends are made."""
 
     @abstractmethod
     def follow_all_drafts(self, worker: Any) -> None:

@@ -120,6 +120,10 @@ class Version(Seams):
         """See ``Seams``."""
         return {"return_sampling_masks": None}
 
+    def copies_pages_away(self, worker: Any) -> bool:
+        """See ``Seams``."""
+        return bool(worker.server_args.enable_hierarchical_cache)
+
     def follow_all_drafts(self, worker: Any) -> None:
         """None of its drafters samples."""
 

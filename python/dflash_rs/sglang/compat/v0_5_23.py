@@ -283,6 +283,10 @@ class Version(Seams):
         """See ``Seams``."""
         return {"sampling_mask_batch_indices": None, "return_sampling_masks": None}
 
+    def copies_pages_away(self, worker: Any) -> bool:
+        """A hierarchical cache, and what else is planned for like one."""
+        return bool(worker.hicache_draft_plan.device_pools)
+
     def follow_all_drafts(self, worker: Any) -> None:
         """See ``Seams``."""
         worker._selector_sampling_enabled = False

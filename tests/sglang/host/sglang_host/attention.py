@@ -56,7 +56,7 @@ class HostAttention(TorchNativeAttnBackend):
                 queries[number].transpose(0, 1)[None],
                 keys[slots].transpose(0, 1)[None].to(q.dtype),
                 values[slots].transpose(0, 1)[None].to(q.dtype),
-                attn_mask=mask,
+                attn_mask=mask if block > 1 else None,  # one row sees all of it
                 scale=layer.scaling,
                 enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
             )

@@ -14,7 +14,7 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import cuda, interpreted, kernels, older, steered
+    from sglang_host import cuda, interpreted, kernels, older, shadow, steered
 
     cuda.emulate()
     if interpreted.on():
@@ -67,6 +67,8 @@ def register() -> None:
         replaced, around = replaced | more_replaced, around | more_around
     if steered.on():
         around |= steered.hooks()
+    if shadow.on():
+        around |= shadow.hooks()
     for functions, kind in ((replaced, HookType.REPLACE), (around, HookType.AROUND)):
         for target, function in functions.items():
             HookRegistry.register(target, function, kind)
