@@ -449,6 +449,13 @@ void dflash_host_scratch(const SampleRowsParams* p, uint64_t* out) {
     out[7] = uint64_t(scratch.block(p->num_rows - 1, scratch.num_chunks * SAMPLE_CHUNK - 1));
 }
 
+// What masses make together in one bin.
+uint64_t dflash_host_sum_of_masses(const uint64_t* masses, uint32_t count) {
+    Digits bins = {};
+    for (uint32_t i = 0; i < count; ++i) add_mass(bins, 77, masses[i]);
+    return bins.mass(77);
+}
+
 // The bin of each d <= 0.
 void dflash_host_bins(const float* d, uint32_t count, int32_t* out) {
     for (uint32_t i = 0; i < count; ++i) out[i] = bin_of(d[i]);
