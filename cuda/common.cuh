@@ -82,6 +82,18 @@ DFLASH_HD float div(float a, float b) {
 #endif
 }
 
+// The larger one; what is not a number wins, as the one of positive sign.
+DFLASH_HD float larger(float a, float b) {
+#if DFLASH_ON_DEVICE
+    float x;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+#else
+    if (a != a || b != b) return float_of(0x7fffffffu);
+    return a > b ? a : b;
+#endif
+}
+
 DFLASH_HD float infinity() { return float_of(0x7f800000u); }
 
 DFLASH_HD float float_of_bf16(uint16_t x) { return float_of(uint32_t(x) << 16); }
@@ -119,6 +131,46 @@ DFLASH_HD void atomic_add(uint64_t* at, uint64_t value) {
     atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 #else
     *at += value;
+#endif
+}
+
+template <typename T>
+DFLASH_HD void atomic_max(T* at, T value) {
+#if DFLASH_ON_DEVICE
+    atomicMax(at, value);
+#else
+    if (value > *at) *at = value;
+#endif
+}
+
+DFLASH_HD void atomic_max(uint64_t* at, uint64_t value) {
+#if DFLASH_ON_DEVICE
+    atomicMax(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+#else
+    if (value > *at) *at = value;
+#endif
+}
+
+// What other blocks of the kernel wrote before a fence: from the cache that all share.
+template <typename T>
+DFLASH_HD T fresh(const T* at) {
+#if DFLASH_ON_DEVICE
+    if constexpr (sizeof(T) == 8) return T(__ldcg(reinterpret_cast<const unsigned long long*>(at)));
+    else return __ldcg(at);
+#else
+    return *at;
+#endif
+}
+
+// What other threads change meanwhile.
+DFLASH_HD uint32_t peek(const uint32_t* at) { return *static_cast<const volatile uint32_t*>(at); }
+
+// Of a number other than 0.
+DFLASH_HD int32_t lowest_bit(uint32_t x) {
+#if DFLASH_ON_DEVICE
+    return __ffs(int(x)) - 1;
+#else
+    return __builtin_ctz(x);
 #endif
 }
 

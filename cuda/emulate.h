@@ -133,6 +133,17 @@ alignas(16) static unsigned char dynamic_shared[228 * 1024];
 #define __shared__ static
 
 inline void __syncthreads() { emulation::wait(emulation::AT_BLOCK_BARRIER); }
+inline int __syncthreads_or(int x) {
+    static int any;
+    if (x) any = 1;
+    __syncthreads();
+    int result = any;
+    __syncthreads();
+    if (threadIdx.x == 0) any = 0;
+    __syncthreads();
+    return result;
+}
+inline void __threadfence() {}
 inline void __syncwarp() { emulation::wait(emulation::AT_WARP_BARRIER); }
 
 template <typename T>
@@ -159,6 +170,11 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
         unsigned other = __shfl_xor_sync(0, x, offset);
         x = other > x ? other : x;
     }
+    return x;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) { return ~__reduce_max_sync(0, ~x); }
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0, x, offset);
     return x;
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,6 +1,7 @@
 // The kernels on the host: the same functions, a kernel's threads one after the other between its barriers. For tests.
 #include <string.h>
 
+#include <memory>
 #include <vector>
 
 #include "logic_attention.cuh"
@@ -61,7 +62,53 @@ struct HostRow {
 };
 
 // Threads of a chunk that have columns at all.
-int32_t busy(const SampleRowsParams& p, int32_t first) { return min_of(SAMPLE_THREADS, int32_t(ceil_div(p.vocab - first, 4))); }
+template <typename E>
+int32_t busy(const SampleRowsParams& p, int32_t first) {
+    return min_of(SAMPLE_THREADS, int32_t(ceil_div(p.vocab - first, WIDTH<E>)));
+}
+
+// sample_scan of a chunk.
+template <typename E>
+SampleChunk scan_chunk(const SampleRowsParams& p, const SampleScratch& scratch, const OpenRow& row, int32_t index,
+                       const int32_t* path, const uint32_t* bits, int32_t first) {
+    int32_t threads = busy<E>(p, first);
+    std::vector<ThreadScan> scans(threads);
+    float top = -infinity(), raw_top = -infinity(), bound = -infinity();
+    for (int32_t thread = 0; thread < threads; ++thread) {
+        float x[SAMPLE_COLUMNS];
+        unpack(load_columns<E>(p, index, first, thread), x);
+        ThreadScan& s = scans[thread] = scan_thread<E>(p, scratch, row, index, path, bits, first, thread, x);
+        top = larger(top, s.top);
+        raw_top = larger(raw_top, s.raw_top);
+        bound = fmaxf(bound, best_bound(s));
+    }
+    uint32_t base = NO_COLUMN, id = NO_COLUMN;
+    for (const ThreadScan& s : scans)
+        if (s.top == top && s.base < base) base = s.base;
+    for (int32_t i = WIDTH<E> - 1; i >= 0 && base != NO_COLUMN; --i) {
+        int32_t column = int32_t(base) + i;
+        float x = raw_of<E>(p, index, column);
+        if (column < p.vocab && edits(row.s)) x = edited(p, row, path, column, x);
+        if (x == top) id = uint32_t(column);
+    }
+    Best draw = nothing();
+    if (is_plain(row.s)) {
+        std::vector<uint32_t> done(threads);
+        float least = bound, reached = -infinity();
+        for (int32_t turn = 0; turn < 2; ++turn) {
+            Best now = draw;
+            for (int32_t thread = threads - 1; thread >= 0; --thread) {
+                uint32_t groups = groups_above(scans[thread], least) & ~done[thread];
+                Best best = draw_groups<E>(p, row, index, path, bits, first, thread, groups, reached);
+                now.offer(best.score, best.id);
+                done[thread] = groups;
+            }
+            draw = now;
+            least = reached = draw.score;
+        }
+    }
+    return {0, top, id, raw_top, !(top < infinity()), draw.score, draw.id};
+}
 
 ScanState merged(const SampleScratch& scratch, int32_t index) {
     ScanState all = scan_start();
@@ -94,17 +141,11 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
         scratch.masses[int64_t(index) * SAMPLE_BINS + bin] = 0;
     }
     scratch.listed[int64_t(index) * 4] = 0;
-    float x[SAMPLE_PARTS][4];
     for (int32_t chunk = 0; chunk < scratch.num_chunks; ++chunk) { // sample_scan
         int32_t first = chunk * SAMPLE_CHUNK;
         open.mark(p, first, bits);
-        ScanState state = scan_start();
-        for (int32_t thread = 0; thread < busy(p, first); ++thread) {
-            load_parts<E>(p, index, first, thread, x);
-            merge(state, scan_thread(p, scratch, row, index, path, bits.data(), first, thread, x));
-        }
-        scratch.chunks[int64_t(index) * scratch.num_chunks + chunk] = {0,         state.top.score,  state.top.id, state.raw_top,
-                                                                       state.bad, state.draw.score, state.draw.id};
+        scratch.chunks[int64_t(index) * scratch.num_chunks + chunk] =
+            scan_chunk<E>(p, scratch, row, index, path, bits.data(), first);
     }
     RowTop top = row_top(row, merged(scratch, index));
     bool select = selects(row.s), ok = top.status == ROW_OK;
@@ -112,17 +153,20 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
         for (int32_t chunk = 0; chunk < scratch.num_chunks; ++chunk) {
             int32_t first = chunk * SAMPLE_CHUNK;
             open.mark(p, first, bits);
-            std::vector<uint32_t> counts(SAMPLE_BINS);
-            std::vector<uint64_t> masses(SAMPLE_BINS);
+            auto bins = std::make_unique<BlockBins>();
             uint64_t raw = 0;
-            for (int32_t thread = 0; thread < busy(p, first); ++thread) {
-                load_parts<E>(p, index, first, thread, x);
-                raw += mass_thread(p, row, top, path, bits.data(), first, thread, x, counts.data(), masses.data());
+            for (int32_t thread = 0; thread < busy<E>(p, first); ++thread) {
+                float x[SAMPLE_COLUMNS];
+                unpack(load_columns<E>(p, index, first, thread), x);
+                if (p.logprobs) raw += raw_mass(x, top.raw_top);
+                uint32_t rest = 0;
+                if (select) mass_thread<E>(p, row, top, path, bits.data(), first, thread, x, *bins, rest);
+                bins->counts[SAMPLE_BINS - 1] += rest;
             }
             scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].mass = raw;
             for (int32_t bin = 0; bin < SAMPLE_BINS; ++bin) {
-                scratch.counts[int64_t(index) * SAMPLE_BINS + bin] += counts[bin];
-                scratch.masses[int64_t(index) * SAMPLE_BINS + bin] += masses[bin];
+                scratch.counts[int64_t(index) * SAMPLE_BINS + bin] += bins->counts[bin];
+                scratch.masses[int64_t(index) * SAMPLE_BINS + bin] += bins->mass(bin);
             }
         }
     }
@@ -134,9 +178,12 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
             int32_t first = chunk * SAMPLE_CHUNK;
             open.mark(p, first, bits);
             Best best = nothing();
-            for (int32_t thread = busy(p, first) - 1; thread >= 0; --thread) {
-                Best mine = pick_thread<E>(p, scratch, row, index, top, edge, path, bits.data(), first, thread);
-                best.offer(mine.score, mine.id);
+            for (int32_t block = SAMPLE_CHUNK / SAMPLE_BLOCK - 1; block >= 0; --block) {
+                int32_t start = first + block * SAMPLE_BLOCK;
+                if (!is_seen(scratch, row, index, top, edge, start, p.vocab)) continue;
+                float bar = best.score;
+                for (int32_t column = start + SAMPLE_BLOCK - 4; column >= start; column -= 4)
+                    pick4<E>(p, scratch, row, index, top, edge, path, bits.data(), first, column, bar, best);
             }
             scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].best = best.score;
             scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].best_id = best.id;
@@ -153,11 +200,10 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
             uint64_t last = 0;
             Budget left = edge.left;
             for (int32_t shift = 56; shift >= 0; shift -= 8) {
-                uint32_t counts[256] = {};
-                uint64_t masses[256] = {};
+                Digits digits = {};
                 for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread)
-                    digit_thread(columns, listed, columns.size(), last, shift, counts, masses, thread, SAMPLE_THREADS);
-                last |= uint64_t(choose_digit(counts, masses, left)) << shift;
+                    digit_thread(columns, listed, columns.size(), last, shift, digits, thread, SAMPLE_THREADS);
+                last |= uint64_t(choose_digit(digits, left)) << shift;
             }
             for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread) {
                 Best mine = edge_draw_thread(columns, listed, columns.size(), last, thread, SAMPLE_THREADS);
@@ -356,7 +402,7 @@ double dflash_host_uniform(uint64_t seed, uint64_t position, uint32_t domain, ui
 void dflash_host_gumbel(const uint32_t* words, uint32_t count, float* numbers, float* bounds) {
     for (uint32_t i = 0; i < count; ++i) {
         numbers[i] = gumbel_of_word(words[i]);
-        bounds[i] = gumbel_bound(words[i]);
+        bounds[i] = gumbel_bound(0.0f, words[i]);
     }
 }
 
@@ -401,6 +447,13 @@ void dflash_host_scratch(const SampleRowsParams* p, uint64_t* out) {
     for (int32_t i = 0; i < 6; ++i) out[i] = uint64_t(parts[i]) - uint64_t(p->scratch);
     out[6] = sizeof(SampleChunk);
     out[7] = uint64_t(scratch.block(p->num_rows - 1, scratch.num_chunks * SAMPLE_CHUNK - 1));
+}
+
+// What masses make together in one bin.
+uint64_t dflash_host_sum_of_masses(const uint64_t* masses, uint32_t count) {
+    Digits bins = {};
+    for (uint32_t i = 0; i < count; ++i) add_mass(bins, 77, masses[i]);
+    return bins.mass(77);
 }
 
 // The bin of each d <= 0.

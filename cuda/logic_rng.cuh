@@ -1,6 +1,8 @@
 // Keyed random numbers, bit for bit those of src/rng.rs; the arithmetic is documented there.
 #pragma once
 
+#include <math.h>
+
 #include "common.cuh"
 
 namespace dflash {
@@ -11,19 +13,22 @@ struct Words {
     uint32_t w[4];
 };
 
-// Philox 4x32, ten rounds.
-DFLASH_HD Words philox4x32_10(Words x, uint32_t key0, uint32_t key1) {
+// Philox 4x32, ten rounds, of N counters under one key: the keys of a round are made once.
+template <int N>
+DFLASH_HD void philox4x32_10(Words (&x)[N], uint32_t key0, uint32_t key1) {
     DFLASH_UNROLL
     for (int round = 0; round < 10; ++round) {
         if (round > 0) {
             key0 += 0x9E3779B9u;
             key1 += 0xBB67AE85u;
         }
-        uint64_t a = uint64_t(0xD2511F53u) * x.w[0];
-        uint64_t b = uint64_t(0xCD9E8D57u) * x.w[2];
-        x = {{uint32_t(b >> 32) ^ x.w[1] ^ key0, uint32_t(b), uint32_t(a >> 32) ^ x.w[3] ^ key1, uint32_t(a)}};
+        DFLASH_UNROLL
+        for (int n = 0; n < N; ++n) {
+            uint64_t a = uint64_t(0xD2511F53u) * x[n].w[0];
+            uint64_t b = uint64_t(0xCD9E8D57u) * x[n].w[2];
+            x[n] = {{uint32_t(b >> 32) ^ x[n].w[1] ^ key0, uint32_t(b), uint32_t(a >> 32) ^ x[n].w[3] ^ key1, uint32_t(a)}};
+        }
     }
-    return x;
 }
 
 // The numbers of one (seed, position, domain).
@@ -39,8 +44,13 @@ struct Stream {
 
     // Words of columns first .. first + 4, `first` a multiple of four.
     DFLASH_HD Words words(uint32_t first) const {
-        return philox4x32_10({{first >> 2, position0, position1, domain}}, key0, key1);
+        Words x[1] = {counter(first)};
+        philox4x32_10(x, key0, key1);
+        return x[0];
     }
+
+    // What `philox4x32_10` makes them from.
+    DFLASH_HD Words counter(uint32_t first) const { return {{first >> 2, position0, position1, domain}}; }
 
     DFLASH_HD uint32_t word(uint32_t column) const {
         Words x = words(column & ~3u);
@@ -97,15 +107,18 @@ DFLASH_HD float gumbel_of_word(uint32_t word) {
     return sub(0.0f, ln(exponential));
 }
 
-// Above every Gumbel number of a word no larger than `word`: with z leading ones 1 - u >= 2^-(z+1), and -ln(-ln u) <= -ln(1 - u).
-// The last term covers the error of gumbel_of_word (3e-6) and of this line.
-DFLASH_HD float gumbel_bound(uint32_t word) {
+// x plus at least the Gumbel number of any word no larger than `word`, rounded as the sum of the two would be: as -ln(-ln u) <= -ln(1 - u),
+// which for the numbers that win is hardly more. 1 - u is taken from the upper 23 bits, rounded down; what the factor has more than ln 2
+// covers the errors of gumbel_of_word (3e-6) and of the logarithm (2^-22). Infinity above the last of those numbers.
+DFLASH_HD float gumbel_bound(float x, uint32_t word) {
+    float rest = sub(float_of(0x3fffffffu), float_of(0x3f800000u + (word >> 9))); // exact
 #if DFLASH_ON_DEVICE
-    int ones = __clz(int(~word));
+    float log;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(rest));
+    return __fmaf_rn(log, -0.6931578f, x);
 #else
-    int ones = ~word == 0 ? 32 : __builtin_clz(~word);
+    return add(mul(log2f(rest), -0.6931578f), x);
 #endif
-    return add(mul(float(ones + 1), 0.6931472f), 4e-5f);
 }
 
 } // namespace dflash

@@ -4,8 +4,8 @@
 // Nothing is sorted and no probabilities are written down. What top-k and top-p keep is a prefix of the order (t falling, id
 // rising), and weights are integers, so its end can be found by counting:
 //
-//   scan    maxima of 64-column blocks, largest logit; argmax; the whole draw of rows without filters
-//   mass    counts and weights of 1024 bins of t - top, each 1/32 nat wide; weight of the raw row
+//   scan    largest logit and its column; maxima of 64-column blocks for rows with filters; the whole draw of those without
+//   mass    counts and weights of 1024 bins of t - top, each 1/32 nat wide, and the one where the prefix ends; weight of the raw row
 //   pick    draws among the bins before the one where the prefix ends; lists the columns of that bin
 //   finish  finds the end within the list by radix selection on (t, id), draws there; log-probability
 //
@@ -40,8 +40,11 @@ DFLASH_HD float exp_nonpositive(float x) {
     return float_of(bits_of(y) + (shift << 23));
 }
 
-// round(exp(x) * 2^40), ties to even. In integers: binary64 is slow on many devices, and this is the same number.
+// round(exp(x) * 2^40), ties to even. On the host in integers, as the reference has it.
 DFLASH_HD uint64_t weight(float x) {
+#if DFLASH_ON_DEVICE
+    return __float2ull_rn(mul(exp_nonpositive(x), 1099511627776.0f)); // a power of two: exact
+#else
     uint32_t bits = bits_of(exp_nonpositive(x));
     int32_t exponent = int32_t(bits >> 23); // the value is positive and normal
     uint32_t mantissa = (bits & 0x7fffffu) | 0x800000u;
@@ -51,6 +54,7 @@ DFLASH_HD uint64_t weight(float x) {
     if (down >= 25) return 0;
     uint32_t quotient = mantissa >> down, rest = mantissa & ((1u << down) - 1), half = 1u << (down - 1);
     return quotient + (rest > half || (rest == half && (quotient & 1)) ? 1 : 0);
+#endif
 }
 
 // An integer of the same order; both zeros are one.
@@ -93,6 +97,7 @@ DFLASH_HD int32_t row_token(const SampleRowsParams& p, int32_t row) { return p.r
 DFLASH_HD void find_request(const SampleRowsParams& p, int32_t row, int32_t* request, int32_t thread, int32_t threads) {
     int32_t token = row_token(p, row);
     if (token < 0) return;
+    DFLASH_ROLLED
     for (int32_t r = thread; r < p.num_requests; r += threads) {
         if (p.query_starts[r] <= token && token < p.query_starts[r + 1]) *request = r;
     }
@@ -212,7 +217,7 @@ struct SampleScratch {
     uint64_t* masses;     // [rows, SAMPLE_BINS]
     uint64_t* candidates; // [rows, SAMPLE_CANDIDATES]
     uint32_t* counts;     // [rows, SAMPLE_BINS]
-    uint32_t* listed;     // [rows, 4], the first is used
+    uint32_t* listed;     // [rows, 4]: candidates; blocks that are done with `mass`; the bin of the edge
     float* maxima;        // [rows, num_chunks * SAMPLE_CHUNK / SAMPLE_BLOCK]
     int32_t num_chunks;
 
@@ -234,6 +239,12 @@ struct SampleScratch {
 
 DFLASH_HD float widen(float x) { return x; }
 DFLASH_HD float widen(uint16_t x) { return float_of_bf16(x); }
+
+// Whether every row starts at a multiple of so many bytes.
+template <typename E>
+DFLASH_HD bool rows_aligned(const SampleRowsParams& p, uint32_t bytes) {
+    return ((uint64_t(p.logits) | uint64_t(p.row_stride) * sizeof(E)) & (bytes - 1)) == 0;
+}
 
 // Four neighbouring logits; -inf beyond the vocabulary. `aligned`: every row starts at a multiple of four elements' size.
 template <typename E>
@@ -263,19 +274,45 @@ DFLASH_HD void load4(const E* row, int32_t column, int32_t vocab, bool aligned, 
     for (int32_t i = 0; i < 4; ++i) out[i] = column + i < vocab ? widen(row[column + i]) : -infinity();
 }
 
+// Columns of 16 bytes.
 template <typename E>
-DFLASH_HD bool rows_aligned(const SampleRowsParams& p) {
-    return ((uint64_t(p.logits) | uint64_t(p.row_stride) * sizeof(E)) & (4 * sizeof(E) - 1)) == 0;
+constexpr int32_t WIDTH = 16 / int32_t(sizeof(E));
+
+// N words of memory at once.
+template <int N>
+DFLASH_HD void load_words(const void* from, uint32_t* out) {
+#if DFLASH_ON_DEVICE
+    if constexpr (N == 4) {
+        uint4 x = *static_cast<const uint4*>(from);
+        out[0] = x.x;
+        out[1] = x.y;
+        out[2] = x.z;
+        out[3] = x.w;
+    } else {
+        uint2 x = *static_cast<const uint2*>(from);
+        out[0] = x.x;
+        out[1] = x.y;
+    }
+#else
+    if (uint64_t(from) % (4 * N) != 0) __builtin_trap();
+    memcpy(out, from, 4 * N);
+#endif
 }
 
-// Raw logits to edited ones, in place.
+// Four raw logits to edited ones, in place.
 DFLASH_HD void edit4(const SampleRowsParams& p, const OpenRow& row, const int32_t* path, const uint32_t* bits, int32_t first,
                      int32_t column, float* x) {
     uint32_t flags = bits[(column - first) / 32] >> ((column - first) % 32) & 15;
-    if (flags == 0) return;
-    DFLASH_UNROLL
-    for (int32_t i = 0; i < 4; ++i) {
-        if (flags >> i & 1 && column + i < p.vocab) x[i] = edited(p, row, path, column + i, x[i]);
+    DFLASH_ROLLED
+    for (; flags != 0; flags &= flags - 1) {
+        int32_t mine = lowest_bit(flags);
+        if (column + mine >= p.vocab) break;
+        float raw = x[0];
+        DFLASH_UNROLL
+        for (int32_t i = 1; i < 4; ++i) raw = mine == i ? x[i] : raw;
+        float value = edited(p, row, path, column + mine, raw);
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < 4; ++i) x[i] = mine == i ? value : x[i];
     }
 }
 
@@ -292,6 +329,11 @@ struct Best {
         }
     }
 };
+
+// Larger for a larger t, and among equal ones for a lower column; 0 is below all.
+DFLASH_HD uint64_t candidate_of(float t, uint32_t id) { return uint64_t(order_key(t)) << 32 | uint64_t(~id); }
+DFLASH_HD float candidate_value(uint64_t c) { return value_of_key(uint32_t(c >> 32)); }
+DFLASH_HD uint32_t candidate_id(uint64_t c) { return ~uint32_t(c); }
 
 DFLASH_HD Best nothing() { return {-infinity(), NO_COLUMN}; }
 
@@ -310,100 +352,257 @@ DFLASH_HD void merge(ScanState& a, const ScanState& b) {
     a.bad |= b.bad;
 }
 
-// Largest of a block's sixteen threads; the first of them writes it.
-DFLASH_HD void put_maximum(float* at, float x, int32_t thread) {
-#if DFLASH_ON_DEVICE
-    for (int offset = 8; offset > 0; offset /= 2) {
-        float other = __shfl_xor_sync(0xffffffffu, x, offset);
-        x = other > x ? other : x;
-    }
-    if (thread % 16 == 0) *at = x;
-#else
-    if (thread % 16 == 0 || x > *at) *at = x;
-#endif
+// A bound that is met by no column is -inf, or NaN where a logit of -inf comes with the largest words: fmaxf drops it.
+DFLASH_HD float bound4(const float* t, const Words& words) {
+    float bound = -infinity();
+    DFLASH_UNROLL
+    for (int32_t i = 0; i < 4; ++i) bound = fmaxf(bound, gumbel_bound(t[i], words.w[i]));
+    return bound;
 }
 
-// Offers the draw's scores of four columns. `bar`: a score that somebody reached already.
+// Offers the draw's scores of those of four columns that may reach `bar`, which somebody reached already. The likeliest first: what
+// it reaches mostly is out of reach for the others.
 DFLASH_HD void draw4(const Stream& stream, int32_t column, const float* t, const bool* kept, float bar, Best& best) {
-    float largest = -infinity();
-    DFLASH_UNROLL
-    for (int32_t i = 0; i < 4; ++i) {
-        if (kept[i] && t[i] > largest) largest = t[i];
-    }
-    if (largest == -infinity()) return;
     Words words = stream.words(uint32_t(column));
-    uint32_t word = words.w[0];
+    float bounds[4];
     DFLASH_UNROLL
-    for (int32_t i = 1; i < 4; ++i) word = words.w[i] > word ? words.w[i] : word;
-    // Strictly below, so that a tie with a lower id is still seen. Rounding is monotone, so the bound is exact.
-    if (add(largest, gumbel_bound(word)) < bar) return;
-    DFLASH_UNROLL
-    for (int32_t i = 0; i < 4; ++i) {
-        if (kept[i] && t[i] > -infinity()) best.offer(add(t[i], gumbel_of_word(words.w[i])), uint32_t(column + i));
+    for (int32_t i = 0; i < 4; ++i) bounds[i] = kept[i] && t[i] > -infinity() ? gumbel_bound(t[i], words.w[i]) : -infinity();
+    DFLASH_ROLLED
+    for (int32_t turn = 0; turn < 4; ++turn) {
+        float bound = bounds[0], x = t[0];
+        uint32_t word = words.w[0], id = uint32_t(column);
+        DFLASH_UNROLL
+        for (int32_t i = 1; i < 4; ++i) {
+            if (bounds[i] > bound) {
+                bound = bounds[i];
+                x = t[i];
+                word = words.w[i];
+                id = uint32_t(column + i);
+            }
+        }
+        // Strictly below, so that a tie with a lower id is still seen.
+        if (bound == -infinity() || bound < bar) return;
+        float score = add(x, gumbel_of_word(word));
+        best.offer(score, id);
+        bar = score > bar ? score : bar;
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < 4; ++i) bounds[i] = id == uint32_t(column + i) ? -infinity() : bounds[i];
     }
-}
-
-// Raises `bar` to what any thread of the warp has reached: less work, same result.
-DFLASH_HD float raise_bar(float bar) {
-#if DFLASH_ON_DEVICE
-    for (int offset = 16; offset > 0; offset /= 2) {
-        float other = __shfl_xor_sync(0xffffffffu, bar, offset);
-        bar = other > bar ? other : bar;
-    }
-#endif
-    return bar;
 }
 
 // ---- scan -------------------------------------------------------------------------------------------------------------
-// Thread `thread` of 256 has columns first + part * 1024 + 4 * thread .. + 4, part = 0 .. 4, so that a 64-column block belongs to
-// sixteen neighbouring threads.
+// A thread of 256 has 16 columns of a chunk: WIDTH neighbouring ones of each of its parts, so that a 64-column block belongs to
+// neighbouring threads. Four neighbouring columns, which share a counter of the generator, are a group.
 
 constexpr int32_t SAMPLE_THREADS = 256;
-constexpr int32_t SAMPLE_PARTS = SAMPLE_CHUNK / (4 * SAMPLE_THREADS);
+constexpr int32_t SAMPLE_COLUMNS = SAMPLE_CHUNK / SAMPLE_THREADS;
+constexpr int32_t SAMPLE_GROUPS = SAMPLE_COLUMNS / 4;
 
+// First column of the thread's group.
 template <typename E>
-DFLASH_HD void load_parts(const SampleRowsParams& p, int32_t row, int32_t first, int32_t thread, float (*x)[4]) {
-    const E* logits = static_cast<const E*>(p.logits) + int64_t(row) * p.row_stride;
-    bool aligned = rows_aligned<E>(p);
-    DFLASH_UNROLL
-    for (int32_t part = 0; part < SAMPLE_PARTS; ++part)
-        load4(logits, first + part * 4 * SAMPLE_THREADS + 4 * thread, p.vocab, aligned, x[part]);
+DFLASH_HD int32_t group_column(int32_t first, int32_t thread, int32_t group) {
+    constexpr int32_t OF_PART = WIDTH<E> / 4;
+    return first + group / OF_PART * (WIDTH<E> * SAMPLE_THREADS) + WIDTH<E> * thread + 4 * (group % OF_PART);
 }
 
-// `x`: what load_parts gave. All lanes of a warp call it.
-DFLASH_HD ScanState scan_thread(const SampleRowsParams& p, const SampleScratch& scratch, const OpenRow& row, int32_t index,
-                                const int32_t* path, const uint32_t* bits, int32_t first, int32_t thread, float (*x)[4]) {
-    ScanState state = scan_start();
-    Stream stream(row.s.seed, row.position, DOMAIN_DRAW);
-    bool edit = edits(row.s), plain = is_plain(row.s);
-    float bar = -infinity();
+// A thread's columns of a chunk as they lie in memory.
+template <typename E>
+struct Columns {
+    uint32_t w[SAMPLE_COLUMNS * sizeof(E) / 4];
+};
+
+// WIDTH neighbouring columns where they cannot be loaded at once: the end of a row, or rows that are not aligned.
+template <typename E>
+DFLASH_HD void load_apart(const E* row, int32_t column, int32_t vocab, bool aligned, uint32_t* out) {
+    constexpr int32_t PER_WORD = 4 / int32_t(sizeof(E)), WORDS = 4 / PER_WORD; // of four columns
     DFLASH_UNROLL
-    for (int32_t part = 0; part < SAMPLE_PARTS; ++part) {
-        int32_t column = first + part * 4 * SAMPLE_THREADS + 4 * thread;
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < 4; ++i) state.raw_top = x[part][i] > state.raw_top ? x[part][i] : state.raw_top;
-        if (edit) edit4(p, row, path, bits, first, column, x[part]);
-        float largest = -infinity();
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < 4; ++i) {
-            state.bad |= is_bad(x[part][i]);
-            if (x[part][i] > largest) largest = x[part][i];
-            if (x[part][i] > state.top.score) state.top = {x[part][i], uint32_t(column + i)};
+    for (int32_t at = 0; at < WIDTH<E>; at += 4) {
+        uint32_t* words = out + at / PER_WORD;
+        if (aligned && column + at + 4 <= vocab) {
+            load_words<WORDS>(row + column + at, words);
+            continue;
         }
-        put_maximum(&scratch.maxima[scratch.block(index, column)], largest, thread);
-        if (plain) {
-            float t[4];
-            bool kept[4];
-            DFLASH_UNROLL
-            for (int32_t i = 0; i < 4; ++i) {
-                t[i] = mul(x[part][i], row.scale);
-                kept[i] = true;
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < WORDS; ++i) {
+            int32_t first = column + at + i * PER_WORD;
+            if constexpr (sizeof(E) == 4) {
+                words[i] = bits_of(first < vocab ? row[first] : -infinity());
+            } else {
+                uint32_t low = first < vocab ? row[first] : 0xff80u, high = first + 1 < vocab ? row[first + 1] : 0xff80u;
+                words[i] = low | high << 16;
             }
-            draw4(stream, column, t, kept, bar, state.draw);
-            bar = raise_bar(state.draw.score > bar ? state.draw.score : bar);
         }
     }
-    return state;
+}
+
+// The thread's columns, -inf beyond the vocabulary. Nothing is done with them yet: all loads are under way together.
+template <typename E>
+DFLASH_HD Columns<E> load_columns(const SampleRowsParams& p, int32_t row, int32_t first, int32_t thread) {
+    const E* logits = static_cast<const E*>(p.logits) + int64_t(row) * p.row_stride;
+    Columns<E> c;
+    if (rows_aligned<E>(p, 16) && first + SAMPLE_CHUNK <= p.vocab) {
+        DFLASH_UNROLL
+        for (int32_t part = 0; part < SAMPLE_COLUMNS / WIDTH<E>; ++part)
+            load_words<4>(logits + group_column<E>(first, thread, part * WIDTH<E> / 4), c.w + 4 * part);
+    } else {
+        bool aligned = rows_aligned<E>(p, 4 * sizeof(E));
+        DFLASH_UNROLL
+        for (int32_t part = 0; part < SAMPLE_COLUMNS / WIDTH<E>; ++part)
+            load_apart(logits, group_column<E>(first, thread, part * WIDTH<E> / 4), p.vocab, aligned, c.w + 4 * part);
+    }
+    return c;
+}
+
+DFLASH_HD void unpack(const Columns<float>& c, float* x) {
+    DFLASH_UNROLL
+    for (int32_t i = 0; i < SAMPLE_COLUMNS; ++i) x[i] = float_of(c.w[i]);
+}
+
+DFLASH_HD void unpack(const Columns<uint16_t>& c, float* x) {
+    DFLASH_UNROLL
+    for (int32_t i = 0; i < SAMPLE_COLUMNS; i += 2) {
+        x[i] = float_of(c.w[i / 2] << 16);
+        x[i + 1] = float_of(c.w[i / 2] & 0xffff0000u);
+    }
+}
+
+// The thread's raw logits to edited ones, in place. One after the other: there are few.
+template <typename E>
+DFLASH_HD void edit_columns(const SampleRowsParams& p, const OpenRow& row, const int32_t* path, const uint32_t* bits,
+                            int32_t first, int32_t thread, float* x) {
+    uint32_t flags = 0;
+    DFLASH_UNROLL
+    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) {
+        int32_t at = group_column<E>(0, thread, g);
+        flags |= (bits[at / 32] >> (at % 32) & 15) << (4 * g);
+    }
+    DFLASH_ROLLED
+    for (; flags != 0; flags &= flags - 1) {
+        int32_t mine = lowest_bit(flags), column = group_column<E>(first, thread, mine / 4) + mine % 4;
+        if (column >= p.vocab) break;
+        float raw = x[0];
+        DFLASH_UNROLL
+        for (int32_t i = 1; i < SAMPLE_COLUMNS; ++i) raw = mine == i ? x[i] : raw;
+        float value = edited(p, row, path, column, raw);
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < SAMPLE_COLUMNS; ++i) x[i] = mine == i ? value : x[i];
+    }
+}
+
+// Largest of the threads of a 64-column block; the first of them writes it. All lanes of a warp call it.
+template <typename E>
+DFLASH_HD void put_maximum(float* at, float x, int32_t thread) {
+    constexpr int32_t THREADS = SAMPLE_BLOCK / WIDTH<E>;
+#if DFLASH_ON_DEVICE
+    for (int offset = THREADS / 2; offset > 0; offset /= 2) x = larger(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    if (thread % THREADS == 0) *at = x;
+#else
+    if (thread % THREADS == 0 || x > *at) *at = x;
+#endif
+}
+
+// What a thread knows of its columns of a chunk.
+struct ThreadScan {
+    float top;                   // largest logit after the edits; NaN if there is one
+    uint32_t base;               // WIDTH columns from here on have it, those before do not
+    float raw_top;               // largest before
+    float bounds[SAMPLE_GROUPS]; // of what a group's columns can score; -inf where the scan does not draw
+};
+
+// `x`: its logits. All lanes of a warp call it.
+template <typename E>
+DFLASH_HD ThreadScan scan_thread(const SampleRowsParams& p, const SampleScratch& scratch, const OpenRow& row, int32_t index,
+                                 const int32_t* path, const uint32_t* bits, int32_t first, int32_t thread, float* x) {
+    ThreadScan s;
+    bool edit = edits(row.s);
+    if (edit) {
+        s.raw_top = x[0];
+        DFLASH_UNROLL
+        for (int32_t i = 1; i < SAMPLE_COLUMNS; ++i) s.raw_top = larger(s.raw_top, x[i]);
+        edit_columns<E>(p, row, path, bits, first, thread, x);
+    }
+    s.top = -infinity();
+    s.base = NO_COLUMN;
+    bool filtered = selects(row.s) || has_floor(row.s);
+    DFLASH_UNROLL
+    for (int32_t at = 0; at < SAMPLE_COLUMNS; at += WIDTH<E>) {
+        int32_t column = group_column<E>(first, thread, at / 4);
+        float largest = x[at];
+        DFLASH_UNROLL
+        for (int32_t i = 1; i < WIDTH<E>; ++i) largest = larger(largest, x[at + i]);
+        if (filtered) put_maximum<E>(&scratch.maxima[scratch.block(index, column)], largest, thread);
+        if (largest > s.top) s.base = uint32_t(column); // of a row with a NaN nobody asks
+        s.top = larger(s.top, largest);
+    }
+    if (!edit) s.raw_top = s.top;
+    DFLASH_UNROLL
+    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) s.bounds[g] = -infinity();
+    if (is_plain(row.s)) {
+        Stream stream(row.s.seed, row.position, DOMAIN_DRAW);
+        // Two at once: the registers of four would not do.
+        DFLASH_UNROLL
+        for (int32_t g = 0; g < SAMPLE_GROUPS; g += 2) {
+            Words words[2];
+            DFLASH_UNROLL
+            for (int32_t i = 0; i < 2; ++i) words[i] = stream.counter(uint32_t(group_column<E>(first, thread, g + i)));
+            philox4x32_10(words, stream.key0, stream.key1);
+            DFLASH_UNROLL
+            for (int32_t i = 0; i < 2; ++i) {
+                float t[4];
+                DFLASH_UNROLL
+                for (int32_t k = 0; k < 4; ++k) t[k] = mul(x[4 * (g + i) + k], row.scale);
+                s.bounds[g + i] = bound4(t, words[i]);
+            }
+        }
+    }
+    return s;
+}
+
+DFLASH_HD float best_bound(const ThreadScan& s) {
+    float bound = s.bounds[0];
+    DFLASH_UNROLL
+    for (int32_t g = 1; g < SAMPLE_GROUPS; ++g) bound = fmaxf(bound, s.bounds[g]);
+    return bound;
+}
+
+// The thread's groups that may reach `bar`, a bit each.
+DFLASH_HD uint32_t groups_above(const ThreadScan& s, float bar) {
+    uint32_t groups = 0;
+    DFLASH_UNROLL
+    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) groups |= uint32_t(s.bounds[g] >= bar && s.bounds[g] > -infinity()) << g;
+    return groups;
+}
+
+// The exact draw among these groups of the thread.
+template <typename E>
+DFLASH_HD Best draw_groups(const SampleRowsParams& p, const OpenRow& row, int32_t index, const int32_t* path,
+                           const uint32_t* bits, int32_t first, int32_t thread, uint32_t groups, float bar) {
+    const E* logits = static_cast<const E*>(p.logits) + int64_t(index) * p.row_stride;
+    Stream stream(row.s.seed, row.position, DOMAIN_DRAW);
+    Best best = nothing();
+    DFLASH_ROLLED
+    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) {
+        if (!(groups >> g & 1)) continue;
+        int32_t column = group_column<E>(first, thread, g);
+        float t[4];
+        bool kept[4];
+        load4(logits, column, p.vocab, rows_aligned<E>(p, 4 * sizeof(E)), t);
+        if (edits(row.s)) edit4(p, row, path, bits, first, column, t);
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < 4; ++i) {
+            t[i] = mul(t[i], row.scale);
+            kept[i] = true;
+        }
+        draw4(stream, column, t, kept, best.score > bar ? best.score : bar, best);
+    }
+    return best;
+}
+
+// The raw logit of a column; -inf beyond the vocabulary.
+template <typename E>
+DFLASH_HD float raw_of(const SampleRowsParams& p, int32_t index, int32_t column) {
+    if (column >= p.vocab) return -infinity();
+    return widen((static_cast<const E*>(p.logits) + int64_t(index) * p.row_stride)[column]);
 }
 
 // ---- what the chunks say together ---------------------------------------------------------------------------------------
@@ -437,36 +636,69 @@ DFLASH_HD int32_t bin_of(float d) {
     return x < float(SAMPLE_BINS - 1) ? int32_t(x) : SAMPLE_BINS - 1;
 }
 
-// Adds the thread's columns to the block's bins and returns their raw mass.
-DFLASH_HD uint64_t mass_thread(const SampleRowsParams& p, const OpenRow& row, const RowTop& top, const int32_t* path,
-                               const uint32_t* bits, int32_t first, int32_t thread, float (*x)[4], uint32_t* counts,
-                               uint64_t* masses) {
-    uint64_t raw = 0;
-    bool edit = edits(row.s), select = selects(row.s), nucleus = row.s.top_p < 1.0f;
+// Bins of one block. A mass is in two halves: in shared memory the hardware adds 32 bits at a time.
+template <int32_t N>
+struct Bins {
+    uint32_t counts[N];
+    uint32_t low[N];
+    uint32_t high[N];
+
+    DFLASH_HD void clear(int32_t bin) { counts[bin] = low[bin] = high[bin] = 0; }
+    DFLASH_HD uint64_t mass(int32_t bin) const { return uint64_t(high[bin]) << 32 | low[bin]; }
+};
+
+using BlockBins = Bins<SAMPLE_BINS>;
+using Digits = Bins<256>;
+
+template <int32_t N>
+DFLASH_HD void add_mass(Bins<N>& bins, int32_t bin, uint64_t mass) {
+    uint32_t low = uint32_t(mass), before = atomic_add(&bins.low[bin], low);
+    uint32_t high = uint32_t(mass >> 32) + (before + low < low ? 1 : 0);
+    if (high) atomic_add(&bins.high[bin], high);
+}
+
+// What the thread's raw logits weigh. A function of its own: few rows ask.
+DFLASH_HD uint64_t raw_mass(const float* x, float raw_top) {
+    uint64_t mass = 0;
     DFLASH_UNROLL
-    for (int32_t part = 0; part < SAMPLE_PARTS; ++part) {
-        int32_t column = first + part * 4 * SAMPLE_THREADS + 4 * thread;
-        if (p.logprobs) {
-            DFLASH_UNROLL
-            for (int32_t i = 0; i < 4; ++i) {
-                float d = sub(x[part][i], top.raw_top);
-                if (d >= NEGLIGIBLE) raw += weight(d);
-            }
-        }
-        if (!select) continue;
-        if (edit) edit4(p, row, path, bits, first, column, x[part]);
+    for (int32_t i = 0; i < SAMPLE_COLUMNS; ++i) {
+        float d = sub(x[i], raw_top);
+        if (d >= NEGLIGIBLE) mass += weight(d);
+    }
+    return mass;
+}
+
+// Adds the columns of the thread of a row with top-k or top-p to the block's bins and returns whether there was anything to add. Only
+// top-k needs counts, and only top-p masses. `rest` becomes the number of columns in the last bin, which only top-k counts.
+template <typename E>
+DFLASH_HD bool mass_thread(const SampleRowsParams& p, const OpenRow& row, const RowTop& top, const int32_t* path,
+                           const uint32_t* bits, int32_t first, int32_t thread, float* x, BlockBins& bins, uint32_t& rest) {
+    rest = 0;
+    bool nucleus = row.s.top_p < 1.0f, count = row.s.top_k > 0, any = false;
+    // Above the last bin, or whatever changes a sum.
+    if (edits(row.s)) edit_columns<E>(p, row, path, bits, first, thread, x);
+    float lightest = count ? float_of(0xc1ffbfffu) : NEGLIGIBLE;
+    DFLASH_UNROLL
+    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) {
+        int32_t column = group_column<E>(first, thread, g);
+        float* of = x + 4 * g;
+        if (count) rest += uint32_t(max_of(0, min_of(4, p.vocab - column)));
+        float largest = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
+        if (!(sub(mul(largest, row.scale), top.top) >= lightest)) continue;
+        any = true;
         DFLASH_UNROLL
         for (int32_t i = 0; i < 4; ++i) {
-            if (column + i >= p.vocab) continue;
-            float d = sub(mul(x[part][i], row.scale), top.top);
-            // Lighter columns change no sum; only top-k has to count them.
-            if (d < NEGLIGIBLE && row.s.top_k <= 0) continue;
+            float d = sub(mul(of[i], row.scale), top.top);
+            if (!(d >= lightest)) continue;
             int32_t bin = bin_of(d);
-            atomic_add(&counts[bin], 1u);
-            if (nucleus && d >= NEGLIGIBLE) atomic_add(&masses[bin], weight(d));
+            if (count) {
+                atomic_add(&bins.counts[bin], 1u);
+                --rest;
+            }
+            if (nucleus && d >= NEGLIGIBLE) add_mass(bins, bin, weight(d));
         }
     }
-    return raw;
+    return any;
 }
 
 // ---- where the prefix ends ----------------------------------------------------------------------------------------------
@@ -490,10 +722,8 @@ DFLASH_HD Budget budget_of(const SamplingRow& s, uint64_t total_mass) {
     return b;
 }
 
-// Whether the prefix ends among columns of this count and mass.
-DFLASH_HD bool ends_within(const Budget& b, uint64_t count, uint64_t mass) {
-    return count > 0 && (count >= b.count || mass >= b.mass);
-}
+// Whether the prefix ends among columns of this count and mass. A budget is never 0: what ends there has columns.
+DFLASH_HD bool ends_within(const Budget& b, uint64_t count, uint64_t mass) { return count >= b.count || mass >= b.mass; }
 
 // The bin with the prefix's last column, and the budget left on entering it; SAMPLE_BINS if all columns are kept.
 struct Edge {
@@ -513,48 +743,40 @@ DFLASH_HD Edge edge_walk(const uint32_t* counts, const uint64_t* masses, int32_t
 
 // ---- pick -------------------------------------------------------------------------------------------------------------
 
-DFLASH_HD uint64_t candidate_of(float t, uint32_t id) { return uint64_t(order_key(t)) << 32 | uint64_t(~id); }
-DFLASH_HD float candidate_value(uint64_t c) { return value_of_key(uint32_t(c >> 32)); }
-DFLASH_HD uint32_t candidate_id(uint64_t c) { return ~uint32_t(c); }
+// Whether `pick` has to look at a block of columns. `edge` is SAMPLE_BINS without top-k and top-p.
+DFLASH_HD bool is_seen(const SampleScratch& scratch, const OpenRow& row, int32_t index, const RowTop& top, int32_t edge,
+                       int32_t column, int32_t vocab) {
+    if (column >= vocab) return false;
+    float highest = sub(mul(scratch.maxima[scratch.block(index, column)], row.scale), top.top);
+    // A column below the floor is never drawn, but it is listed if it counts towards where the prefix ends.
+    return edge < SAMPLE_BINS ? bin_of(highest) <= edge : highest >= row.floor;
+}
 
-// Draws among kept columns ahead of the edge and lists those of the edge's bin. `edge` is SAMPLE_BINS without top-k and top-p.
+// Draws among those of four columns that are kept and ahead of the edge, and lists those of the edge's bin.
 template <typename E>
-DFLASH_HD Best pick_thread(const SampleRowsParams& p, const SampleScratch& scratch, const OpenRow& row, int32_t index,
-                           const RowTop& top, int32_t edge, const int32_t* path, const uint32_t* bits, int32_t first,
-                           int32_t thread) {
-    Best best = nothing();
+DFLASH_HD void pick4(const SampleRowsParams& p, const SampleScratch& scratch, const OpenRow& row, int32_t index,
+                     const RowTop& top, int32_t edge, const int32_t* path, const uint32_t* bits, int32_t first, int32_t column,
+                     float bar, Best& best) {
+    if (column >= p.vocab) return;
     const E* logits = static_cast<const E*>(p.logits) + int64_t(index) * p.row_stride;
-    Stream stream(row.s.seed, row.position, DOMAIN_DRAW);
-    bool edit = edits(row.s), aligned = rows_aligned<E>(p);
-    float bar = -infinity();
+    float t[4];
+    bool kept[4], any = false;
+    load4(logits, column, p.vocab, rows_aligned<E>(p, 4 * sizeof(E)), t);
+    if (edits(row.s)) edit4(p, row, path, bits, first, column, t);
     DFLASH_UNROLL
-    for (int32_t part = 0; part < SAMPLE_PARTS; ++part) {
-        int32_t column = first + part * 4 * SAMPLE_THREADS + 4 * thread;
-        float highest = sub(mul(scratch.maxima[scratch.block(index, column)], row.scale), top.top);
-        // A column below the floor is never drawn, but it is listed if it counts towards where the prefix ends.
-        bool seen = column < p.vocab && (edge < SAMPLE_BINS ? bin_of(highest) <= edge : highest >= row.floor);
-        if (seen) {
-            float x[4], t[4];
-            bool kept[4];
-            load4(logits, column, p.vocab, aligned, x);
-            if (edit) edit4(p, row, path, bits, first, column, x);
-            DFLASH_UNROLL
-            for (int32_t i = 0; i < 4; ++i) {
-                t[i] = mul(x[i], row.scale);
-                float d = sub(t[i], top.top);
-                int32_t bin = bin_of(d);
-                kept[i] = column + i < p.vocab && bin < edge && d >= row.floor;
-                if (column + i < p.vocab && bin == edge) {
-                    uint32_t at = atomic_add(&scratch.listed[int64_t(index) * 4], 1u);
-                    if (at < SAMPLE_CANDIDATES)
-                        scratch.candidates[int64_t(index) * SAMPLE_CANDIDATES + at] = candidate_of(t[i], uint32_t(column + i));
-                }
-            }
-            draw4(stream, column, t, kept, bar, best);
+    for (int32_t i = 0; i < 4; ++i) {
+        t[i] = mul(t[i], row.scale);
+        float d = sub(t[i], top.top);
+        int32_t bin = bin_of(d);
+        kept[i] = column + i < p.vocab && bin < edge && d >= row.floor;
+        any = any || kept[i];
+        if (column + i < p.vocab && bin == edge) {
+            uint32_t at = atomic_add(&scratch.listed[int64_t(index) * 4], 1u);
+            if (at < SAMPLE_CANDIDATES)
+                scratch.candidates[int64_t(index) * SAMPLE_CANDIDATES + at] = candidate_of(t[i], uint32_t(column + i));
         }
-        bar = raise_bar(best.score > bar ? best.score : bar);
     }
-    return best;
+    if (any) draw4(Stream(row.s.seed, row.position, DOMAIN_DRAW), column, t, kept, bar, best);
 }
 
 // ---- finish -----------------------------------------------------------------------------------------------------------
@@ -590,26 +812,26 @@ struct EdgeColumns {
 // Radix selection, one digit of 8 bits: adds the thread's candidates that agree with `prefix` above `shift + 8`.
 template <typename E>
 DFLASH_HD void digit_thread(const EdgeColumns<E>& columns, bool listed, int32_t size, uint64_t prefix, int32_t shift,
-                            uint32_t* counts, uint64_t* masses, int32_t thread, int32_t threads) {
+                            Digits& digits, int32_t thread, int32_t threads) {
     for (int32_t i = thread; i < size; i += threads) {
         uint64_t c;
         if (!columns.get(i, listed, &c)) continue;
         if (shift < 56 && (c >> (shift + 8)) != (prefix >> (shift + 8))) continue;
         int32_t digit = int32_t(c >> shift & 255);
-        atomic_add(&counts[digit], 1u);
-        atomic_add(&masses[digit], weight(sub(candidate_value(c), columns.top.top)));
+        atomic_add(&digits.counts[digit], 1u);
+        add_mass(digits, digit, weight(sub(candidate_value(c), columns.top.top)));
     }
 }
 
 // One thread: the digit at which the prefix ends (largest digits first); `left` becomes the budget within it.
-DFLASH_HD int32_t choose_digit(const uint32_t* counts, const uint64_t* masses, Budget& left) {
+DFLASH_HD int32_t choose_digit(const Digits& digits, Budget& left) {
     int32_t last = 0;
     for (int32_t digit = 255; digit >= 0; --digit) {
-        if (counts[digit] == 0) continue;
+        if (digits.counts[digit] == 0) continue;
         last = digit;
-        if (ends_within(left, counts[digit], masses[digit])) return digit;
-        if (left.count != UINT64_MAX) left.count -= counts[digit];
-        if (left.mass != UINT64_MAX) left.mass -= masses[digit];
+        if (ends_within(left, digits.counts[digit], digits.mass(digit))) return digit;
+        if (left.count != UINT64_MAX) left.count -= digits.counts[digit];
+        if (left.mass != UINT64_MAX) left.mass -= digits.mass(digit);
     }
     return last; // all are kept: the smallest one ends the prefix
 }

@@ -2,7 +2,8 @@
 //
 // The first three have a block per row and chunk of columns, so that few rows still fill the device; a row that does not need
 // one leaves it at once. Columns are read once by `scan`; `mass` reads them again where a filter or a log-probability asks
-// (from the second-level cache for a batch that fits); `pick` reads blocks of columns that can matter.
+// (from the second-level cache for a batch that fits); `pick` reads blocks of columns that can matter. What is found is merged within
+// warps, as integers of the same order, and then by the first warp.
 #include "logic_sample.cuh"
 
 namespace dflash {
@@ -15,15 +16,19 @@ struct RowShared {
     OpenRow row;
     int32_t path[ACCEPT_MAX_NODES];
     uint32_t bits[SAMPLE_CHUNK / 32];
-    ScanState states[WARPS];
-    RowTop top;
+};
+
+// A block's draw: the best so far, as a candidate, and the key of its score, which threads look at meanwhile.
+struct DrawShared {
+    uint64_t best;
+    uint32_t reached;
 };
 
 // Opens the row; false for padding. `first`: the chunk whose edited columns are marked, or -1.
 __device__ bool open_shared(const SampleRowsParams& p, RowShared& s, int32_t index, int32_t first) {
     int32_t thread = int32_t(threadIdx.x);
     if (thread == 0) s.row.request = -1;
-    for (int32_t i = thread; i < SAMPLE_CHUNK / 32; i += SAMPLE_THREADS) s.bits[i] = 0;
+    if (thread < SAMPLE_CHUNK / 32) s.bits[thread] = 0;
     __syncthreads();
     find_request(p, index, &s.row.request, thread, SAMPLE_THREADS);
     __syncthreads();
@@ -40,31 +45,65 @@ __device__ bool open_shared(const SampleRowsParams& p, RowShared& s, int32_t ind
     return true;
 }
 
+__device__ void offer(DrawShared& d, const Best& best) {
+    if (best.id == NO_COLUMN) return;
+    atomic_max(&d.best, candidate_of(best.score, best.id));
+    atomic_max(&d.reached, order_key(best.score));
+}
+
+__device__ Best drawn(const DrawShared& d) {
+    if (d.best == 0) return nothing();
+    return {candidate_value(d.best), candidate_id(d.best)};
+}
+
+// Of logits and columns that have them, the largest and the first that has it; all lanes get them.
+struct Top {
+    uint32_t key, column, raw;
+};
+
+__device__ Top merge_tops(const Top& t) {
+    uint32_t key = __reduce_max_sync(ALL, t.key);
+    return {key, __reduce_min_sync(ALL, t.key == key ? t.column : NO_COLUMN), __reduce_max_sync(ALL, t.raw)};
+}
+
+// Key of infinity: what is above it is NaN.
+constexpr uint32_t BAD_KEY = 0xff800000u;
+
+// One warp: what the chunks say of the row.
+__device__ RowTop top_of_chunks(const SampleScratch& scratch, const OpenRow& row, int32_t index) {
+    uint32_t key = 0, raw = 0;
+    DFLASH_ROLLED
+    for (int32_t c = int32_t(threadIdx.x % 32); c < scratch.num_chunks; c += 32) {
+        const SampleChunk& chunk = scratch.chunks[int64_t(index) * scratch.num_chunks + c];
+        uint32_t other = order_key(chunk.top), other_raw = order_key(chunk.raw_top);
+        key = other > key ? other : key;
+        raw = other_raw > raw ? other_raw : raw;
+    }
+    Top top = merge_tops({key, 0, raw});
+    ScanState all = scan_start();
+    all.top.score = value_of_key(top.key);
+    all.raw_top = value_of_key(top.raw);
+    all.bad = top.key >= BAD_KEY;
+    return row_top(row, all);
+}
+
 __device__ Best shuffle(const Best& b, int offset) {
     return {__shfl_xor_sync(ALL, b.score, offset), __shfl_xor_sync(ALL, b.id, offset)};
 }
 
-// All threads get the merged state.
-__device__ ScanState merge_block(RowShared& s, ScanState state) {
+// One warp: the chunks' results together; `draw` holds the best draw so far.
+__device__ ScanState merge_chunks(const SampleScratch& scratch, int32_t index) {
+    ScanState state = scan_start();
+    DFLASH_ROLLED
+    for (int32_t c = int32_t(threadIdx.x % 32); c < scratch.num_chunks; c += 32)
+        merge(state, scan_of(scratch.chunks[int64_t(index) * scratch.num_chunks + c]));
+    DFLASH_ROLLED
     for (int offset = 16; offset > 0; offset /= 2) {
         ScanState other = {shuffle(state.top, offset), shuffle(state.draw, offset), __shfl_xor_sync(ALL, state.raw_top, offset),
                            __shfl_xor_sync(ALL, state.bad, offset)};
         merge(state, other);
     }
-    __syncthreads(); // earlier readers of s.states are done
-    if (threadIdx.x % 32 == 0) s.states[threadIdx.x / 32] = state;
-    __syncthreads();
-    state = s.states[0];
-    for (int32_t w = 1; w < WARPS; ++w) merge(state, s.states[w]);
     return state;
-}
-
-// The chunks' results together. `draw` holds the best draw so far.
-__device__ ScanState merge_chunks(const SampleScratch& scratch, RowShared& s, int32_t index) {
-    ScanState state = scan_start();
-    for (int32_t c = int32_t(threadIdx.x); c < scratch.num_chunks; c += SAMPLE_THREADS)
-        merge(state, scan_of(scratch.chunks[int64_t(index) * scratch.num_chunks + c]));
-    return merge_block(s, state);
 }
 
 struct EdgeShared {
@@ -105,8 +144,8 @@ __device__ Edge find_edge(const SampleScratch& scratch, EdgeShared& e, const Ope
     uint64_t mass = 0;
     DFLASH_UNROLL
     for (int32_t i = 0; i < PER_THREAD; ++i) {
-        count += counts[thread * PER_THREAD + i];
-        mass += masses[thread * PER_THREAD + i];
+        count += fresh(&counts[thread * PER_THREAD + i]);
+        mass += fresh(&masses[thread * PER_THREAD + i]);
     }
     e.counts[thread] = count;
     e.masses[thread] = mass;
@@ -121,20 +160,43 @@ __device__ Edge find_edge(const SampleScratch& scratch, EdgeShared& e, const Ope
         for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(ALL, total, offset);
         Budget budget = budget_of(row.s, total);
         int32_t bin = SAMPLE_BINS, group = edge_lane(own_count, own_mass, budget);
-        if (group >= 0) bin = group * 32 + edge_lane(counts[group * 32 + thread], masses[group * 32 + thread], budget);
+        if (group >= 0)
+            bin = group * 32 + edge_lane(fresh(&counts[group * 32 + thread]), fresh(&masses[group * 32 + thread]), budget);
         if (thread == 0) e.edge = {bin, budget};
     }
     __syncthreads();
     return e.edge;
 }
 
+// One warp: choose_digit, a lane for eight digits and then for one of the eight where the prefix ends.
+__device__ int32_t edge_digit(const Digits& digits, Budget& left) {
+    constexpr int32_t PER_LANE = 256 / 32;
+    int32_t lane = int32_t(threadIdx.x % 32);
+    uint64_t count = 0, mass = 0;
+    for (int32_t i = 0; i < PER_LANE; ++i) {
+        count += digits.counts[255 - PER_LANE * lane - i];
+        mass += digits.mass(255 - PER_LANE * lane - i);
+    }
+    int32_t group = edge_lane(count, mass, left);
+    if (group < 0) return choose_digit(digits, left);
+    int32_t digit = 255 - PER_LANE * group - lane;
+    bool mine = lane < PER_LANE;
+    return 255 - PER_LANE * group - edge_lane(mine ? digits.counts[digit] : 0, mine ? digits.mass(digit) : 0, left);
+}
+
 template <typename E>
 __device__ void scan(const SampleRowsParams& p) {
     __shared__ RowShared s;
-    int32_t index = int32_t(blockIdx.x), chunk = int32_t(blockIdx.y), thread = int32_t(threadIdx.x);
+    __shared__ DrawShared draw;
+    __shared__ uint32_t bound;
+    __shared__ Top tops[WARPS];
+    int32_t index = int32_t(blockIdx.x), chunk = int32_t(blockIdx.y), thread = int32_t(threadIdx.x), lane = thread % 32;
     int32_t first = chunk * SAMPLE_CHUNK;
-    float x[SAMPLE_PARTS][4];
-    load_parts<E>(p, index, first, thread, x); // under way while the row is looked up
+    Columns<E> columns = load_columns<E>(p, index, first, thread); // under way while the row is looked up
+    if (thread == 0) {
+        draw = {0, 0};
+        bound = 0;
+    }
     if (!open_shared(p, s, index, first)) return;
     SampleScratch scratch(p);
     if (chunk == 0 && selects(s.row.s)) {
@@ -142,75 +204,175 @@ __device__ void scan(const SampleRowsParams& p) {
             scratch.counts[int64_t(index) * SAMPLE_BINS + bin] = 0;
             scratch.masses[int64_t(index) * SAMPLE_BINS + bin] = 0;
         }
-        if (thread == 0) scratch.listed[int64_t(index) * 4] = 0;
+        if (thread < 2) scratch.listed[int64_t(index) * 4 + thread] = 0;
     }
-    ScanState state = merge_block(s, scan_thread(p, scratch, s.row, index, s.path, s.bits, first, thread, x));
-    if (thread == 0) {
+    float x[SAMPLE_COLUMNS];
+    unpack(columns, x);
+    ThreadScan mine = scan_thread<E>(p, scratch, s.row, index, s.path, s.bits, first, thread, x);
+    bool plain = is_plain(s.row.s);
+    Top top = merge_tops({order_key(mine.top), mine.base, order_key(mine.raw_top)});
+    if (lane == 0) tops[thread / 32] = top;
+    if (plain) {
+        uint32_t best = __reduce_max_sync(ALL, order_key(best_bound(mine)));
+        if (lane == 0) atomic_max(&bound, best);
+    }
+    __syncthreads();
+    if (plain) {
+        // Exactly first where most can come of it: what is reached there is mostly out of reach for all others.
+        float least = value_of_key(bound), reached = -infinity();
+        uint32_t done = 0;
+        DFLASH_ROLLED
+        for (int32_t turn = 0; turn < 2; ++turn) {
+            uint32_t groups = groups_above(mine, least) & ~done;
+            if (groups) offer(draw, draw_groups<E>(p, s.row, index, s.path, s.bits, first, thread, groups, reached));
+            done = groups;
+            __syncthreads();
+            least = reached = value_of_key(draw.reached);
+            __syncthreads(); // all have read it
+        }
+    }
+    if (thread >= 32) return;
+    top = lane < WARPS ? tops[lane] : Top{0, NO_COLUMN, 0};
+    top = merge_tops(top);
+    // Which of the columns has it.
+    float value = value_of_key(top.key), logit = 0.0f;
+    int32_t column = int32_t(top.column) + lane;
+    bool among = top.column != NO_COLUMN && lane < WIDTH<E>;
+    if (among) logit = raw_of<E>(p, index, column);
+    if (among && edits(s.row.s) && column < p.vocab) logit = edited(p, s.row, s.path, column, logit);
+    unsigned having = __ballot_sync(ALL, among && logit == value);
+    if (lane == 0) {
+        Best best = drawn(draw);
         SampleChunk& c = scratch.chunks[int64_t(index) * scratch.num_chunks + chunk];
-        c = {0, state.top.score, state.top.id, state.raw_top, state.bad, state.draw.score, state.draw.id};
+        uint32_t id = having ? top.column + uint32_t(lowest_bit(having)) : NO_COLUMN;
+        c = {0, value, id, value_of_key(top.raw), top.key >= BAD_KEY, best.score, best.id};
     }
+}
+
+// Adds the block's bins to the row's.
+__device__ void flush(const SampleScratch& scratch, const BlockBins& bins, int32_t index) {
+    for (int32_t bin = int32_t(threadIdx.x); bin < SAMPLE_BINS; bin += SAMPLE_THREADS) {
+        uint32_t count = bins.counts[bin];
+        uint64_t mass = bins.mass(bin);
+        if (count) atomic_add(&scratch.counts[int64_t(index) * SAMPLE_BINS + bin], count);
+        if (mass) atomic_add(&scratch.masses[int64_t(index) * SAMPLE_BINS + bin], mass);
+    }
+}
+
+// All threads: whether all other blocks of the row have come here before. What they added is there then.
+__device__ bool is_last(const SampleScratch& scratch, uint32_t& before, int32_t index) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) before = atomic_add(&scratch.listed[int64_t(index) * 4 + 1], 1u);
+    __syncthreads();
+    bool last = before + 1 == uint32_t(scratch.num_chunks);
+    if (last) __threadfence();
+    return last;
 }
 
 template <typename E>
 __device__ void mass(const SampleRowsParams& p) {
     __shared__ RowShared s;
-    __shared__ uint64_t masses[SAMPLE_BINS];
-    __shared__ uint32_t counts[SAMPLE_BINS];
+    __shared__ BlockBins bins;
+    __shared__ EdgeShared e;
+    __shared__ RowTop top;
     __shared__ uint64_t raw_masses[WARPS];
+    __shared__ uint32_t before;
     int32_t index = int32_t(blockIdx.x), chunk = int32_t(blockIdx.y), thread = int32_t(threadIdx.x);
     int32_t first = chunk * SAMPLE_CHUNK;
     if (!open_shared(p, s, index, first)) return;
     bool select = selects(s.row.s);
     if (!select && !p.logprobs) return;
     SampleScratch scratch(p);
-    RowTop top = row_top(s.row, merge_chunks(scratch, s, index));
-    if (top.status != ROW_OK) return;
-    if (select) {
-        for (int32_t bin = thread; bin < SAMPLE_BINS; bin += SAMPLE_THREADS) {
-            counts[bin] = 0;
-            masses[bin] = 0;
-        }
-        __syncthreads();
+    Columns<E> columns = load_columns<E>(p, index, first, thread);
+    if (thread < 32) {
+        RowTop of_chunks = top_of_chunks(scratch, s.row, index);
+        if (thread == 0) top = of_chunks;
     }
-    float x[SAMPLE_PARTS][4];
-    load_parts<E>(p, index, first, thread, x);
-    uint64_t raw = mass_thread(p, s.row, top, s.path, s.bits, first, thread, x, counts, masses);
-    for (int offset = 16; offset > 0; offset /= 2) raw += __shfl_xor_sync(ALL, raw, offset);
-    if (thread % 32 == 0) raw_masses[thread / 32] = raw;
+    if (select) {
+        DFLASH_UNROLL
+        for (int32_t at = 0; at < SAMPLE_BINS; at += SAMPLE_THREADS) bins.clear(at + thread);
+    }
     __syncthreads();
-    if (thread == 0) {
+    if (top.status != ROW_OK) return;
+    float x[SAMPLE_COLUMNS];
+    unpack(columns, x);
+    uint64_t raw = 0;
+    if (p.logprobs) {
+        raw = raw_mass(x, top.raw_top);
+        for (int offset = 16; offset > 0; offset /= 2) raw += __shfl_xor_sync(ALL, raw, offset);
+        if (thread % 32 == 0) raw_masses[thread / 32] = raw;
+    }
+    bool any = false;
+    if (select) {
+        uint32_t rest;
+        any = mass_thread<E>(p, s.row, top, s.path, s.bits, first, thread, x, bins, rest);
+        if (s.row.s.top_k > 0) {
+            rest = __reduce_add_sync(ALL, rest);
+            if (thread % 32 == 0 && rest) atomic_add(&bins.counts[SAMPLE_BINS - 1], rest);
+            any = any || rest;
+        }
+    }
+    any = __syncthreads_or(any);
+    if (p.logprobs && thread == 0) {
         for (int32_t w = 1; w < WARPS; ++w) raw += raw_masses[w];
         scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].mass = raw;
     }
     if (!select) return;
-    for (int32_t bin = thread; bin < SAMPLE_BINS; bin += SAMPLE_THREADS) {
-        if (counts[bin]) atomic_add(&scratch.counts[int64_t(index) * SAMPLE_BINS + bin], counts[bin]);
-        if (masses[bin]) atomic_add(&scratch.masses[int64_t(index) * SAMPLE_BINS + bin], masses[bin]);
-    }
+    if (any) flush(scratch, bins, index);
+    // The row's last block finds where the prefix ends, for all blocks of `pick`.
+    if (!is_last(scratch, before, index)) return;
+    Edge edge = find_edge(scratch, e, s.row, index);
+    if (thread == 0) scratch.listed[int64_t(index) * 4 + 2] = uint32_t(edge.bin);
 }
 
 template <typename E>
 __device__ void pick(const SampleRowsParams& p) {
+    constexpr int32_t BLOCKS = SAMPLE_CHUNK / SAMPLE_BLOCK, TEAM = SAMPLE_BLOCK / 4; // a team takes a block of columns
     __shared__ RowShared s;
-    __shared__ EdgeShared e;
+    __shared__ RowTop top;
+    __shared__ DrawShared draw;
+    __shared__ uint32_t seen;
+    __shared__ uint8_t blocks[BLOCKS];
     int32_t index = int32_t(blockIdx.x), chunk = int32_t(blockIdx.y), thread = int32_t(threadIdx.x);
     int32_t first = chunk * SAMPLE_CHUNK;
     if (!open_shared(p, s, index, first)) return;
     bool select = selects(s.row.s);
     if (!select && !has_floor(s.row.s)) return;
     SampleScratch scratch(p);
-    ScanState all = merge_chunks(scratch, s, index);
-    RowTop top = row_top(s.row, all);
+    if (thread < 32) {
+        RowTop of_chunks = top_of_chunks(scratch, s.row, index);
+        if (thread == 0) {
+            top = of_chunks;
+            draw = {0, 0};
+            seen = 0;
+        }
+    }
+    __syncthreads();
     if (top.status != ROW_OK) return;
-    int32_t edge = select ? find_edge(scratch, e, s.row, index).bin : SAMPLE_BINS;
-    ScanState state = scan_start();
-    state.draw = pick_thread<E>(p, scratch, s.row, index, top, edge, s.path, s.bits, first, thread);
-    state = merge_block(s, state);
-    // Only `best` changes; blocks of other chunks read `top` and `bad` of this one, and ignore `best`.
+    int32_t edge = select ? int32_t(scratch.listed[int64_t(index) * 4 + 2]) : SAMPLE_BINS;
+    if (thread < BLOCKS && is_seen(scratch, s.row, index, top, edge, first + thread * SAMPLE_BLOCK, p.vocab))
+        blocks[atomic_add(&seen, 1u)] = uint8_t(thread);
+    __syncthreads();
+    if (seen == 0) return; // `scan` has written that nothing is drawn here
+    Best best = nothing();
+    for (int32_t i = thread / TEAM; i < int32_t(seen); i += SAMPLE_THREADS / TEAM) {
+        uint32_t reached = peek(&draw.reached);
+        float bar = reached ? value_of_key(reached) : -infinity();
+        int32_t column = first + blocks[i] * SAMPLE_BLOCK + 4 * (thread % TEAM);
+        Best here = nothing();
+        pick4<E>(p, scratch, s.row, index, top, edge, s.path, s.bits, first, column, bar, here);
+        if (here.id != NO_COLUMN) atomic_max(&draw.reached, order_key(here.score));
+        best.offer(here.score, here.id);
+    }
+    offer(draw, best);
+    __syncthreads();
+    // Only `best` changes; blocks of other chunks read `top` and `raw_top` of this one, and ignore `best`.
     if (thread == 0) {
+        Best all = drawn(draw);
         SampleChunk& c = scratch.chunks[int64_t(index) * scratch.num_chunks + chunk];
-        c.best = state.draw.score;
-        c.best_id = state.draw.id;
+        c.best = all.score;
+        c.best_id = all.id;
     }
 }
 
@@ -218,10 +380,10 @@ template <typename E>
 __device__ void finish(const SampleRowsParams& p) {
     __shared__ RowShared s;
     __shared__ EdgeShared e;
-    __shared__ uint64_t masses[256];
-    __shared__ uint32_t counts[256];
+    __shared__ RowTop top;
+    __shared__ DrawShared draw;
+    __shared__ Digits digits;
     __shared__ uint64_t last;
-    __shared__ uint64_t raw_masses[WARPS];
     int32_t index = int32_t(blockIdx.x), thread = int32_t(threadIdx.x);
     if (!open_shared(p, s, index, -1)) {
         if (thread == 0) {
@@ -232,11 +394,19 @@ __device__ void finish(const SampleRowsParams& p) {
         return;
     }
     SampleScratch scratch(p);
-    ScanState all = merge_chunks(scratch, s, index);
-    RowTop top = row_top(s.row, all);
-    Best best = is_greedy(s.row.s) ? all.top : all.draw;
-    if (top.status == ROW_OK && selects(s.row.s)) {
-        Edge edge = find_edge(scratch, e, s.row, index);
+    Best best = nothing(); // of the first warp
+    if (thread < 32) {
+        ScanState all = merge_chunks(scratch, index);
+        best = is_greedy(s.row.s) ? all.top : all.draw;
+        if (thread == 0) {
+            top = row_top(s.row, all);
+            draw = {0, 0};
+        }
+    }
+    if (selects(s.row.s)) {
+        __syncthreads();
+        Edge edge = {SAMPLE_BINS, {0, 0}};
+        if (top.status == ROW_OK) edge = find_edge(scratch, e, s.row, index);
         if (edge.bin < SAMPLE_BINS) {
             EdgeColumns<E> columns = {p, scratch, s.row, top, s.path, index, edge.bin};
             bool listed = columns.in_list();
@@ -244,37 +414,36 @@ __device__ void finish(const SampleRowsParams& p) {
             uint64_t prefix = 0;
             Budget left = edge.left;
             for (int32_t shift = 56; shift >= 0; shift -= 8) {
-                counts[thread] = 0; // 256 threads, 256 digits
-                masses[thread] = 0;
+                digits.clear(thread); // 256 threads, 256 digits
                 __syncthreads();
-                digit_thread(columns, listed, size, prefix, shift, counts, masses, thread, SAMPLE_THREADS);
+                digit_thread(columns, listed, size, prefix, shift, digits, thread, SAMPLE_THREADS);
                 __syncthreads();
-                if (thread == 0) last = prefix | uint64_t(choose_digit(counts, masses, left)) << shift;
+                if (thread < 32) {
+                    int32_t digit = edge_digit(digits, left);
+                    if (thread == 0) last = prefix | uint64_t(digit) << shift;
+                }
                 __syncthreads();
                 prefix = last;
             }
-            ScanState state = scan_start();
-            state.draw = edge_draw_thread(columns, listed, size, prefix, thread, SAMPLE_THREADS);
-            state = merge_block(s, state);
-            best.offer(state.draw.score, state.draw.id);
+            offer(draw, edge_draw_thread(columns, listed, size, prefix, thread, SAMPLE_THREADS));
         }
-    }
-    if (p.logprobs) {
-        uint64_t raw = 0;
-        for (int32_t c = thread; c < scratch.num_chunks; c += SAMPLE_THREADS)
-            raw += scratch.chunks[int64_t(index) * scratch.num_chunks + c].mass;
-        for (int offset = 16; offset > 0; offset /= 2) raw += __shfl_xor_sync(ALL, raw, offset);
-        if (thread % 32 == 0) raw_masses[thread / 32] = raw;
         __syncthreads();
     }
+    if (thread >= 32) return;
+    uint64_t raw = 0;
+    if (p.logprobs) {
+        for (int32_t c = thread; c < scratch.num_chunks; c += 32)
+            raw += scratch.chunks[int64_t(index) * scratch.num_chunks + c].mass;
+        for (int offset = 16; offset > 0; offset /= 2) raw += __shfl_xor_sync(ALL, raw, offset);
+    }
     if (thread != 0) return;
+    Best of_edge = drawn(draw);
+    best.offer(of_edge.score, of_edge.id);
     bool ok = top.status == ROW_OK && best.id != NO_COLUMN;
     p.tokens[index] = ok ? int64_t(best.id) : -1;
     p.status[index] = top.status;
     if (p.logprobs) {
-        uint64_t raw = 0;
-        for (int32_t w = 0; w < WARPS; ++w) raw += raw_masses[w];
-        float logit = ok ? widen((static_cast<const E*>(p.logits) + int64_t(index) * p.row_stride)[best.id]) : 0.0f;
+        float logit = ok ? raw_of<E>(p, index, int32_t(best.id)) : 0.0f;
         p.logprobs[index] = ok ? logprob_of(logit, top.raw_top, raw) : float_of(0x7fc00000u);
     }
 }

@@ -9,8 +9,10 @@ nothing but this model; no GPU had a part in them:
 - An mma.m16n8k16 keeps a scheduler's tensor core busy for TENSOR_CLOCKS clocks.
 - Memory moves HBM_BYTES per second. What attention's splits write and read again (float32 partial results) moves, too; K and V are
   taken to come from memory once, whoever reads them again finding them in the second-level cache.
-- Blocks are dealt out evenly, whole ones: the multiprocessor with the most of them decides. Launches, the opening and the end of a
-  block, waiting for memory, and attention's combining kernel are left out, so all shares are upper bounds.
+- Blocks are dealt out evenly, whole ones: the multiprocessor with the most of them decides. Of sampling's blocks all warps are taken to
+  do what the first does. Left out are launches, waiting for memory, the opening and the end of attention's and the delta rule's blocks
+  (what they fetch to shared memory among it), and kernels before and behind these (attention's combining one, sampling's finishing one,
+  the delta rule's inputs), so all shares are upper bounds.
 - The time is the longest of the three; the share is (bytes that must move once) / (time x HBM_BYTES).
 """
 
@@ -37,13 +39,16 @@ ISSUED_PER_WARP = 0.275
 TENSOR_CLOCKS = 8
 # Keys of a split (dflash_rs.cuda.SPLIT_KEYS), rows of queries in a block, warps of a block.
 SPLIT_KEYS, ROWS, BLOCK_WARPS = 512, 64, 4
+# Columns of a state in a block of delta_rule.
+DELTA_COLUMNS = 64
 
 
 @dataclass(frozen=True)
 class Walk:
     """A walk through a kernel. Patterns match opcodes, or `function:opcode` for those inlined from that function.
 
-    With `loop` it goes once round the loop that has all instructions of this pattern. `issued`: how many instructions of a pattern
+    With `loop` it goes once round the loop that has all instructions of this pattern, with `inner` round the innermost one that has most
+    of them. `issued`: how many instructions of a pattern
     it has to have; where fewer lie on one way, the loop inside that has them is turned as often as it takes.
     """
 
@@ -54,6 +59,7 @@ class Walk:
     unwanted: str = ""
     loop: str = ""
     issued: tuple[str, int] | None = None
+    inner: bool = False
 
 
 def _attention(dim: int) -> Walk:
@@ -70,38 +76,45 @@ def _attention(dim: int) -> Walk:
     )
 
 
+# What few rows ask for, and columns that cannot be loaded at once.
+RARE = "edit4:|edit_columns:|edited:|open_path:|open_row:|mark_tokens:|mark_edits:|load_apart:|raw_mass:"
+
+
 def _scan(kind: str, load: str) -> list[Walk]:
+    """All are the first warp's, which merges what all have found."""
     kernel, unit = f"sample_scan_{kind}", "16_columns"
-    edits = "edit4:|open_path:|open_row:|mark_tokens:|mark_edits:"
-    read, gumbel = f"load4:{load}|put_maximum:SHFL|merge_block:SHFL", "gumbel_of_word:"
+    read = f"load_words:{load}|merge_tops:REDUX|raw_of:LDG"
+    maxima, draw, exact = "put_maximum:", "philox4x32_10:", "gumbel_of_word:"
     return [
-        Walk(kernel, "greedy", unit, read, f"{edits}|draw4:|philox4x32_10:|{gumbel}"),
-        Walk(kernel, "draw_all_below_the_bar", unit, f"{read}|philox4x32_10:", f"{edits}|{gumbel}"),
-        Walk(kernel, "draw_all_computed", unit, f"{read}|philox4x32_10:|{gumbel}", edits),
+        Walk(kernel, "greedy", unit, read, f"{RARE}|{maxima}|{draw}|{exact}"),
+        Walk(kernel, "filtered", unit, f"{read}|put_maximum:SHFL", f"{RARE}|{draw}|{exact}"),
+        Walk(kernel, "draw_none_computed", unit, f"{read}|bound4:", f"{RARE}|{maxima}|draw4:|{exact}"),
+        Walk(kernel, "draw_one_computed", unit, f"{read}|bound4:|{exact}", f"{RARE}|{maxima}"),
     ]
 
 
-def _top_p(kind: str, load: str) -> list[Walk]:
-    edits = "edit4:|open_path:|open_row:|mark_tokens:|mark_edits:"
-    read = f"load4:{load}|merge_block:SHFL|bin_of:"
+def _filters(kind: str, load: str) -> list[Walk]:
+    """The first warp's, too; other than the row's last block, which finds the edge."""
+    unit, start = "16_columns", "top_of_chunks:"
+    read = f"{start}|load_words:{load}|mass_thread:FMNMX|is_last:BAR"
     return [
-        Walk(f"sample_mass_{kind}", "top_p_none_weighs", "16_columns", read, f"{edits}|weight:|atomic_add:"),
-        Walk(f"sample_mass_{kind}", "top_p_all_weigh", "16_columns", f"{read}|weight:|atomic_add:", edits),
-        Walk(
-            f"sample_pick_{kind}",
-            "nothing_drawn",
-            "16_columns",
-            "merge_block:SHFL|raise_bar:SHFL|edge_lane:SHFL",
-            f"{edits}|draw4:",
-        ),
+        Walk(f"sample_mass_{kind}", "top_p_none_weighs", unit, read, f"{RARE}|add_mass:|flush:|find_edge:"),
+        Walk(f"sample_mass_{kind}", "top_p_all_weigh", unit, f"{read}|add_mass:|flush:", f"{RARE}|find_edge:"),
+        Walk(f"sample_pick_{kind}", "nothing_drawn", unit, f"{start}|is_seen:", f"{RARE}|pick4:"),
     ]
+
+
+def _delta(dim: int) -> Walk:
+    """A token that another one of the stage follows; the lanes that give its result out."""
+    return Walk(f"delta_rule_{dim}", "token", "token", "fused:FFMA|delta_give:STG", loop="fused:FFMA", inner=True)
 
 
 WALKS = [
     *map(_attention, (64, 128, 256)),
-    *_scan("bf16", r"LDG\.E\.64"),
+    *_scan("bf16", r"LDG\.E\.128"),
     *_scan("f32", r"LDG\.E\.128"),
-    *_top_p("bf16", r"LDG\.E\.64"),
+    *_filters("bf16", r"LDG\.E\.128"),
+    *map(_delta, (32, 64, 96, 128, 192, 256)),
 ]
 
 
@@ -114,7 +127,8 @@ def _test(pattern: str) -> sass.Test:
 
 def count(blocks: list[sass.Block], walk: Walk) -> list[sass.Instruction]:
     """Instructions of the walk."""
-    loop = sass.loop_of(blocks, _test(walk.loop)) if walk.loop else None
+    find = sass.inner_loop_of if walk.inner else sass.loop_of
+    loop = find(blocks, _test(walk.loop)) if walk.loop else None
     code = sass.walk(blocks, _test(walk.wanted), _test(walk.unwanted), loop)
     if not any(map(_test(walk.wanted), code)):
         raise sass.Unclear(f"nothing of {walk.wanted} on the walk")
@@ -197,12 +211,18 @@ def attention_shared(dim: int) -> int:
     return 2 * dim * (ROWS + 4 * keys) + 2 * keys * 16
 
 
+def delta_shared(dim: int) -> int:
+    """The same of delta_rule."""
+    return 4 * 16 * (2 * (dim + 8) + DELTA_COLUMNS + 2)
+
+
 def resident(usages: Usages, kernel: str) -> tuple[int, int]:
     """Blocks of a multiprocessor at a time, and warps of each."""
     registers, shared = usages[kernel, ARCH]
-    warps = BLOCK_WARPS if kernel.startswith("block_attention") else 8
-    if kernel.startswith("block_attention"):
-        shared += attention_shared(int(kernel.rsplit("_", 1)[1]))
+    warps = 8 if kernel.startswith("sample") else BLOCK_WARPS
+    if warps == BLOCK_WARPS:
+        dynamic = attention_shared if kernel.startswith("block_attention") else delta_shared
+        shared += dynamic(int(kernel.rsplit("_", 1)[1]))
     by_registers = REGISTERS // (ceil(registers / 8) * 8 * 32 * warps)
     by_shared = SHARED // (ceil(shared / 128) * 128 + 1024)  # the system takes one KiB of each block
     return min(by_registers, by_shared, WARPS // warps, 32), warps
@@ -235,26 +255,34 @@ def sampling(name: str, walks: list[tuple[str, str, bool]], rows: int, vocab: in
     return Shape(f"sampling {name}, {rows} rows of {vocab}", stages, must, must * sum(reads for *_, reads in walks))
 
 
+def delta(requests: int, heads: int, folded: int, block: int, dim: int = 128) -> Shape:
+    """States are read and written, float32; tokens are of a size that does not matter beside them."""
+    blocks, must = requests * heads * ceil(dim / DELTA_COLUMNS), requests * heads * dim * dim * 4 * 2
+    name = f"delta rule batch {requests}, {heads} states of {dim} x {dim}, {folded} tokens folded in, block {block}"
+    return Shape(name, [(f"delta_rule_{dim}", "token", blocks, folded + block)], must, must)
+
+
 def shapes() -> list[Shape]:
     """What the shares are given for."""
     rows, vocab = 1024, 151936
     return [
         *(attention(requests, 8192, 8, group, 16) for group in (4, 8) for requests in (64, 1)),
         sampling("greedy", [("scan", "greedy", True)], rows, vocab),
-        sampling("at a temperature, all below the bar", [("scan", "draw_all_below_the_bar", True)], rows, vocab),
-        sampling("at a temperature, all computed", [("scan", "draw_all_computed", True)], rows, vocab),
+        sampling("at a temperature, no warp computes", [("scan", "draw_none_computed", True)], rows, vocab),
+        sampling("at a temperature, every warp computes once", [("scan", "draw_one_computed", True)], rows, vocab),
         sampling(
             "with top-p, light columns",
-            [("scan", "greedy", True), ("mass", "top_p_none_weighs", True), ("pick", "nothing_drawn", False)],
+            [("scan", "filtered", True), ("mass", "top_p_none_weighs", True), ("pick", "nothing_drawn", False)],
             rows,
             vocab,
         ),
         sampling(
             "with top-p, all columns weigh",
-            [("scan", "greedy", True), ("mass", "top_p_all_weigh", True), ("pick", "nothing_drawn", False)],
+            [("scan", "filtered", True), ("mass", "top_p_all_weigh", True), ("pick", "nothing_drawn", False)],
             rows,
             vocab,
         ),
+        *(delta(requests, 32, 4, 16) for requests in (64, 1)),
     ]
 
 

@@ -216,6 +216,20 @@ def loop_of(blocks: list[Block], mark: Test) -> tuple[int, set[int]]:
     return header, loops(blocks)[header]
 
 
+def inner_loop_of(blocks: list[Block], mark: Test) -> tuple[int, set[int]]:
+    """Of the loops without a loop inside the one that has most of the marked instructions."""
+    all_loops = loops(blocks)
+    counted = {
+        header: sum(mark(instruction) for block in body for instruction in blocks[block].code)
+        for header, body in all_loops.items()
+        if not any(other < body for other in all_loops.values())
+    }
+    header = max(counted, key=lambda header: counted[header], default=None)
+    if header is None or counted[header] == 0:
+        raise Unclear("no innermost loop with instructions that mark it")
+    return header, all_loops[header]
+
+
 def walk(
     blocks: list[Block], wanted: Test, unwanted: Test, loop: tuple[int, set[int]] | None = None
 ) -> list[Instruction]:

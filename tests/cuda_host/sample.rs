@@ -15,6 +15,7 @@ unsafe extern "C" {
     fn dflash_emulated_sample_f32(p: *const SampleRowsParams);
     fn dflash_emulated_sample_bf16(p: *const SampleRowsParams);
     fn dflash_host_scratch(p: *const SampleRowsParams, out: *mut u64);
+    fn dflash_host_sum_of_masses(masses: *const u64, count: u32) -> u64;
     fn dflash_host_bins(d: *const f32, count: u32, out: *mut i32);
     fn dflash_geometry_sample_scratch(rows: i64, vocab: i64) -> u64;
 }
@@ -309,6 +310,31 @@ fn the_kernels_themselves_draw_the_token_of_the_reference() {
         let vocab = numbers.pick(&[1, 65, 300, 4097, 8200]);
         let bf16 = numbers.chance(0.5);
         rows += compare(&mut numbers, vocab, bf16, true);
+    }
+}
+
+#[test]
+fn masses_in_two_halves_carry_over() {
+    let mut numbers = Numbers(17);
+    for _ in 0..share(20_000) {
+        let bits = numbers.within(1, 41);
+        let masses: Vec<u64> = (0..numbers.within(1, 40))
+            .map(|_| numbers.next() >> (64 - bits))
+            .collect();
+        // SAFETY: as many masses as it says.
+        let got = unsafe { dflash_host_sum_of_masses(masses.as_ptr(), masses.len() as u32) };
+        assert_eq!(got, masses.iter().sum::<u64>(), "{masses:x?}");
+    }
+    // At the very border, from both sides.
+    for masses in [
+        [0xffff_ffffu64, 0, 1],
+        [0xffff_ffff, 1, 0],
+        [0x1_0000_0000, 0xffff_ffff, 0],
+        [0, 0, 0],
+    ] {
+        // SAFETY: three masses.
+        let got = unsafe { dflash_host_sum_of_masses(masses.as_ptr(), 3) };
+        assert_eq!(got, masses.iter().sum::<u64>(), "{masses:x?}");
     }
 }
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from no_values import NoValues  # noqa: E402
+from no_values import HOST, NoValues  # noqa: E402
 
 
 def pytest_configure(config):
@@ -69,7 +70,7 @@ def driver(tmp_path_factory):
 def gpu(driver):
     """Passes the CPU off as cuda:0."""
     from dflash_rs import _core, cuda
-    from dflash_rs.engine.device import graphs
+    from dflash_rs.engine.device import arena, graphs
 
     if not _core.cuda_info()["fatbin_bytes"]:
         pytest.skip("this build contains no CUDA kernels")
@@ -84,6 +85,16 @@ def gpu(driver):
         patch.setattr(cuda, "available", lambda device="cuda": True)
         patch.setattr(cuda, "load", lambda device="cuda": _core.cuda_load())
         patch.setattr(graphs.Graphs, "_capture", _capture)
+        make = arena.Arena.__init__
+
+        def made(self, *args):
+            make(self, *args)
+            for staging in self._staging:
+                place = staging.untyped_storage().data_ptr()
+                HOST.add(place)
+                weakref.finalize(self, HOST.discard, place)
+
+        patch.setattr(arena.Arena, "__init__", made)
         # Memory that nobody wrote is NaN or the largest number: what reads it shows.
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield torch.device("cpu")

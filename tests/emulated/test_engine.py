@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
-from no_values import NoValues
+from no_values import Crossings
 from second import second
 
 from dflash_rs import LLM, DflashError, SamplingParams, StepCosts, _core
@@ -167,15 +167,19 @@ def test_graphs_are_captured_once_and_replayed(llm, monkeypatch):
 
 
 def test_the_host_waits_for_results_only_and_launches_the_next_step_before(llm, monkeypatch):
-    backend, log = llm._loop.backend, []
+    asked = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    llm.generate(PROMPTS[:3], asked)  # graphs are captured
+    backend, log, crossed = llm._loop.backend, [], []
     launch, wait = backend.launch, backend._wait
 
     def launched(step):
         log.append("launch")
         if step.plan.is_prefill.any():
             return launch(step)
-        with NoValues():  # asks for no value of the device
-            return launch(step)
+        with Crossings() as seen:
+            flight = launch(step)
+        crossed.append(seen.log)
+        return flight
 
     def waited(flight):
         log.append("wait")
@@ -183,8 +187,7 @@ def test_the_host_waits_for_results_only_and_launches_the_next_step_before(llm, 
 
     monkeypatch.setattr(backend, "launch", launched)
     monkeypatch.setattr(backend, "_wait", waited)
-    outputs = llm.generate(PROMPTS[:3], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
-    assert tokens(outputs)
+    assert tokens(llm.generate(PROMPTS[:3], asked))
     steps = log.count("wait")
     assert steps <= log.count("launch") <= steps + 1, "one wait a step; the last one launched may be called off"
     ahead = sum(now == then == "launch" for then, now in zip(log, log[1:]))
@@ -195,6 +198,8 @@ def test_the_host_waits_for_results_only_and_launches_the_next_step_before(llm, 
         depths += [depth] if entry == "wait" else []
         depth += 1 if entry == "launch" else -1
     assert depths.count(2) >= len(depths) - 2
+    # Of a step one copy goes up and one comes down, and nothing else crosses.
+    assert len(crossed) > 5 and all(each == ["copy_", "copy_"] for each in crossed), crossed
 
 
 @pytest.mark.parametrize("name", ["greedy", "filters", "penalties"])
@@ -374,14 +379,14 @@ def test_trees_are_captured_and_the_accepted_path_is_moved(planted, monkeypatch)
     compact = device_step.cuda.compact_kv
 
     def counted(path, *rest):
-        moved.append((path.numpy() > np.arange(path.shape[1])).any())
+        moved.append(path > torch.arange(path.shape[1]))
         compact(path, *rest)
 
     monkeypatch.setattr(device_step.cuda, "compact_kv", counted)
     graphs = planted._loop.backend.graphs
     graphs.forget()
     planted.generate(PROMPTS, params("seeded"))
-    assert any(moved), "every accepted path was a chain's"
+    assert any(bool(each.any()) for each in moved), "every accepted path was a chain's"
     assert {key[3] for key in graphs._captured if key[0] == "draft"} >= {planted.block_size}
 
 

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 from hybrid_models import build
 from models_helpers import VOCAB, randomise
-from no_values import NoValues
+from no_values import Crossings
 
 from dflash_rs import LLM, SamplingParams
 from dflash_rs.engine.device import step as device_step
@@ -175,8 +175,10 @@ def test_a_pass_is_two_launches_a_layer_and_asks_the_device_for_nothing(target, 
             passes.append(bool(step.plan.is_prefill.any()))
             if passes[-1]:
                 return launch(step)
-            with NoValues():
-                return launch(step)
+            with Crossings() as seen:
+                flight = launch(step)
+            assert seen.log == ["copy_", "copy_"], "one up, one down"
+            return flight
 
         monkeypatch.setattr(backend, "launch", counted)
         before = [driver.dflash_launches(name) for name in (b"delta_inputs", b"delta_rule_32")]

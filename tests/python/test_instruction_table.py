@@ -75,6 +75,15 @@ def test_the_loop_inside_is_turned_as_often_as_the_copies_need(sass, table):
         table.count(blocks, table.Walk("k", "w", "tile", "HMMA|LDGSTS", loop="HMMA", issued=("LDGSTS", 5)))
 
 
+def test_of_the_loops_inside_the_one_with_most_of_it_is_walked(sass, table):
+    other = [".L_more:", "LDGSTS.E.BYPASS.128 [R1]", "LDGSTS.E.BYPASS.128 [R1]", "@P2 BRA `(.L_more)"]
+    blocks = sass.parse(listing(*KERNEL[:-3], *other, *KERNEL[-3:]), sass.Source(ROOT / "cuda"))
+    walk = table.Walk("k", "w", "tile", "LDGSTS", loop="LDGSTS", inner=True)
+    assert opcodes(table.count(blocks, walk)) == ["LDGSTS", "LDGSTS", "BRA"]
+    with pytest.raises(sass.Unclear, match="no innermost loop"):
+        table.count(blocks, table.Walk("k", "w", "tile", "FSEL", loop="FSEL", inner=True))
+
+
 @pytest.mark.parametrize(
     ("lines", "loop", "why"),
     [
@@ -135,7 +144,7 @@ def test_the_committed_table_is_what_its_counts_and_the_registers_give(table, mo
     assert table.to_text(counts, kernel_table.usages(kernel_table.parse_table(registers)), nvcc) == text
 
 
-def test_attentions_shared_memory_is_that_of_its_launch(table):
+def test_shared_memory_is_that_of_the_launches(table):
     """The formulae of params.h."""
     text = (ROOT / "cuda" / "params.h").read_text(encoding="utf-8")
     body = text.split("block_attention_launch")[1].split("}")[0]
@@ -144,3 +153,7 @@ def test_attentions_shared_memory_is_that_of_its_launch(table):
     assert f"#define ATTENTION_ROWS {table.ROWS}" in text
     cuda = (ROOT / "python" / "dflash_rs" / "cuda.py").read_text(encoding="utf-8")
     assert f"SPLIT_KEYS = {table.SPLIT_KEYS}" in cuda
+    body = text.split("delta_rule_launch")[1].split("}")[0]
+    assert "floats = DELTA_STAGE * (2 * uint32_t(p.key_dim + 8) + DELTA_COLUMNS + 2);" in body
+    assert f"#define DELTA_COLUMNS {table.DELTA_COLUMNS}" in text and "#define DELTA_STAGE 16" in text
+    assert table.delta_shared(128) == 4 * 16 * (2 * 136 + 64 + 2)
