@@ -148,6 +148,17 @@ def measure(servers: dict[str, Server], workload: str, at_once: int, rounds: int
     return rows
 
 
+def where_and_when() -> dict[str, Any]:
+    """What results are to be read with: date, machine, versions."""
+    from dflash_rs.bench.report import cpu_model, usable_cpus, version
+
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"cpu": cpu_model(), "cores": usable_cpus(), "python": platform.python_version(), "threads": 1},
+        "versions": {name: version(name) for name in ("dflash-rs", "sglang", "torch")},
+    }
+
+
 def main() -> int:
     """0 if all greedy texts are the same."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,8 +177,6 @@ def main() -> int:
     if args.rounds < 1:
         parser.error(f"--rounds: got {args.rounds}, expected at least 1")
 
-    from dflash_rs.bench.report import cpu_model, usable_cpus, version
-
     logs = Path(tempfile.mkdtemp(prefix="sglang-serving-"))
     print(f"Servers start, logs in {logs}", file=sys.stderr)
     servers = start(logs)
@@ -183,10 +192,7 @@ def main() -> int:
     finally:
         for server in servers.values():
             server.close()
-    result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": usable_cpus(), "python": platform.python_version(), "threads": 1},
-        "versions": {name: version(name) for name in ("dflash-rs", "sglang", "torch")},
+    result = where_and_when() | {
         "rounds": args.rounds,
         "max_tokens": args.max_tokens,
         "rows": rows,

@@ -12,6 +12,21 @@ unsafe extern "C" {
 
 const DOMAINS: [Domain; 4] = [Domain::Draw, Domain::Accept, Domain::Residual, Domain::Draft];
 
+/// The kernels' Gumbel numbers of these words, and their bounds.
+fn gumbels(words: &[u32]) -> (Vec<f32>, Vec<f32>) {
+    let (mut got, mut bounds) = (vec![0f32; words.len()], vec![0f32; words.len()]);
+    // SAFETY: as many numbers as words.
+    unsafe {
+        dflash_host_gumbel(
+            words.as_ptr(),
+            words.len() as u32,
+            got.as_mut_ptr(),
+            bounds.as_mut_ptr(),
+        )
+    };
+    (got, bounds)
+}
+
 #[test]
 fn words_and_coins_are_those_of_the_reference() {
     let mut numbers = Numbers(1);
@@ -45,16 +60,7 @@ fn gumbel_numbers_have_the_bits_of_the_reference_and_stay_below_their_bound() {
         }
     }
     words.sort_unstable();
-    let (mut got, mut bounds) = (vec![0f32; words.len()], vec![0f32; words.len()]);
-    // SAFETY: as many numbers as words.
-    unsafe {
-        dflash_host_gumbel(
-            words.as_ptr(),
-            words.len() as u32,
-            got.as_mut_ptr(),
-            bounds.as_mut_ptr(),
-        )
-    };
+    let (got, bounds) = gumbels(&words);
     let mut largest = f32::NEG_INFINITY;
     for ((&word, got), bound) in words.iter().zip(got).zip(bounds) {
         assert_eq!(got.to_bits(), gumbel_of_word(word).to_bits(), "word {word:#x}");
@@ -72,16 +78,7 @@ fn the_bound_of_a_word_lies_just_above_the_logarithm_of_what_it_leaves_to_one() 
     let mut words: Vec<u32> = (0..share(100_000)).map(|_| numbers.next() as u32).collect();
     words.extend((0..32).flat_map(|ones| [0, 1, 511, 512].map(|less| (!(u32::MAX >> ones)).wrapping_sub(less))));
     words.extend([0, 511, u32::MAX - 1023, u32::MAX - 512]);
-    let (mut got, mut bounds) = (vec![0f32; words.len()], vec![0f32; words.len()]);
-    // SAFETY: as many numbers as words.
-    unsafe {
-        dflash_host_gumbel(
-            words.as_ptr(),
-            words.len() as u32,
-            got.as_mut_ptr(),
-            bounds.as_mut_ptr(),
-        )
-    };
+    let (got, bounds) = gumbels(&words);
     for ((&word, got), bound) in words.iter().zip(got).zip(bounds) {
         let left = f64::from((1 << 23) - 1 - (word >> 9)) / f64::from(1 << 23);
         if left == 0.0 {

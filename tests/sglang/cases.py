@@ -6,6 +6,8 @@ import json
 from functools import cache
 from typing import Any
 
+import pytest
+
 from dflash_rs.config import assets
 
 TOKENS = 40
@@ -194,6 +196,15 @@ def flat(value: Any) -> list[float]:
     if isinstance(value, list | tuple):
         return [number for part in value for number in flat(part)]
     return [max(float(value), -1e4)] if isinstance(value, int | float) else []
+
+
+def scored_alike(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Asserts that the log-probabilities of several answers are those expected, up to rounding."""
+    assert len(answers) == len(expected)
+    for answer, want in zip(answers, expected):
+        for key in ("output_token_logprobs", "output_top_logprobs"):
+            numbers = flat(answer["meta_info"][key])
+            assert numbers and numbers == pytest.approx(flat(want["meta_info"][key]), abs=2e-3, rel=2e-3), key
 
 
 # How many texts of each case equal plain SGLang's, by algorithm; printed at the end.

@@ -23,26 +23,27 @@ def accepted(answers: list[dict]) -> float:
 
 
 @pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
-def test_trees_by_kernels_are_those_of_the_host(logs, driver):
-    options = speculative(page_size=16, **HALF)
+@pytest.mark.parametrize(("dtype", "at_once"), [("bfloat16", 1), ("float32", 4)])
+def test_trees_by_kernels_are_those_of_the_host(logs, driver, dtype, at_once):
+    """Paths are moved by a kernel in bfloat16, where texts hang on what shares a batch; several anchors are built below at once in float32."""
+    options = speculative(page_size=16, **HALF | {"dtype": dtype})
     bodies = [body for name in ROWS for body in cases.bodies(matrix()[name])]
     env = {"DFLASH_RS_CONFIG": json.dumps({"tree_nodes": 12, "adaptive": False, "kernels": False})}
     pair = [
-        Server(logs / "trees-by-kernels.log", env=env | {"SGLANG_HOST_CUDA": driver}, **options),
-        Server(logs / "trees-by-host.log", env=env, **options),
+        Server(logs / f"trees-by-kernels-{dtype}.log", env=env | {"SGLANG_HOST_CUDA": driver}, **options),
+        Server(logs / f"trees-by-host-{dtype}.log", env=env, **options),
     ]
     try:
         used, unused = (server.wait() for server in pair)
-        # Several at once: their anchors lie apart.
-        answers, expected = (server.together(bodies, at_once=4) for server in (used, unused))
+        answers, expected = (server.together(bodies, at_once=at_once) for server in (used, unused))
         assert used.flush_is_clean()
     finally:
         for server in pair:
             server.close()
     assert tokens(answers) == tokens(expected)
-    # Batches differ from run to run, and with them the last bits of drafts.
-    assert accepted(answers) == pytest.approx(accepted(expected), rel=0.05)
     assert accepted(answers) > 1.8
+    if at_once == 1:
+        assert accepted(answers) == accepted(expected)
 
 
 @pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")

@@ -15,7 +15,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import custom, flat, matrix, tokens
+from cases import custom, matrix, tokens
 from second import second
 from servers import Server, environment, speculative
 from test_http import follows_the_law
@@ -407,10 +407,7 @@ def test_a_custom_processor_sees_the_path_to_its_node(forest: Server, reference:
 @pytest.mark.parametrize("name", ["greedy", "all penalties", "seed, top_k and top_p", "regex"])
 def test_log_probabilities_are_those_of_plain_sglang(forest: Server, reference: dict, name: str) -> None:
     answers = forest.together(cases.bodies(matrix()[name], return_logprob=True, top_logprobs_num=2))
-    for answer, expected in zip(answers, reference[name]):
-        got, want = answer["meta_info"], expected["meta_info"]
-        for key in ("output_token_logprobs", "output_top_logprobs"):
-            assert flat(got[key]) == pytest.approx(flat(want[key]), abs=2e-3, rel=2e-3)
+    cases.scored_alike(answers, reference[name])
 
 
 def test_requests_of_all_kinds_share_a_batch(forest: Server, reference: dict) -> None:

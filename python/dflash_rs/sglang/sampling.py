@@ -16,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dflash_rs.sglang import compat
-from dflash_rs.sglang.trees import Tree
+
+if TYPE_CHECKING:
+    from dflash_rs.sglang.trees import Tree
 
 # What the rows of penalised requests may take at a time, several float32 copies of [rows, B, V]: more are adjusted one part after the other.
 _PENALTY_BYTES = 256 << 20

@@ -8,6 +8,7 @@ A step, in SGLang's order; ours are the lines marked *::
     grammar mask                the same, behind SGLang's barrier
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
     walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
+    trees in place of the chain _tree_step -> trees.Step                 *  from the drafter's candidates to the path that is kept
     publish, log-probabilities  DFlashWorkerV2
     inject draft KV             deferred.Deferred -> kernels.ContextKv   *  (on a CPU: DFlashWorkerV2)
     count                       on_verify_complete_cpu -> widths, metrics  *
@@ -51,9 +52,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         runner = self.model_runner
         context = int(runner.model_config.context_len)
         if 2 * int(self.block_size) > context:
+            named, less = ("tree_nodes", 1) if self.options.tree_nodes else ("--speculative-num-draft-tokens", 0)
             raise InvalidArgument(
-                f"--speculative-num-draft-tokens: got {self.block_size}, expected at most {context // 2}, half of the context of {context} "
-                "tokens: a request reserves room for two blocks"
+                f"{named}: got {self.block_size - less}, expected at most {context // 2 - less}: a request reserves room for two "
+                f"{'trees with their anchors' if less else 'blocks'} within the context of {context} tokens"
             )
         # With trees SGLang's own block has room for all nodes; the drafter's is shorter.
         self._block, self._nodes = int(self.block_size), 0

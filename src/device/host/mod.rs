@@ -20,6 +20,8 @@ pub mod decoder;
 mod delta;
 mod experts;
 mod linear;
+#[cfg(test)]
+mod made_up;
 mod rowwise;
 #[allow(unsafe_code, reason = "intrinsics, once the processor said that it has them")]
 mod simd;
