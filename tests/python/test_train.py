@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from dflash_rs.config import assets  # noqa: E402
 from dflash_rs.train import corpus, responses  # noqa: E402
 from dflash_rs.train import drafter as drafter_training  # noqa: E402
 from dflash_rs.train import target as target_training  # noqa: E402
-from dflash_rs.train.common import windows  # noqa: E402
+from dflash_rs.train.common import windows, write_first  # noqa: E402
 from dflash_rs.train.prompts import held_out_prompts  # noqa: E402
 
 TINY = target_training.TargetTraining(
@@ -158,6 +162,33 @@ def test_responses_continue_their_prompts_and_depend_on_the_seed_only(data, targ
         responses.generate(target, source, own, replace(settings, seed=5))
     with pytest.raises(ValueError, match="temperatures"):
         replace(settings, temperatures="0,1").check()
+
+
+def _writes_first(path: Path, value: dict, go, found) -> None:
+    go.wait()
+    found.put(write_first(path, value))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no hard links"])
+def test_of_processes_that_start_at_once_one_says_what_a_folder_holds(tmp_path, links, monkeypatch):
+    # `go` is passed by all in the same moment, and again and again: a file that is half written would not be JSON.
+    context = multiprocessing.get_context("fork")
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
+    for again in range(10):
+        go, found = context.Barrier(4), context.Queue()
+        values = [{"seed": seed if links else 7, "long": "x" * 100_000} for seed in range(4)]
+        at_once = [
+            context.Process(target=_writes_first, args=(tmp_path / f"{again}.json", value, go, found))
+            for value in values
+        ]
+        for process in at_once:
+            process.start()
+        seen = [found.get(timeout=60) for _ in at_once]
+        for process in at_once:
+            process.join()
+        assert seen[0] in values and seen == [seen[0]] * 4
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_interrupted_drafter_run_resumes_to_the_same_weights(data, target, own, tmp_path, monkeypatch):

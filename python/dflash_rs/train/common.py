@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -177,6 +178,33 @@ def save_checkpoint(path: Path, state: dict) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def write_whole(path: Path, value: object) -> None:
+    """Writes `value` as JSON, whole or not at all."""
+    os.replace(_beside(path, value), path)
+
+
+def write_first(path: Path, value: object) -> Any:
+    """Writes `value` as JSON where nobody wrote before, and returns what stands there: of several processes that start at once, one writes."""
+    temporary = _beside(path, value)
+    try:
+        # Unlike a rename, a link never takes the place of what another process put there.
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _beside(path: Path, value: object) -> Path:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    return temporary
 
 
 def load_checkpoint(path: Path) -> dict | None:

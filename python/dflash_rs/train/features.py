@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .common import Group, Progress
+from .common import Group, Progress, write_whole
 from .documents import Documents, Rows, rows_once
 
 if TYPE_CHECKING:
@@ -113,12 +112,12 @@ class StoredFeatures:
             done = min(done + _ROWS, len(rows))
             if done % _ROWS_BETWEEN_NOTES == 0 or done == len(rows):
                 values.flush()
-                _write(note, done)
+                write_whole(note, done)
             if group.leads:
                 progress.show(done, "")
         group.wait()
         if group.leads:
-            _write(folder / _WHOLE, True)
+            write_whole(folder / _WHOLE, True)
         return cls(values, hidden, list(range(width // hidden)), dtype, device)
 
 
@@ -147,10 +146,4 @@ def _prepare(folder: Path, settings: dict, size: int) -> None:
         raise ValueError(f"store_features: {size / 2**30:.1f} GiB are needed in {folder}, {free / 2**30:.1f} are free")
     with open(folder / "features.bin", "wb") as file:
         file.truncate(size)
-    _write(path, settings)
-
-
-def _write(path: Path, value: object) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, settings)

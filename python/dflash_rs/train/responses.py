@@ -9,7 +9,6 @@ Work is cut into shards that are written whole, so an interrupted run continues 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .chats import Conversation, Template, pick_openings, read_openings, read_prompts
-from .common import Progress
+from .common import Progress, write_first
 from .documents import Documents
 from .settings import ResponseSettings
 
@@ -184,12 +183,10 @@ def generate(
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part: got {part[0]}/{part[1]}, expected K/N with 0 <= K < N")
     out.mkdir(parents=True, exist_ok=True)
-    described = out / "settings.json"
     # How many there are to be is no part of what one of them is: more may be asked for later.
     kind = {name: value for name, value in asdict(settings).items() if name != "sequences"}
-    if described.exists() and json.loads(described.read_text()) != kind:
+    if write_first(out / "settings.json", kind) != kind:
         raise ValueError(f"out: {out} holds responses made with other settings; choose another folder")
-    described.write_text(json.dumps(kind))
 
     shards = -(-settings.sequences // settings.batch_size)
     missing = [i for i in range(part[0], shards, part[1]) if not (out / f"shard-{i:05}.npz").exists()]
