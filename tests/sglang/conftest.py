@@ -94,6 +94,7 @@ def web(logs: Path) -> Iterator[Server]:
     options = speculative(
         enable_metrics=True,
         chat_template=template,
+        skip_server_warmup=None,
         speculative_num_draft_tokens=6,
         grammar_backend="xgrammar",
         constrained_json_disable_any_whitespace=True,

@@ -39,6 +39,14 @@ def test_chat_streams_what_it_answers(web: Server) -> None:
     assert status == 200 and answer["usage"]["completion_tokens"] == 12
 
 
+def test_a_server_says_what_its_drafter_is_worth_before_it_takes_requests(web: Server) -> None:
+    (said,) = re.findall(
+        r"DFLASH_RS: this drafter gives ([0-9.]+) tokens per pass .* (in the tokenizer's chat template)",
+        web.log.read_text(),
+    )
+    assert float(said[0]) > 1.5, said
+
+
 def test_the_counters_are_exported_and_the_alarm_rings(web: Server) -> None:
     def total(name: str) -> float:
         found = re.findall(rf"^dflash_rs_spec_{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", text, re.MULTILINE)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_rs.sglang.limits import Limits, of_request, why_not
+from dflash_rs.sglang.limits import Limits, Said, of_request, why_not
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.widths import Widths, described
 
@@ -20,7 +20,11 @@ def says(*most: Any, length: int = 10, **more: Any) -> list[Any]:
         params = None if n is ... else {"dflash_rs": {"max_drafts": n}, **more}
         made.append(
             SimpleNamespace(
-                sampling_params=SimpleNamespace(custom_params=params), origin_input_ids=[1] * length, output_ids=[]
+                sampling_params=SimpleNamespace(custom_params=params, top_k=1),
+                origin_input_ids=[1] * length,
+                output_ids=[],
+                grammar=None,
+                lora_id=None,
             )
         )
     return made
@@ -34,7 +38,18 @@ def test_a_request_has_its_own_limit_or_the_servers() -> None:
     assert Limits(8, None, None).of([]) is None
     # A dictionary that says nothing of it, and one whose limit is null.
     quiet = SimpleNamespace(custom_params={"dflash_rs": {}}), SimpleNamespace(custom_params={"mine": 3})
-    assert [of_request(params) for params in (*quiet, SimpleNamespace())] == [None, None, None]
+    assert [of_request(params) for params in (*quiet, SimpleNamespace())] == [Said(), Said(), Said()]
+
+
+def test_a_batch_that_wants_whole_blocks_has_them_whatever_pays() -> None:
+    limits, wanted, other = Limits(8, None, None), *says(..., 3)
+    wanted.sampling_params.custom_params = {"dflash_rs": {"whole_blocks": True}}
+    assert limits.whole([wanted, wanted]) and not limits.whole([wanted, other])
+    for depth, widths in ((None, [1, 4, 8]), (7, [1, 8, 17])):
+        judging = Widths(widths, tree_depth=depth)
+        assert [judging.next(1, whole=True) for _ in range(12)] == [8] * 12
+        assert judging.verified([7])[:2] == (8, None)
+    assert Widths([17], tree_depth=7).next(1, whole=True) == 17
 
 
 def test_a_long_text_drafts_nothing_more() -> None:
@@ -49,11 +64,12 @@ def test_a_long_text_drafts_nothing_more() -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (3, "custom_params.dflash_rs: got 3, expected an object with max_drafts"),
+        (3, "custom_params.dflash_rs: got 3, expected an object with max_drafts or whole_blocks"),
         ({"max_drafts": -1}, "custom_params.dflash_rs.max_drafts: got -1, expected an integer of at least 0"),
         ({"max_drafts": True}, "custom_params.dflash_rs.max_drafts: got True"),
         ({"max_drafts": "2"}, "custom_params.dflash_rs.max_drafts: got '2'"),
-        ({"max_draft": 2}, "custom_params.dflash_rs: got max_draft, expected max_drafts"),
+        ({"whole_blocks": 1}, "custom_params.dflash_rs.whole_blocks: got 1, expected true or false"),
+        ({"max_draft": 2}, "custom_params.dflash_rs: got max_draft, expected max_drafts or whole_blocks"),
     ],
 )
 def test_a_limit_that_cannot_be_read_is_refused(said: Any, message: str) -> None:
@@ -73,8 +89,8 @@ def test_a_step_is_no_wider_than_what_somebody_may_use_and_learns_from_the_other
     judging.planner = SimpleNamespace(
         choose=choose, observe=lambda *_: None, record=lambda width, drafts, _: recorded.append((width, drafts))
     )
-    assert judging.next(3, [7, 0, 7]) == 8 and judging.verified([5, 0, 2]) == (8, [7, 0, 7])
-    assert judging.next(2, [3, 3]) == 8 and judging.verified([3, 3]) == (8, [3, 3])
+    assert judging.next(3, [7, 0, 7]) == 8 and judging.verified([5, 0, 2])[:2] == (8, [7, 0, 7])
+    assert judging.next(2, [3, 3]) == 8 and judging.verified([3, 3])[:2] == (8, [3, 3])
     assert recorded == [(8, [5, 2])]
 
 
@@ -96,7 +112,7 @@ def test_lengths_and_temperatures_are_told_to_the_planner() -> None:
     judging.next(2, None, reqs)
     # One step took a tick of the clock, at the length that it had. Nothing is learnt of who may not accept.
     assert told == [(2, 22, [0.0, 0.75]), (2, 8, 1, 22), (2, 24, [0.0, 0.75])]
-    assert judging.verified([0, 5]) == (8, [0, 7]) and judging.verified([1, 2]) == (8, None)
+    assert judging.verified([0, 5])[:2] == (8, [0, 7]) and judging.verified([1, 2])[:2] == (8, None)
     assert told[3:] == [(8, [5], [0.75]), (8, [1, 2], [0.0, 0.75])]
 
 

@@ -13,7 +13,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from dflash_rs.errors import DflashError, InvalidArgument
-from dflash_rs.sglang import ALGORITHM, compat, config
+from dflash_rs.sglang import ALGORITHM, compat, config, probe
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ class DflashRsAlgorithm(CustomSpecAlgo):
         options = config.load()
         block = fill_in(server_args, options.tree_nodes)
         options.widths_of(block)
+        if options.probe:
+            probe.ask_for(server_args)
 
 
 def _as_dflash(name: str):

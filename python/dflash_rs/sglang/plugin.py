@@ -13,10 +13,11 @@ def register() -> None:
     """Makes ``--speculative-algorithm DFLASH_RS`` known to SGLang."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from dflash_rs.sglang import compat, requests
+    from dflash_rs.sglang import compat, probe, requests
     from dflash_rs.sglang.algorithm import DflashRsAlgorithm
 
     compat.hook(requests.ours, requests.refusal)
+    probe.register()
 
     @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=DflashRsAlgorithm)
     def worker(server_args):

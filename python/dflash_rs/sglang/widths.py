@@ -13,12 +13,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dflash_rs import WidthPlanner
+from dflash_rs.sglang.metrics import Kind
 
 # More steps than this are never on their way at once.
 _ON_THEIR_WAY = 64
+
+
+class Verified(NamedTuple):
+    """A step that has been verified: its width, the most drafts of each request (None where none is limited), and of what kind they are."""
+
+    width: int
+    limits: list[int] | None = None
+    kinds: Sequence[Kind] = ()
 
 
 class Widths:
@@ -49,17 +58,23 @@ class Widths:
         judges = leads and not cycle and len(self.widths) > 1
         self.planner = WidthPlanner(list(self.widths), tree_depth=tree_depth) if judges else None
         self._tree_depth = tree_depth
-        # Requests, width, limits and temperatures.
-        self._launched: deque[tuple[int, int, list[int] | None, list[float]]] = deque(maxlen=_ON_THEIR_WAY)
+        # Requests, width, limits, temperatures and kinds.
+        self._launched: deque[tuple[int, int, list[int] | None, list[float], list[Kind]]] = deque(maxlen=_ON_THEIR_WAY)
         # The step that runs: requests, width, tokens of context, when it started, and whether its time counts.
         self._running: tuple[int, int, int, float, bool] | None = None
         self._turn = 0
 
-    def next(self, requests: int, limits: list[int] | None = None, reqs: Sequence[Any] = ()) -> int:
+    def next(
+        self, requests: int, limits: list[int] | None = None, reqs: Sequence[Any] = (), whole: bool = False
+    ) -> int:
         """The width of the step of so many requests that starts now; `limits`: most drafts of each, None where none is limited; `reqs`: the requests,
-        where what is known of them is to count."""
+        where what is known of them is to count; `whole`: a block, whatever pays."""
         context, temperatures = described(reqs) if self.planner is not None else (0, [])
-        if self.planner is not None:
+        if whole:
+            # Without trees, where there is a choice.
+            width = self.widths[-1 if self._tree_depth is None or len(self.widths) == 1 else -2]
+            self._running = None
+        elif self.planner is not None:
             now, last = self.clock(), None
             if self._running is not None:
                 before, last, length, began, counts = self._running
@@ -72,10 +87,10 @@ class Widths:
             self._turn += 1
         else:
             width = self.widths[-1]
-        if self.agree is not None and not self.cycle and len(self.widths) > 1:
+        if self.agree is not None and not whole and not self.cycle and len(self.widths) > 1:
             width = self.agree(None if self.planner is None else width)
         width = self._enough(width, limits)
-        self._launched.append((requests, width, limits, temperatures))
+        self._launched.append((requests, width, limits, temperatures, [kind_of(req) for req in reqs]))
         return width
 
     def _enough(self, width: int, limits: list[int] | None) -> int:
@@ -89,10 +104,10 @@ class Widths:
         """Something else than a decoding step runs: what lies between two steps is no step's time."""
         self._running = None
 
-    def verified(self, accepted: Sequence[int]) -> tuple[int, list[int] | None]:
-        """The oldest step whose accept lengths have not come had these: drafts accepted by each request. Returns its width and limits."""
+    def verified(self, accepted: Sequence[int]) -> Verified:
+        """The oldest step whose accept lengths have not come had these: drafts accepted by each request."""
         while self._launched:
-            requests, width, limits, temperatures = self._launched.popleft()
+            requests, width, limits, temperatures, kinds = self._launched.popleft()
             if requests == len(accepted):
                 # What a request may not accept says nothing of the drafts.
                 deepest = width - 1
@@ -102,8 +117,14 @@ class Widths:
                 if self.planner is not None and free:
                     warm = [temperatures[i] for i in free] if temperatures else []
                     self.planner.record(width, [accepted[i] for i in free], warm)
-                return width, limits
-        return self.widths[-1], None
+                return Verified(width, limits, kinds)
+        return Verified(self.widths[-1])
+
+
+def kind_of(req: Any) -> Kind:
+    """Of what kind a request is, as far as it decides how well drafts fit: greedy, sampled, or bound to a grammar; and the id of its adapter."""
+    how = "constrained" if req.grammar is not None else "greedy" if req.sampling_params.top_k <= 1 else "sampled"
+    return how, req.lora_id
 
 
 def described(reqs: Sequence[Any]) -> tuple[int, list[float]]:

@@ -90,10 +90,17 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 "model_name": compat.installed().served_model_name(server_args)
             } | compat.installed().data_parallel_rank(self)
             exporter = Exporter(self._block, labels, widths=self.options.widths_of(self._block))
-        self.acceptance = Acceptance(self._block, self.options.alarm_tau, self.options.alarm_passes, exporter)
+        self.acceptance = Acceptance(
+            self._block, self.options.alarm_tau, self.options.alarm_passes, exporter, self._adapter_name
+        )
         if self._target_tp_rank == 0:
             logger.info("%s: block %d, %s, sglang %s", ALGORITHM, self._block, self.options, compat.version())
             logger.debug("%s: vocabulary %d", ALGORITHM, runner.model_config.vocab_size)
+
+    def _adapter_name(self, adapter: str) -> str:
+        """Of the target's adapter that SGLang calls by this id."""
+        known = getattr(getattr(self.model_runner, "lora_manager", None), "lora_refs", {})
+        return getattr(known.get(adapter), "lora_name", None) or adapter
 
     def _check_drafter(self) -> None:
         remarks = drafter.check(
@@ -246,7 +253,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if prefill:
             self._widths.interrupted()
         self._most = None if prefill else self._limits.of(reqs)
-        width = int(self.block_size) if prefill else self._widths.next(len(reqs), self._most, reqs)
+        if prefill:
+            width = int(self.block_size)
+        else:
+            width = self._widths.next(len(reqs), self._most, reqs, self._limits.whole(reqs))
         self._deferred.begin(plain=width == 1, owners=[req.rid for req in reqs])
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)
         try:
