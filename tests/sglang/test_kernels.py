@@ -9,6 +9,7 @@ import cases
 import pytest
 from cases import matrix, tokens
 from servers import Server, speculative, widths
+from test_peers import HERE, on_cpu
 
 from dflash_rs import _core
 
@@ -73,3 +74,34 @@ def test_walk_and_draft_kv_by_kernels_are_those_of_the_host(logs, driver, page_s
     # that follow.
     assert accepted(answers) == pytest.approx(accepted(expected), rel=0.1 if adaptive else 0.02)
     assert accepted(answers) > (1.3 if adaptive else 1.5)
+
+
+@pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
+def test_unseeded_draws_by_the_kernel_follow_the_law_of_sglangs_sampler(driver):
+    done = on_cpu([HERE / "draws_on_cpu.py"], SGLANG_HOST_CUDA=driver)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, of in found.pop("laws").items():
+        # Standard deviations of chi-square; another law is far away.
+        assert of["ours"] < 8 and of["theirs"] < 8 < 20 < of["another"], (name, of)
+        assert of["calls"][0] == 0 < of["calls"][1] and of["untouched"], (name, of)
+    operations = found.pop("operations")
+    assert operations["ours"] <= 4 < operations["theirs"], operations
+    assert all(found.values()), found
+
+
+@pytest.mark.skipif(not _core.cuda_info()["fatbin_bytes"], reason="this build contains no CUDA kernels")
+def test_a_server_draws_by_the_kernel_what_has_no_seed(logs, driver):
+    env = {"SGLANG_HOST_CUDA": driver}
+    with Server(logs / "draws-by-kernel.log", env=env | widths(False), **speculative(grammar_backend="none")) as server:
+        server.wait()
+        greedy = cases.bodies(cases.greedy()["greedy"], 2)
+        # In a batch that is greedy throughout no kernel draws.
+        alone = tokens(server.together(greedy))
+        warm = {"temperature": 1.1, "top_p": 0.9, "max_new_tokens": 24, "ignore_eos": True}
+        answers = server.together([*greedy, *cases.bodies(warm, 2), *cases.bodies(warm, 2)])
+        assert tokens(answers[:2]) == alone
+        drawn = tokens(answers[2:])
+        assert [len(text) for text in drawn] == [24] * 4 and drawn[:2] != drawn[2:], drawn
+        assert "draws without a seed are made by this package's kernel" in server.log.read_text(errors="replace")
+        assert server.flush_is_clean()

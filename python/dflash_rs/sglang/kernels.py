@@ -1,20 +1,99 @@
 """The CUDA kernels of this package inside SGLang's worker.
 
+    target's logits ───────> Draws ─────> its token at every place      one launch, where no request is seeded
     drafts, drawn tokens ──> Walk ──────> accepted, lengths, bonus      one launch
     path of a tree ────────> PathKv ────> its KV moves to the front     one launch for all layers of the target
     projected features ────> ContextKv ─> pages of all drafter layers   one product and one launch, committed tokens only
 
-SGLang's sampler keeps the draws, because they are to be SGLang's; its attention backends keep both forward passes.
+SGLang's sampler keeps the seeded draws, because they are to be SGLang's; its attention backends keep both forward passes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dflash_rs import cuda
+
+# What SGLang writes where there is no top-k.
+TOP_K_ALL = 1 << 30
+# Below it logits divided by the temperature may overflow, and the kernel takes none.
+_LEAST_TEMPERATURE = 1e-5
+
+
+class Draws:
+    """The target's token at every place of a batch whose draws are not seeded: one launch that reads the logits and changes nothing, where SGLang's sampler
+    makes probabilities of them, sorts or renormalises them, and draws.
+
+    The law is that of SGLang's sampler, the draws are others. A request's noise is keyed by a seed that nobody knows and the position, so that a place that is
+    drawn again, after a draft before it was rejected, is drawn with the same noise, which nothing depends on that was kept.
+    """
+
+    def __init__(self, device: torch.device, joint: bool):
+        """`joint`: whether SGLang applies top-k and top-p at once where there is a min-p, too; its FlashInfer backend applies one after the other."""
+        self.device, self._joint = device, joint
+        # Who is in the batch that was laid out last. The objects are kept, because another one may get the address of one that is gone.
+        self._params: list[Any] = []
+        self._rows: cuda.SamplingRows | None = None
+        self._shape = (0, 0)
+        self._starts = torch.zeros(1, dtype=torch.int32, device=device)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def serves(self, params: Sequence[Any]) -> bool:
+        """Whether requests with these sampling parameters are drawn by the law of SGLang's sampler."""
+        return all(
+            p.temperature >= _LEAST_TEMPERATURE
+            and (self._joint or p.min_p == 0 or p.top_p == 1.0 or p.top_k >= TOP_K_ALL)
+            for p in params
+            if p.top_k > 1
+        )
+
+    def __call__(self, logits: Tensor, params: Sequence[Any], block: Tensor, positions: Tensor) -> Tensor:
+        """logits float32 or bfloat16 ``[R * B, V]``, masked and adjusted; `params` SGLang's sampling parameters of each request; block int64
+        ``[R, B]``, positions int64 ``[R * B]``. Returns int64 ``[R * B]``."""
+        rows, places = block.shape
+        if (
+            self._rows is None
+            or len(params) != len(self._params)
+            or any(a is not b for a, b in zip(params, self._params))
+        ):
+            self._rows, self._params = self._laid_out(params), list(params)
+        if self._shape != (rows, places):
+            self._shape = (rows, places)
+            self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * places
+        room = cuda.sample_scratch(rows * places, logits.shape[-1])
+        if self._scratch.numel() < room:
+            self._scratch = torch.empty(room, dtype=torch.uint8, device=self.device)
+        drawn = cuda.sample_rows(
+            logits.contiguous(),
+            self._rows,
+            query_starts=self._starts,
+            token_ids=block.reshape(-1),
+            positions=positions,
+            scratch=self._scratch[:room],
+        )
+        # A row in which no token is possible has none.
+        return drawn.tokens.clamp_(min=0)
+
+    def _laid_out(self, params: Sequence[Any]) -> cuda.SamplingRows:
+        seeds = torch.randint(2**62, (len(params),)).tolist()
+        return cuda.sampling_rows([_asked(p, seed) for p, seed in zip(params, seeds)], self.device)
+
+
+def _asked(params: Any, seed: int) -> dict[str, Any]:
+    """A request's filters in the words of `dflash_rs.cuda.sampling_rows`; what is left of its options has changed its logits."""
+    if params.top_k <= 1:
+        return {"seed": seed, "temperature": 0.0}
+    return {
+        "seed": seed,
+        "temperature": params.temperature,
+        "top_k": 0 if params.top_k >= TOP_K_ALL else params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+    }
 
 
 class Walk:

@@ -23,6 +23,7 @@ import torch
 from dflash_rs.sglang import compat
 
 if TYPE_CHECKING:
+    from dflash_rs.sglang.kernels import Draws
     from dflash_rs.sglang.trees import Tree
 
 # What the rows of penalised requests may take at a time, several float32 copies of [rows, B, V]: more are adjusted one part after the other.
@@ -160,10 +161,11 @@ class RowRequest:
 
 
 class TargetSampler:
-    """Draws the target's tokens. One per worker; ``sampler`` is SGLang's own, ``rows`` those of its request pool."""
+    """Draws the target's tokens. One per worker; ``sampler`` is SGLang's own, ``rows`` those of its request pool; ``draws``: what draws where nobody
+    asks for SGLang's own draws."""
 
-    def __init__(self, sampler: Any, rows: int, vocab: int, device: Any):
-        self.sampler, self.vocab, self.device = sampler, vocab, device
+    def __init__(self, sampler: Any, rows: int, vocab: int, device: Any, draws: Draws | None = None):
+        self.sampler, self.vocab, self.device, self.draws = sampler, vocab, device, draws
         self.history = History(rows, vocab, device)
         # Tokens of a request's last step: with overlap scheduling its `output_ids` may lack them.
         self.last: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -228,6 +230,11 @@ class TargetSampler:
             return torch.argmax(logits, dim=-1).view_as(block)
         places = block.shape[1]
         positions = (starts[:, None] + _depths(block, tree)).reshape(-1)
+        if info.sampling_seed is None and self.draws is not None:
+            params = [req.sampling_params for req in reqs]
+            if self.draws.serves(params):
+                logits = compat.installed().sanitized(self.sampler, logits, bare(info))
+                return self.draws(logits, params, block, positions).view_as(block)
         if info.sampling_seed is None:
             # The sampler turns logits into probabilities in place.
             return self._draw(logits.clone() if scored else logits, info, positions, places).view_as(block)

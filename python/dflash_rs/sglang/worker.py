@@ -27,7 +27,7 @@ import torch
 from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
 from dflash_rs.sglang.deferred import Deferred
-from dflash_rs.sglang.kernels import ContextKv, PathKv, Walk
+from dflash_rs.sglang.kernels import ContextKv, Draws, PathKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare, put
@@ -231,13 +231,29 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         else:
             super()._append_target_hidden_fused(ctx_hidden, ctx_positions, ctx_cache_loc, ctx_cache_loc_2d, commit_lens)
 
+    def _draws(self, sampler: Any) -> Draws | None:
+        """What draws where no request is seeded; None leaves all draws to SGLang's sampler."""
+        device = torch.device(self.device)
+        if not self.options.kernels or not cuda.available(device):
+            return None
+        joint = compat.installed().joint_filters(sampler)
+        if self._target_tp_rank == 0:
+            who = (
+                "this package's kernel"
+                if joint is not None
+                else f"SGLang's sampler, a {type(sampler).__name__} that is not known here"
+            )
+            logger.info("%s: draws without a seed are made by %s", ALGORITHM, who)
+        return None if joint is None else Draws(device, joint)
+
     @property
     def targets(self) -> TargetSampler:
         """Made on first use: the request pool exists only after SGLang has sized its memory."""
         if self._targets is None:
             runner = self.model_runner
             rows = int(runner.req_to_token_pool.req_to_token.shape[0])
-            self._targets = TargetSampler(runner.sampler, rows, int(runner.model_config.vocab_size), self.device)
+            vocab = int(runner.model_config.vocab_size)
+            self._targets = TargetSampler(runner.sampler, rows, vocab, self.device, self._draws(runner.sampler))
         return self._targets
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -237,6 +237,20 @@ class Seams(ABC):
 
         return get_parallel().tp_group
 
+    def joint_filters(self, sampler: Any) -> bool | None:
+        """Whether SGLang's sampler applies top-k and top-p at once where there is a min-p, too; None where its draws follow no law that is known here."""
+        from sglang.srt.layers.sampler import Sampler
+        from sglang.srt.runtime_context import get_exec
+
+        backend = get_exec().kernel.sampling_backend
+        if type(sampler) is not Sampler or sampler.rl_on_policy_target is not None or backend not in _LAWS:
+            return None
+        return _LAWS[backend]
+
+    def sanitized(self, sampler: Any, logits: Any, info: Any) -> Any:
+        """Logits ``[rows, V]`` as the sampler reads them, which may take numbers out that are none."""
+        return sampler._preprocess_logits(logits, info)
+
     def simulates_acceptance(self) -> bool:
         """Whether SGLANG_SIMULATE_ACC_LEN asks for made-up accept lengths, for measuring; the text is then meaningless."""
         from sglang.srt.speculative.spec_utils import SIMULATE_ACC_LEN
@@ -333,6 +347,10 @@ class Seams(ABC):
         if lacking := [name for name in names if name not in vars(worker)]:
             return f"SGLang's worker has no {', '.join(lacking)}"
         return None
+
+
+# Sampling backends whose filters are known: whether top-k and top-p are applied at once where there is a min-p, too. Without one both do that.
+_LAWS = {"pytorch": True, "flashinfer": False}
 
 
 @cache

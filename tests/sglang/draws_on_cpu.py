@@ -1,0 +1,216 @@
+"""The target's tokens drawn by this package's kernel in place of SGLang's sampler, on the stand-in for CUDA's driver: prints what was found, as JSON.
+
+A process of its own: a driver is looked for once. A row's law is computed here from the words of SGLang's documentation, and SGLang's own function is measured
+by the same yardstick as the kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
+from sglang_host import cuda as host_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
+
+host_cuda.emulate()
+
+from dflash_rs.sglang.kernels import TOP_K_ALL, Draws  # noqa: E402
+from dflash_rs.sglang.sampling import TargetSampler  # noqa: E402
+
+VOCAB, DRAWS, PLACES = 96, 12_000, 8
+SETTINGS = {
+    "temperature": {"temperature": 1.4},
+    "cold": {"temperature": 0.4},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.1},
+    "joint": {"temperature": 1.2, "top_k": 12, "top_p": 0.8},
+    "all": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+}
+
+
+def asked(**options: Any) -> Any:
+    """SGLang's sampling parameters of a request."""
+    return SimpleNamespace(
+        **{"temperature": 1.0, "top_k": TOP_K_ALL, "top_p": 1.0, "min_p": 0.0, "frequency_penalty": 0.0} | options,
+        **{"presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0},
+    )
+
+
+def law(logits: torch.Tensor, p: Any) -> list[float]:
+    """Probabilities of a row of logits under SGLang's filters."""
+    probs = torch.softmax(logits.double() / p.temperature, -1)
+    order = torch.argsort(probs, descending=True, stable=True)
+    kept, mass = [], 0.0
+    for rank, token in enumerate(order.tolist()):
+        if rank < p.top_k and mass <= p.top_p and probs[token] >= p.min_p * probs[order[0]]:
+            kept.append(token)
+        mass += float(probs[token])
+    total = sum(float(probs[token]) for token in kept)
+    return [float(probs[token]) / total if token in kept else 0.0 for token in range(len(probs))]
+
+
+def distance(tokens: torch.Tensor, expected: list[float]) -> float:
+    """How many standard deviations chi-square lies above what it is on average; infinite where a token came that cannot."""
+    seen, count = torch.bincount(tokens, minlength=len(expected)).tolist(), len(tokens)
+    if any(n and not e for n, e in zip(seen, expected)):
+        return math.inf
+    cells = [(n, e * count) for n, e in zip(seen, expected) if e * count >= 5]
+    rest = [(n, e * count) for n, e in zip(seen, expected) if 0 < e * count < 5]
+    if rest:
+        cells.append((sum(n for n, _ in rest), sum(e for _, e in rest)))
+    freedom = max(1, len(cells) - 1)
+    return (sum((n - e) ** 2 / e for n, e in cells) - freedom) / math.sqrt(2 * freedom)
+
+
+class Theirs:
+    """SGLang's sampler with its torch backend, as far as drawing goes."""
+
+    def __init__(self) -> None:
+        self.called = 0
+
+    def _preprocess_logits(self, logits: torch.Tensor, _: Any) -> torch.Tensor:
+        return logits
+
+    def __call__(self, output: Any, info: Any, *_: Any) -> torch.Tensor:
+        self.called += 1
+        logits = output.next_token_logits
+        logits.div_(info.temperatures)
+        logits[:] = torch.softmax(logits, dim=-1)
+        drawn = top_k_top_p_min_p_sampling_from_probs_torch(
+            logits, info.top_ks, info.top_ps, info.min_ps, info.need_min_p_sampling, None, None
+        )
+        return drawn[0] if isinstance(drawn, tuple) else drawn
+
+
+def info_of(params: list[Any]) -> Any:
+    """SGLang's sampling info of a batch."""
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    return SamplingBatchInfo(
+        temperatures=torch.tensor([[p.temperature] for p in params]),
+        top_ps=torch.tensor([p.top_p for p in params]),
+        top_ks=torch.tensor([p.top_k for p in params], dtype=torch.int32),
+        min_ps=torch.tensor([p.min_p for p in params]),
+        is_all_greedy=False,
+        is_any_greedy=False,
+        need_top_p_sampling=True,
+        need_top_k_sampling=True,
+        need_min_p_sampling=any(p.min_p > 0 for p in params),
+        vocab_size=VOCAB,
+        custom_params=[None] * len(params),
+    )
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch runs: on a GPU about as many launches. Views cost none."""
+
+    VIEWS = (
+        "view",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "detach",
+        "alias",
+        "t",
+        "transpose",
+        "as_strided",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in (*self.VIEWS, "_unsafe_view", "empty", "new_empty")
+        return function(*args, **(kwargs or {}))
+
+
+class Batch:
+    """Requests that are drawn together, step after step."""
+
+    def __init__(self, params: list[Any], draws: Draws | None):
+        self.theirs = Theirs()
+        self.sampler = TargetSampler(self.theirs, 64, VOCAB, "cpu", draws)
+        self.reqs = [SimpleNamespace(sampling_params=p, custom_logit_processor=None) for p in params]
+        self.info = info_of(params)
+        self.at = 5
+
+    def step(self, row: torch.Tensor) -> torch.Tensor:
+        """i64 ``[R, PLACES]``, every row of the block with the same logits."""
+        rows = len(self.reqs)
+        logits = row.expand(rows * PLACES, VOCAB).clone()
+        block = torch.zeros((rows, PLACES), dtype=torch.int64)
+        starts = torch.full((rows,), self.at)
+        self.at += PLACES
+        before = logits.clone()
+        tokens = self.sampler.targets(logits, self.info, self.reqs, torch.arange(rows), block, starts, False)
+        self.untouched = torch.equal(logits, before)
+        return tokens
+
+
+def main() -> None:
+    torch.manual_seed(7)
+    row = torch.randn(VOCAB) * 2
+    row[::9] = -math.inf  # what a grammar forbids
+    found: dict[str, Any] = {"laws": {}}
+    for name, options in SETTINGS.items():
+        p = asked(**options)
+        expected = law(row, p)
+        ours, theirs = Batch([p] * 10, Draws(torch.device("cpu"), True)), Batch([p] * 10, None)
+        steps = DRAWS // (10 * PLACES)
+        drawn = torch.cat([ours.step(row).flatten() for _ in range(steps)])
+        other = torch.cat([theirs.step(row).flatten() for _ in range(steps)])
+        wrong = law(row, asked(**options | {"temperature": p.temperature * 1.25, "top_k": min(p.top_k, 60)}))
+        found["laws"][name] = {
+            "ours": distance(drawn, expected),
+            "theirs": distance(other, expected),
+            "another": distance(drawn, wrong),
+            "calls": [ours.theirs.called, theirs.theirs.called],
+            "untouched": ours.untouched,
+        }
+    greedy, warm = asked(top_k=1), asked(temperature=1.5)
+    mixed = Batch([greedy, warm, greedy], Draws(torch.device("cpu"), True))
+    tokens = mixed.step(row)
+    found["greedy"] = bool((tokens[[0, 2]] == row.argmax()).all()) and len(set(tokens[1].tolist())) > 1
+    # The same place again: the same noise, while the batch is the same.
+    mixed.at = 5
+    found["again"] = torch.equal(mixed.step(row), tokens)
+    changed = Batch([warm], mixed.sampler.draws)
+    found["anew"] = not torch.equal(changed.step(row), tokens[1:2])
+    triple = asked(top_k=5, top_p=0.5, min_p=0.1)
+    for name, params, joint, calls in (
+        ("triple", [triple, warm], False, 1),
+        ("pair", [asked(top_k=5, top_p=0.5), warm], False, 0),
+        ("triple, joint", [triple, warm], True, 0),
+        ("coldest", [asked(temperature=2e-6)], True, 1),
+    ):
+        batch = Batch(params, Draws(torch.device("cpu"), joint))
+        batch.step(row)
+        found[name] = batch.theirs.called == calls
+    nothing = Batch([warm], Draws(torch.device("cpu"), True))
+    found["no token"] = nothing.step(torch.full((VOCAB,), -math.inf)).tolist() == [[0] * PLACES]
+    found["operations"] = {}
+    for name, draws in (("ours", Draws(torch.device("cpu"), True)), ("theirs", None)):
+        batch = Batch([asked(top_p=0.9, temperature=0.8)] * 4, draws)
+        batch.step(row)
+        logits, block, starts = (
+            row.repeat(4 * PLACES, 1),
+            torch.zeros((4, PLACES), dtype=torch.int64),
+            torch.full((4,), 9),
+        )
+        slots = torch.arange(4)
+        with Operations() as counted:
+            batch.sampler.targets(logits, batch.info, batch.reqs, slots, block, starts, False)
+        found["operations"][name] = counted.count
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
