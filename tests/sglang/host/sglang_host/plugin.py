@@ -14,13 +14,15 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import cuda, interpreted, kernels, older, shadow, steered
+    from sglang_host import cuda, interpreted, kernels, older, shadow, steered, transfer
 
     cuda.emulate()
     if interpreted.on():
         interpreted.prepare()
     if os.environ.get("SGLANG_HOST_FORK") == "1":
         _fork()
+    if transfer.on():
+        transfer.provide()
 
     if older.is_it():
         from sglang.srt import server_args as choices
