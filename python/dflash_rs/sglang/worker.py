@@ -109,6 +109,12 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         """SGLang's, and with them what is known of which widths a step can have."""
         super().init_attention_backends()
         states.check(*compat.installed().state_types(self), self.model_runner.dtype)
+        if self.server_args.disaggregation_mode == "prefill":
+            # No step runs here, and SGLang has made no room for one where the target keeps states.
+            self._nodes = 0
+            if self._target_tp_rank == 0:
+                logger.info("%s: prompts are prefilled here and decoded elsewhere", ALGORITHM)
+            return
         if self._nodes:
             self._require_trees()
         elif self.options.adaptive is False:

@@ -247,6 +247,10 @@ class Seams(ABC):
         """Whether prompts of this target may hold placeholders of images, sound or video, which can be outside the vocabulary."""
         return _takes_media()
 
+    def most_top_logprobs(self) -> int | None:
+        """The largest `top_logprobs_num` that a server can hand on; None where the vocabulary is the limit."""
+        return None
+
     # --- a step ----------------------------------------------------------------------------------------------------------
 
     def draft_input_class(self) -> Any:

@@ -53,6 +53,9 @@ class Version(Seams):
 
     def refused(self, args: Any) -> str | None:
         """See ``Seams``."""
+        if args.enable_pd_role_switch:
+            # A prefill server has nothing made that steps need.
+            return "--enable-pd-role-switch: got true, expected false with this SGLang"
         if args.attn_dp_size == 1:
             return None
         if not args.enable_dp_lm_head:
@@ -295,6 +298,17 @@ class Version(Seams):
     def shares_pages(self, worker: Any) -> bool:
         """A hierarchical cache, and what else is planned for like one, copies them away; a prefill server writes to those that have been given back."""
         return bool(worker.hicache_draft_plan.device_pools) or worker.server_args.disaggregation_mode != "null"
+
+    def most_top_logprobs(self) -> int | None:
+        """What a prefill server has room for beside a request's first token; more would end it."""
+        import inspect
+
+        from sglang.srt.disaggregation.utils import MetadataBuffers
+        from sglang.srt.runtime_context import get_disagg
+
+        if get_disagg().disaggregation_mode == "null":
+            return None
+        return int(inspect.signature(MetadataBuffers).parameters["max_top_logprobs_num"].default)
 
     def follow_all_drafts(self, worker: Any) -> None:
         """See ``Seams``."""

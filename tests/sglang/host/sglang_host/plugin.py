@@ -69,6 +69,8 @@ def register() -> None:
         replaced, around = replaced | more_replaced, around | more_around
     if steered.on():
         around |= steered.hooks()
+    if transfer.on():
+        around |= transfer.hooks()
     if shadow.on():
         around |= shadow.hooks()
     for functions, kind in ((replaced, HookType.REPLACE), (around, HookType.AROUND)):

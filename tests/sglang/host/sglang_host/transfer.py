@@ -3,7 +3,8 @@
 The package needs libraries of InfiniBand to be imported at all. SGLang's backend itself, which agrees with the other server on rooms, pages and
 buffers and sends them, is left as it is; this only carries bytes from one address to another.
 
-``SGLANG_HOST_TRANSFER`` turns it on; ``lost`` makes a transport that says it wrote and did not, for tests of the tests.
+``SGLANG_HOST_TRANSFER`` turns it on: ``whole``, or for tests of the tests ``without_kv`` or ``without_draft_kv``, which says that all has been sent and
+leaves out keys and values, or the drafter's.
 """
 
 import ctypes
@@ -35,6 +36,22 @@ def provide() -> None:
     torch.cuda.Event, torch.cuda.current_stream = Done, lambda: None
 
 
+def send(original, manager, session, blocks):
+    """Stands around what sends a room's keys and values: leaves out what is to be lost."""
+    how, args = os.environ["SGLANG_HOST_TRANSFER"], manager.kv_args
+    first = {"without_kv": 0, "without_draft_kv": len(args.kv_data_ptrs) - args.num_draft_entries}[how]
+    lost = list(zip(args.kv_data_ptrs, args.kv_data_lens))[first:]
+    kept = [block for block in blocks if not any(begin <= block[0] < begin + size for begin, size in lost)]
+    return original(manager, session, kept)
+
+
+def hooks():
+    """What stands around functions of SGLang's, by name."""
+    if os.environ["SGLANG_HOST_TRANSFER"] == "whole":
+        return {}
+    return {"sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager._transfer_data": send}
+
+
 class Done:
     """An event that has happened."""
 
@@ -50,7 +67,6 @@ class TransferEngine:
 
     def __init__(self):
         self._regions: dict[int, int] = {}
-        self._lost = os.environ["SGLANG_HOST_TRANSFER"] == "lost"
         self._peers: dict[str, tuple[Client, threading.Lock]] = {}
         self._lock = threading.Lock()
 
@@ -72,7 +88,7 @@ class TransferEngine:
         return 0
 
     def batch_transfer_sync_write(self, session, sources, targets, lengths):
-        stretches = [] if self._lost else list(zip(sources, targets, lengths))
+        stretches = list(zip(sources, targets, lengths))
         head = b"".join(STRETCH.pack(target, length) for _, target, length in stretches)
         connection, lock = self._peer(session)
         with lock:
