@@ -18,7 +18,7 @@ class Pair:
     """Two servers; use as a context manager. Answers are the decode server's.
 
     SGLang's mooncake backend carries keys and values from one to the other, over a transport of the host platform (sglang_host.transfer); `transfer`
-    is what it carries.
+    is what it carries. `kind` is what runs the servers.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Pair:
         prefill: dict[str, Any] | None = None,
         decode: dict[str, Any] | None = None,
         transfer: str = "whole",
+        kind: type[Server] = Server,
         **options: Any,
     ):
         env = {
@@ -44,7 +45,7 @@ class Pair:
             "decode": {"disaggregation_decode_retraction_backup": "cpu_tensor"} | (decode or {}),
         }
         self.prefill, self.decode = (
-            Server(log.with_suffix(f".{mode}.log"), env=env, disaggregation_mode=mode, **options | own)
+            kind(log.with_suffix(f".{mode}.log"), env=env, disaggregation_mode=mode, **options | own)
             for mode, own in both.items()
         )
 

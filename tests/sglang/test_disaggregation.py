@@ -74,6 +74,11 @@ def test_what_is_refused_is_refused_by_both_servers_which_go_on(pair: Pair, refe
     ):
         for status, answer in pair.send(body | fields):
             assert status == 400 and named in json.dumps(answer), (status, answer)
+    # What SGLang warms servers up with goes to no other server.
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    own = body | {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}
+    assert [server.post("/generate", own)[0] for server in (pair.prefill, pair.decode)] == [200, 200]
     assert tokens(pair.together([body])) == tokens(reference["greedy"])[:1]
     assert pair.flush_is_clean()
 
@@ -167,9 +172,12 @@ def arrival(**fields: Any) -> SimpleNamespace:
 
 
 def test_a_request_is_served_if_its_prefill_server_has_signed_it() -> None:
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
     from dflash_rs.sglang import disaggregation
 
-    for served in (arrival(), arrival(hidden_states_tensor=None)):
+    warming_up = arrival(bootstrap_host=FAKE_BOOTSTRAP_HOST, hidden_states_tensor=torch.zeros(16))
+    for served in (arrival(), arrival(hidden_states_tensor=None), warming_up):
         disaggregation.arrive(served)
         assert served.to_finish is None
     for row in (torch.zeros(16), torch.full((16,), 68.0)):

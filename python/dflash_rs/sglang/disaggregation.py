@@ -25,6 +25,10 @@ def sign(row: torch.Tensor) -> None:
 
 def unsigned(req: Any) -> str | None:
     """What to answer a request that has arrived from a prefill server without our drafter; None serves it."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    if req.bootstrap_host in (None, FAKE_BOOTSTRAP_HOST):
+        return None  # SGLang's own, for warming up and asking whether the server lives: nothing has come at all
     row = req.hidden_states_tensor
     if row is None or torch.equal(row[: len(SIGNATURE)].cpu(), SIGNATURE):
         return None
