@@ -38,11 +38,16 @@ class Pair:
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": PATIENCE,
         } | (env or {})
         self.bootstrap, self.rooms = free_port(), random.Random()
-        options = {"disaggregation_transfer_backend": "mooncake", **options}
+        # Where SGLang keeps a cache on the host, with what a host without a GPU can copy.
+        options = {
+            "disaggregation_transfer_backend": "mooncake",
+            "hicache_io_backend": "direct",
+            "hicache_mem_layout": "layer_first",
+            **options,
+        }
         both = {
             "prefill": {"disaggregation_bootstrap_port": self.bootstrap} | (prefill or {}),
-            # SGLang's other choice keeps 10 GiB of the host's memory free.
-            "decode": {"disaggregation_decode_retraction_backup": "cpu_tensor"} | (decode or {}),
+            "decode": decode or {},
         }
         self.prefill, self.decode = (
             kind(log.with_suffix(f".{mode}.log"), env=env, disaggregation_mode=mode, **options | own)

@@ -63,6 +63,8 @@ def test_the_tokens_are_those_of_one_plain_server(pair: Pair, reference: dict) -
             assert all(answer["meta_info"]["cached_tokens"] >= 16 for answer in answers), name
         if name == "greedy":
             assert lengths(answers) > 1.5
+    log = pair.prefill.log.read_text(errors="replace")
+    assert "prompts are prefilled here and decoded elsewhere" in log and "each step verifies" not in log
     assert pair.flush_is_clean()
 
 
@@ -114,11 +116,18 @@ def test_the_whole_matrix(shaped: Pair, reference: dict) -> None:
 
 
 @long
+@pytest.mark.parametrize("backup", ["host_pool", "cpu_tensor"])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_requests_that_are_retracted_come_back_with_their_history(logs: Path, reference: dict, overlap: bool) -> None:
+def test_requests_that_are_retracted_come_back_with_their_history(
+    logs: Path, reference: dict, overlap: bool, backup: str
+) -> None:
     options = speculative(page_size=16, disable_overlap_schedule=not overlap, **SEEDED)
-    small = {"max_total_tokens": 768, "num_reserved_decode_tokens": 8}
-    name = f"retracted-{overlap}"
+    small = {
+        "max_total_tokens": 768,
+        "num_reserved_decode_tokens": 8,
+        "disaggregation_decode_retraction_backup": backup,
+    }
+    name = f"retracted-{backup}-{overlap}"
     with Pair(logs / name, env=CHECKED | widths("cycle"), decode=small, **options) as pair:
         answers = pair.together(cases.crowd(), at_once=16)
         assert retractions(answers) > 0

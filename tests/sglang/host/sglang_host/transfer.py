@@ -34,6 +34,10 @@ def provide() -> None:
     sys.modules |= {"mooncake": package, "mooncake.engine": module}
     # Before it sends, SGLang has its transfer threads wait for what a stream of CUDA has begun. Here everything is done when it returns.
     torch.cuda.Event, torch.cuda.current_stream = Done, lambda: None
+    # Room for retracted requests is taken from what this much leaves of the host's memory, which other servers share here.
+    from sglang.srt.mem_cache.pool_host import base
+
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
 
 
 def send(original, manager, session, blocks):
