@@ -10,7 +10,7 @@
 # make test-processors  what depends on the processor, as a lesser one would run it; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
 # make sglang-hybrids   the same with targets that have recurrent layers, all cases of it (half an hour and more); few are part of `make test`
-# make sglang-long   what else is too long for `make test`: adapters, trees on two ranks
+# make sglang-long   what else is too long for `make test`: adapters, trees on two ranks, prefill and decode servers
 # make sglang-demo   the bundled pair served by real SGLang on this CPU, without and with DFLASH_RS
 # make sweep   every causal architecture of transformers as a tiny target (an hour): exact or refused by name; writes docs/models.md
 # make bench   all benchmarks; writes benchmarks/results/*.json and docs/img/*.png

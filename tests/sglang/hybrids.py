@@ -151,15 +151,17 @@ class Interpreted(Server):
         return super().open(path, body, timeout)
 
 
+# Of a server of such a target: no tokenizer, states in the target's type.
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "enable_deterministic_inference": True,
+    "grammar_backend": "none",
+    "max_total_tokens": 4096,
+    "max_mamba_cache_size": 48,
+}
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
+
+
 def server(log: Path, target: Path, env: dict[str, str] | None = None, **options: Any) -> Interpreted:
-    """A server of such a target, without a tokenizer, its states in the target's type."""
-    common = {
-        "model_path": target,
-        "skip_tokenizer_init": True,
-        "enable_deterministic_inference": True,
-        "grammar_backend": "none",
-        "max_total_tokens": 4096,
-        "max_mamba_cache_size": 48,
-    }
-    interpreted = {"TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
-    return Interpreted(log, env=interpreted | (env or {}), **(common | options))
+    """A server of such a target."""
+    return Interpreted(log, env=ENVIRONMENT | (env or {}), **(OPTIONS | {"model_path": target} | options))

@@ -76,14 +76,18 @@ def widths(adaptive: bool | str, *among: int) -> dict[str, str]:
     return {"DFLASH_RS_CONFIG": json.dumps({"adaptive": adaptive} | ({"widths": among} if among else {}))}
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Server:
     """A running server; use as a context manager."""
 
     def __init__(self, log: Path, env: dict[str, str] | None = None, **options: Any):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = log
+        self.port, self.log = free_port(), log
         command = [sys.executable, "-m", "sglang.launch_server", *arguments(port=self.port, **options)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(

@@ -22,6 +22,7 @@ from cases import tokens
 from servers import Server, speculative, widths
 from test_text import CHECKED, FULL, retractions
 
+from dflash_rs.sglang import compat
 from dflash_rs.sglang.deferred import Deferred
 from dflash_rs.sglang.metrics import Exporter
 
@@ -171,15 +172,13 @@ def test_the_worker_keeps_only_what_plain_steps_leave(monkeypatch: pytest.Monkey
     assert written[1]["commit_lens"] == "as given"
 
 
-@pytest.mark.parametrize("copied", [True, False])
-def test_a_cache_that_copies_pages_away_is_asked_for(copied: bool) -> None:
-    from dflash_rs.sglang import compat
-
+@pytest.mark.parametrize(("copied", "mode"), [(True, "null"), (False, "null"), (False, "decode")])
+def test_who_else_copies_or_writes_pages_is_asked_for(copied: bool, mode: str) -> None:
     worker = SimpleNamespace(
-        server_args=SimpleNamespace(enable_hierarchical_cache=copied),
+        server_args=SimpleNamespace(enable_hierarchical_cache=copied, disaggregation_mode=mode),
         hicache_draft_plan=SimpleNamespace(device_pools=("pool",) if copied else ()),
     )
-    assert compat.installed().copies_pages_away(worker) is copied
+    assert compat.installed().shares_pages(worker) is (copied or mode != "null")
 
 
 # --- servers with a shadow -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import hybrids
 import pytest
 from cases import OURS, STOCK, tokens
 from hybrids import KINDS, Interpreted, Steering, prompts
+from pairs import Pair
 from servers import speculative, widths
 from test_text import CHECKED, FULL, retractions
 
@@ -247,3 +248,21 @@ def test_stock_dflash_beside_it(kind: Kind) -> None:
     expected = kind.expected("mixed", mixed())
     with kind.speculative("stock", "DFLASH", page_size=16) as server:
         record(STOCK, kind, server.together(mixed()), expected)
+
+
+@long
+@each
+def test_a_prompt_that_was_prefilled_elsewhere_comes_with_its_states(kind: Kind) -> None:
+    expected = kind.expected("mixed", mixed())
+    options = hybrids.OPTIONS | speculative() | {"model_path": kind.target, "speculative_draft_model_path": kind.draft}
+    env = hybrids.ENVIRONMENT | {"SGLANG_HOST_STEER": str(kind.steering.path)} | widths("cycle", 1, 3, 6)
+    log = kind.folder / "pair"
+    with Pair(log, env=env, kind=Interpreted, page_size=16, mamba_track_interval=64, **options) as pair:
+        for _ in range(2):
+            answers = pair.together(mixed())
+            assert tokens(answers) == expected
+            assert 1.5 < lengths(answers) < 5
+        assert pair.flush_is_clean()
+    with Pair(log, env=env, kind=Interpreted, transfer="without_kv", page_size=16, **options) as pair:
+        # SGLang sends states by another way than keys and values.
+        assert tokens(pair.together(mixed())) != expected

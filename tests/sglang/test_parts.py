@@ -166,6 +166,7 @@ def server_args(**changes: Any) -> SimpleNamespace:
         "trust_remote_code": False,
         "pp_size": 1,
         "disaggregation_mode": "null",
+        "enable_pd_role_switch": False,
         "enable_dp_attention": False,
         "attn_dp_size": 1,
         "attn_cp_size": 1,
@@ -191,7 +192,6 @@ def test_the_block_comes_from_the_drafter_unless_given() -> None:
         ({"speculative_draft_model_path": None}, "--speculative-draft-model-path: not given"),
         ({"speculative_draft_model_path": "/nowhere"}, "--speculative-draft-model-path: /nowhere"),
         ({"pp_size": 2}, "--pp-size: got 2"),
-        ({"disaggregation_mode": "decode"}, "--disaggregation-mode: got decode, expected null"),
         ({"speculative_num_draft_tokens": 1}, "--speculative-num-draft-tokens: got 1"),
         (
             {"speculative_num_draft_tokens": 4, "speculative_dflash_block_size": 8},
@@ -217,10 +217,11 @@ def test_contradictory_flags_are_named(changes: dict, named: str) -> None:
             "--attn-cp-size: got 2, expected 1 with --attn-dp-size 2",
         ),
         ({"attn_dp_size": 2, "enable_dp_lm_head": True}, None),
+        ({"enable_pd_role_switch": True}, "--enable-pd-role-switch: got true, expected false with this SGLang"),
         ({}, None),
     ],
 )
-def test_data_parallel_attention_needs_the_head_whole(changes: dict, answer: str | None) -> None:
+def test_what_only_the_newest_can_be_asked_for_is_refused_by_name(changes: dict, answer: str | None) -> None:
     # Flags that 0.5.17 does not have.
     from dflash_rs.sglang.compat import v0_5_23
 
@@ -233,7 +234,8 @@ ATTENTION = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
 @pytest.mark.parametrize(
     ("changes", "oldest", "newest"),
     [
-        ({"disaggregation_mode": "prefill"}, *["--disaggregation-mode: got prefill, expected null"] * 2),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode: got prefill, expected null", None),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode: got decode, expected null", None),
         ({"pp_size": 2}, *["--pp-size: got 2, expected 1"] * 2),
         (ATTENTION, "--enable-dp-attention: got true, expected false", "--enable-dp-lm-head: not given, expected with"),
         (ATTENTION | {"enable_dp_lm_head": True}, "--enable-dp-attention: got true, expected false", None),
@@ -389,6 +391,16 @@ def test_what_would_end_the_server_is_refused() -> None:
         asked.logprob.top_logprobs_num = many
         assert (
             requests.why_not(asked, False) == f"top_logprobs_num: got {many}, expected 0..100, the vocabulary"
+        ) is refused
+
+
+def test_more_logprobs_than_a_prefill_server_hands_on_are_refused() -> None:
+    asked = request()
+    for many, most, refused in ((128, 128, False), (129, 128, True), (129, None, False), (None, 128, False)):
+        asked.logprob.top_logprobs_num = many
+        assert (
+            requests.too_many_logprobs(asked, most)
+            == f"top_logprobs_num: got {many}, expected at most 128 with --disaggregation-mode"
         ) is refused
 
 

@@ -13,7 +13,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from dflash_rs.errors import DflashError, InvalidArgument
-from dflash_rs.sglang import ALGORITHM, compat, config, probe
+from dflash_rs.sglang import ALGORITHM, compat, config, disaggregation, probe
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ AS_DFLASH = tuple(
         "has_draft_kv",
         "carries_draft_hidden_states",
         "create_future_map",
-        "build_disagg_draft_input",
         "need_topk",
         "resolve_max_speculative_num_draft_tokens",
         "get_num_tokens_per_req_for_target_verify",
@@ -56,6 +55,7 @@ OWN = (
     "get_platform_worker_cls",
     "create_worker",
     "supports_mixed_chunk",
+    "build_disagg_draft_input",
 )
 
 
@@ -69,6 +69,14 @@ class DflashRsAlgorithm(CustomSpecAlgo):
     def supports_mixed_chunk(self) -> bool:
         """No: a decoding request in a batch of prompts is sampled by SGLang, whose penalties are not fed when it speculates."""
         return False
+
+    def build_disagg_draft_input(self, batch: Any, *given: Any) -> Any:
+        """What the first step gets of requests that a prefill server has prefilled: SGLang's, and who they are."""
+        from dflash_rs.sglang import planning  # it needs more of SGLang than there is while plugins are loaded
+
+        for req in batch.reqs:
+            disaggregation.arrive(req)
+        return planning.arrived(SpeculativeAlgorithm.DFLASH.build_disagg_draft_input(batch, *given), batch.reqs)
 
     def create_worker(self, server_args: Any) -> type:
         """The worker class; refuses SGLang versions it does not fit."""
@@ -128,9 +136,6 @@ def fill_in(args: Any, tree_nodes: int = 0) -> int:
     """
     if args.speculative_draft_model_path is None:
         raise InvalidArgument(f"--speculative-draft-model-path: not given, expected a DFlash drafter for {ALGORITHM}")
-    if args.disaggregation_mode != "null":
-        # Requests would arrive with their KV, and what they wrote so far would never have been counted.
-        raise InvalidArgument(f"--disaggregation-mode: got {args.disaggregation_mode}, expected null with {ALGORITHM}")
     if args.pp_size != 1:
         raise InvalidArgument(f"--pp-size: got {args.pp_size}, expected 1 with {ALGORITHM}")
     if (answer := compat.installed().refused(args)) is not None:

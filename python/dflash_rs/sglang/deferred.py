@@ -17,7 +17,8 @@ Promises:
 - All on the stream of the steps, in their order; the host waits for nothing, and decides from what every tensor-parallel rank knows.
 - Memory is bounded: ``TOKENS`` rows of features.
 
-A cache that copies the drafter's pages away when a request ends (a hierarchical one) would copy them too early: there nothing is kept.
+A cache that copies the drafter's pages away when a request ends (a hierarchical one) would copy them too early, and a prefill server that writes prompts
+to pages that a request has given back knows of no step: there nothing is kept.
 """
 
 from __future__ import annotations

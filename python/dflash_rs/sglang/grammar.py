@@ -29,6 +29,12 @@ def accept(original: Any, processor: Any, req: Any, tokens: Any) -> list[int]:
     return kept if ends else run[: len(kept) + 1]
 
 
+def arrive(req: Any) -> None:
+    """A request arrives with its KV, and its grammar has been told of all its tokens: SGLang asks next whether it has ended."""
+    if req.grammar is not None and req.grammar.is_terminated():
+        setattr(req, _ENDED, len(req.output_ids))
+
+
 def finish(original: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """Around SGLang's ``update_finish_state``: the token that ends a grammar does not end its request."""
     ended = getattr(req, _ENDED, None)

@@ -6,6 +6,7 @@ next step writes ``[S, S + B)``: a request needs ``C + 2 * B`` slots, rounded up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from dflash_rs.sglang import compat
 
 class DraftInput(compat.installed().draft_input_class()):  # type: ignore[misc]  # SGLang's, known when it runs
     """What a step hands to the next one, and the room it makes for it."""
+
+    # Requests whose first step this is and that were not prefilled here: a prefill server has, or they come back from a retraction with their KV.
+    arrived: Sequence[Any] = ()
+
+    def merge_batch(self, spec_info: Any) -> None:
+        """As SGLang's, with those of both that have arrived."""
+        super().merge_batch(spec_info)
+        self.arrived = [*self.arrived, *spec_info.arrived]
 
     def prepare_for_decode(self, batch: Any) -> None:
         """Reserves KV for the next block of every request; leaves SGLang's batch as its own draft input would."""
@@ -58,6 +67,14 @@ class DraftInput(compat.installed().draft_input_class()):  # type: ignore[misc] 
         batch.seq_lens_sum = committed_sum
         self.nxt_kv_lens_cpu = wanted
         self.nxt_kv_lens_sum = wanted_sum
+
+
+def arrived(theirs: Any, reqs: Sequence[Any]) -> DraftInput:
+    """The first step's input of `reqs`, which arrive with their KV; `theirs` is what SGLang has made of them."""
+    mine = draft_input(theirs.bonus_tokens, theirs.new_seq_lens)
+    mine.future_indices = theirs.future_indices
+    mine.arrived = list(reqs)
+    return mine
 
 
 def draft_input(bonus: torch.Tensor, new_seq_lens: torch.Tensor) -> DraftInput:

@@ -29,6 +29,8 @@ def refusal(req: Any) -> str | None:
     without_idle_filters(req)
     server = get_exec()
     answer = why_not(req, seeded=server.deterministic.enable_deterministic_inference)
+    if answer is None:
+        answer = too_many_logprobs(req, compat.installed().most_top_logprobs())
     if answer is None and server.features.enable_custom_logit_processor:
         answer = unreadable(req.custom_logit_processor)
     if answer is None and (answer := unknown_tokens(req)) is not None and compat.installed().takes_media():
@@ -75,6 +77,14 @@ def why_not(req: Any, seeded: bool) -> str | None:
     if not 0 <= (wanted := req.logprob.top_logprobs_num or 0) <= req.vocab_size:
         return f"top_logprobs_num: got {wanted}, expected 0..{req.vocab_size}, the vocabulary"
     return None
+
+
+def too_many_logprobs(req: Any, most: int | None) -> str | None:
+    """What to answer a request for more log-probabilities than go from a prefill server to a decode server, if `most` is not None."""
+    wanted = req.logprob.top_logprobs_num or 0
+    if most is None or wanted <= most:
+        return None
+    return f"top_logprobs_num: got {wanted}, expected at most {most} with --disaggregation-mode"
 
 
 def unknown_tokens(req: Any) -> str | None:

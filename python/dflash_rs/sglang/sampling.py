@@ -66,8 +66,8 @@ def put(values: Sequence[Any], device: Any, dtype: torch.dtype = torch.int64) ->
 class History:
     """How often each token occurs in the output of each request, i32 ``[rows, V]``, by row of SGLang's request pool.
 
-    The table is made when the first request needs it. A row is started anew whenever a request is prefilled, so it needs no
-    cleaning up: aborts and retractions leave nothing behind that matters.
+    The table is made when the first request needs it. A row is started anew whenever a request is prefilled or arrives with its KV, so it
+    needs no cleaning up: aborts and retractions leave nothing behind that matters.
     """
 
     def __init__(self, rows: int, vocab: int, device: Any):
@@ -75,7 +75,7 @@ class History:
         self.table: torch.Tensor | None = None
 
     def start(self, rows: torch.Tensor, outputs: Sequence[Sequence[int]]) -> None:
-        """Requests enter with the output they already have (some after a retraction, none otherwise); rows i64 ``[n]``."""
+        """Requests enter with the output they already have (after a retraction, or from a prefill server; none otherwise); rows i64 ``[n]``."""
         if self.table is None:
             self.table = torch.zeros((self.rows, self.vocab), dtype=torch.int32, device=self.device)
         self.table.index_fill_(0, rows, 0)
@@ -186,9 +186,7 @@ class TargetSampler:
         """Requests are prefilled; ``slots`` i64 ``[R]`` are their rows of the request pool. Returns the sampling info to prefill
         with: for requests that come back with output (after a retraction) SGLang's own penalties would start from nothing."""
         penalties = Penalties(reqs, slots, self.device)
-        if counting := [i for i, req in enumerate(reqs) if counts_tokens(req.sampling_params)]:
-            mine = put(counting, self.device)
-            self.history.start(slots[mine], [reqs[i].output_ids for i in counting])
+        self.begin(reqs, slots)
         back = [n for n, i in enumerate(penalties.index) if len(reqs[i].output_ids)]
         if not back:
             return info
@@ -202,6 +200,12 @@ class TargetSampler:
             scaling = torch.ones_like(additive) if scaling is None else scaling.clone()
             scaling[penalties.where] = penalties.scaling(counts)[:, 0]
         return dataclasses.replace(info, acc_additive_penalties=additive, acc_scaling_penalties=scaling)
+
+    def begin(self, reqs: Sequence[Any], slots: torch.Tensor) -> None:
+        """Requests enter with the output that they have; ``slots`` i64 ``[R]``."""
+        if counting := [i for i, req in enumerate(reqs) if counts_tokens(req.sampling_params)]:
+            mine = put(counting, self.device)
+            self.history.start(slots[mine], [reqs[i].output_ids for i in counting])
 
     # --- verification -------------------------------------------------------------------------------------------------
 

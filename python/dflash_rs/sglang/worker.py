@@ -116,6 +116,12 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         """SGLang's, and with them what is known of which widths a step can have."""
         super().init_attention_backends()
         states.check(*compat.installed().state_types(self), self.model_runner.dtype)
+        if self.server_args.disaggregation_mode == "prefill":
+            # No step runs here, and SGLang has made no room for one where the target keeps states.
+            self._nodes = 0
+            if self._target_tp_rank == 0:
+                logger.info("%s: prompts are prefilled here and decoded elsewhere", ALGORITHM)
+            return
         if self._nodes:
             self._require_trees()
         elif self.options.adaptive is False:
@@ -141,7 +147,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             )
             # Where trees alone are verified, the block is drafted and the target never runs it.
             self._shapes = Shapes(self, sorted({*widths, self._block}), drafted_only={self._block} - set(widths))
-            if not compat.installed().copies_pages_away(self):
+            if not compat.installed().shares_pages(self):
                 write = super()._append_target_hidden_to_draft_kv_by_loc
                 self._deferred = Deferred(write, self.acceptance.exporter)
         if self._target_tp_rank == 0:
@@ -268,6 +274,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._reqs, self._slots, self._info, self._scored = reqs, slots, given, bool(batch.return_logprob)
         if prefill:
             self._widths.interrupted()
+        else:
+            self._admit(batch.spec_info, reqs, slots)
         self._most = None if prefill else self._limits.of(reqs)
         if prefill:
             width = int(self.block_size)
@@ -288,6 +296,17 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             first = result.next_token_ids.to(torch.int64)[:, None]
             self.targets.committed(reqs, slots, first, torch.ones(len(reqs), dtype=torch.int32, device=first.device))
         return result
+
+    def _admit(self, told: Any, reqs: list[Any], slots: torch.Tensor) -> None:
+        """Those of `reqs` that have arrived with their KV, which no prefill of this server has announced; `told` is the step's draft input."""
+        if not told.arrived:
+            return
+        those = {id(req) for req in told.arrived}
+        told.arrived = ()
+        self._widths.interrupted()
+        # Who was retracted before this step arrives again later.
+        if here := [i for i, req in enumerate(reqs) if id(req) in those]:
+            self.targets.begin([reqs[i] for i in here], slots[put(here, slots.device)])
 
     def _tree_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """A step that drafts a block and verifies trees of what the drafter holds likely."""

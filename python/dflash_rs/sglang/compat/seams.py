@@ -154,8 +154,8 @@ class Seams(ABC):
         """The fields of the sampling info that have a sampler record what its filters left, empty."""
 
     @abstractmethod
-    def copies_pages_away(self, worker: Any) -> bool:
-        """Whether the drafter's pages of a request that ends are copied elsewhere. Asked once attention backends are made."""
+    def shares_pages(self, worker: Any) -> bool:
+        """Whether others than this worker's steps read or write the drafter's pages of a request that ends. Asked once attention backends are made."""
 
     @abstractmethod
     def follow_all_drafts(self, worker: Any) -> None:
@@ -260,6 +260,10 @@ class Seams(ABC):
     def takes_media(self) -> bool:
         """Whether prompts of this target may hold placeholders of images, sound or video, which can be outside the vocabulary."""
         return _takes_media()
+
+    def most_top_logprobs(self) -> int | None:
+        """The largest `top_logprobs_num` that a server can hand on; None where the vocabulary is the limit."""
+        return None
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 

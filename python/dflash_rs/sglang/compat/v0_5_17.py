@@ -39,6 +39,9 @@ class Version(Seams):
         if args.enable_dp_attention:
             # Its DFLASH worker does not keep step with idle ranks.
             return "--enable-dp-attention: got true, expected false with this SGLang"
+        if args.disaggregation_mode != "null":
+            # The tests have not seen it there.
+            return f"--disaggregation-mode: got {args.disaggregation_mode}, expected null with this SGLang"
         if args.enable_streaming_session:
             # It counts the last token of a turn as cached before any pass has had it as its input.
             return "--enable-streaming-session: got true, expected false with this SGLang"
@@ -120,7 +123,7 @@ class Version(Seams):
         """See ``Seams``."""
         return {"return_sampling_masks": None}
 
-    def copies_pages_away(self, worker: Any) -> bool:
+    def shares_pages(self, worker: Any) -> bool:
         """See ``Seams``."""
         return bool(worker.server_args.enable_hierarchical_cache)
 

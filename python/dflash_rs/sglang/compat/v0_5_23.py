@@ -15,6 +15,8 @@ WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.Scheduler
 TURN_ENDS = "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req"
 # Where it asks which algorithms an adapter can be served with, by their names.
 ADAPTERS = "sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility"
+# Where a prefill server writes down what goes to the decode server beside KV.
+HANDED_OVER = "sglang.srt.disaggregation.utils.MetadataBuffers.set_buf"
 # Attention backends that read a mask of the whole context, which the custom masks of other algorithms' trees are.
 MASKED_BACKENDS = ("TritonAttnBackend", "FlashInferAttnBackend")
 
@@ -51,6 +53,9 @@ class Version(Seams):
 
     def refused(self, args: Any) -> str | None:
         """See ``Seams``."""
+        if args.enable_pd_role_switch:
+            # A prefill server has nothing made that steps need.
+            return "--enable-pd-role-switch: got true, expected false with this SGLang"
         if args.attn_dp_size == 1:
             return None
         if not args.enable_dp_lm_head:
@@ -71,8 +76,8 @@ class Version(Seams):
         return req
 
     def more_hooks(self, ours: Ours) -> dict[str, Around]:
-        """New weights are the target's alone, a turn of a session is cached without its last token, and adapters are served as with DFLASH: they are
-        the target's, and a drafter reads what they make of it."""
+        """New weights are the target's alone, a turn of a session is cached without its last token, adapters are served as with DFLASH: they are
+        the target's, and a drafter reads what they make of it; and what a prefill server hands over says that there was a drafter."""
 
         def weights_for(original: Any, manager: Any, selector: str = "all") -> Any:
             # The target's weights and the drafter's have the same names: loaded into both, they would leave no drafter.
@@ -101,7 +106,14 @@ class Version(Seams):
             finally:
                 module.resolving_view = before
 
-        return {WEIGHTS_FOR: weights_for, TURN_ENDS: turn_ends, ADAPTERS: adapters}
+        def handed_over(original: Any, buffers: Any, req: Any) -> None:
+            from dflash_rs.sglang import disaggregation
+
+            original(buffers, req)
+            if ours():
+                disaggregation.sign(buffers.output_hidden_states[req.metadata_buffer_index])
+
+        return {WEIGHTS_FOR: weights_for, TURN_ENDS: turn_ends, ADAPTERS: adapters, HANDED_OVER: handed_over}
 
     def block_and_page(self, *args: Any) -> tuple[int, int]:
         """From the running server: nothing is handed around."""
@@ -283,9 +295,20 @@ class Version(Seams):
         """See ``Seams``."""
         return {"sampling_mask_batch_indices": None, "return_sampling_masks": None}
 
-    def copies_pages_away(self, worker: Any) -> bool:
-        """A hierarchical cache, and what else is planned for like one."""
-        return bool(worker.hicache_draft_plan.device_pools)
+    def shares_pages(self, worker: Any) -> bool:
+        """A hierarchical cache, and what else is planned for like one, copies them away; a prefill server writes to those that have been given back."""
+        return bool(worker.hicache_draft_plan.device_pools) or worker.server_args.disaggregation_mode != "null"
+
+    def most_top_logprobs(self) -> int | None:
+        """What a prefill server has room for beside a request's first token; more would end it."""
+        import inspect
+
+        from sglang.srt.disaggregation.utils import MetadataBuffers
+        from sglang.srt.runtime_context import get_disagg
+
+        if get_disagg().disaggregation_mode == "null":
+            return None
+        return int(inspect.signature(MetadataBuffers).parameters["max_top_logprobs_num"].default)
 
     def follow_all_drafts(self, worker: Any) -> None:
         """See ``Seams``."""

@@ -14,13 +14,15 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import cuda, interpreted, kernels, older, shadow, steered
+    from sglang_host import cuda, interpreted, kernels, older, shadow, steered, transfer
 
     cuda.emulate()
     if interpreted.on():
         interpreted.prepare()
     if os.environ.get("SGLANG_HOST_FORK") == "1":
         _fork()
+    if transfer.on():
+        transfer.provide()
 
     if older.is_it():
         from sglang.srt import server_args as choices
@@ -67,6 +69,8 @@ def register() -> None:
         replaced, around = replaced | more_replaced, around | more_around
     if steered.on():
         around |= steered.hooks()
+    if transfer.on():
+        around |= transfer.hooks()
     if shadow.on():
         around |= shadow.hooks()
     for functions, kind in ((replaced, HookType.REPLACE), (around, HookType.AROUND)):
