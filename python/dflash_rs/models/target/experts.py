@@ -83,10 +83,11 @@ def _between(module: nn.Module) -> _Between | None:
     if not module.has_gate:
         name = _activation(getattr(module, "act_fn", None))
         return None if name is None else _Between(name, gated=False)
-    numbers = [
-        (getattr(module, f"{prefix}alpha", None), getattr(module, f"{prefix}limit", None)) for prefix in ("", "swiglu_")
-    ]
-    clamps = [pair for pair in numbers if all(type(number) in (int, float) and number > 0 for number in pair)]
+    clamps: list[tuple[float, float]] = []
+    for prefix in ("", "swiglu_"):
+        alpha, limit = (getattr(module, prefix + name, None) for name in ("alpha", "limit"))
+        if isinstance(alpha, int | float) and isinstance(limit, int | float) and limit > 0:
+            clamps.append((float(alpha), float(limit)))
     # Far enough for every limit to cut.
     span = 12 + 2 * max((limit for _, limit in clamps), default=0)
     gate, up = (x.flatten()[None] for x in torch.meshgrid(*[torch.linspace(-span, span, 49)] * 2, indexing="ij"))
@@ -101,7 +102,7 @@ def _between(module: nn.Module) -> _Between | None:
     for alpha, limit in clamps:
         low, cut = gate.clamp(max=limit), up.clamp(-limit, limit)
         if _same(got, low * torch.sigmoid(alpha * low) * (cut + 1)):
-            return _Between("silu", clamped=(float(alpha), float(limit)))
+            return _Between("silu", clamped=(alpha, limit))
     return None
 
 
