@@ -9,8 +9,8 @@
 
 A pass is one of N requests with R rows each behind one token of context, after a pass of which K tokens were kept. Passes take turns; times
 are medians. Where experts run in the extension, every round is taken with transformers' own code for them, too: what that costs is in the
-columns that say torch. ``--threads 1,2`` takes every round with one thread and with two: what experts gain by the second is in rows that
-differ in their threads only, and their rows have the same bits. Speeds of whole texts are measured by ``dflash-rs bench --suite demo --model bundled-hybrid``.
+columns that say torch. ``--threads 1,2`` takes every round with one thread and with two: rows that differ in
+their threads only say what experts, which give the same bits either way, gain by the second. Speeds of whole texts are measured by ``dflash-rs bench --suite demo --model bundled-hybrid``.
 
 Run in the environment of ``make install``: ``.venv/bin/python benchmarks/hybrid.py --json OUT``
 """
