@@ -9,7 +9,8 @@
 
 A pass is one of N requests with R rows each behind one token of context, after a pass of which K tokens were kept. Passes take turns; times
 are medians. Where experts run in the extension, every round is taken with transformers' own code for them, too: what that costs is in the
-columns that say torch. Speeds of whole texts are measured by ``dflash-rs bench --suite demo --model bundled-hybrid``.
+columns that say torch. ``--threads 1,2`` takes every round with one thread and with two: rows that differ in
+their threads only say what experts, which give the same bits either way, gain by the second. Speeds of whole texts are measured by ``dflash-rs bench --suite demo --model bundled-hybrid``.
 
 Run in the environment of ``make install``: ``.venv/bin/python benchmarks/hybrid.py --json OUT``
 """
@@ -142,18 +143,20 @@ def batch(target: Any, requests: int, rows: int, block: int) -> StepBatch:
     )
 
 
-def measure(llm: LLM, rounds: int) -> list[dict[str, Any]]:
-    """A row for each of `PASSES`: milliseconds by part, and what experts and the whole take with transformers' experts, if ours are others."""
+def measure(llm: LLM, rounds: int, threads: list[int]) -> list[dict[str, Any]]:
+    """A row for each of `threads` and `PASSES`: milliseconds by part, and what experts and the whole take with transformers' experts, if ours
+    are others."""
     target, block = llm._target, llm.block_size
     experts = target.experts
     ways = ("",) if experts is None or experts.given_up else ("", "torch_")
-    taken: dict[tuple[str, tuple[int, int, int]], list[dict[str, float]]] = {
-        (w, one): [] for w in ways for one in PASSES
+    taken: dict[tuple[str, int, tuple[int, int, int]], list[dict[str, float]]] = {
+        (way, count, one): [] for way in ways for count in threads for one in PASSES
     }
     batches = {one: batch(target, one[0], one[1], block) for one in PASSES}
     before = {one: batch(target, one[0], max(one[1], one[2]), block) for one in PASSES}
     for turn in range(rounds + 1):
-        for way in ways:
+        for way, count in ((way, count) for count in threads for way in ways):
+            torch.set_num_threads(count)
             if way:
                 experts.undo()
             clock = Clock(target)
@@ -166,21 +169,30 @@ def measure(llm: LLM, rounds: int) -> list[dict[str, Any]]:
                     found = clock.take(partial(target.forward, batches[one]))
                     target.state.keep(index, np.full(requests, 1, dtype=np.int32))
                     if turn:
-                        taken[way, one].append(found)
+                        taken[way, count, one].append(found)
             finally:
                 clock.remove()
                 if way:
                     experts.use()
 
-    def median(way: str, one: tuple[int, int, int], part: str) -> float:
-        return round(1000 * statistics.median(run[part] for run in taken[way, one]), 3)
+    def median(way: str, count: int, one: tuple[int, int, int], part: str) -> float:
+        return round(1000 * statistics.median(run[part] for run in taken[way, count, one]), 3)
 
     return [
-        {"requests": one[0], "rows": one[1], "kept": one[2]}
-        | {f"{part}_ms": median("", one, part) for part in (*PARTS, "all")}
-        | {f"{way}{part}_ms": median(way, one, part) for way in ways[1:] for part in ("experts", "all")}
+        {"threads": count, "requests": one[0], "rows": one[1], "kept": one[2]}
+        | {f"{part}_ms": median("", count, one, part) for part in (*PARTS, "all")}
+        | {f"{way}{part}_ms": median(way, count, one, part) for way in ways[1:] for part in ("experts", "all")}
+        for count in threads
         for one in PASSES
     ]
+
+
+def numbers(text: str) -> list[int]:
+    """Threads, separated by commas."""
+    found = [int(word) if word.isdecimal() else 0 for word in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers of at least 1, separated by commas")
+    return found
 
 
 def main() -> int:
@@ -188,23 +200,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL, help="target with gated delta layers; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--threads",
+        type=numbers,
+        default=[1],
+        metavar="N,...",
+        help="one number or several that take turns; default: 1",
+    )
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
-    for name in ("rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
+    if args.rounds < 1:
+        parser.error(f"--rounds: got {args.rounds}, expected at least 1")
     requests = max(one[0] for one in PASSES)
     draft = "auto" if args.model == MODEL else "lookup"
     with LLM(
-        args.model, draft, threads=args.threads, max_running=requests, prefix_cache=False, adaptive=False, lookup=False
+        args.model,
+        draft,
+        threads=max(args.threads),
+        max_running=requests,
+        prefix_cache=False,
+        adaptive=False,
+        lookup=False,
     ) as llm:
         if llm._target.state is None:
             parser.error(f"--model: got {args.model}, expected a target with recurrent layers")
         head = header(sys.argv[1:], llm) | {"command": "python benchmarks/hybrid.py", "rounds": args.rounds}
         memory = [{"model": args.model, "block_size": llm.block_size, "how": "measured", **allocated(llm, requests)}]
         memory.append({"model": "397B", "block_size": LARGE_BLOCK, "how": "computed", **large()})
-        passes = measure(llm, args.rounds)
+        passes = measure(llm, args.rounds, args.threads)
     for row in memory:
         sizes = [row[name] / 2**20 for name in ("state", "fed_in", "snapshots")]
         print(
@@ -212,10 +235,10 @@ def main() -> int:
             f"feeds in; a snapshot after every token would be {sizes[2]:.2f} MiB"
         )
     columns = ("all", *PARTS, *(part for part in ("torch_experts", "torch_all") if f"{part}_ms" in passes[0]))
-    print("requests rows kept " + " ".join(f"{part:>13}" for part in columns) + "  (ms)")
+    print("threads requests rows kept " + " ".join(f"{part:>13}" for part in columns) + "  (ms)")
     for row in passes:
         times = " ".join(f"{row[f'{part}_ms']:13.2f}" for part in columns)
-        print(f"{row['requests']:8} {row['rows']:4} {row['kept']:4} {times}")
+        print(f"{row['threads']:7} {row['requests']:8} {row['rows']:4} {row['kept']:4} {times}")
     if args.json is not None:
         args.json.write_text(
             json.dumps({"header": head, "memory": memory, "passes": passes}, indent=1) + "\n", encoding="utf-8"

@@ -893,11 +893,14 @@ class PackedWeight:
 
 @final
 class Experts:
-    """The SwiGLU experts of one layer, packed for few rows on the host.
+    """The experts of one layer, packed for few rows on the host.
 
-    ``gate_up`` ``[count, 2 * inner, hidden]`` (gate, then up) and ``down`` ``[count, hidden, inner]`` are contiguous and of ``dtype``, "float32"
+    ``gate_up`` ``[count, 2 * inner, hidden]`` (gate, then up; up alone, ``[count, inner, hidden]``, unless ``gated``) and ``down`` ``[count, hidden, inner]`` are contiguous and of ``dtype``, "float32"
     or "bfloat16", and given as (address, first stride, second stride) in elements; they are read by ``threads`` threads and not needed
-    afterwards. ``precision`` is that of ``PackedWeight``.
+    afterwards. ``precision`` is that of ``PackedWeight``. Biases, both or neither, are f32 ``[count, rows of gate_up]`` and ``[count, hidden]``.
+
+    Between the products stands ``activation(gate) * up``, or ``activation(up)`` without a gate; ``activation`` is "silu", "gelu", "gelu_tanh" or
+    "relu2". With ``clamped`` (alpha, limit) it is ``gate * sigmoid(alpha * gate) * (up + 1)`` of a gate cut at limit and an up cut at +-limit.
 
     With ``router`` f32 ``[count, hidden]`` rows may choose for themselves: the ``top_k`` largest of the softmax of ``router x``, divided by their
     sum if ``normalised``. With ``shared_gate_up`` f32 ``[2 * shared, hidden]``, ``shared_down`` ``[hidden, shared]`` and ``shared_gate`` ``[hidden]``
@@ -915,6 +918,11 @@ class Experts:
         precision: str = "highest",
         threads: int = 1,
         *,
+        activation: str = "silu",
+        gated: bool = True,
+        clamped: tuple[float, float] | None = None,
+        gate_up_bias: NDArray[np.float32] | None = None,
+        down_bias: NDArray[np.float32] | None = None,
         router: NDArray[np.float32] | None = None,
         top_k: int = 0,
         normalised: bool = True,

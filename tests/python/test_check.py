@@ -15,6 +15,7 @@ from toy_models import LookUp
 
 from dflash_rs import LLM, SamplingParams, cli
 from dflash_rs.check import Battery, as_json, lines
+from dflash_rs.check.layers import first_layer
 from dflash_rs.check.servers import Server, compare_servers
 from dflash_rs.errors import DflashError
 from dflash_rs.models.target import TargetModel
@@ -63,6 +64,25 @@ def test_a_state_that_keeps_a_rejected_draft_is_found(monkeypatch):
     said = lines(list(results.values()))
     assert any("first draft wrong" in line and "WRONG" in line for line in said)
     assert any("no rounding" in line for line in said) and "cases are wrong" in said[-1]
+
+
+def test_a_report_names_the_layer_whose_state_is_broken(monkeypatch):
+    target, broken = TargetModel(build("dense")), 2
+    with LLM.from_parts(target, None, tokenizer=None, token_bytes=BYTES) as llm:
+        assert first_layer(llm, PROMPTS[3], 5) is None
+    mixer = target.state.mixers[broken]
+    run = mixer.run
+
+    def off(room, spans, fed):
+        # A token more than was kept, where one more was fed in.
+        room.pending.add_(((room.pending > 0) & (room.pending < room.block)).int())
+        return run(room, spans, fed)
+
+    monkeypatch.setattr(mixer, "run", off)
+    few = battery(target, rejected=12, rounds=1, temperatures=(0.0,))
+    [wrong] = [result for result in few.run() if result.name == "half of a block right"]
+    assert not wrong.passed and [one.layer for one in wrong.different if one.layer is not None] == [broken]
+    assert f"; layer {broken} is the first whose output hangs on the passes before" in "\n".join(lines([wrong]))
 
 
 def test_what_differs_is_explained_by_the_lead_of_the_token_that_was_drawn():

@@ -11,6 +11,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 from sweep.checks import examine  # noqa: E402
+from sweep.tiny import WINDOW  # noqa: E402
 
 PAGE = (TESTS.parent / "docs" / "models.md").read_text(encoding="utf-8")
 # One of each kind: windows in masks only, soft caps, sinks, experts, latent attention, learned positions, heads of different sizes.
@@ -36,6 +37,38 @@ def test_a_tiny_model_gives_the_tokens_and_log_probabilities_of_transformers(kin
     assert re.search(rf"^\| {kind} \| {result.name} \|", PAGE, re.MULTILINE), (
         "docs/models.md says otherwise: make sweep"
     )
+
+
+# Those with a switch for their window, which is a number either way.
+SWITCHED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3", "got_ocr2")
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("kind", SWITCHED)
+def test_a_window_that_is_turned_off_is_none_and_one_that_is_used_is_exact(monkeypatch, kind, used):
+    from dflash_rs.models.target import TargetModel
+
+    windows = []
+    real = TargetModel._probe
+
+    def probe(self):
+        found = real(self)
+        windows.extend(kv.window for kv in found[0].values())
+        return found
+
+    monkeypatch.setattr(TargetModel, "_probe", probe)
+    # Kinds of layers that are not given follow from the switch. Qwen3-MoE has none: the window is in all of its layers.
+    kinds = ["sliding_attention", "full_attention"] * 2 if used and kind != "qwen3_moe" else None
+    result = examine(kind, use_sliding_window=used, sliding_window=WINDOW, layer_types=kinds)
+    # The notes say where transformers' generate differs.
+    assert (result.status, result.detail, result.notes) == ("exact", "", [])
+    assert result.tau > 1.3
+    assert (set(windows) == {None}) != used and (not used or WINDOW in windows), windows
+
+
+def test_a_window_of_nothing_is_refused_where_a_layer_attends_within_it():
+    result = examine("qwen2_moe", use_sliding_window=False, layer_types=["sliding_attention"] * 4)
+    assert result.status == "refused" and "its attention mask lets position 0 not see position 0" in result.detail
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..sampling import SamplingParams
 from .drafts import Scripted, Wrong, all_wrong, first_wrong, none_wrong, rest_wrong, some_wrong
+from .layers import first_layer
 
 # Leads below this are rounding, by the type that logits are computed in.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
@@ -26,7 +27,8 @@ _EIGHT = 8
 @dataclass(frozen=True)
 class Different:
     """A text that is not the plain one. `lead`: of the plain token over the other one in what they were compared by, None where one of the
-    texts ended; `explained`: that is rounding. Tokens are ids, or what a server writes for them."""
+    texts ended; `explained`: that is rounding. `layer`: where it is not, the first layer (from 0) whose output hangs on how the text came
+    about, None where none was found or looked for. Tokens are ids, or what a server writes for them."""
 
     case: str
     prompt: int
@@ -36,6 +38,7 @@ class Different:
     other_token: int | str | None
     lead: float | None
     explained: bool
+    layer: int | None = None
 
 
 @dataclass
@@ -254,11 +257,16 @@ class Battery:
             at = next((j for j, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
             left, right = (tokens[at] if at < len(tokens) else None for tokens in (text, other))
             lead = None
+            prompt = (self._prompts if prompts is None else prompts)[i]
             if left is not None and right is not None:
-                prompt = (self._prompts if prompts is None else prompts)[i]
                 lead = self._lead(llm, prompt + text[:at], left, right, i, temperature)
             explained = lead is not None and self._tolerance is not None and abs(lead) <= self._tolerance
-            result.different.append(Different(result.name, i, temperature, at, left, right, lead, explained))
+            # Once in a case: it takes some tens of passes.
+            known = None
+            if not explained and not any(one.layer is not None for one in result.different):
+                known = first_layer(llm, prompt + text[:at], self._block)
+            layer = None if known is None else known[0]
+            result.different.append(Different(result.name, i, temperature, at, left, right, lead, explained, layer))
 
     def _lead(self, llm: Any, ids: list[int], left: int, right: int, i: int, temperature: float) -> float:
         """How far ahead the plain token was, in logits; of a draw, in logits and what was drawn for the two."""

@@ -27,6 +27,11 @@ def lines(results: Sequence[CaseResult]) -> list[str]:
             )
             found.append(
                 f"    prompt {one.prompt + 1}, {how}, from token {one.position} on: {one.plain_token} plain, {one.other_token} here, {lead}"
+                + (
+                    ""
+                    if one.layer is None
+                    else f"; layer {one.layer} is the first whose output hangs on the passes before"
+                )
             )
     wrong = [result.name for result in results if not result.passed]
     tied = sum(len(result.different) for result in results if result.passed)

@@ -184,15 +184,21 @@ fn load<L: Lanes>(x: &[f32], at: usize) -> L {
     L::load(x[at..at + LANES].try_into().expect("sixteen elements"))
 }
 
-/// `x / (1 + exp(-x))`. The exponential is taken of `-|x|` and so never overflows.
+/// `x / (1 + exp(-x))`.
 #[inline(always)]
 pub(super) fn silu<L: Lanes>(x: L) -> L {
+    logistic(x, x)
+}
+
+/// `x / (1 + exp(-z))`. The exponential is taken of `-|z|` and so never overflows.
+#[inline(always)]
+pub(super) fn logistic<L: Lanes>(x: L, z: L) -> L {
     let zero = L::splat(0.0);
     let one = L::splat(1.0);
-    let negative = zero.sub(x.max(zero.sub(x)));
+    let negative = zero.sub(z.max(zero.sub(z)));
     let e = negative.mul(L::splat(std::f32::consts::LOG2_E)).exp2();
-    // 1 where x >= 0, e elsewhere.
-    let top = e.add(one.sub(e).zero_where_below(x, 0.0));
+    // 1 where z >= 0, e elsewhere.
+    let top = e.add(one.sub(e).zero_where_below(z, 0.0));
     x.mul(top).div(one.add(e))
 }
 

@@ -46,14 +46,16 @@ class Recorder:
     """Stands in for a step's attention while the model is probed: attends causally and notes each layer's shape and window.
 
     A window may reach a layer as an argument or in its mask only, which a step has none of. So the masks of the probe say which
-    keys the model wants seen, at positions up to `limit`, far beyond the probe's own tokens.
+    keys the model wants seen, at positions up to `limit`, far beyond the probe's own tokens. Some models make masks that no layer of theirs
+    gets, such as one for a window that the configuration turned off: only what a layer gets has to be a causal window.
     """
 
     def __init__(self, limit: int):
         self.layers: dict[int, LayerKV] = {}
         self.modules: dict[int, nn.Module] = {}
         self._limit = max(2, limit)
-        self._masks: list[tuple[Tensor, Tensor, int | None]] = []
+        # What a layer may get, a copy, and its window or what is against it.
+        self._masks: list[tuple[Tensor, Tensor, int | UnsupportedModel | None]] = []
 
     def mask(self, *, mask_function, batch_size, q_length, kv_length, device, use_vmap=False, local_size=None, **_):
         """The mask of the probe's tokens, bool [batch, 1, q, kv], after learning what it would be at any distance."""
@@ -79,8 +81,12 @@ class Recorder:
                 )
             return found.expand(1, 1, len(queries), len(keys))[0, 0].to(torch.bool)
 
+        window: int | UnsupportedModel | None
         try:
-            window = self._window(seen, device, local_size)
+            try:
+                window = self._window(seen, device, local_size)
+            except UnsupportedModel as error:
+                window = error
             own = seen(torch.arange(q_length, device=device), torch.arange(kv_length, device=device))
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModel(
@@ -121,6 +127,8 @@ class Recorder:
             return window
         for given, kept, wanted in self._masks:
             if mask.data_ptr() == given.data_ptr() and mask.shape == given.shape and torch.equal(mask, kept):
+                if isinstance(wanted, UnsupportedModel):
+                    raise wanted
                 if window is None or window == wanted or (wanted is None and window >= self._limit):
                     return wanted if window is None else window
                 raise UnsupportedModel(

@@ -1,42 +1,47 @@
-//! Layers of experts: every row meets a few of many SwiGLU blocks, in one call for all rows.
+//! Layers of experts: every row meets a few of many blocks of two products, in one call for all rows.
 //!
 //! ```text
 //!   rows --> router --> choice: of every expert, the rows that go to it
 //!                          |
 //!     expert by expert     |    thread 1: its panels of every expert | thread 2: its panels of every expert | ...
-//!       inner = silu(gate x) * up x           for the rows of the expert only
+//!       inner = between(up x)                 for the rows of the expert only
 //!                     -------- all of inner is there --------
-//!       out += weight * (down inner)          columns are a thread's own, so experts add up in order
+//!       out += weight * down(inner)           columns are a thread's own, so experts add up in order
 //! ```
 //! Several rows of a step meet more experts than one row does, and every expert more is its weights read once more. So rows are grouped by
-//! expert, and an expert's weights are read once for all its rows, by one thread each.
+//! expert, and an expert's weights are read once for all its rows, by one thread each. What is [`Between`] the products is a layer's: most have
+//! `silu(gate x) * up x`, gate and up being halves of the first product. Either product may have a bias.
 //!
-//! Promise: a row's result is `sum over its experts, ascending, of weight * down(silu(gate x) * up x)`, one fused multiply-add each, the
-//! shared expert last, with products as [`super::linear`] promises them. It depends on that row and what it chose only, bit for bit: not on
+//! Promise: a row's result is `sum over its experts, ascending, of weight * down(between(up x))`, one fused multiply-add each, the shared
+//! expert last, with products as [`super::linear`] promises them. It depends on that row and what it chose only, bit for bit: not on
 //! the other rows, how they are grouped, the threads, or the instruction set.
 
+mod between;
 mod choice;
 
 use super::HostKernels;
 use super::linear::{Job, PANEL, PackedWeight, Precision, WORK_PER_PART};
-use super::rowwise::silu;
 use super::simd::{Lanes, Routine, dispatch};
 use super::team;
 use super::view::{Element, LANES, Layout, Rows, RowsMut};
 use crate::error::{Error, Result};
+use between::Activate;
 use choice::Router;
 use std::ops::Range;
 use std::sync::Mutex;
 
+pub use between::{Activation, Between};
 pub use choice::Choice;
 
 /// Weights of one expert, or of all of them one after the other.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertWeights<'a, E> {
-    /// `[2 I, H]`: gate, then up.
+    /// `[2 I, H]`: gate, then up; `[I, H]` where there is no gate.
     pub gate_up: &'a [E],
     /// `[H, I]`.
     pub down: &'a [E],
+    /// `[2 I]` (`[I]` without a gate) and `[H]`, added to the products.
+    pub biases: Option<[&'a [f32]; 2]>,
 }
 
 /// An expert that every row meets, weighed by the sigmoid of `gate` x.
@@ -53,8 +58,9 @@ pub struct SharedExpert<'a, E> {
 /// One expert, packed.
 #[derive(Clone, Debug)]
 struct Expert {
-    /// Sixteen rows of gate, sixteen of up, in turn: a panel has both halves of what it gives.
-    gate_up: PackedWeight,
+    between: Between,
+    /// With the rows of gate and up in turn, see [`Between::place`].
+    up: PackedWeight,
     down: PackedWeight,
 }
 
@@ -62,6 +68,7 @@ struct Expert {
 #[derive(Clone, Debug)]
 pub struct Experts {
     hidden: usize,
+    between: Between,
     precision: Precision,
     experts: Vec<Expert>,
     router: Option<Router>,
@@ -95,33 +102,38 @@ impl Expert {
         weights: ExpertWeights<'_, E>,
         hidden: usize,
         inner: usize,
+        between: Between,
         precision: Precision,
     ) -> Result<Self> {
-        let gate_up = widened(weights.gate_up);
-        let padded = inner.next_multiple_of(LANES);
-        let mut turns = vec![0.0; 2 * padded * hidden];
-        for (row, values) in gate_up.chunks_exact(hidden).enumerate() {
-            let (half, n) = (row / inner, row % inner);
-            let place = n / LANES * PANEL + half * LANES + n % LANES;
-            turns[place * hidden..(place + 1) * hidden].copy_from_slice(values);
+        let padded = between.halves() * inner.next_multiple_of(PANEL / between.halves());
+        let (mut rows, mut bias) = (vec![0.0; padded * hidden], vec![0.0; padded]);
+        for (row, values) in widened(weights.gate_up).chunks_exact(hidden).enumerate() {
+            let place = between.place(row, inner);
+            rows[place * hidden..(place + 1) * hidden].copy_from_slice(values);
+            if let Some([up, _]) = weights.biases {
+                bias[place] = up[row];
+            }
         }
+        let bias = weights.biases.map(|[_, down]| [&bias[..], down]);
+        let [up, down] = bias.map_or([None, None], |biases| biases.map(Some));
         Ok(Self {
-            gate_up: PackedWeight::new(&turns, 2 * padded, hidden, None, precision)?,
-            down: PackedWeight::new(&widened(weights.down), hidden, inner, None, precision)?,
+            between,
+            up: PackedWeight::new(&rows, padded, hidden, up, precision)?,
+            down: PackedWeight::new(&widened(weights.down), hidden, inner, down, precision)?,
         })
     }
 
-    /// Elements of a row between its two products: as many as `down` takes, and room up to a whole vector.
+    /// Elements of a row between its two products: as many as `down` takes, and room up to a whole panel.
     fn inner(&self) -> usize {
-        self.gate_up.outputs() / 2
+        self.up.outputs() / self.between.halves()
     }
 
     fn work(&self) -> usize {
-        self.gate_up.inputs() * self.gate_up.outputs() + self.down.inputs() * self.down.outputs()
+        self.up.inputs() * self.up.outputs() + self.down.inputs() * self.down.outputs()
     }
 
     fn bytes(&self) -> usize {
-        self.gate_up.bytes() + self.down.bytes()
+        self.up.bytes() + self.down.bytes()
     }
 }
 
@@ -129,41 +141,66 @@ impl Experts {
     /// Packs `count` experts of `hidden` and `inner` elements; `threads` of them at a time.
     ///
     /// # Errors
-    /// `InvalidArgument` for sizes of 0, `Length` for weights of another size.
+    /// `InvalidArgument` for sizes of 0 or a limit that is not positive, `Length` for weights of another size.
     pub fn new<E: Element>(
         weights: ExpertWeights<'_, E>,
-        count: usize,
-        hidden: usize,
-        inner: usize,
+        (count, hidden, inner): (usize, usize, usize),
+        between: Between,
         precision: Precision,
         threads: usize,
     ) -> Result<Self> {
+        let halves = between.halves();
+        if let Between::Clamped { alpha, limit } = between
+            && !(alpha.is_finite() && limit > 0.0)
+        {
+            return invalid(
+                "clamped",
+                format!("({alpha}, {limit})"),
+                "a finite alpha and a limit above 0",
+            );
+        }
         if count == 0 || hidden == 0 || inner == 0 {
             return invalid(
                 "gate_up",
-                format!("[{count}, {}, {hidden}]", 2 * inner),
+                format!("[{count}, {}, {hidden}]", halves * inner),
                 "sizes of at least 1",
             );
         }
         let one = hidden.checked_mul(inner);
         let all = one.and_then(|one| one.checked_mul(count));
-        length("gate_up", weights.gate_up.len(), all.and_then(|all| all.checked_mul(2)))?;
+        length(
+            "gate_up",
+            weights.gate_up.len(),
+            all.and_then(|all| all.checked_mul(halves)),
+        )?;
         length("down", weights.down.len(), all)?;
+        if let Some([up, down]) = weights.biases {
+            length("gate_up_bias", up.len(), Some(count * halves * inner))?;
+            length("down_bias", down.len(), Some(count * hidden))?;
+        }
         let each = hidden * inner;
         let packed: Vec<_> = (0..count).map(|_| Mutex::new(None)).collect();
         team::run(threads, count, |index| {
+            let (wide, tall) = (halves * inner, hidden);
             let one = ExpertWeights {
-                gate_up: &weights.gate_up[2 * each * index..2 * each * (index + 1)],
+                gate_up: &weights.gate_up[halves * each * index..halves * each * (index + 1)],
                 down: &weights.down[each * index..each * (index + 1)],
+                biases: weights.biases.map(|[up, down]| {
+                    [
+                        &up[wide * index..wide * (index + 1)],
+                        &down[tall * index..tall * (index + 1)],
+                    ]
+                }),
             };
             if let Ok(mut place) = packed[index].lock() {
-                *place = Some(Expert::new(one, hidden, inner, precision));
+                *place = Some(Expert::new(one, hidden, inner, between, precision));
             }
         });
         let taken =
             |place: Mutex<Option<Result<Expert>>>| place.into_inner().ok().flatten().expect("every part has run");
         Ok(Self {
             hidden,
+            between,
             precision,
             experts: packed.into_iter().map(taken).collect::<Result<_>>()?,
             router: None,
@@ -172,7 +209,7 @@ impl Experts {
     }
 
     /// The same with a router: of the softmax of `weight` x, `[experts, H]`, the `top_k` largest, divided by their sum if `normalised`; and with
-    /// an expert that every row meets then.
+    /// an expert that every row meets then, with the same between its products.
     ///
     /// # Errors
     /// `Length` for weights of another size, `InvalidArgument` for a `top_k` that there are no experts for or a shared expert of no size.
@@ -193,11 +230,11 @@ impl Experts {
             length(
                 "shared_gate_up",
                 weights.gate_up.len(),
-                one.and_then(|one| one.checked_mul(2)),
+                one.and_then(|one| one.checked_mul(self.between.halves())),
             )?;
             length("shared_down", weights.down.len(), one)?;
             length("shared_gate", gate.len(), Some(self.hidden))?;
-            self.shared = Some(Expert::new(weights, self.hidden, inner, self.precision)?);
+            self.shared = Some(Expert::new(weights, self.hidden, inner, self.between, self.precision)?);
         }
         let sizes = (self.experts.len(), self.hidden);
         self.router = Some(Router::new(weight, gate, sizes, top_k, normalised)?);
@@ -296,51 +333,63 @@ impl HostKernels {
         self.second_half(&groups, &inner, parts, out)
     }
 
-    /// `inner = silu(gate x) * up x` of every group.
+    /// `inner = between(up x)` of every group.
     fn first_half(&self, groups: &[Group<'_>], x: Rows<'_, f32>, parts: usize, inner: &mut [Vec<f32>]) -> Result<()> {
         let isa = self.isa;
         let rounded = groups
             .first()
-            .map_or(Vec::new(), |group| group.expert.gate_up.rounded(isa, &x));
-        let mut shares: Vec<Vec<Gate<'_>>> = (0..parts).map(|_| Vec::new()).collect();
+            .map_or(Vec::new(), |group| group.expert.up.rounded(isa, &x));
+        let mut shares: Vec<Vec<First<'_>>> = (0..parts).map(|_| Vec::new()).collect();
         let mut turn = 0;
         for (group, inner) in groups.iter().zip(inner) {
             let expert = group.expert;
-            let panels = expert.gate_up.panels();
+            let panels = expert.up.panels();
             let each = panels.div_ceil(parts);
             let layout = Layout::contiguous(group.rows.len(), 1, expert.inner());
-            let columns = RowsMut::from_slice("inner", inner, layout)?.split_columns(each * LANES);
+            let columns =
+                RowsMut::from_slice("inner", inner, layout)?.split_columns(each * PANEL / expert.between.halves());
             for (first, inner) in (0..).step_by(each).zip(columns) {
                 let job = Job {
-                    weight: &expert.gate_up,
+                    weight: &expert.up,
                     x,
                     picked: Some(group.rows),
                     rounded: &rounded,
                     residual: None,
                 };
                 let panels = first..panels.min(first + each);
-                shares[turn % parts].push(Gate { job, panels, inner });
+                let between = expert.between;
+                shares[turn % parts].push(First {
+                    job,
+                    panels,
+                    between,
+                    inner,
+                });
                 // Experts of few panels take turns, too.
                 turn += 1;
             }
         }
-        team::each(self.threads, shares, |share: Vec<Gate<'_>>| {
+        team::each(self.threads, shares, |share: Vec<First<'_>>| {
             let mut scratch = Vec::new();
             let after: Vec<_> = share
                 .iter()
                 .skip(1)
-                .map(|gate| (gate.job.weight, gate.panels.start))
+                .map(|first| (first.job.weight, first.panels.start))
                 .collect();
-            for (index, mut gate) in share.into_iter().enumerate() {
-                let (rows, width) = (gate.inner.layout().rows, gate.panels.len() * PANEL);
-                gate.job.run(
+            for (index, mut first) in share.into_iter().enumerate() {
+                let (rows, width) = (first.inner.layout().rows, first.panels.len() * PANEL);
+                first.job.run(
                     isa,
-                    gate.panels,
+                    first.panels,
                     after.get(index).copied(),
                     room(&mut scratch, rows, width),
                 );
-                let (gate_up, inner) = (&scratch[..rows * width], &mut gate.inner);
-                dispatch(isa, Activate { gate_up, width, inner });
+                let activate = Activate {
+                    between: first.between,
+                    from: &scratch[..rows * width],
+                    width,
+                    inner: &mut first.inner,
+                };
+                dispatch(isa, activate);
             }
         });
         Ok(())
@@ -410,31 +459,12 @@ struct Group<'a> {
     weights: &'a [f32],
 }
 
-/// Some panels of an expert's first product, and what they give.
-struct Gate<'a> {
+/// Some panels of an expert's first product, and what becomes of them.
+struct First<'a> {
     job: Job<'a>,
     panels: Range<usize>,
+    between: Between,
     inner: RowsMut<'a, f32>,
-}
-
-/// `inner = silu(gate) * up` of rows of `width` elements: sixteen of gate, sixteen of up, in turn.
-struct Activate<'a, 'i> {
-    gate_up: &'a [f32],
-    width: usize,
-    inner: &'a mut RowsMut<'i, f32>,
-}
-
-impl Routine for Activate<'_, '_> {
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        for (row, both) in self.gate_up.chunks_exact(self.width).enumerate() {
-            let inner = self.inner.row_mut(row, 0).as_chunks_mut::<LANES>().0;
-            let halves = both.as_chunks::<LANES>().0.as_chunks::<2>().0;
-            for (inner, [gate, up]) in inner.iter_mut().zip(halves) {
-                silu(L::load(gate)).mul(L::load(up)).store(inner);
-            }
-        }
-    }
 }
 
 /// `out[row] += weight * y` for the rows of a group, `width` elements of each.

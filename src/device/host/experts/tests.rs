@@ -14,6 +14,9 @@ struct Case {
     inner: usize,
     count: usize,
     top_k: usize,
+    between: Between,
+    /// Of both products.
+    biases: Option<[Vec<f32>; 2]>,
     x: Vec<f32>,
     gate_up: Vec<f32>,
     down: Vec<f32>,
@@ -42,6 +45,8 @@ impl Case {
             inner,
             count,
             top_k,
+            between: Between::Gated(Activation::Silu),
+            biases: None,
             x: numbers(rows * hidden, seed, false),
             gate_up: numbers(count * 2 * inner * hidden, seed + 1, halves),
             down: numbers(count * inner * hidden, seed + 2, halves),
@@ -50,12 +55,31 @@ impl Case {
         }
     }
 
+    /// The same with something else between the products, and with biases or without.
+    fn with(mut self, between: Between, biased: bool, seed: u64) -> Self {
+        let (count, rows) = (self.count, between.halves() * self.inner);
+        self.between = between;
+        self.gate_up.truncate(count * rows * self.hidden);
+        self.biases = biased.then(|| {
+            [
+                numbers(count * rows, seed + 9, false),
+                numbers(count * self.hidden, seed + 10, false),
+            ]
+        });
+        self
+    }
+
+    fn sizes(&self) -> (usize, usize, usize) {
+        (self.count, self.hidden, self.inner)
+    }
+
     fn packed(&self, precision: Precision) -> Experts {
         let weights = ExpertWeights {
             gate_up: &self.gate_up[..],
             down: &self.down[..],
+            biases: self.biases.as_ref().map(|both| both.each_ref().map(|bias| &bias[..])),
         };
-        Experts::new(weights, self.count, self.hidden, self.inner, precision, 1).unwrap()
+        Experts::new(weights, self.sizes(), self.between, precision, 1).unwrap()
     }
 
     /// The rows `rows` through the experts that they chose.
@@ -86,9 +110,12 @@ impl Case {
             chosen.sort_by_key(|&at| self.indices[at]);
             for at in chosen {
                 let (expert, each) = (self.indices[at] as usize, self.inner * self.hidden);
-                let gate_up = product(&self.gate_up[2 * each * expert..][..2 * each], x, precision);
-                let inner = swiglu(&gate_up);
-                let y = product(&self.down[each * expert..][..each], &inner, precision);
+                let all = self.between.halves() * each;
+                let mut up = product(&self.gate_up[all * expert..][..all], x, precision);
+                self.add_bias(0, expert, &mut up);
+                let inner = between(self.between, &up);
+                let mut y = product(&self.down[each * expert..][..each], &inner, precision);
+                self.add_bias(1, expert, &mut y);
                 for (sum, y) in sums.iter_mut().zip(y) {
                     *sum = self.weights[at].mul_add(y, *sum);
                 }
@@ -98,6 +125,52 @@ impl Case {
         out
     }
 }
+
+impl Case {
+    fn add_bias(&self, of: usize, expert: usize, y: &mut [f32]) {
+        if let Some(biases) = &self.biases {
+            let bias = &biases[of][expert * y.len()..][..y.len()];
+            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    }
+}
+
+/// What stands between the products, a row at a time and alone.
+fn between(between: Between, up: &[f32]) -> Vec<f32> {
+    let width = up.len() / between.halves();
+    let padded = between.halves() * width.next_multiple_of(PANEL / between.halves());
+    let mut from = vec![0.0; padded];
+    up.iter()
+        .enumerate()
+        .for_each(|(row, &x)| from[between.place(row, width)] = x);
+    let mut inner = vec![f32::NAN; padded / between.halves()];
+    let layout = Layout::contiguous(1, 1, inner.len());
+    let mut view = RowsMut::from_slice("inner", &mut inner, layout).unwrap();
+    let activate = Activate {
+        between,
+        from: &from,
+        width: padded,
+        inner: &mut view,
+    };
+    dispatch(Isa::Portable, activate);
+    inner.truncate(width);
+    inner
+}
+
+const BETWEEN: [Between; 9] = [
+    Between::Gated(Activation::Silu),
+    Between::Gated(Activation::Gelu),
+    Between::Gated(Activation::GeluTanh),
+    Between::Gated(Activation::ReluSquared),
+    Between::Clamped {
+        alpha: 1.702,
+        limit: 0.5,
+    },
+    Between::Plain(Activation::Silu),
+    Between::Plain(Activation::Gelu),
+    Between::Plain(Activation::GeluTanh),
+    Between::Plain(Activation::ReluSquared),
+];
 
 /// `weight x`, an element at a time, as `linear` promises it.
 fn product(weight: &[f32], x: &[f32], precision: Precision) -> Vec<f32> {
@@ -138,10 +211,10 @@ proptest! {
     fn every_element_is_the_sum_over_its_own_experts_to_the_bit(
         sizes in (1usize..20, 1usize..80, 1usize..70),
         (count, top_k) in (1usize..9).prop_flat_map(|count| (Just(count), 1..=count)),
-        halves: bool, medium: bool, seed in 1u64..1000,
+        halves: bool, medium: bool, what in 0..BETWEEN.len(), biased: bool, seed in 1u64..1000,
     ) {
         let precision = if medium { Precision::Medium } else { Precision::Highest };
-        let case = Case::new(sizes, (count, top_k), halves, seed);
+        let case = Case::new(sizes, (count, top_k), halves, seed).with(BETWEEN[what], biased, seed);
         let (experts, expected) = (case.packed(precision), case.expected(precision));
         for kernels in everywhere() {
             prop_assert_eq!(&case.run(&experts, kernels, 0..case.rows), &expected, "{:?}", kernels);
@@ -150,10 +223,11 @@ proptest! {
 
     #[test]
     fn a_row_is_the_same_bits_in_any_company_and_for_any_number_of_threads(
-        rows in 2usize..40, cut in 0.0f64..1.0, threads in 1usize..5, medium: bool, seed in 1u64..1000,
+        rows in 2usize..40, cut in 0.0f64..1.0, threads in 1usize..5, medium: bool, what in 0..BETWEEN.len(), biased: bool,
+        seed in 1u64..1000,
     ) {
         let precision = if medium { Precision::Medium } else { Precision::Highest };
-        let case = Case::new((rows, 160, 72), (6, 3), false, seed);
+        let case = Case::new((rows, 160, 72), (6, 3), false, seed).with(BETWEEN[what], biased, seed);
         let experts = case.packed(precision);
         let together = case.run(&experts, HostKernels::default(), 0..rows);
         let cut = (cut * rows as f64) as usize;
@@ -178,7 +252,7 @@ proptest! {
         let (gate, shared_up, shared_down) =
             (numbers(hidden, seed + 6, false), numbers(2 * 40 * hidden, seed + 7, false), numbers(40 * hidden, seed + 8, false));
         let shared = SharedExpert {
-            weights: ExpertWeights { gate_up: &shared_up[..], down: &shared_down[..] },
+            weights: ExpertWeights { gate_up: &shared_up[..], down: &shared_down[..], biases: None },
             inner: 40,
             gate: &gate,
         };
@@ -225,6 +299,62 @@ proptest! {
     }
 }
 
+/// By Simpson's rule over the density, from far below.
+fn normal_distribution(x: f64) -> f64 {
+    let density = |t: f64| (-t * t / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    let (steps, low) = (4000, -12.0);
+    let step = (x - low) / f64::from(steps);
+    (0..=steps)
+        .map(|i| {
+            let weight = if i == 0 || i == steps {
+                1.0
+            } else {
+                f64::from(2 + 2 * (i % 2))
+            };
+            weight * density(low + step * f64::from(i))
+        })
+        .sum::<f64>()
+        * step
+        / 3.0
+}
+
+#[test]
+fn what_stands_between_is_the_plain_formula() {
+    let values: Vec<f32> = (-40..=40).map(|i| 0.23 * i as f32).collect();
+    let of = |activation: Activation, x: f64| match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => x * normal_distribution(x),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+        }
+        Activation::ReluSquared => x.max(0.0).powi(2),
+    };
+    for what in BETWEEN {
+        let gates: Vec<f32> = values.iter().flat_map(|&gate| [gate; 3]).collect();
+        let ups: Vec<f32> = values.iter().flat_map(|_| [-3.7, 0.31, 2.0]).collect();
+        let got = match what.halves() {
+            1 => between(what, &gates),
+            _ => between(what, &[&gates[..], &ups].concat()),
+        };
+        for ((&gate, &up), &got) in gates.iter().zip(&ups).zip(&got) {
+            let (x, up) = (f64::from(gate), f64::from(up));
+            let expected = match what {
+                Between::Gated(activation) => of(activation, x) * up,
+                Between::Plain(activation) => of(activation, x),
+                Between::Clamped { alpha, limit } => {
+                    let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+                    let x = x.min(limit);
+                    x / (1.0 + (-alpha * x).exp()) * (up.clamp(-limit, limit) + 1.0)
+                }
+            };
+            let error = (f64::from(got) - expected).abs() / (1e-3 + expected.abs().max(x.abs() * up.abs()));
+            assert!(error < 1e-6, "{what:?} of {gate}, {up}: {got}, {expected}");
+        }
+        let lost = vec![f32::NAN; 32];
+        assert!(between(what, &lost).iter().all(|y| y.is_nan()), "{what:?}");
+    }
+}
+
 #[test]
 fn more_rows_than_one_pass_holds_are_all_there() {
     let case = Case::new((600, 33, 17), (2, 1), false, 5);
@@ -243,8 +373,9 @@ fn bfloat16_weights_are_those_of_their_values() {
     let weights = ExpertWeights {
         gate_up: &gate_up[..],
         down: &down[..],
+        biases: None,
     };
-    let experts = Experts::new(weights, 4, 40, 24, Precision::Highest, 2).unwrap();
+    let experts = Experts::new(weights, case.sizes(), case.between, Precision::Highest, 2).unwrap();
     let same = case.packed(Precision::Highest);
     let kernels = HostKernels::default();
     assert_eq!(case.run(&experts, kernels, 0..5), case.run(&same, kernels, 0..5));
@@ -310,8 +441,11 @@ fn what_does_not_fit_is_named() {
     let weights = |gate_up: usize, down: usize| ExpertWeights {
         gate_up: &case.gate_up[..gate_up],
         down: &case.down[..down],
+        biases: None,
     };
-    let new = |weights, count, hidden, inner| Experts::new(weights, count, hidden, inner, Precision::Highest, 1);
+    let new = |weights, count, hidden, inner| {
+        Experts::new(weights, (count, hidden, inner), case.between, Precision::Highest, 1)
+    };
     let refused = |result: Result<Experts>| result.unwrap_err().to_string();
     assert_eq!(
         refused(new(weights(127, 64), 2, 8, 4)),
@@ -321,6 +455,24 @@ fn what_does_not_fit_is_named() {
         refused(new(weights(128, 63), 2, 8, 4)),
         "down: got 63 elements, expected 64"
     );
+    let biased = |up: usize, down: usize| {
+        let mut weights = weights(128, 64);
+        weights.biases = Some([&case.gate_up[..up], &case.gate_up[..down]]);
+        refused(new(weights, 2, 8, 4))
+    };
+    assert_eq!(biased(15, 16), "gate_up_bias: got 15 elements, expected 16");
+    assert_eq!(biased(16, 15), "down_bias: got 15 elements, expected 16");
+    for (alpha, limit) in [(1.0, 0.0), (1.0, f32::NAN), (f32::INFINITY, 1.0)] {
+        let clamped = Between::Clamped { alpha, limit };
+        let error = refused(Experts::new(
+            weights(128, 64),
+            (2, 8, 4),
+            clamped,
+            Precision::Highest,
+            1,
+        ));
+        assert!(error.starts_with("clamped: got"), "{error}");
+    }
     assert!(refused(new(weights(0, 0), 0, 8, 4)).starts_with("gate_up: got [0, 8, 8]"));
     assert!(refused(new(weights(128, 64), usize::MAX, 8, 4)).starts_with("gate_up: got 128"));
     let experts = || case.packed(Precision::Highest);
