@@ -144,3 +144,36 @@ def test_what_attention_takes_for_partial_results_is_bounded_for_long_prompts():
             assert bytes_of(tokens, q, dim, keys) <= cuda.WORKSPACE_BYTES or count == 1
         several += len(pieces) > 1
     assert 30 < several < len(shapes) and len(cuda._heads_at_a_time(*shapes[0])) == 8
+
+
+def test_shapes_come_likeliest_first_and_each_once():
+    from dflash_rs.engine.device.ahead import shapes
+
+    found = list(shapes(6, [8, 1, 4], 1500))
+    assert [tuple(shape) for shape in found[:4]] == [(n, 8, 1, False) for n in (1, 2, 4, 6)]
+    assert len(found) == len(set(found)) == 4 * 3 * 3 * 2
+    assert {shape.splits for shape in found} == {1, 2, 4}, (
+        "1,500 keys are three splits of 512, for which graphs have four"
+    )
+    far = [8, 1, 4].index(found[-1].block) + found[-1].splits.bit_length() - 1 + found[-1].filters
+    assert far == 2 + 2 + 1
+    assert [tuple(shape) for shape in shapes(1, [1], 1)] == [(1, 1, 1, False), (1, 1, 1, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capture_ahead": 257}, "capture_ahead: got 257, expected an integer in 0..256"),
+        ({"capture_ahead": 4, "cuda_graphs": False}, "capture_ahead: got 4, expected 0 with cuda_graphs=False"),
+        (
+            {"capture_ahead": 4},
+            "capture_ahead: got 4, expected 0 where steps do not stay on a GPU: there are no graphs",
+        ),
+    ],
+)
+def test_graphs_that_cannot_be_captured_ahead_are_refused(options, message):
+    from dflash_rs import LLM, InvalidArgument
+
+    with pytest.raises(InvalidArgument) as caught:
+        LLM(device="cpu", **options)
+    assert str(caught.value) == message
