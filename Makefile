@@ -6,6 +6,7 @@
 # make install the same without the watching: what builds the package and what runs it, none of the tools of the tests
 # make wheel   the wheel that an index takes, in dist/: with kernels, and for any Linux with a glibc from 2.28 on
 # make dist    that wheel and the source distribution, checked, installed into fresh environments and tried; part of `make test`
+# make gpu-bundle  what a GPU machine without a network needs, in build/gpu-bundle: wheels, tests, measurements, a training in pieces
 # make kernels compile the CUDA kernels for every architecture and compare what they take and issue with cuda/{registers,instructions}.txt
 # make test-processors  what depends on the processor, as a lesser one would run it; part of `make test`
 # make sglang-test   DFLASH_RS in real SGLang on this CPU, in its own environment .venv-sglang; part of `make test`
@@ -27,7 +28,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo chat test check quick kernels wheel dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
+.PHONY: demo chat test check quick kernels wheel gpu-bundle dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
   sglang-hybrids sglang-long sglang-demo sglang-install bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host \
   bench-reference bench-sglang soak mutants mutants-tools
 
@@ -102,6 +103,11 @@ endif
 
 # Both compilers first: `install` then has the very wheel.
 wheel: $(VENV)/.stamp-nvcc $(VENV)/.stamp-zig $(VENV)/.stamp-wheel
+
+# GPU_BUNDLE is passed on, such as GPU_BUNDLE="--python 3.13 --sglang sglang.tar.xz".
+GPU_BUNDLE ?=
+gpu-bundle: wheel install
+	$(BIN)/python scripts/gpu_bundle build/gpu-bundle --wheel dist/*.whl $(GPU_BUNDLE)
 
 dist: wheel venv
 	rm -f dist/*.tar.gz

@@ -218,6 +218,20 @@ class AttentionWorkspace(NamedTuple):
     stats: Tensor
 
 
+# What partial results of one launch take at most: a call that would need more launches some heads after the others.
+WORKSPACE_BYTES = 256 << 20
+
+
+def _heads_at_a_time(tokens: int, heads: int, kv_heads: int, head_dim: int, max_keys: int) -> list[tuple[slice, slice]]:
+    """Query heads and key heads of each launch, whose workspace takes no more than `WORKSPACE_BYTES`, or holds one head."""
+    splits, group = -(-max_keys // SPLIT_KEYS), heads // kv_heads
+    most = heads if splits <= 1 else max(1, WORKSPACE_BYTES // (max(1, splits * tokens) * (head_dim + 2) * 4))
+    step = most if most < group else most // group * group
+    unit = max(step, group)
+    pieces = [(h, min(h + step, u + unit, heads)) for u in range(0, heads, unit) for h in range(u, u + unit, step)]
+    return [(slice(h, end), slice(h // group, -(-end // group))) for h, end in pieces]
+
+
 @named
 def attention_workspace(
     tokens: int, heads: int, head_dim: int, max_keys: int, device: torch.device | str
@@ -263,9 +277,27 @@ def block_attention(
     negative: not stored) k and v are written to the caches as well. `mask`: "causal", "block" (all own tokens) or "ancestors"
     with `ancestors` uint64 or int64 [T, words]. `max_block_len` and `max_keys` (context and own tokens) bound every request. With a
     `softcap` c a score s becomes c * tanh(s / c); `sinks` float32 [heads] are scores of one more key per head, whose value is zero.
+
+    Without a `workspace` none of more than `WORKSPACE_BYTES` is taken where one head does with less: some heads are launched after others.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    keyed, heads = (k, v, k_cache, v_cache), q.shape[1] if q.ndim == 3 else 0
+    # What is not as it should be is the launch's to refuse.
+    fits = heads and all(t.ndim == 3 and 0 < t.shape[1] == k.shape[1] and heads % t.shape[1] == 0 for t in keyed)
+    if fits and workspace is None and out.shape == q.shape and (sinks is None or sinks.shape == (heads,)):
+        pieces = _heads_at_a_time(q.shape[0], heads, k.shape[1], q.shape[2], max_keys)
+        for mine, keys in pieces if len(pieces) > 1 else ():
+            block_attention(
+                q[:, mine], *(t[:, keys] for t in keyed), query_starts=query_starts, context_lens=context_lens, table=table,
+                max_block_len=max_block_len, max_keys=max_keys, scale=scale, mask=mask, window=window, valid_from=valid_from,
+                # Keys that several launches read are stored by the first of them.
+                slots=slots if mine.start % (heads // k.shape[1]) == 0 else None, ancestors=ancestors, softcap=softcap,
+                sinks=None if sinks is None else sinks[mine], out=out[:, mine],
+                workspace=attention_workspace(q.shape[0], mine.stop - mine.start, q.shape[2], max_keys, q.device),
+            )  # fmt: skip
+        if len(pieces) > 1:
+            return out
     if workspace is None and q.ndim == 3:
         workspace = attention_workspace(q.shape[0], q.shape[1], q.shape[2], max_keys, q.device)
     _launch(

@@ -66,6 +66,9 @@ class LLM(Chats, AsyncCalls):
     - `tree_nodes`: drafts of a tree at most: where the drafter is unsure, several tokens are drafted for one place, and the target
       picks the path. 0 drafts chains of one token per place. Trees may be longer than a block; they pay where a row more costs little.
     - `cuda_graphs`: on a GPU, capture decoding steps in CUDA graphs. False launches every kernel anew, for looking for faults.
+    - `capture_ahead`: capture up to so many of these graphs while loading, the likeliest shapes of steps first, instead of in the steps that
+      first have them; at most as many as are kept, 256. ``stats()["captured_ahead"]`` says how many it were, the seconds, and the bytes of the
+      device that they took. Refused where steps do not stay on a GPU.
     - `overlap`: launch the next step before the results of the last one are read, so that the device does not wait for the host. None is
       True where steps stay on a GPU. On a CPU, where nothing runs beside the host, it is for tests.
     - `lookup`: beside the drafter, look drafts up in each request's own text, as ``draft="lookup"`` does, and take whichever promises more; where
@@ -103,6 +106,7 @@ class LLM(Chats, AsyncCalls):
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         lookup: bool | None = None,
+        capture_ahead: int = 0,
         **unknown: Any,
     ):
         elsewhere.unknown("LLM", unknown, elsewhere.ENGINE)
@@ -112,7 +116,9 @@ class LLM(Chats, AsyncCalls):
 
         self.config = EngineConfig(page_size, num_pages, max_running, max_context, max_batch_tokens, prefix_cache)
         model, draft = pick_models(model, draft)
-        options = StepOptions(block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap, lookup).check()
+        options = StepOptions(
+            block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap, lookup, capture_ahead
+        ).check()
         if threads is not None:
             torch.set_num_threads(thread_count("threads", threads))
         self.device = pick_device(torch, device)
@@ -138,6 +144,7 @@ class LLM(Chats, AsyncCalls):
         cuda_graphs: bool = True,
         overlap: bool | None = None,
         lookup: bool | None = None,
+        capture_ahead: int = 0,
         **sizes: Any,
     ) -> LLM:
         """An engine of models that are made already: a `models.target.Target`, a `models.drafter.Drafter` or None, the tokenizer and the bytes
@@ -145,7 +152,9 @@ class LLM(Chats, AsyncCalls):
         from .engine.build import Models
 
         import_torch()
-        options = StepOptions(block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap, lookup).check()
+        options = StepOptions(
+            block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap, lookup, capture_ahead
+        ).check()
         llm = cls.__new__(cls)
         llm.config = EngineConfig(**sizes)
         llm.device, llm.dtype = target.device, target.dtype
@@ -408,6 +417,7 @@ class LLM(Chats, AsyncCalls):
                 "steps_ahead": loop.steps_ahead,
                 "stage_seconds": dict(loop.times.total),
                 "cuda_graphs": loop.backend.num_graphs,
+                **({"captured_ahead": loop.captured_ahead} if loop.captured_ahead else {}),
                 **loop.core.counts(),
                 **({"state_bytes": loop.state_bytes} if loop.state_bytes else {}),
                 **loop.core.stats(),

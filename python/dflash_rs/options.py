@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core, elsewhere, known_models
-from .arguments import bad, flag, is_list, shown
+from .arguments import bad, flag, integer, is_list, shown
 from .chat import Rendered
-from .config import StepCosts, assets
+from .config import MOST_GRAPHS, StepCosts, assets
 from .errors import DflashError, InvalidArgument, MissingPackage
 from .outputs import Prompt
 from .sampling import SamplingParams
@@ -293,11 +293,15 @@ class StepOptions(NamedTuple):
     cuda_graphs: bool
     overlap: bool | None
     lookup: bool | None = None
+    capture_ahead: int = 0
 
     def check(self) -> StepOptions:
         """Raises InvalidArgument for what can be refused before models are loaded; the sizes depend on them."""
         flag("adaptive", self.adaptive)
         flag("cuda_graphs", self.cuda_graphs)
+        integer("capture_ahead", self.capture_ahead, 0, MOST_GRAPHS)
+        if self.capture_ahead and not self.cuda_graphs:
+            raise bad("capture_ahead", self.capture_ahead, "0 with cuda_graphs=False")
         if self.overlap is not None:
             flag("overlap", self.overlap)
         if self.lookup is not None:

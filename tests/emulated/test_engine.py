@@ -18,6 +18,7 @@ from second import second
 
 from dflash_rs import LLM, DflashError, SamplingParams, StepCosts, _core
 from dflash_rs.config import assets
+from dflash_rs.engine.device import ahead
 from dflash_rs.engine.device import step as device_step
 from dflash_rs.engine.device.step import DeviceBackend
 from dflash_rs.engine.host import HostBackend
@@ -222,10 +223,76 @@ def test_a_target_of_other_code_runs_without_a_graph(exact, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     monkeypatch.setattr(FusedModel, "build", lambda made: (None, "turned off"))
     with engine() as made:
-        assert made._target.path == "modules" and not made._loop.backend._target_in_graph
+        assert made._target.path == "modules" and not made._loop.backend.target_in_graph
         plain = tokens(made.generate(PROMPTS[:2], params("filters", 8), draft=False))
         assert tokens(made.generate(PROMPTS[:2], params("filters", 8))) == plain
         assert {key[0] for key in made._loop.backend.graphs._captured} == {"catch up", "draft"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"block_size": 3}, {"block_size": 3, "tree_nodes": 3}, {"draft": None}],
+    ids=["chains", "trees", "plain"],
+)
+def test_graphs_captured_ahead_are_those_that_requests_meet(exact, options):
+    small = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "max_running": 2,
+        "adaptive": False,
+        "max_context": 128,
+        "model": "bundled",
+    }
+    with LLM(**small, **options) as made:
+        expected = [tokens(made.generate(PROMPTS[:2], params(name, 8))) for name in ("greedy", "filters")]
+        met = set(made._loop.backend.graphs._captured) - {("catch up",)}
+        assert "captured_ahead" not in made.stats()
+    most = 60
+    with LLM(**small, **options, capture_ahead=most) as made:
+        said, graphs = made.stats()["captured_ahead"], made._loop.backend.graphs
+        there = set(graphs._captured)
+        assert (
+            said["graphs"] == made.stats()["cuda_graphs"] == len(there) <= most and said["seconds"] > 0 == said["bytes"]
+        )
+        assert there >= met, met - there
+        assert [tokens(made.generate(PROMPTS[:2], params(name, 8))) for name in ("greedy", "filters")] == expected
+        assert set(graphs._captured) - there == {("catch up",)}
+    with LLM(**small, **options, capture_ahead=3) as made:
+        assert made.stats()["captured_ahead"]["graphs"] == len(made._loop.backend.graphs) == 3
+
+
+def test_graphs_and_what_they_allocate_are_bounded_under_random_shapes(exact, monkeypatch):
+    from dflash_rs import cuda
+
+    taken, room = [], cuda.attention_workspace
+
+    def noted(*args):
+        found = room(*args)
+        taken.append(0 if found is None else found.out.nbytes + found.stats.nbytes)
+        return found
+
+    monkeypatch.setattr(cuda, "attention_workspace", noted)
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 16 << 20)
+    sizes = {"max_running": 256, "num_pages": 600, "max_context": 128, "block_size": 3}
+    with LLM(device="cpu", dtype="bfloat16", adaptive=False, **sizes) as made:
+        backend = made._loop.backend
+        graphs, capture = backend.graphs, backend.graphs._capture
+        graphs.most = 4
+        # Shapes as they would be captured, run once.
+        monkeypatch.setattr(graphs, "_capture", lambda work: (lambda: None, work()))
+        generator, seen = np.random.default_rng(3), set()
+        for turn in range(8):
+            requests, keys = (int(2 ** generator.uniform(0, most)) if turn else 1 << most for most in (8, 15))
+            shape = device_step._bucket(requests, 256), int(generator.integers(1, 4)), device_step._splits(keys)
+            ahead.run(backend, ahead.Shape(*shape, False), 2)
+            seen |= set(graphs._captured)
+            assert len(graphs) <= 4
+        assert len(seen) > 8 and max(taken) <= cuda.WORKSPACE_BYTES
+        assert max(taken) > cuda.WORKSPACE_BYTES // 2, "256 requests at 32k take several launches"
+        monkeypatch.setattr(graphs, "_capture", capture)
+        graphs.forget()
+        expected = tokens(made.generate(PROMPTS[:1], params("greedy", 4), draft=False))
+        assert tokens(made.generate(PROMPTS[:1], params("greedy", 4))) == expected and 0 < len(graphs) <= 4
 
 
 def test_without_graphs_the_text_is_the_same(llm, exact):

@@ -183,6 +183,41 @@ def test_a_rows_attention_does_not_depend_on_the_batch_around_it(gpu, rng, head_
             assert torch.equal(run([r], keys), together[start:end])
 
 
+@pytest.mark.parametrize("mask", ["causal", "ancestors"])
+@pytest.mark.parametrize("bytes_", [1, 40_000, 150_000, 400_000])
+def test_heads_one_after_the_other_have_the_bits_of_heads_together(gpu, rng, monkeypatch, bytes_, mask):
+    lens, contexts, heads, kv_heads, head_dim = [5, 8, 1], [90, 1400, 600], 12, 3, 64
+    batch = reference.make_batch(rng, lens, contexts)
+    q = torch.randn(batch.tokens, heads, head_dim, device=gpu).bfloat16()
+    k, v = (torch.randn(batch.tokens, kv_heads, head_dim, device=gpu).bfloat16() for _ in "kv")
+    before = [torch.randn(batch.num_slots, kv_heads, head_dim, device=gpu).bfloat16() for _ in "kv"]
+    starts, context, slots = to(gpu, batch.query_starts, batch.context_lens, batch.token_slots())
+    parents = [reference.random_parents(rng, n) for n in lens]
+    bits = torch.from_numpy(np.concatenate([reference.masks_of(p, 1) for p in parents]).view(np.int64)).to(gpu)
+    made = []
+    room = cuda.attention_workspace
+    monkeypatch.setattr(cuda, "attention_workspace", lambda *args: made.append(room(*args)) or made[-1])
+
+    def run():
+        caches = [cache.clone() for cache in before]
+        out = poisoned(batch.tokens, heads, head_dim, dtype=torch.bfloat16, device=gpu)
+        cuda.block_attention(
+            q, k, v, *caches, query_starts=starts, context_lens=context, table=table_of(batch, gpu), slots=slots, out=out,
+            max_block_len=max(lens), max_keys=batch.max_keys, scale=0.1, mask=mask, window=900, softcap=20.0,
+            ancestors=bits if mask == "ancestors" else None, sinks=torch.linspace(-3, 4, heads, device=gpu),
+        )  # fmt: skip
+        return out, *caches
+
+    together = run()
+    assert len(made) == 1
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", bytes_)
+    apart = run()
+    assert all(torch.equal(a, b) for a, b in zip(apart, together))
+    sizes = [sum(part.nbytes for part in each) for each in made[1:]]
+    assert len(sizes) > 1 and sum(sizes) == sum(part.nbytes for part in made[0])
+    assert max(sizes) <= bytes_ or max(each.out.shape[2] for each in made[1:]) == 1
+
+
 SAMPLINGS = {
     "greedy": {"temperature": 0},
     "plain": {},

@@ -115,3 +115,65 @@ def test_graphs_are_bounded_whatever_shapes_come(cuda):
         assert len(graphs) <= 16
     captures = [entry for entry in cuda.log if entry[0] == "capture"]
     assert 63 <= len(captures) < 500, "some are met again while they are there"
+
+
+def test_what_attention_takes_for_partial_results_is_bounded_for_long_prompts():
+    from dflash_rs import cuda
+
+    def bytes_of(tokens, queries, dim, keys):
+        parts = cuda.attention_workspace(tokens, queries.stop - queries.start, dim, keys, "meta")
+        return 0 if parts is None else sum(part.nbytes for part in parts)
+
+    # A chunk of 1,024 tokens at the end of 32k in a model of 32 heads over 8: 1.1 GB in one launch.
+    assert bytes_of(1024, slice(0, 32), 128, 32768) > 1.09e9
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(1024, 32, 8, 128, 32768), (1024, 32, 8, 128, 131072), (32768, 32, 8, 128, 32768), (8, 32, 8, 128, 300)]
+    for _ in range(300):
+        numbers = [int(torch.randint(1, n, (1,), generator=generator)) for n in (4096, 9, 9, 32768)]
+        shapes.append((numbers[0], numbers[1] * numbers[2], numbers[2], 128, numbers[3]))
+    several = 0
+    for tokens, heads, kv_heads, dim, keys in shapes:
+        pieces, group = cuda._heads_at_a_time(tokens, heads, kv_heads, dim, keys), heads // kv_heads
+        assert [h for q, _ in pieces for h in range(q.start, q.stop)] == list(range(heads)), "every head once, in order"
+        for q, k in pieces:
+            # Launched alone, heads have the key heads that they have among all.
+            count, keyed = q.stop - q.start, k.stop - k.start
+            assert [k.start + i // (count // keyed) for i in range(count)] == [
+                h // group for h in range(q.start, q.stop)
+            ]
+            assert bytes_of(tokens, q, dim, keys) <= cuda.WORKSPACE_BYTES or count == 1
+        several += len(pieces) > 1
+    assert 30 < several < len(shapes) and len(cuda._heads_at_a_time(*shapes[0])) == 8
+
+
+def test_shapes_come_likeliest_first_and_each_once():
+    from dflash_rs.engine.device.ahead import shapes
+
+    found = list(shapes(6, [8, 1, 4], 1500))
+    assert [tuple(shape) for shape in found[:4]] == [(n, 8, 1, False) for n in (1, 2, 4, 6)]
+    assert len(found) == len(set(found)) == 4 * 3 * 3 * 2
+    assert {shape.splits for shape in found} == {1, 2, 4}, (
+        "1,500 keys are three splits of 512, for which graphs have four"
+    )
+    far = [8, 1, 4].index(found[-1].block) + found[-1].splits.bit_length() - 1 + found[-1].filters
+    assert far == 2 + 2 + 1
+    assert [tuple(shape) for shape in shapes(1, [1], 1)] == [(1, 1, 1, False), (1, 1, 1, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capture_ahead": 257}, "capture_ahead: got 257, expected an integer in 0..256"),
+        ({"capture_ahead": 4, "cuda_graphs": False}, "capture_ahead: got 4, expected 0 with cuda_graphs=False"),
+        (
+            {"capture_ahead": 4},
+            "capture_ahead: got 4, expected 0 where steps do not stay on a GPU: there are no graphs",
+        ),
+    ],
+)
+def test_graphs_that_cannot_be_captured_ahead_are_refused(options, message):
+    from dflash_rs import LLM, InvalidArgument
+
+    with pytest.raises(InvalidArgument) as caught:
+        LLM(device="cpu", **options)
+    assert str(caught.value) == message

@@ -65,8 +65,8 @@ def test_every_command_of_the_page_about_training_parses():
 
 
 # Options of other programs that the pages name.
-OTHERS = {"--json", "--model-path", "--no-deps", "--nproc-per-node", "--port", "--rounds", "--wheel"}
-OTHERS |= {"--speculative-algorithm", "--speculative-draft-model-path"}
+OTHERS = {"--json", "--model-path", "--no-deps", "--nproc-per-node", "--port", "--python", "--rounds", "--wheel"}
+OTHERS |= {"--sglang", "--speculative-algorithm", "--speculative-draft-model-path"}
 
 
 def test_every_option_that_the_documentation_names_is_one():

@@ -212,6 +212,7 @@ def test_options_of_an_llm_are_refused_by_name_before_a_model_is_loaded(monkeypa
         "max_running",
     )
     options += ("max_context", "max_batch_tokens", "prefix_cache", "adaptive", "costs", "cuda_graphs")
+    options += ("capture_ahead",)
     for name in options:
         for value in HOSTILE:
             try:

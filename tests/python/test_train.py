@@ -158,6 +158,8 @@ def test_responses_continue_their_prompts_and_depend_on_the_seed_only(data, targ
     responses.generate(target, source, tmp_path / "again", settings)
     again = responses.load(tmp_path / "again")
     assert (again.tokens == written.tokens).all() and (again.own == written.own).all()
+    pieces = [responses.generate(target, source, tmp_path / "pieces", settings, minutes=0) for _ in range(3)]
+    assert pieces == [1, 0, 0] and (responses.load(tmp_path / "pieces").tokens == written.tokens).all()
     with pytest.raises(ValueError, match="other settings"):
         responses.generate(target, source, own, replace(settings, seed=5))
     with pytest.raises(ValueError, match="temperatures"):
@@ -208,6 +210,21 @@ def test_an_interrupted_drafter_run_resumes_to_the_same_weights(data, target, ow
     monkeypatch.setattr(drafter_training, "save_checkpoint", save)
     run("cut")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_drafter_made_in_pieces_has_the_weights_of_one_made_at_once(data, target, own, tmp_path):
+    def run(name, minutes):
+        return drafter_training.train(
+            TINY_DRAFT, target, own, data, tmp_path / name, device="cpu", save_every=3, minutes=minutes
+        )
+
+    assert run("whole", 60)["steps"] == TINY_DRAFT.steps
+    for done in range(1, TINY_DRAFT.steps + 1):
+        assert run("pieces", 0)["steps"] == done
+        assert json.loads((tmp_path / "pieces" / "training.json").read_text())["report"]["steps"] == done
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "pieces")) == (done == TINY_DRAFT.steps)
+    with pytest.raises(ValueError, match="minutes: got -1"):
+        run("pieces", -1)
 
 
 def test_a_trained_drafter_drafts_and_its_loss_falls(data, target, own, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import _core, cuda
-from ..arguments import integer
+from ..arguments import bad, integer
 from ..config import LOOKUP, EngineConfig
 from ..errors import InvalidArgument, warn
 from ..models.checkpoint import load_tokenizer, readable
@@ -24,6 +24,7 @@ from ..options import StepOptions
 from ..recurrent import DELTA_KEY_DIMS
 from ..text import Detokenizer, token_bytes, with_special_tokens
 from .costs import measure
+from .device import ahead
 from .device.step import DeviceBackend, serves
 from .host import HostBackend
 from .loop import Loop
@@ -190,7 +191,12 @@ def build(
             graphs=options.cuda_graphs,
         )
         policy = _policy(models, core, config, sizes, options, device)
-        return Loop(core, device, policy, requests, overlap=overlap, state_bytes=state_bytes)
+        loop = Loop(core, device, policy, requests, overlap=overlap, state_bytes=state_bytes)
+        if options.capture_ahead:
+            loop.captured_ahead = ahead.capture(device, options.capture_ahead)._asdict()
+        return loop
+    if options.capture_ahead:
+        raise bad("capture_ahead", options.capture_ahead, "0 where steps do not stay on a GPU: there are no graphs")
     policy = _policy(models, core, config, sizes, options, None)
     host = HostBackend(
         core,

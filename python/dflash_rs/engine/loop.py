@@ -42,6 +42,8 @@ class Loop:
         self.steps = self.steps_ahead = 0
         # Memory that a target keeps states of requests in, and copies of them.
         self.state_bytes = state_bytes
+        # Graphs, seconds and bytes of `device.ahead.capture`, where it was asked for.
+        self.captured_ahead: dict[str, float] = {}
         self._ahead: Flight | None = None
 
     def step(self) -> None:

@@ -136,6 +136,12 @@ def _store(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _minutes(parser: argparse.ArgumentParser, stops: str) -> None:
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help=f"{stops}; started again, it goes on; default: to the end"
+    )
+
+
 def add_parsers(subparsers) -> None:
     """Adds target, responses, drafter, mtp, prompts and report to ``dflash-rs train``; each sets ``run(args) -> exit code``."""
     for add in (_add_target, _add_responses, _add_drafter, _add_mtp, _add_prompts, _add_report):
@@ -218,6 +224,7 @@ def _add_responses(subparsers) -> None:
         metavar="N",
         help="sequences of a shard that are written side by side; the texts are the same; default: all of a shard",
     )
+    _minutes(own, "begin no shard that would take longer than these minutes allow, but one")
     _add_settings(own, ResponseSettings)
     own.set_defaults(run=_clear(_responses))
 
@@ -255,6 +262,9 @@ def _add_drafters(subparsers, name: str, told: str, settings: type, run, *exampl
     _add_run(parser, save_every=250)
     _store(parser)
     _shard(parser)
+    _minutes(
+        parser, "stop after the step that ends behind these minutes, with a checkpoint and the drafter as it is then"
+    )
     _add_settings(parser, settings)
     parser.set_defaults(run=_clear(run))
 
@@ -358,7 +368,7 @@ def _responses(args: argparse.Namespace) -> int:
         raise ValueError(f"part: got {args.part!r}, expected K/N, for example 0/2")
     source = from_corpus(args.corpus) if args.corpus else from_file(args.prompts) if args.prompts else from_target()
     settings = _settings(args, ResponseSettings)
-    generate(
+    missing = generate(
         args.target,
         source,
         args.out,
@@ -367,14 +377,26 @@ def _responses(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
         at_once=args.at_once,
+        minutes=args.minutes,
     )
+    if missing:
+        print(f"stopped after {args.minutes:g} minutes, {missing} shards are missing: start again to go on")
     return 0
 
 
 def _training_of(args: argparse.Namespace) -> tuple:
     """What the trainings of every drafter take behind their settings."""
     places = (args.target, args.responses, args.corpus, args.out)
-    return (*places, args.device, args.save_every, args.bf16, args.store_features, args.shard_target)
+    return (*places, args.device, args.save_every, args.bf16, args.store_features, args.shard_target, args.minutes)
+
+
+def _told(args: argparse.Namespace, what: str, done: int, steps: int) -> None:
+    if done < steps:
+        print(
+            f"{what} after {done} of {steps} steps: {args.out}; stopped after {args.minutes:g} minutes, start again to go on"
+        )
+    else:
+        print(f"{what} after {done} steps: {args.out}; measure it with `dflash-rs train report`")
 
 
 def _train_drafter(args: argparse.Namespace) -> int:
@@ -382,8 +404,8 @@ def _train_drafter(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, DrafterTraining)
-    train(settings, *_training_of(args))
-    print(f"drafter after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
+    report = train(settings, *_training_of(args))
+    _told(args, "drafter", report["steps"], settings.steps)
     return 0
 
 
@@ -392,8 +414,8 @@ def _train_mtp(args: argparse.Namespace) -> int:
 
     _threads(args)
     settings = _settings(args, MtpTraining)
-    train(settings, *_training_of(args))
-    print(f"head after {settings.steps} steps: {args.out}; measure it with `dflash-rs train report`")
+    report = train(settings, *_training_of(args))
+    _told(args, "head", report["steps"], settings.steps)
     return 0
 
 

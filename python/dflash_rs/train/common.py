@@ -172,6 +172,24 @@ class Group:
             g.copy_(part.view_as(g))
 
 
+class Limit:
+    """The minutes that a run may take before it stops at a place from which it can go on; None: as long as it needs.
+
+    Counted from here. Raises ValueError for a negative number."""
+
+    def __init__(self, minutes: float | None):
+        if minutes is not None and not minutes >= 0:
+            raise ValueError(f"minutes: got {minutes}, expected at least 0")
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def over(self, group: Group | None = None, ahead: float = 0.0) -> bool:
+        """Whether the time is up, or will be in `ahead` seconds; of a group, as soon as it is for one process."""
+        if self._end is None:
+            return False
+        own = int(time.monotonic() + ahead >= self._end)
+        return bool(own if group is None else group.most(own))
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes a checkpoint so that a crash at any moment leaves either the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

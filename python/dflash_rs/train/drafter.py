@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from . import responses
-from .common import Group, Optimizers, Progress, cosine, finite, pick_device, resumed, save_checkpoint, smooth
+from .common import Group, Limit, Optimizers, Progress, cosine, finite, pick_device, resumed, save_checkpoint, smooth
 from .documents import Documents, Rows, Text, rows_of
 from .features import StoredFeatures
 from .settings import DrafterTraining, MtpTraining
@@ -353,14 +353,16 @@ def train(
     autocast: bool | None = None,
     store: Path | None = None,
     shard_target: bool = False,
+    minutes: float | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the drafter as a DFlash checkpoint; returns the report.
 
-    With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
+    With `minutes`, it stops after the step that ends behind them, at least one step further, and writes checkpoint and drafter as they are
+    then; called again, it goes on. `steps` of the report are those done. With `store`, a folder, what the target makes of the responses is computed once and kept there: see `features.StoredFeatures`.
     With `shard_target`, every process of ``torchrun`` holds its part of the target's layers: see `shard`; the numbers are the same.
     """
     places = (target_path, own_path, data, out)
-    return run(settings, _begin, block_loss, *places, device, save_every, autocast, store, shard_target)
+    return run(settings, _begin, block_loss, *places, device, save_every, autocast, store, shard_target, minutes)
 
 
 def shard(target, group: Group) -> None:
@@ -400,8 +402,10 @@ def run(
     autocast: bool | None,
     store: Path | None = None,
     shard_target: bool = False,
+    minutes: float | None = None,
 ) -> dict:
     """The training of any drafter: `begin(target, settings, tokens)` makes it, `loss_of` is a `block_loss`. Otherwise see `train`."""
+    limit = Limit(minutes)
     where = pick_device(device)
     group = Group.join(where)
     autocast = where.type == "cuda" if autocast is None else autocast
@@ -433,7 +437,9 @@ def run(
     warmup = max(1, int(settings.steps * settings.warmup))
     source = _batches(own, corpus_tokens, settings, whole_rows, begun)
     mean_loss, mean_tau = None, None
-    for step in range(begun + 1, settings.steps + 1):
+    step, stops = begun, False
+    while step < settings.steps and not stops:
+        step += 1
         batch = next(source).on(group, where)
         teacher.columns = None if narrowed is None else narrowed.at(step)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast):
@@ -444,7 +450,8 @@ def run(
         optimizers.step(cosine(step - 1, settings.steps, warmup))
         mean_loss = smooth(mean_loss, finite(loss, step, path), step - begun)
         mean_tau = mean_tau if math.isnan(tau) else smooth(mean_tau, tau, step - begun)
-        saves = step % save_every == 0 or step == settings.steps
+        stops = limit.over(group)
+        saves = step % save_every == 0 or step == settings.steps or stops
         if saves and (group.leads or shard_target):
             teacher.columns = None if narrowed is None else narrowed.proposed()
             held_out = held_out_report(draft, teacher, kept, settings, whole_rows, where, autocast, loss_of)
@@ -453,9 +460,9 @@ def run(
             save_checkpoint(path, _state(draft, settings, optimizers, step, history))
         if group.leads:
             text = f"loss {mean_loss:.3f}  random-anchor tau {mean_tau or math.nan:.2f}"
-            progress.show(step, text, force=step % save_every == 0)
+            progress.show(step, text, force=saves)
 
-    report = {"steps": settings.steps, "sequences": settings.steps * settings.batch_size, "history": history}
+    report = {"steps": step, "sequences": step * settings.batch_size, "history": history}
     if group.leads:
         export(draft, out, {"settings": asdict(settings), "report": report})
     return report

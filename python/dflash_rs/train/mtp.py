@@ -89,10 +89,11 @@ def train(
     autocast: bool | None = None,
     store: Path | None = None,
     shard_target: bool = False,
+    minutes: float | None = None,
 ) -> dict:
     """Trains to the end, resuming from ``out/checkpoint.pt``; writes the head as a checkpoint for ``LLM(draft=out)``; returns the report.
 
-    `store` and `shard_target` as in `drafter.train`.
+    `store`, `shard_target` and `minutes` as in `drafter.train`.
     """
     places = (target_path, own_path, data, out)
-    return drafter.run(settings, begin, head_loss, *places, device, save_every, autocast, store, shard_target)
+    return drafter.run(settings, begin, head_loss, *places, device, save_every, autocast, store, shard_target, minutes)

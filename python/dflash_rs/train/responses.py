@@ -9,6 +9,7 @@ Work is cut into shards that are written whole, so an interrupted run continues 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .chats import Conversation, Template, pick_openings, read_openings, read_prompts
-from .common import Progress, write_first
+from .common import Limit, Progress, write_first
 from .documents import Documents
 from .settings import ResponseSettings
 
@@ -167,8 +168,11 @@ def generate(
     dtype: str = "auto",
     device: str = "auto",
     at_once: int | None = None,
-) -> None:
-    """Writes ``out/shard-NNNNN.npz`` (`Documents`) until `sequences` were asked for.
+    minutes: float | None = None,
+) -> int:
+    """Writes ``out/shard-NNNNN.npz`` (`Documents`) until `sequences` were asked for; returns how many shards of its part are still missing.
+
+    That is none without `minutes`; with it, no shard is begun that would not end within them, going by the longest so far, but the first.
 
     A shard depends on the seed and its own number only, so several processes can share the work: `part` (k, n) writes every n-th shard,
     from shard k on. `dtype` and `device` are the engine's; `at_once` of a shard's sequences are written side by side (None: all), which
@@ -177,6 +181,7 @@ def generate(
     from dflash_rs import LLM
 
     settings.check()
+    limit = Limit(minutes)
     at_once = settings.batch_size if at_once is None else at_once
     if at_once < 1:
         raise ValueError(f"at_once: got {at_once}, expected at least 1")
@@ -191,7 +196,7 @@ def generate(
     shards = -(-settings.sequences // settings.batch_size)
     missing = [i for i in range(part[0], shards, part[1]) if not (out / f"shard-{i:05}.npz").exists()]
     if not missing:
-        return
+        return 0
     llm = LLM(
         model=target,
         draft=None,
@@ -204,13 +209,19 @@ def generate(
         prefix_cache=False,
     )
     progress = Progress(shards, "shards", every=30)
-    texts = tokens = 0
+    texts = tokens = written = 0
+    longest = 0.0
     for i in missing:
+        if written and limit.over(ahead=longest):
+            break
+        begun = time.monotonic()
         documents = write_shard(llm, source, settings, i)
         documents.save(out / f"shard-{i:05}.npz")
         texts, tokens = texts + len(documents), tokens + int(documents.own.sum())
         progress.show(i + 1, f"{texts:,} texts, {tokens:,} tokens written by the target in this run")
+        written, longest = written + 1, max(longest, time.monotonic() - begun)
     llm.close()
+    return len(missing) - written
 
 
 def load(folder: Path) -> Documents:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-# Shapes come in powers of two, so a workload settles on far fewer; what this bounds is memory where shapes keep changing.
-MOST = 256
+from ...config import MOST_GRAPHS
 
 
 class Graphs:
@@ -19,7 +18,7 @@ class Graphs:
     once on the same inputs. What it returns is filled anew by every replay. At most `most` graphs are kept.
     """
 
-    def __init__(self, device: torch.device, most: int = MOST):
+    def __init__(self, device: torch.device, most: int = MOST_GRAPHS):
         self.device, self.most = device, most
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None

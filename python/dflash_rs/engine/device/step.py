@@ -58,7 +58,7 @@ def serves(target: TargetModel, draft: Drafter | None) -> bool:
     return target.kernel and (draft is None or draft.on_device() is not None)
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """What a step is to give, the same for all its rows: whether any row filters its vocabulary, whether tokens are scored, how many of the
     likeliest ones are named, whether draft KV is stored, and whether the drafts are trees."""
 
@@ -92,7 +92,7 @@ class _Flight(NamedTuple):
 
     step: Step
     block: int
-    wanted: _Wanted
+    wanted: Wanted
     out: dict[str, np.ndarray]
     tops: list[Tensor] | None
     event: Any
@@ -133,7 +133,7 @@ class DeviceBackend:
         self.limit = max_context + block_size
         cuda.load(self.device)
         self.graphs = Graphs(self.device) if graphs else None
-        self._target_in_graph = target.path != "modules"
+        self.target_in_graph = target.path != "modules"
         self._state = None if target.state is None else target.state.on_device()
         target.prepare(self.limit)
         if self.draft is not None:
@@ -229,8 +229,8 @@ class DeviceBackend:
         if tree_block is not None:
             self._fill_nodes(plan, bucket, longest)
         if drafting:
-            self._draft_graph(_bucket(drafting, self.rows), block, max_keys, tree_block)
-        wanted = _Wanted(
+            self.draft_graph(_bucket(drafting, self.rows), block, max_keys, tree_block)
+        wanted = Wanted(
             sampling.filters,
             sampling.scores,
             sampling.alternatives,
@@ -246,7 +246,7 @@ class DeviceBackend:
         elif wanted.best or aside is not None:
             best = self._verify(bucket, longest, max_keys, wanted, aside)
         else:
-            self._verify_graph(bucket, longest, max_keys, wanted)
+            self.verify_graph(bucket, longest, max_keys, wanted)
         tops = None if best is None else list(best)
         if tops is not None and self.device.type == "cuda":
             tops = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tops]
@@ -323,7 +323,7 @@ class DeviceBackend:
         anchors = plan.token_ids[plan.query_starts[rows]]
         plan.set_trees(np.concatenate((anchors[:, None], drafts[rows]), axis=1), parents[rows], plan.block_len[rows])
 
-    def _draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
+    def draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
         """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`."""
         splits, block = _splits(max_keys), tree_block or row
 
@@ -336,13 +336,13 @@ class DeviceBackend:
 
         self._run(("draft", requests, row, tree_block, splits), work)
 
-    def _verify_graph(self, requests: int, block: int, max_keys: int, wanted: _Wanted) -> None:
+    def verify_graph(self, requests: int, block: int, max_keys: int, wanted: Wanted) -> None:
         splits = _splits(max_keys)
 
         def work() -> None:
             self._verify(requests, block, splits * cuda.SPLIT_KEYS, wanted)
 
-        if self._target_in_graph:
+        if self.target_in_graph:
             self._run(("verify", requests, block, splits, wanted), work)
         else:
             work()
@@ -440,7 +440,7 @@ class DeviceBackend:
         return parents, self._depths[:count].view(-1, row), self._masks[: count * words].view(-1, row, words)
 
     def _verify(
-        self, requests: int, block: int, max_keys: int, wanted: _Wanted, aside: Aside | None = None
+        self, requests: int, block: int, max_keys: int, wanted: Wanted, aside: Aside | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """A decoding step of `requests` rows of at most `block` tokens each, padding included."""
         inputs, tokens = self._in.device, requests * block
@@ -458,7 +458,7 @@ class DeviceBackend:
         return self._pass(requests, token_ids, positions, slots, None, None, block, max_keys, wanted, tree, aside)
 
     def _mixed(
-        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: _Wanted, aside: Aside | None
+        self, plan: Any, drafts: Tensor, longest: int, max_keys: int, wanted: Wanted, aside: Aside | None
     ) -> tuple[Tensor, Tensor] | None:
         """A step with chunks of prompts: the host knows everything but the drafts."""
         packed = torch.from_numpy(np.concatenate((plan.token_ids, plan.positions, plan.slots))).to(self.device)
@@ -480,7 +480,7 @@ class DeviceBackend:
 
     def _pass(
         self, requests: int, token_ids: Tensor, positions: Tensor, slots: Tensor, logit_starts: Tensor | None,
-        logit_rows: Tensor | None, longest: int, max_keys: int, wanted: _Wanted, tree: tuple[Tensor, ...] | None = None,
+        logit_rows: Tensor | None, longest: int, max_keys: int, wanted: Wanted, tree: tuple[Tensor, ...] | None = None,
         aside: Aside | None = None, plan: Any = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Target, draw, accept, inject; returns the likeliest tokens per row with their scores. `tree`: parents, depths and masks of the
@@ -542,7 +542,7 @@ class DeviceBackend:
         whose = () if plan is None else (plan.block_len, plan.row_ids)
         return self._state.running(query_starts, lens, self._in.device["table_rows"][: lens.shape[0]], longest, *whose)
 
-    # ---- costs ---------------------------------------------------------------------------------------------------
+    # ---- made-up steps: costs, and graphs ahead of requests ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def costs(self) -> StepCosts:
@@ -553,26 +553,30 @@ class DeviceBackend:
             (n, self.tree_nodes + 1) for n in (1, 4, 16, 64) if n <= self.rows and self.tree_nodes >= self.block_size
         ]
         shapes = sorted({*shapes, *trees}, key=lambda shape: shape[0] * shape[1])
-        host = self._in.host
-        for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
-            host[name][:] = np.zeros((), dtype=host[name].dtype)
-        host["draft_rows"][:] = host["draft_rows64"][:] = np.arange(self.rows)
-        host["table_rows"][:] = np.arange(self.rows + 1)
         target, drafting = [], []
         for requests, block in shapes:
-            host["query_starts"][:] = np.minimum(np.arange(self.rows + 1), requests) * block
-            self._in.upload("pages")
+            self.make_up(requests, block)
             passes = [
-                lambda r=requests, b=block, i=inject: self._verify_graph(r, b, 1, _Wanted(False, False, 0, i))
+                lambda r=requests, b=block, i=inject: self.verify_graph(r, b, 1, Wanted(False, False, 0, i))
                 for inject in (False, True)
             ]
             plain = self._time(passes[0])
             target.append((requests * block, plain))
             if 1 < block <= self.block_size:
-                drafts = partial(self._draft_graph, requests, block, 1)
+                drafts = partial(self.draft_graph, requests, block, 1)
                 both = self._time(lambda first=drafts, then=passes[1]: [work() for work in (first, then)])
                 drafting.append((requests * block, max(both - plain, 0.0)))
         return StepCosts(rising(target), rising(drafting))
+
+    def make_up(self, requests: int, block: int) -> None:
+        """Uploads a step of empty requests of `block` tokens each, all on page 0."""
+        host = self._in.host
+        for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
+            host[name][:] = np.zeros((), dtype=host[name].dtype)
+        host["draft_rows"][:] = host["draft_rows64"][:] = np.arange(self.rows)
+        host["table_rows"][:] = np.arange(self.rows + 1)
+        host["query_starts"][:] = np.minimum(np.arange(self.rows + 1), requests) * block
+        self._in.upload("pages")
 
     def _time(self, work) -> float:
         """Seconds of the shortest of some rounds; the first ones warm up."""
