@@ -200,6 +200,7 @@ bench-sglang: sglang-install
 	OMP_NUM_THREADS=1 $(SGLANG)/python benchmarks/sglang_planning.py --json benchmarks/results/sglang_planning.json
 	$(SGLANG)/python benchmarks/sglang_serving.py --json benchmarks/results/sglang_serving.json
 	$(SGLANG)/python benchmarks/sglang_trees.py --json benchmarks/results/sglang_trees.json
+	$(SGLANG)/python benchmarks/sglang_operations.py --json benchmarks/results/sglang_operations.json
 
 bench-reference: install venv
 	$(BIN)/dflash-rs bench --suite reference --concurrency 1,4 --json benchmarks/results/reference.json
