@@ -362,13 +362,10 @@ def sampling_rows(requests: Sequence[dict], device: torch.device | str = "cuda")
 
 def upload_sampling(packed: _core.DeviceSampling, device: torch.device | str) -> SamplingRows:
     """What the core packed, for a kernel that is called by itself."""
-    rows = packed.rows.reshape(-1, SAMPLING_ROW_BYTES)
-    edits = (packed.history_tokens, packed.history_counts, packed.bias_tokens, packed.bias_values)
-    # Copies: the core's buffers are lent.
-    parts = [torch.from_numpy(part.copy()) for part in (rows, *edits)]
-    if torch.device(device).type == "cuda":
-        # A pageable copy would have the host wait for all that the device was told before.
-        parts = [part.pin_memory() for part in parts]
+    rows, edits = packed.rows.reshape(-1, SAMPLING_ROW_BYTES), (packed.history_tokens, packed.history_counts)
+    # Copies: the core's buffers are lent. Pinned ones: a pageable copy would have the host wait for all that the device was told before.
+    parts = [torch.from_numpy(part.copy()) for part in (rows, *edits, packed.bias_tokens, packed.bias_values)]
+    parts = [part.pin_memory() for part in parts] if torch.device(device).type == "cuda" else parts
     return SamplingRows._make([*(part.to(device, non_blocking=True) for part in parts), packed.filters])
 
 
@@ -379,11 +376,6 @@ class Sampled(NamedTuple):
     tokens: Tensor
     status: Tensor
     logprobs: Tensor | None
-
-
-def sample_scratch(rows: int, vocab: int) -> int:
-    """Bytes of scratch that `sample_rows` needs for so many rows."""
-    return _core.cuda_sample_scratch(rows, vocab)
 
 
 @named
@@ -414,7 +406,7 @@ def sample_rows(
             torch.empty(n, dtype=torch.float32, **empty) if logprobs else None,
         )
     if scratch is None:
-        scratch = torch.empty(sample_scratch(n, logits.shape[-1]), dtype=torch.uint8, device=logits.device)
+        scratch = torch.empty(_core.cuda_sample_scratch(n, logits.shape[-1]), dtype=torch.uint8, device=logits.device)
     _launch(
         _core.cuda_sample_rows,
         logits,

@@ -255,7 +255,7 @@ def test_a_limit_below_the_depth_says_nothing_of_the_tree() -> None:
     recorded: list[int] = []
     widths.planner = SimpleNamespace(record=lambda width, free, temperatures: recorded.append(len(free)))
     for limits in ([7, 3], [6, 6], None):
-        widths._launched.append((2, 17, limits, [0.0, 0.7]))
+        widths._launched.append((2, 17, limits, [0.0, 0.7], [("greedy", None)] * 2))
         assert widths.verified([0, 0])[:2] == (17, limits)
     assert recorded == [1, 2]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_rs import cuda
+from dflash_rs import _core, cuda
 
 # What SGLang writes where there is no top-k.
 TOP_K_ALL = 1 << 30
@@ -64,7 +64,7 @@ class Draws:
         if self._shape != (rows, places):
             self._shape = (rows, places)
             self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * places
-        room = cuda.sample_scratch(rows * places, logits.shape[-1])
+        room = _core.cuda_sample_scratch(rows * places, logits.shape[-1])
         if self._scratch.numel() < room:
             self._scratch = torch.empty(room, dtype=torch.uint8, device=self.device)
         drawn = cuda.sample_rows(
