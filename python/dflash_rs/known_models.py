@@ -150,8 +150,9 @@ def get(name: str, *, source: str | Path | None = None, say: Callable[[str], Non
     if model.is_here:
         say(f"{model.name} is here already: {model.folder}")
         return model.folder
-    from .models.gguf import convert
+    from .models.gguf import convert, reader
 
+    reader(model.name)  # before anything is fetched
     home = model.folder.parent
     try:
         home.mkdir(parents=True, exist_ok=True)

