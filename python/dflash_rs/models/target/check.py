@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -99,6 +100,11 @@ def elsewhere(config, tokens: int):
     return Elsewhere(config=config)
 
 
+def _cache_name(model: Any) -> str:
+    """How this model's forward calls its cache, which transformers 5.24 has renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @contextlib.contextmanager
 def _without_hints() -> Iterator[None]:
     """transformers recommends packages for recurrent layers when it runs them, which it does here and nowhere else."""
@@ -135,7 +141,7 @@ class Check:
         self.expected = []
         for r, (tokens, base) in enumerate(zip(self.tokens, self.bases, strict=True)):
             given = (
-                {"past_key_values": elsewhere(target.model.config, base), "use_cache": True}
+                {_cache_name(target.model): elsewhere(target.model.config, base), "use_cache": True}
                 if base
                 else {"use_cache": False}
             )

@@ -60,7 +60,7 @@ class LayerwiseModel:
         tapped = {}
         for index, layer in enumerate(target.decoder_layers):
             x = layer(
-                x, position_embeddings=rotations, attention_mask=None, position_ids=positions[None], past_key_values=None, **step
+                x, position_embeddings=rotations, attention_mask=None, position_ids=positions[None], **step
             )  # fmt: skip
             x = x[0] if isinstance(x, tuple) else x
             if index in taps:
