@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_rs import _core, cuda
+from dflash_rs import cuda
 
 # What SGLang writes where there is no top-k.
 TOP_K_ALL = 1 << 30
@@ -40,7 +40,6 @@ class Draws:
         self._rows: cuda.SamplingRows | None = None
         self._shape = (0, 0)
         self._starts = torch.zeros(1, dtype=torch.int32, device=device)
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
     def serves(self, params: Sequence[Any]) -> bool:
         """Whether requests with these sampling parameters are drawn by the law of SGLang's sampler."""
@@ -64,16 +63,12 @@ class Draws:
         if self._shape != (rows, places):
             self._shape = (rows, places)
             self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * places
-        room = _core.cuda_sample_scratch(rows * places, logits.shape[-1])
-        if self._scratch.numel() < room:
-            self._scratch = torch.empty(room, dtype=torch.uint8, device=self.device)
         drawn = cuda.sample_rows(
             logits.contiguous(),
             self._rows,
             query_starts=self._starts,
             token_ids=block.reshape(-1),
             positions=positions,
-            scratch=self._scratch[:room],
         )
         # A row in which no token is possible has none.
         return drawn.tokens.clamp_(min=0)
