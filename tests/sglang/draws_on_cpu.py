@@ -1,22 +1,24 @@
 """The target's tokens drawn by this package's kernel in place of SGLang's sampler, on the stand-in for CUDA's driver: prints what was found, as JSON.
 
-A process of its own: a driver is looked for once. A row's law is computed here from the words of SGLang's documentation, and SGLang's own function is measured
-by the same yardstick as the kernel.
+A process of its own: a driver is looked for once. SGLang's own function is measured by the same law and the same yardstick as the kernel.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 from sglang_host import cuda as host_cuda
-from torch.utils._python_dispatch import TorchDispatchMode
+from sglang_host.counting import Operations
 
 host_cuda.emulate()
+
+from filtered_law import distance, law  # noqa: E402
 
 from dflash_rs.sglang.kernels import TOP_K_ALL, Draws  # noqa: E402
 from dflash_rs.sglang.sampling import TargetSampler  # noqa: E402
@@ -41,30 +43,9 @@ def asked(**options: Any) -> Any:
     )
 
 
-def law(logits: torch.Tensor, p: Any) -> list[float]:
-    """Probabilities of a row of logits under SGLang's filters."""
-    probs = torch.softmax(logits.double() / p.temperature, -1)
-    order = torch.argsort(probs, descending=True, stable=True)
-    kept, mass = [], 0.0
-    for rank, token in enumerate(order.tolist()):
-        if rank < p.top_k and mass <= p.top_p and probs[token] >= p.min_p * probs[order[0]]:
-            kept.append(token)
-        mass += float(probs[token])
-    total = sum(float(probs[token]) for token in kept)
-    return [float(probs[token]) / total if token in kept else 0.0 for token in range(len(probs))]
-
-
-def distance(tokens: torch.Tensor, expected: list[float]) -> float:
-    """How many standard deviations chi-square lies above what it is on average; infinite where a token came that cannot."""
-    seen, count = torch.bincount(tokens, minlength=len(expected)).tolist(), len(tokens)
-    if any(n and not e for n, e in zip(seen, expected)):
-        return math.inf
-    cells = [(n, e * count) for n, e in zip(seen, expected) if e * count >= 5]
-    rest = [(n, e * count) for n, e in zip(seen, expected) if 0 < e * count < 5]
-    if rest:
-        cells.append((sum(n for n, _ in rest), sum(e for _, e in rest)))
-    freedom = max(1, len(cells) - 1)
-    return (sum((n - e) ** 2 / e for n, e in cells) - freedom) / math.sqrt(2 * freedom)
+def law_of(logits: torch.Tensor, p: Any) -> dict[int, float]:
+    """The law of a request on a row of logits."""
+    return law(logits, p.temperature, p.top_k, p.top_p, p.min_p)
 
 
 class Theirs:
@@ -106,32 +87,6 @@ def info_of(params: list[Any]) -> Any:
     )
 
 
-class Operations(TorchDispatchMode):
-    """Counts what torch runs: on a GPU about as many launches. Views cost none."""
-
-    VIEWS = (
-        "view",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "detach",
-        "alias",
-        "t",
-        "transpose",
-        "as_strided",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function.overloadpacket.__name__ not in (*self.VIEWS, "_unsafe_view", "empty", "new_empty")
-        return function(*args, **(kwargs or {}))
-
-
 class Batch:
     """Requests that are drawn together, step after step."""
 
@@ -157,33 +112,33 @@ class Batch:
 
 def main() -> None:
     torch.manual_seed(7)
-    row = torch.randn(VOCAB) * 2
-    row[::9] = -math.inf  # what a grammar forbids
+    logits = torch.randn(VOCAB) * 2
+    logits[::9] = -math.inf  # what a grammar forbids
     found: dict[str, Any] = {"laws": {}}
     for name, options in SETTINGS.items():
         p = asked(**options)
-        expected = law(row, p)
+        expected = law_of(logits, p)
         ours, theirs = Batch([p] * 10, Draws(torch.device("cpu"), True)), Batch([p] * 10, None)
         steps = DRAWS // (10 * PLACES)
-        drawn = torch.cat([ours.step(row).flatten() for _ in range(steps)])
-        other = torch.cat([theirs.step(row).flatten() for _ in range(steps)])
-        wrong = law(row, asked(**options | {"temperature": p.temperature * 1.25, "top_k": min(p.top_k, 60)}))
+        drawn = torch.cat([ours.step(logits).flatten() for _ in range(steps)])
+        other = torch.cat([theirs.step(logits).flatten() for _ in range(steps)])
+        wrong = law_of(logits, asked(**options | {"temperature": p.temperature * 1.25, "top_k": min(p.top_k, 60)}))
         found["laws"][name] = {
-            "ours": distance(drawn, expected),
-            "theirs": distance(other, expected),
-            "another": distance(drawn, wrong),
+            "ours": distance(Counter(drawn.tolist()), expected),
+            "theirs": distance(Counter(other.tolist()), expected),
+            "another": distance(Counter(drawn.tolist()), wrong),
             "calls": [ours.theirs.called, theirs.theirs.called],
             "untouched": ours.untouched,
         }
     greedy, warm = asked(top_k=1), asked(temperature=1.5)
     mixed = Batch([greedy, warm, greedy], Draws(torch.device("cpu"), True))
-    tokens = mixed.step(row)
-    found["greedy"] = bool((tokens[[0, 2]] == row.argmax()).all()) and len(set(tokens[1].tolist())) > 1
+    tokens = mixed.step(logits)
+    found["greedy"] = bool((tokens[[0, 2]] == logits.argmax()).all()) and len(set(tokens[1].tolist())) > 1
     # The same place again: the same noise, while the batch is the same.
     mixed.at = 5
-    found["again"] = torch.equal(mixed.step(row), tokens)
+    found["again"] = torch.equal(mixed.step(logits), tokens)
     changed = Batch([warm], mixed.sampler.draws)
-    found["anew"] = not torch.equal(changed.step(row), tokens[1:2])
+    found["anew"] = not torch.equal(changed.step(logits), tokens[1:2])
     triple = asked(top_k=5, top_p=0.5, min_p=0.1)
     for name, params, joint, calls in (
         ("triple", [triple, warm], False, 1),
@@ -192,23 +147,20 @@ def main() -> None:
         ("coldest", [asked(temperature=2e-6)], True, 1),
     ):
         batch = Batch(params, Draws(torch.device("cpu"), joint))
-        batch.step(row)
+        batch.step(logits)
         found[name] = batch.theirs.called == calls
     nothing = Batch([warm], Draws(torch.device("cpu"), True))
     found["no token"] = nothing.step(torch.full((VOCAB,), -math.inf)).tolist() == [[0] * PLACES]
     found["operations"] = {}
     for name, draws in (("ours", Draws(torch.device("cpu"), True)), ("theirs", None)):
         batch = Batch([asked(top_p=0.9, temperature=0.8)] * 4, draws)
-        batch.step(row)
-        logits, block, starts = (
-            row.repeat(4 * PLACES, 1),
-            torch.zeros((4, PLACES), dtype=torch.int64),
-            torch.full((4,), 9),
-        )
+        batch.step(logits)
+        rows = logits.repeat(4 * PLACES, 1)
+        block, starts = torch.zeros((4, PLACES), dtype=torch.int64), torch.full((4,), 9)
         slots = torch.arange(4)
         with Operations() as counted:
-            batch.sampler.targets(logits, batch.info, batch.reqs, slots, block, starts, False)
-        found["operations"][name] = counted.count
+            batch.sampler.targets(rows, batch.info, batch.reqs, slots, block, starts, False)
+        found["operations"][name] = counted.operations
     print(json.dumps(found))
 
 

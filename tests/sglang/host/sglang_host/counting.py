@@ -18,7 +18,9 @@ _FREE = {
 }  # fmt: skip
 
 
-class _Step(TorchDispatchMode):
+class Operations(TorchDispatchMode):
+    """Counts while it is entered, but for what runs while `inside` is not 0."""
+
     def __init__(self):
         super().__init__()
         self.operations = self.inside = 0
@@ -41,7 +43,7 @@ def _run_batch(original, scheduler, batch, *args, **kwargs):
     global _running
     if not batch.forward_mode.is_decode() or not batch.reqs:
         return original(scheduler, batch, *args, **kwargs)
-    _running = step = _Step()
+    _running = step = Operations()
     try:
         with step:
             return original(scheduler, batch, *args, **kwargs)
