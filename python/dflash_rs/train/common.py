@@ -240,17 +240,17 @@ def resumed(path: Path, settings: Any) -> dict | None:
     state = load_checkpoint(path)
     # What a setting was before there was one is its default.
     if state is not None:
-        same_settings(path, asdict(type(settings)()) | state["settings"], asdict(settings))
+        same_settings("out", path, asdict(type(settings)()) | state["settings"], asdict(settings))
     return state
 
 
-def same_settings(made: Path, before: dict, now: dict) -> None:
-    """Raises ValueError that names the first setting which what stands in `made` was made with, and which is another one now."""
+def same_settings(argument: str, made: Path, before: dict, now: dict) -> None:
+    """Raises ValueError that names `argument` and the first setting which what stands in `made` was made with, and which is another one now."""
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             raise ValueError(
-                f"out: {made} was made with other settings: {name} was {before.get(name)}, now it is {now.get(name)}; choose another folder or "
-                "the same settings"
+                f"{argument}: {made} was made with other settings: {name} was {before.get(name)}, now it is {now.get(name)}; choose another folder "
+                "or the same settings"
             )
 
 

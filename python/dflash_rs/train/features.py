@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .common import Group, Progress, write_whole
+from .common import Group, Progress, same_settings, write_whole
 from .documents import Documents, Rows, rows_once
 
 if TYPE_CHECKING:
@@ -135,12 +135,7 @@ def _prepare(folder: Path, settings: dict, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != settings:
-            name = next(name for name in settings if found.get(name) != settings[name])
-            raise ValueError(
-                f"store_features: {folder} was made with {name} = {found.get(name)}, now it is {settings[name]}; choose another folder"
-            )
+        same_settings("store_features", folder, json.loads(path.read_text(encoding="utf-8")), settings)
         return
     if size > (free := shutil.disk_usage(folder).free):
         raise ValueError(f"store_features: {size / 2**30:.1f} GiB are needed in {folder}, {free / 2**30:.1f} are free")

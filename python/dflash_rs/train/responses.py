@@ -191,7 +191,7 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     # How many there are to be is no part of what one of them is: more may be asked for later.
     kind = {name: value for name, value in asdict(settings).items() if name != "sequences"}
-    same_settings(out, write_first(out / "settings.json", kind), kind)
+    same_settings("out", out, write_first(out / "settings.json", kind), kind)
 
     shards = -(-settings.sequences // settings.batch_size)
     missing = [i for i in range(part[0], shards, part[1]) if not (out / f"shard-{i:05}.npz").exists()]
