@@ -180,11 +180,17 @@ def test_a_server_that_warms_up_tries_its_drafter() -> None:
 class Manager:
     """SGLang's tokenizer manager, as far as the probe asks it."""
 
-    def __init__(self, accepted: int, template: str | None = "{{ messages }}", fails: bool = False):
+    def __init__(
+        self, accepted: int, template: str | None = "{{ messages }}", fails: bool = False, refuses: bool = False
+    ):
         self.accepted, self.fails, self.asked = accepted, fails, None
-        self.tokenizer = SimpleNamespace(
-            chat_template=template, apply_chat_template=lambda turns, **_: f"<user>{turns[0]['content']}<model>"
-        )
+
+        def apply(turns: list[dict[str, str]], **_: Any) -> str:
+            if refuses:
+                raise ValueError("a system turn is missing")
+            return f"<user>{turns[0]['content']}<model>"
+
+        self.tokenizer = SimpleNamespace(chat_template=template, apply_chat_template=apply)
 
     async def generate_request(self, request: Any, _: None) -> Any:
         if self.fails:
@@ -204,6 +210,11 @@ class Manager:
         (Manager(0), "WARNING", "Is it the one trained for this target, and the template"),
         (Manager(1, template=None), "INFO", "as they are (the tokenizer has no chat template)"),
         (Manager(1, fails=True), "ERROR", "could not be tried, the built-in prompts failed: no such option"),
+        (
+            Manager(1, refuses=True),
+            "ERROR",
+            "could not be tried, the built-in prompts failed: a system turn is missing",
+        ),
     ],
 )
 def test_the_probe_says_what_the_drafter_is_worth(

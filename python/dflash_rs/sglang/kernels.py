@@ -41,9 +41,9 @@ class Draws:
         self._shape = (0, 0)
         self._starts = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def serves(self, params: Sequence[Any]) -> bool:
-        """Whether requests with these sampling parameters are drawn by the law of SGLang's sampler."""
-        return all(
+    def serves(self, params: Sequence[Any], dtype: torch.dtype) -> bool:
+        """Whether requests with these sampling parameters are drawn by the law of SGLang's sampler, from logits of this type."""
+        return dtype in (torch.float32, torch.bfloat16) and all(
             p.temperature >= _LEAST_TEMPERATURE
             and (self._joint or p.min_p == 0 or p.top_p == 1.0 or p.top_k >= TOP_K_ALL)
             for p in params

@@ -49,24 +49,25 @@ async def run(disaggregation_mode: str, manager: Any) -> None:
 
     asked = prompts()
     template = getattr(tokenizer, "chat_template", None) is not None
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        if template
-        else prompt
-        for _, prompt in asked
-    ]
     params = {"temperature": 0, "max_new_tokens": TOKENS, "custom_params": {KEY: {"whole_blocks": True}}}
     answers: list[dict[str, Any]] = []
     try:
+        texts = [_turn(tokenizer, prompt) if template else prompt for _, prompt in asked]
         async for found in manager.generate_request(GenerateReqInput(text=texts, sampling_params=params), None):
             answers = found
     except Exception as error:
+        # Whatever a template or a server has against these prompts is no reason not to serve.
         logger.error("%s: the drafter could not be tried, the built-in prompts failed: %s", ALGORITHM, error)
         return
     level, line = verdict(
         [kind for kind, _ in asked], [a["meta_info"] for a in answers], template, config.load().alarm_tau
     )
     logger.log(level, "%s: %s", ALGORITHM, line)
+
+
+def _turn(tokenizer: Any, prompt: str) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def prompts() -> list[tuple[str, str]]:

@@ -236,7 +236,7 @@ class TargetSampler:
         positions = (starts[:, None] + _depths(block, tree)).reshape(-1)
         if info.sampling_seed is None and self.draws is not None:
             params = [req.sampling_params for req in reqs]
-            if self.draws.serves(params):
+            if self.draws.serves(params, logits.dtype):
                 logits = compat.installed().sanitized(self.sampler, logits, bare(info))
                 return self.draws(logits, params, block, positions).view_as(block)
         if info.sampling_seed is None:

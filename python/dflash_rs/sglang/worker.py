@@ -244,11 +244,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             return None
         joint = compat.installed().joint_filters(sampler)
         if self._target_tp_rank == 0:
-            who = (
-                "this package's kernel"
-                if joint is not None
-                else f"SGLang's sampler, a {type(sampler).__name__} that is not known here"
-            )
+            who = "this package's kernel" if joint is not None else "SGLang's sampler, whose law is not known here"
             logger.info("%s: draws without a seed are made by %s", ALGORITHM, who)
         return None if joint is None else Draws(device, joint)
 
@@ -274,12 +270,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._reqs, self._slots, self._info, self._scored = reqs, slots, given, bool(batch.return_logprob)
         if prefill:
             self._widths.interrupted()
+            self._most, width = None, int(self.block_size)
         else:
             self._admit(batch.spec_info, reqs, slots)
-        self._most = None if prefill else self._limits.of(reqs)
-        if prefill:
-            width = int(self.block_size)
-        else:
+            self._most = self._limits.of(reqs)
             width = self._widths.next(len(reqs), self._most, reqs, self._limits.whole(reqs))
         self._deferred.begin(plain=width == 1, owners=[req.rid for req in reqs])
         batch.sampling_info = self.targets.enter(reqs, slots, given) if prefill else bare(given)

@@ -243,9 +243,8 @@ class Seams(ABC):
         from sglang.srt.runtime_context import get_exec
 
         backend = get_exec().kernel.sampling_backend
-        if type(sampler) is not Sampler or sampler.rl_on_policy_target is not None or backend not in _LAWS:
-            return None
-        return _LAWS[backend]
+        known = type(sampler) is Sampler and hasattr(sampler, "_preprocess_logits")
+        return _LAWS.get(backend) if known and sampler.rl_on_policy_target is None else None
 
     def sanitized(self, sampler: Any, logits: Any, info: Any) -> Any:
         """Logits ``[rows, V]`` as the sampler reads them, which may take numbers out that are none."""
