@@ -542,7 +542,7 @@ class DeviceBackend:
         whose = () if plan is None else (plan.block_len, plan.row_ids)
         return self._state.running(query_starts, lens, self._in.device["table_rows"][: lens.shape[0]], longest, *whose)
 
-    # ---- made-up steps: costs, and graphs ahead of requests ---------------------------------------------------------------------------------------------------
+    # ---- made-up steps: costs, and graphs ahead of requests --------------------------------------------------------
 
     @torch.inference_mode()
     def costs(self) -> StepCosts:
