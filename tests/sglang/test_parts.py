@@ -86,9 +86,11 @@ def test_an_untested_version_is_served_as_the_last_tested_one_before_it() -> Non
 def test_a_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compat.seams.METHODS, "_accept_block", ("candidates", "fate"))
     monkeypatch.setitem(compat.seams.METHODS, "_gone", ())
+    monkeypatch.delattr("sglang.srt.layers.sampler.Sampler._preprocess_logits")
     assert compat.problems() == [
         "DFlashWorkerV2._accept_block: no parameter fate",
         "DFlashWorkerV2._gone: not there",
+        "Sampler._preprocess_logits: not there",
     ]
 
 

@@ -79,6 +79,7 @@ def problems() -> list[str]:
             return found
         worker = here.worker_class()
         here.draft_input_class()
+        from sglang.srt.layers.sampler import Sampler
     except ImportError as error:
         return [f"sglang {have}: its DFLASH worker cannot be imported ({error})"]
     for name, expected in seams.METHODS.items():
@@ -89,6 +90,8 @@ def problems() -> list[str]:
         missing = [p for p in expected if p not in inspect.signature(method).parameters]
         if missing:
             found.append(f"DFlashWorkerV2.{name}: no parameter {', '.join(missing)}")
+    if not hasattr(Sampler, "_preprocess_logits"):
+        found.append("Sampler._preprocess_logits: not there")
     return found
 
 

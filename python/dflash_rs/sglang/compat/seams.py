@@ -243,8 +243,8 @@ class Seams(ABC):
         from sglang.srt.runtime_context import get_exec
 
         backend = get_exec().kernel.sampling_backend
-        known = type(sampler) is Sampler and hasattr(sampler, "_preprocess_logits")
-        return _LAWS.get(backend) if known and sampler.rl_on_policy_target is None else None
+        known = type(sampler) is Sampler and sampler.rl_on_policy_target is None
+        return _LAWS.get(backend) if known else None
 
     def sanitized(self, sampler: Any, logits: Any, info: Any) -> Any:
         """Logits ``[rows, V]`` as the sampler reads them, which may take numbers out that are none."""
