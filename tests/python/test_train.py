@@ -21,7 +21,6 @@ from dflash_rs.train import corpus, responses  # noqa: E402
 from dflash_rs.train import drafter as drafter_training  # noqa: E402
 from dflash_rs.train import target as target_training  # noqa: E402
 from dflash_rs.train.common import windows, write_first  # noqa: E402
-from dflash_rs.train.features import _prepare  # noqa: E402
 from dflash_rs.train.prompts import held_out_prompts  # noqa: E402
 
 TINY = target_training.TargetTraining(
@@ -170,14 +169,6 @@ def test_responses_continue_their_prompts_and_depend_on_the_seed_only(data, targ
 def _writes_first(path: Path, value: dict, go, found) -> None:
     go.wait()
     found.put(write_first(path, value))
-
-
-def test_features_of_other_settings_are_refused_by_the_one_that_differs(tmp_path):
-    settings = {"target": "one", "taps": [1, 3]}
-    for _ in range(2):
-        _prepare(tmp_path, settings, 8)
-    with pytest.raises(ValueError, match=r"store_features: .* other settings: taps was \[1, 3\], now it is \[1, 4\]"):
-        _prepare(tmp_path, settings | {"taps": [1, 4]}, 8)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no hard links"])

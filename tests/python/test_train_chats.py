@@ -303,7 +303,7 @@ def test_stored_features_are_those_of_the_target(pair, tmp_path, dtype):
         ).read(place)
         parts = features.unflatten(-1, (3, 32))
         assert torch.equal(some, parts[..., list(taps), :].flatten(-2)) and torch.equal(states, last)
-    with pytest.raises(ValueError, match="made with taps"):
+    with pytest.raises(ValueError, match="other settings: taps was"):
         more = drafter_training.Teacher(teacher.target, (0, 3), settings.mask_token_id)
         StoredFeatures.capture(
             tmp_path / "features", many, more, 48, False, {"target": "a target", "taps": [0, 3]}, Group(), where
@@ -312,9 +312,9 @@ def test_stored_features_are_those_of_the_target(pair, tmp_path, dtype):
     (tmp_path / "features" / "captured.json").unlink()
     (tmp_path / "features" / "captured-0-of-1.json").write_text("0")
     assert torch.equal(capture().read(place)[1], last)
-    with pytest.raises(ValueError, match="made with target = a target, now it is another"):
+    with pytest.raises(ValueError, match="other settings: target was a target, now it is another"):
         capture(about="another")
-    with pytest.raises(ValueError, match="made with responses"):
+    with pytest.raises(ValueError, match="other settings: responses was"):
         capture(of=documents(17, 24))
 
 
