@@ -1104,7 +1104,7 @@ class Planner:
     def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
         """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
 
-        Costs that were measured on a busy machine come down to what is seen later; they never rise.
+        The costs follow, more slowly up than down; those of rows that were not seen keep their place among the others.
         """
 
     @property

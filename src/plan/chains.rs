@@ -1,12 +1,12 @@
 //! Chains: how long a block to draft, and how many of its drafts each request verifies.
 
 use super::chances::chances;
-use super::{Batch, Decision, Expected, Offers, StepCost, worth};
+use super::{Batch, Decision, Expected, GAIN, Offers, StepCost, worth};
 
 /// The block with the best goodput, and one token more; a plain step where none pays.
 pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, exploring: bool) -> Decision {
     let (requests, whole) = (batch.temperatures.len(), expected.chain.len());
-    let (mut best, mut most) = (1, requests as f64 / cost.target.at(requests + batch.others));
+    let (mut best, mut most) = (1, GAIN * requests as f64 / cost.target.at(requests + batch.others));
     for block in 2..=whole {
         let rows = requests * block;
         let tokens = requests as f64 * (1.0 + expected.chain[block - 1]);

@@ -1,9 +1,19 @@
 //! Step times as curves over rows: what a pass of so many tokens takes.
 //!
 //! In any one unit: flat as long as memory is what limits, a line where arithmetic does, stairs where a device runs in fixed sizes. A
-//! curve never falls, and steps that were seen to take less only ever lower it.
+//! curve never falls, and follows what steps are seen to take.
 
 use crate::error::{Error, Result};
+
+/// How far a curve goes towards a time that was seen, as a share of the way (of logarithms): up, and down. A busy moment only adds to a time, so a
+/// short one is nearer the truth, and what is followed is about the lower quartile.
+const UP: f64 = 0.1;
+const DOWN: f64 = 0.3;
+/// Which part of that is taken for the machine's pace, which is everybody's, and not for what those rows take beside others.
+const PACE: f64 = 0.25;
+/// The least and the most that a time counts for, as a multiple of the one expected.
+const SHORTEST: f64 = 0.5;
+const LONGEST: f64 = 1.5;
 
 /// Time over rows: straight between the points, that of the first before it, and beyond the last as between the last two.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,24 +78,43 @@ impl Curve {
         t0 + (rows - r0) * (t1 - t0) / (r1 - r0)
     }
 
-    /// `rows` took no more than `time`: a curve that says more was measured when the machine was busy. It only ever falls.
-    pub(super) fn lower(&mut self, rows: usize, time: f64) {
-        let now = self.at(rows);
-        if !(time > 0.0 && time < now) {
-            return;
+    /// By how much a time of `rows` is off what the curve says, as a logarithm: 0 where it is what was to be expected. None where one of them
+    /// is no time. A step that took far longer was held up by something else: its excess counts as that of one that took half as long again.
+    fn off(&self, rows: usize, time: f64) -> Option<f64> {
+        let expected = self.at(rows);
+        (time > 0.0 && time.is_finite() && expected > 0.0).then(|| (time / expected).clamp(SHORTEST, LONGEST).ln())
+    }
+
+    /// All times become `factor` times as long.
+    fn scale(&mut self, factor: f64) {
+        self.points.iter_mut().for_each(|point| point.1 *= factor);
+    }
+
+    /// The time of `rows` becomes about `factor` times as long, by way of the two points that it lies between.
+    fn bend(&mut self, rows: usize, factor: f64) {
+        let Some(last) = self.points.len().checked_sub(2) else {
+            return self.scale(factor);
+        };
+        let rows = rows as f64;
+        let first = self.points.partition_point(|p| p.0 <= rows).saturating_sub(1).min(last);
+        let (before, behind) = (self.points[first].0, self.points[first + 1].0);
+        let share = ((rows - before) / (behind - before)).clamp(0.0, 1.0);
+        let mut least = self.points[first].1 * factor.powf(1.0 - share);
+        let mut most = self.points[first + 1].1 * factor.powf(share);
+        // Fewer rows never take longer, and what was seen is nearer the truth than what was believed.
+        if factor < 1.0 {
+            least = least.min(most);
+        } else {
+            most = most.max(least);
         }
-        let scale = time / now;
-        let first = self.points.partition_point(|p| p.0 <= rows as f64).saturating_sub(1);
-        let first = first.min(self.points.len().saturating_sub(2));
-        // The two points it lies between; one alone where it lies on that, or before all.
-        let alone = rows as f64 <= self.points[first].0;
-        for point in self.points.iter_mut().skip(first).take(if alone { 1 } else { 2 }) {
-            point.1 *= scale;
+        for (index, point) in self.points.iter_mut().enumerate() {
+            point.1 = if index <= first {
+                point.1.min(least)
+            } else {
+                point.1.max(most)
+            };
         }
-        let most = self.points[first].1;
-        for point in &mut self.points[..first] {
-            point.1 = point.1.min(most);
-        }
+        (self.points[first].1, self.points[first + 1].1) = (least, most);
     }
 }
 
@@ -104,6 +133,24 @@ impl StepCost {
         Self {
             target: Curve::flat(1.0),
             draft: Curve::flat(0.0),
+        }
+    }
+
+    /// Follows what a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what follows
+    /// from it. Curves that were measured on a busy machine come down, those that were measured without context rise, and what nobody has
+    /// seen lately keeps its place among the others.
+    pub(super) fn follow(&mut self, target: (usize, f64), draft: (usize, f64)) {
+        let way = |off: f64| off * if off > 0.0 { UP } else { DOWN };
+        if let Some(off) = self.target.off(target.0, target.1) {
+            let pace = (way(off) * PACE).exp();
+            self.target.bend(target.0, (way(off) * (1.0 - PACE)).exp());
+            self.target.scale(pace);
+            self.draft.scale(pace);
+        }
+        if draft.0 > 0
+            && let Some(off) = self.draft.off(draft.0, draft.1)
+        {
+            self.draft.bend(draft.0, way(off).exp());
         }
     }
 }
@@ -126,21 +173,36 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_seen_lowers_a_curve_to_it_and_leaves_it_a_curve(
+        fn costs_go_towards_what_was_seen_and_stay_curves(
             steps in prop::collection::vec((1usize..9, 0.0f64..2.0), 1..8),
-            seen in prop::collection::vec((0usize..70, 0.01f64..9.0), 1..20),
+            seen in prop::collection::vec((1usize..70, 0.01f64..9.0, 0usize..70, 0.01f64..9.0), 1..20),
         ) {
             let points = rising(&steps);
-            let mut curve = Curve::new("curve", &points).unwrap();
+            let mut cost = StepCost { target: Curve::new("target", &points).unwrap(), draft: Curve::new("draft", &points).unwrap() };
             let last = points[points.len() - 1].0 as usize;
-            for &(rows, time) in &seen {
-                let before: Vec<f64> = (0..80).map(|r| curve.at(r)).collect();
-                curve.lower(rows, time);
-                prop_assert!((curve.at(rows) - time.min(before[rows])).abs() < 1e-9);
-                // Beyond the last point a curve goes on as before it, which may now be steeper.
-                prop_assert!((0..=last).all(|r| curve.at(r) <= before[r] + 1e-9));
-                // It would still be taken as a curve.
-                prop_assert!(Curve::new("curve", &curve.points).is_ok(), "{:?}", curve);
+            let nearer = |before: f64, after: f64, time: f64| {
+                let way = (time / before).ln().clamp(SHORTEST.ln(), LONGEST.ln());
+                let gone = (after / before).ln();
+                // No further than there, in the same direction, and a good part of the way.
+                gone * way >= 0.0 && gone.abs() <= way.abs() + 1e-9 && (gone.abs() >= 0.04 * way.abs() - 1e-9)
+            };
+            for &(rows, time, drafted, drafting) in &seen {
+                let before = cost.clone();
+                cost.follow((rows, time), (0, drafting));
+                if rows <= last {
+                    prop_assert!(nearer(before.target.at(rows), cost.target.at(rows), time), "{before:?} {rows} {time} {cost:?}");
+                }
+                let paced = cost.clone();
+                cost.follow((0, f64::NAN), (drafted, drafting));
+                prop_assert_eq!(&paced.target, &cost.target);
+                if drafted == 0 {
+                    prop_assert_eq!(&paced, &cost);
+                } else if drafted <= last {
+                    prop_assert!(nearer(paced.draft.at(drafted), cost.draft.at(drafted), drafting), "{paced:?} {cost:?}");
+                }
+                for curve in [&cost.target, &cost.draft] {
+                    prop_assert!(Curve::new("curve", &curve.points).is_ok(), "{curve:?}");
+                }
             }
         }
 
@@ -159,14 +221,89 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_curve_tells_its_points_and_a_time_of_nothing_does_not_lower_it() {
-        let points = [(1.0, 2.0), (4.0, 3.0)];
-        let mut curve = Curve::new("curve", &points).unwrap();
-        for time in [0.0, -1.0, f64::NAN, 9.0] {
-            curve.lower(2, time);
-            assert_eq!(curve.points(), points);
+    fn costs() -> StepCost {
+        StepCost {
+            target: Curve::new("target", &[(1.0, 2.0), (5.0, 3.0), (9.0, 5.0)]).unwrap(),
+            draft: Curve::flat(1.0),
         }
+    }
+
+    #[test]
+    fn a_curve_tells_its_points_and_a_time_that_is_none_changes_nothing() {
+        let mut cost = costs();
+        for time in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            cost.follow((2, time), (2, time));
+            assert_eq!(cost, costs());
+        }
+        // Costs of nothing stay at nothing.
+        let mut passes = StepCost::passes();
+        passes.follow((1, 1.0), (1, 1.0));
+        assert_eq!(passes, StepCost::passes());
+    }
+
+    #[test]
+    fn a_time_that_was_seen_changes_those_near_it_and_a_quarter_of_it_all() {
+        let mut cost = costs();
+        // Twice as fast as it should be.
+        cost.follow((5, 1.5), (0, 0.0));
+        let (all, here) = (0.5f64.powf(DOWN * PACE), 0.5f64.powf(DOWN));
+        let close = |got: f64, expected: f64| (got - expected).abs() < 1e-9;
+        let [first, second, third] = cost.target.points() else {
+            panic!()
+        };
+        assert!(
+            close(first.1, 2.0 * all) && close(second.1, 3.0 * here) && close(third.1, 5.0 * all),
+            "{cost:?}"
+        );
+        assert!(close(cost.draft.at(7), all));
+        // Half way between two points each has half of it; a rise is slower.
+        let mut cost = costs();
+        cost.follow((7, 4.0 * LONGEST), (0, 0.0));
+        let (all, half) = (LONGEST.powf(UP * PACE), LONGEST.powf(UP * (1.0 - PACE) / 2.0));
+        let [first, second, third] = cost.target.points() else {
+            panic!()
+        };
+        assert!(close(first.1, 2.0 * all) && close(second.1, 3.0 * all * half) && close(third.1, 5.0 * all * half));
+        // Before the first point and behind the last one it is that point's; what takes too long counts for no more than LONGEST, what takes no
+        // time for no less than SHORTEST.
+        for (rows, point, time) in [(0, 0, 100.0), (40, 2, 100.0), (0, 0, 1e-9), (9, 2, 1e-9)] {
+            let (mut cost, before) = (costs(), costs());
+            cost.follow((rows, time), (0, 0.0));
+            let way = if time > 1.0 {
+                LONGEST.powf(UP)
+            } else {
+                SHORTEST.powf(DOWN)
+            };
+            assert!(
+                close(cost.target.points()[point].1, before.target.points()[point].1 * way),
+                "{rows} {cost:?}"
+            );
+        }
+        // The drafter's times say nothing of the target's.
+        let mut cost = costs();
+        cost.follow((0, 0.0), (3, 0.5));
+        assert!(cost.target == costs().target && close(cost.draft.at(3), 0.5f64.powf(DOWN)));
+    }
+
+    #[test]
+    fn fewer_rows_never_take_longer_than_more() {
+        let mut cost = costs();
+        (0..200).for_each(|_| cost.follow((1, 4.0), (0, 0.0)));
+        let [first, second, third] = cost.target.points() else {
+            panic!()
+        };
+        assert!(
+            (first.1 - 4.0).abs() < 0.01 && second.1 >= first.1 && third.1 >= second.1,
+            "{cost:?}"
+        );
+        (0..200).for_each(|_| cost.follow((9, 1.0), (0, 0.0)));
+        let [first, second, third] = cost.target.points() else {
+            panic!()
+        };
+        assert!(
+            (third.1 - 1.0).abs() < 0.01 && first.1 <= second.1 && second.1 <= third.1,
+            "{cost:?}"
+        );
     }
 
     #[test]

@@ -35,6 +35,9 @@ pub use curve::{Curve, StepCost};
 pub use trees::PlannedTrees;
 pub use whole_steps::WidthPlanner;
 
+/// By how much drafting has to promise more than a plain step. Chances and times scatter, what shares a batch does not end sooner for the tokens
+/// that others gain, and to have drafted too much costs more than to have drafted too little.
+const GAIN: f64 = 1.03;
 /// Every so many steps more is drafted than looked best, and of every request something is verified.
 const EXPLORE: u64 = 32;
 /// Longer blocks than this are a mistake.
@@ -366,12 +369,10 @@ impl Planner {
     }
 
     /// What a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what
-    /// follows from it. Costs that were measured on a busy machine come down to what is seen later; they never rise.
+    /// follows from it. The costs follow.
     pub fn observe(&mut self, target: (usize, f64), draft: (usize, f64)) {
-        let Some(cost) = &mut self.cost else { return };
-        cost.target.lower(target.0, target.1);
-        if draft.0 > 0 {
-            cost.draft.lower(draft.0, draft.1);
+        if let Some(cost) = &mut self.cost {
+            cost.follow(target, draft);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Drafts are taken best first, so what a smaller tree would have verified is always the front of what a larger one did.
 
 use super::chances::chances;
-use super::{Batch, Decision, Expected, Offers, StepCost, worth};
+use super::{Batch, Decision, Expected, GAIN, Offers, StepCost, worth};
 use crate::draft::{BestFirst, Place};
 
 /// The trees of a step, padded to the largest: parents come before children.
@@ -34,7 +34,7 @@ pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, ex
     let shortest = if unasked { whole } else { 2 };
     // What a block is expected to have accepted, against a whole one.
     let share = |block: usize| expected.chain[block - 1] / expected.chain[whole - 1];
-    let (mut best, mut most) = ((1, 1), requests as f64 / cost.target.at(requests + batch.others));
+    let (mut best, mut most) = ((1, 1), GAIN * requests as f64 / cost.target.at(requests + batch.others));
     for &width in &widths {
         let verifying = cost.target.at(requests * width + batch.others);
         for block in shortest..=whole {

@@ -596,11 +596,14 @@ def test_the_planner_weighs_rows_against_tokens():
     sure, unsure = [0.9] * 7, [0.9, 0.05] + [0.9] * 5
     widths = dear.admit(np.array([sure, unsure], np.float32), hot[:2], most[:2])
     assert widths.dtype == np.int32 and widths[0] > 4 and widths[1] == 2
-    before = dear.costs
-    dear.observe(10, 3.0, 8, 9.0)
-    assert dear.costs == before == ([(0.0, 1.0), (10.0, 2.0)], [(0.0, 0.0)])
-    dear.observe(10, 1.5)
-    assert dear.costs[0] == [(0.0, 0.75), (10.0, 1.5)]
+    assert dear.costs == ([(0.0, 1.0), (10.0, 2.0)], [(0.0, 0.0)])
+    for _ in range(60):
+        dear.observe(10, 1.5, 8, 9.0)
+    (_, empty), (_, full) = dear.costs[0]
+    assert full == pytest.approx(1.5) and 0.5 < empty < 1.0 and dear.costs[1] == [(0.0, 0.0)]
+    for _ in range(200):
+        dear.observe(10, 1.8)
+    assert dear.costs[0][1][1] == pytest.approx(1.8)
     for _ in range(200):
         dear.record(7, 0, 0.5, np.full(7, 0.9, np.float32))
     assert dear.decide(np.full(4, 0.5, np.float32)) == (1, 1, False) and dear.decide(hot[:4])[0] > 1

@@ -28,6 +28,9 @@ class Backend(Protocol):
     asks_host: bool
     """Whether the host chooses, between drafting and verifying, which drafts are worth it; otherwise all of them are verified."""
 
+    injected_steps: int
+    """How many steps' tokens got draft KV before the last step drafted."""
+
     @property
     def num_graphs(self) -> int:
         """CUDA graphs that were captured."""
@@ -40,4 +43,5 @@ class Backend(Protocol):
         a step can still be called off."""
 
     def resolve(self, launched: Any) -> Any:
-        """Waits for a step and gives the core's `Accepted`; KV is where it belongs, what is kept has draft KV if the step injects."""
+        """Waits for a step and gives the core's `Accepted`; KV is where it belongs, what is kept has draft KV before anybody drafts again, if the
+        step injects."""

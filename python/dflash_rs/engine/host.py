@@ -13,6 +13,7 @@ from .. import cuda
 from ..models.batch import StepBatch
 from .backend import Step
 from .constraints import Constraint, Edited, edit
+from .deferred import Deferred
 from .policy import Policy
 from .timing import StageTimes, stage
 
@@ -26,6 +27,7 @@ class HostBackend:
 
     asks_host = True
     num_graphs = 0
+    injected_steps = 0
 
     def __init__(
         self,
@@ -41,12 +43,13 @@ class HostBackend:
         self.core, self.target, self.draft, self.policy = core, target, draft, policy
         self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
         self._constrained = constrained
+        self._deferred = Deferred(draft.inject)
 
     def launch(self, step: Step) -> Step:
         return step
 
     def resolve(self, launched: Step) -> Any:
-        step = launched
+        step, self.injected_steps = launched, 0
         if step.plan.draft_rows.size:
             self._propose(step)
         rows, edited, features = self._verify(step)
@@ -77,6 +80,7 @@ class HostBackend:
     def _ask(self, step: Step, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The drafter's candidates for rows of a step, and their probabilities, [n, block - 1, k]."""
         plan = step.plan
+        self._write()
         return self.draft.candidates(
             plan.token_ids[plan.query_starts[rows]],
             plan.context_lens[rows],
@@ -140,10 +144,21 @@ class HostBackend:
     @stage("inject")
     def _inject(self, plan: Any, features: Any, accepted: Any) -> None:
         rows = accepted.commit_rows
-        told = {}
+        told = {"positions": plan.positions[rows], "slots": accepted.commit_slots}
         if self.draft.reads_tokens:
-            told = {"token_ids": plan.token_ids[rows], "before": self._before(plan, rows)}
-        self.draft.inject(features, plan.positions[rows], accepted.commit_slots, rows, **told)
+            told |= {"token_ids": plan.token_ids[rows], "before": self._before(plan, rows)}
+        *_, prompts = plan.outline
+        if not prompts:
+            self._deferred.add(features, rows, **told)
+            return
+        # Many tokens, whose request may have found others of them in the cache: all of them are there from now on.
+        self._deferred.write()
+        self.draft.inject(features, rows=rows, **told)
+
+    @stage("inject")
+    def _write(self) -> None:
+        self._deferred.write()
+        self.injected_steps = self._deferred.written
 
     def _before(self, plan: Any, rows: np.ndarray) -> np.ndarray:
         """Slots int64 [M] of the tokens before those at `rows`; -1 at the begin of a text, and where the drafter was not told of them."""

@@ -63,7 +63,7 @@ class Loop:
             raise
         self._ahead = ahead
         self.steps += 1
-        self.policy.observe(flight.step, self.times)
+        self.policy.observe(flight.step, self.times, self.backend.injected_steps)
         if not self.requests:
             self.drop()
 

@@ -25,7 +25,7 @@ class Policy:
     """Decides for blocks of `block_size` tokens and trees of up to `tree_nodes` drafts, 0 for chains.
 
     By `costs` it drafts what pays; without, whole blocks and trees. `asks_host`, `widths`: whether the drafter's probabilities are seen
-    before verifying; where they are not, trees come in these numbers of tokens, the anchor counted. `observes`: the costs come down to what steps take.
+    before verifying; where they are not, trees come in these numbers of tokens, the anchor counted. `observes`: the costs follow what steps take.
     `from_text`: drafts are looked up and cost nothing, so as many as there are are looked at before it is decided what of them pays.
     `look_up`: most tokens of a block that is looked up beside a drafter, the anchor counted; 0 looks nothing up. A request's drafts are then
     those that promise more, its drafter's or its own text's, and a drafter is not asked where the text promises more already.
@@ -156,14 +156,15 @@ class Policy:
         if step.drafted_rows:
             self.planner.record_step(step.plan, accepted, only=self._drafters if self.look_up else None)
 
-    def observe(self, step: Step, times: StageTimes) -> None:
-        """Sees what a step took."""
+    def observe(self, step: Step, times: StageTimes, injected_steps: int) -> None:
+        """Sees what a step took, which wrote draft KV for so many before it drafted: each has its share of that."""
         plan, took = step.plan, times.step
         # A prefill computes fewer logits than rows.
         if self._observes and plan.logit_rows.size == plan.token_ids.size:
             asked = self._asked_rows if self.look_up else step.drafted_rows
             drafted = asked if step.inject else 0
-            self.planner.observe(plan.token_ids.size, took["verify"], drafted, took["draft"] + took["inject"])
+            injecting = took["inject"] / max(1, injected_steps)
+            self.planner.observe(plan.token_ids.size, took["verify"], drafted, took["draft"] + injecting)
 
 
 def _within(chances: np.ndarray, most: np.ndarray) -> np.ndarray:

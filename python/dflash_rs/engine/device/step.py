@@ -108,6 +108,7 @@ class DeviceBackend:
 
     # What is drafted is verified: to ask the host would be to wait for the drafter.
     asks_host = False
+    injected_steps = 0
 
     def __init__(
         self,
