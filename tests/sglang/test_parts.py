@@ -20,7 +20,7 @@ import dflash_rs.sglang
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, grammar, requests, sampling
 from dflash_rs.sglang.sampling import History, Penalties, TargetSampler
-from dflash_rs.sglang.shapes import SHAPED, Shapes, Undrafted
+from dflash_rs.sglang.shapes import SHAPED, Shapes
 from dflash_rs.sglang.widths import Widths
 
 # --- contract ---------------------------------------------------------------------------------------------------------
@@ -706,11 +706,23 @@ def test_between_steps_a_worker_is_as_sglang_made_it() -> None:
     with shapes.of(8):
         assert vars(narrowed) == before
     with shapes.of(1):
-        runner = narrowed.draft_model_runner
-        assert isinstance(runner, Undrafted) and runner.page_size == 16
-        out = runner.forward(SimpleNamespace(input_ids=torch.zeros(5, dtype=torch.int64)))
-        assert out.logits_output.hidden_states.shape == (5, 3) and not out.can_run_graph
+        assert (narrowed.block_size, narrowed._block_pos_offsets.tolist()) == (1, [0])
     assert vars(narrowed) == before
+
+
+def test_convolutions_within_a_block_have_its_length() -> None:
+    def set_block_size(block: int) -> None:
+        model.block_size = block
+
+    model = SimpleNamespace(block_size=8, set_block_size=set_block_size)
+    shapes = Shapes(worker(selector="one", draft_model=model), [1, 4, 8, 17])
+    for width, expected in ((1, 8), (4, 4), (8, 8), (17, 17)):
+        with shapes.of(width):
+            assert model.block_size == expected
+        assert model.block_size == 8
+    with pytest.raises(ZeroDivisionError), shapes.of(4):
+        raise ZeroDivisionError
+    assert model.block_size == 8
 
 
 class Graphs:
@@ -786,7 +798,8 @@ OF_STATES = (
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"selector": 1}, "SimpleNamespace selects among candidates"),
+        ({"lilicorr": 1}, "SimpleNamespace selects among candidates"),
+        ({"selector": 1}, None),
         ({"_is_domino": True}, "SimpleNamespace rolls its block out"),
         ({"_need_mamba_verify_commit": True}, OF_STATES),
         (

@@ -502,12 +502,28 @@ def test_sglangs_triton_kernel_reads_the_mask_as_it_is_meant() -> None:
 def test_a_dflash_2_drafts_trees_along_its_lattice(reference: dict, logs, tmp_path) -> None:
     options = speculative(page_size=16, enable_deterministic_inference=True, grammar_backend="none")
     options["speculative_draft_model_path"] = str(second(tmp_path, 0.001))
-    with Server(logs / "tree-second.log", env=trees(12), **options) as server:
+    with Server(logs / "tree-second.log", env=trees(12, adaptive=False), **options) as server:
         for name in ("greedy", "all penalties", "seed, top_k"):
             answers = server.together(cases.bodies(matrix()[name]))
             assert tokens(answers) == tokens(reference[name])
             assert sum(answer["meta_info"]["spec_accept_length"] for answer in answers) > 6
         assert "each step verifies one of 13 tokens" in server.log.read_text(errors="replace")
+
+
+def test_steps_of_a_dflash_2_vary_in_width_and_between_chains_and_trees(reference: dict, logs, tmp_path) -> None:
+    options = speculative(page_size=16, enable_deterministic_inference=True, enable_metrics=True, grammar_backend="none")
+    options["speculative_draft_model_path"] = str(second(tmp_path, 0.001))
+    env = trees(12, adaptive="cycle", widths=[1, 3, 8])
+    with Server(logs / "widths-second.log", env=env, **options) as server:
+        before = Counts(server).by("passes_total", "width")
+        for name in ("greedy", "all penalties", "seed, top_k"):
+            answers = server.together(cases.bodies(matrix()[name]))
+            assert tokens(answers) == tokens(reference[name])
+        gained = {width: count - before[width] for width, count in Counts(server).by("passes_total", "width").items()}
+        assert set(gained) == {1, 3, 8, 13} and min(gained.values()) > 20, gained
+        # Chains of every width and trees are worth something.
+        accepted = sum(answer["meta_info"]["spec_accept_length"] for answer in answers)
+        assert accepted > 1.3 * len(answers), accepted
 
 
 def test_counters_tell_what_was_verified(grove: Server) -> None:

@@ -7,15 +7,13 @@ block stays reserved whatever the width.
 Attention backends and CUDA graphs are made for one number of tokens per request, too. Each width has its own of both, for the target and
 for the drafter, made as SGLang's EAGLE worker makes them for its own adaptive steps.
 
-A step of width 1 is a plain one. Its block is the anchor alone, so there is nothing to draft: the drafter's pass is left out, and what SGLang
-prepares for it where it can be. What the pass of the target leaves for the drafter is kept until it is read, see ``deferred``.
+A step of width 1 is a plain one, see ``plain``: its block is the anchor alone, so there is nothing to draft.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,35 +36,10 @@ _ROOM = {
     "_out_tokens_bufs": (),
     "_new_seq_lens_bufs": (),
 }
-# Everything a block length is written into; the drafter's runner, and whether it has rows of its own to be told of, for what a plain step
-# leaves out.
-SHAPED = (
-    "block_size",
-    "_block_pos_offsets",
-    "_draft_block_spec_info",
-    "_draft_sampler",
-    "draft_model_runner",
-    "use_compact_draft_cache",
-    *_ROOM,
-)
+# Everything a block length is written into.
+SHAPED = ("block_size", "_block_pos_offsets", "_draft_block_spec_info", "_draft_sampler", *_ROOM)
 # The same of a model runner.
 PASSES = ("attn_backend", "decode_cuda_graph_runner")
-
-
-class Undrafted:
-    """A model runner whose forward pass does nothing: block rows come back with hidden states that nobody reads."""
-
-    def __init__(self, runner: Any, hidden_size: int):
-        self._runner, self._hidden_size = runner, hidden_size
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Hidden states ``[rows, H]`` without content."""
-        rows = forward_batch.input_ids
-        hidden = torch.empty((rows.shape[0], self._hidden_size), dtype=self._runner.dtype, device=rows.device)
-        return SimpleNamespace(logits_output=SimpleNamespace(hidden_states=hidden), can_run_graph=False)
 
 
 class Shapes:
@@ -75,21 +48,17 @@ class Shapes:
     def __init__(self, worker: Any, widths: Sequence[int], drafted_only: Collection[int] = ()):
         """`drafted_only`: those of the widths that the target never runs."""
         self.worker, self.whole, self.drafted_only = worker, int(worker.block_size), drafted_only
+        # A DFlash 2's convolutions run within blocks, and have the length written down for themselves.
+        self._convolved = worker.draft_model if compat.installed().selects(worker) else None
         self.sets = {width: self._narrow(width) for width in widths if width != self.whole}
         self.passes: dict[int, list[tuple[Any, dict[str, Any]]]] = {width: [] for width in self.sets}
 
     def _narrow(self, width: int) -> dict[str, Any]:
-        worker = self.worker
-        runner = worker.draft_model_runner
-        if width == 1:
-            runner = Undrafted(runner, int(worker.draft_model.config.hidden_size))
         return {
             "block_size": width,
-            "_block_pos_offsets": worker._block_pos_offsets[:width],
-            "_draft_block_spec_info": compat.installed().block_spec(width, worker.device),
+            "_block_pos_offsets": self.worker._block_pos_offsets[:width],
+            "_draft_block_spec_info": compat.installed().block_spec(width, self.worker.device),
             "_draft_sampler": None,
-            "draft_model_runner": runner,
-            "use_compact_draft_cache": worker.use_compact_draft_cache and width > 1,
             **_ROOM,
         }
 
@@ -115,17 +84,30 @@ class Shapes:
             return
         own = vars(self.worker)
         before = {name: own[name] for name in SHAPED}
-        runners = (self.worker.model_runner, before["draft_model_runner"])
+        runners = (self.worker.model_runner, self.worker.draft_model_runner)
         passes = [(runner, {name: getattr(runner, name) for name in PASSES}) for runner in runners]
         own.update(self.sets[width])
         try:
             _give(self.passes[width])
-            yield
+            with self._convolving(width):
+                yield
         finally:
             # What the step has made anew is kept for the next one of this width.
             self.sets[width] = {name: own[name] for name in SHAPED}
             own.update(before)
             _give(passes)
+
+    @contextlib.contextmanager
+    def _convolving(self, width: int) -> Iterator[None]:
+        if self._convolved is None or width == 1:
+            yield
+            return
+        before = int(self._convolved.block_size)
+        self._convolved.set_block_size(width)
+        try:
+            yield
+        finally:
+            self._convolved.set_block_size(before)
 
 
 def _give(passes: Sequence[tuple[Any, dict[str, Any]]]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
-from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, planning, states
+from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, plain, planning, states
 from dflash_rs.sglang.deferred import Deferred
 from dflash_rs.sglang.kernels import ContextKv, Draws, PathKv, Walk
 from dflash_rs.sglang.limits import Limits
@@ -127,10 +127,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         elif self.options.adaptive is False:
             return
         widths = self.options.widths_of(self._block)
-        if self._nodes and (compat.installed().selects(self) or (self.options.adaptive is None and not self._on_host)):
+        if self._nodes and self.options.adaptive is None and not self._on_host:
             widths = (self._nodes,)
-            if (self.options.adaptive or self.options.widths) and self._target_tp_rank == 0:
-                logger.warning("%s: a DFlash 2 that drafts trees drafts them in every step", ALGORITHM)
         asked = self.options.adaptive is not None or self.options.widths is not None
         # Trees need the block's own shape, and `_require_trees` has asked for it.
         reason = None if self._nodes else compat.installed().only_whole_blocks(self, SHAPED, asked)
@@ -166,7 +164,7 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
     def _require_trees(self) -> None:
         """Raises InvalidArgument, naming everything for which this server cannot verify trees."""
         found = compat.installed().no_trees(self)
-        if (reason := compat.installed().only_whole_blocks(self, SHAPED, True, own=True)) is not None:
+        if (reason := compat.installed().only_whole_blocks(self, SHAPED, True)) is not None:
             found.append(reason)
         if found:
             raise InvalidArgument(
@@ -282,7 +280,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 result = self._tree_step(batch, *args, **kwargs)
             else:
                 with self._shapes.of(width):
-                    result = super().forward_batch_generation(batch, *args, **kwargs)
+                    if width == 1:
+                        result = plain.step(self, batch, *args, **kwargs)
+                    else:
+                        result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             batch.sampling_info = given
             self._reqs, self._slots, self._info = [], None, None

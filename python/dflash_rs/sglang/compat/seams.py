@@ -10,7 +10,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 # Methods of DFlashWorkerV2 that are overridden, and the parameters that are relied on.
 METHODS = {
@@ -57,6 +57,19 @@ FINISH = "sglang.srt.managers.schedule_batch.Req.update_finish_state"
 Ours = Callable[[], bool]
 Refusal = Callable[[Any], "str | None"]
 Around = Callable[..., Any]
+
+
+class Passed(NamedTuple):
+    """What the target's pass over one token of every request has left.
+
+    - `output`: SGLang's result of it.
+    - `likeliest`: the tokens i64 ``[R]``, where no logits were gathered for anything else.
+    - `slots`: i64 ``[R]``, where the drafter's keys and values of these tokens belong.
+    """
+
+    output: Any
+    likeliest: Any
+    slots: Any
 
 
 class Seams(ABC):
@@ -131,6 +144,18 @@ class Seams(ABC):
     @abstractmethod
     def verifying(self, step: Any) -> contextlib.AbstractContextManager[None]:
         """SGLang's step within the context verifies the trees of `step`, a ``trees.Step``, and not the chain that it drafts."""
+
+    @abstractmethod
+    def pass_over(self, worker: Any, batch: Any, tokens: Any, positions: Any, slots: Any) -> Passed:
+        """Runs the target over one token of every request: `tokens`, `positions` and KV `slots` i64 ``[R]``. The batch is left as SGLang's step would."""
+
+    @abstractmethod
+    def log_probabilities(self, batch: Any, logits_output: Any, tokens: Any) -> None:
+        """Puts those of a plain step's `tokens` i64 ``[R]`` into `logits_output`."""
+
+    @abstractmethod
+    def keep_states(self, worker: Any, batch: Any, before: Any, after: Any, commit_lens: Any) -> None:
+        """The target's recurrent states are those behind the first `commit_lens` ``[R]`` tokens of a pass, which took lengths from `before` to `after`."""
 
     @abstractmethod
     def mask_room(self, backend: Any) -> int | None:
@@ -286,6 +311,21 @@ class Seams(ABC):
         return make_draft_block_spec_info(draft_token_num=width, device=device)
 
     @contextlib.contextmanager
+    def reaching(self, batch: Any, tokens: int, reserved: Any) -> Iterator[None]:
+        """Within the context the host takes a batch's lengths for those behind a pass over so many tokens of each request; for the `reserved` ones,
+        which are a draft input's, where it knows no others."""
+        lengths, total = batch.seq_lens_cpu, batch.seq_lens_sum
+        if lengths is not None:
+            batch.seq_lens_cpu = lengths + tokens
+            batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        elif reserved is not None:
+            batch.seq_lens_cpu, batch.seq_lens_sum = reserved, int(reserved.sum())
+        try:
+            yield
+        finally:
+            batch.seq_lens_cpu, batch.seq_lens_sum = lengths, total
+
+    @contextlib.contextmanager
     def sized_for(self, width: int) -> Iterator[None]:
         """What is made within the context is made for this many tokens per request."""
         from sglang.srt.runtime_context import get_context, get_spec
@@ -321,10 +361,10 @@ class Seams(ABC):
             runner.capture_tail_hooks, runner.attn_backend = hooks, before
         return {"attn_backend": backend, "decode_cuda_graph_runner": captured}
 
-    def only_whole_blocks(self, worker: Any, names: tuple[str, ...], asked: bool, *, own: bool = False) -> str | None:
+    def only_whole_blocks(self, worker: Any, names: tuple[str, ...], asked: bool) -> str | None:
         """Why every step of this worker has to be a whole block, in words; None where the attributes `names` can be exchanged for one.
 
-        `asked`: whether other widths were asked for in so many words. `own`: whether none is but the drafter's own block.
+        `asked`: whether other widths were asked for in so many words.
         """
         import torch
 
@@ -339,7 +379,7 @@ class Seams(ABC):
         if self.shares_attention():
             return "ranks with data-parallel attention must keep step, each with requests of its own"
         # Kinds of drafters, which not every version knows.
-        if (self.selects(worker) and not own) or getattr(worker, "lilicorr", None) is not None:
+        if getattr(worker, "lilicorr", None) is not None:
             return f"{type(worker.draft_model).__name__} selects among candidates within its block"
         if getattr(worker, "_is_domino", False):
             return f"{type(worker.draft_model).__name__} rolls its block out token by token"

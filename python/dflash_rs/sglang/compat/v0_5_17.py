@@ -7,7 +7,7 @@ import copy
 from functools import cache
 from typing import Any
 
-from dflash_rs.sglang.compat.seams import Around, Ours, Seams
+from dflash_rs.sglang.compat.seams import Around, Ours, Passed, Seams
 
 
 class Version(Seams):
@@ -100,6 +100,30 @@ class Version(Seams):
         """Never: see `no_trees`."""
         raise NotImplementedError
 
+    def pass_over(self, worker: Any, batch: Any, tokens: Any, positions: Any, slots: Any) -> Passed:
+        """See ``Seams``."""
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+        from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+
+        target, told = worker.target_worker, batch.spec_info
+        verified = DFlashVerifyInput(
+            draft_token=tokens, positions=positions, draft_token_num=1, capture_hidden_mode=CaptureHiddenMode.FULL
+        )
+        with self.reaching(batch, 1, told.reserved_seq_lens_cpu):
+            forward_batch, _ = verified.prepare_for_verify(batch, target)
+        output = target.forward_batch_generation(
+            batch=None, forward_batch=forward_batch, is_verify=True, skip_attn_backend_init=True
+        )
+        return Passed(output, None, slots)
+
+    def log_probabilities(self, batch: Any, logits_output: Any, tokens: Any) -> None:
+        """See ``Seams``."""
+        _log_probabilities(batch, logits_output, tokens, 1)
+
+    def keep_states(self, worker: Any, batch: Any, before: Any, after: Any, commit_lens: Any) -> None:
+        """Never: see `states_of_whole_blocks`."""
+        raise NotImplementedError
+
     def mask_room(self, backend: Any) -> int | None:
         """Never: see `no_trees`."""
         raise NotImplementedError
@@ -177,7 +201,9 @@ def _with_accept_block(stock: type) -> type:
                 running.clear()
             # Of a verified block; those of a prompt and its first token are SGLang's.
             if wanted and result.accept_lens is not None and result.logits_output is not None:
-                _log_probabilities(batch, result)
+                _log_probabilities(
+                    batch, result.logits_output, result.next_token_ids, result.speculative_num_draft_tokens
+                )
             return result
 
         def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
@@ -225,10 +251,9 @@ def _with_accept_block(stock: type) -> type:
     return Worker
 
 
-def _log_probabilities(batch: Any, result: Any) -> None:
+def _log_probabilities(batch: Any, logits_output: Any, tokens: Any, block: int) -> None:
     """Log-probabilities of every token of a verified block, in 0.5.17; those behind the last accepted one are never read."""
     from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 
-    tokens, block = result.next_token_ids, result.speculative_num_draft_tokens
     rows = tokens.new_ones(tokens.shape).cumsum(0) - 1
-    compute_spec_v2_logprobs(batch, result.logits_output, tokens, rows.view(-1, block), block - 1)
+    compute_spec_v2_logprobs(batch, logits_output, tokens, rows.view(-1, block), block - 1)

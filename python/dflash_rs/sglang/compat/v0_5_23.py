@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from dflash_rs import cuda
-from dflash_rs.sglang.compat.seams import Around, Ours, Seams
+from dflash_rs.sglang.compat.seams import Around, Ours, Passed, Seams
 
 # Where it asks which models new weights are for, and where a turn of a streaming session ends.
 WEIGHTS_FOR = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners"
@@ -254,6 +254,52 @@ class Version(Seams):
             yield
         finally:
             vars(module).update(before)
+
+    def pass_over(self, worker: Any, batch: Any, tokens: Any, positions: Any, slots: Any) -> Passed:
+        """See ``Seams``."""
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+        from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+
+        target, reserved = worker.target_worker, batch.spec_info.nxt_kv_lens_cpu
+        plan = target.model_runner.kv_index_translator.plan(
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_cpu=reserved if batch.seq_lens_cpu is None else batch.seq_lens_cpu,
+            write_virtual=slots,
+            read_extent=1,
+        )
+        told = DFlashVerifyInput(
+            draft_token=tokens,
+            positions=positions,
+            draft_token_num=1,
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            kv_loc_plan=plan,
+        )
+        with self.reaching(batch, 1, reserved):
+            forward_batch, _ = told.prepare_for_verify(batch, target)
+        output = target.forward_batch_generation(
+            batch=None, forward_batch=forward_batch, is_verify=True, skip_attn_backend_init=True
+        )
+        logits, likeliest, gather = output.logits_output, None, worker._target_logits_processor
+        if gather is not None and gather.is_deferred_shard(logits.next_token_logits):
+            # Every rank has a part of the vocabulary, and none is fetched where the likeliest token is all that is asked for.
+            if worker._can_skip_verify_logits(batch, batch.sampling_info):
+                likeliest, logits.next_token_logits = gather.deferred_argmax(logits.next_token_logits), None
+            else:
+                logits.next_token_logits = gather.finish_deferred_gather(logits.next_token_logits)
+        return Passed(output, likeliest, worker._draft_write_ids(plan))
+
+    def log_probabilities(self, batch: Any, logits_output: Any, tokens: Any) -> None:
+        """See ``Seams``."""
+        from sglang.srt.speculative.dflash_worker_v2 import compute_spec_logprobs
+
+        compute_spec_logprobs(batch, logits_output, tokens, chain_stride=1)
+
+    def keep_states(self, worker: Any, batch: Any, before: Any, after: Any, commit_lens: Any) -> None:
+        """See ``Seams``."""
+        worker._update_target_mamba_state_after_verify(
+            batch=batch, seq_lens_pre_verify=before, seq_lens_post_verify=after, commit_lens=commit_lens
+        )
 
     def mask_room(self, backend: Any) -> int | None:
         """Triton's keeps one for the largest batch of whole contexts."""
