@@ -807,6 +807,24 @@ def cpu_isa() -> str:
 def cpu_isas() -> list[str]:
     """Instruction sets this processor can run the host kernels with, narrowest first: of portable, avx2, avx512, avx512_bf16."""
 
+def linear(
+    x: tuple[int, int, int],
+    rows: int,
+    weight: tuple[int, int, int],
+    outputs: int,
+    inputs: int,
+    out: tuple[int, int, int],
+    dtype: str,
+    bias: tuple[int, int, int] | None = None,
+    threads: int = 1,
+) -> None:
+    """``out = x W^T + bias`` on the host, with a weight as it is stored. ``x`` ``[rows, inputs]``, ``weight`` ``[outputs, inputs]``, ``bias``
+    ``[outputs]`` and ``out`` ``[rows, outputs]`` are of ``dtype``, "float32" or "bfloat16"; sums are f32 and rounded once.
+
+    Arrays are given as (address, row stride, head stride) in elements, as for ``paged_attention``; the caller keeps them alive, and ``out``
+    overlaps nothing else. A row's result depends on that row alone, bit for bit.
+    """
+
 def swiglu(gate_up: tuple[int, int, int], rows: int, width: int, out: tuple[int, int, int], threads: int = 1) -> None:
     """``out = silu(gate) * up`` on the host. ``gate_up`` f32 ``[rows, 2 * width]`` is gate, then up; ``out`` f32 ``[rows, width]``.
 

@@ -8,7 +8,7 @@
 //! the memory is as large as its shape says, and the tensor outlives the call and is not resized by another thread.
 
 use crate::device::host::{
-    self, AttentionTensors, BatchArrays, Bf16, Element, HostKernels, Isa, Layout, Precision, Rows, RowsMut,
+    self, AttentionTensors, BatchArrays, Bf16, Element, HostKernels, Isa, Layout, Precision, Rows, RowsMut, Stored,
 };
 use crate::device::{AttentionParams, Mask};
 use crate::error::Error;
@@ -20,6 +20,9 @@ use std::sync::Arc;
 
 /// Query-key products below which the interpreter lock is kept: handing it over costs more.
 const DETACH_WORK: usize = 1 << 20;
+
+/// Types of the tensors that kernels read in place.
+const DTYPES: &str = "'float32' or 'bfloat16'";
 
 /// Address and strides of a tensor.
 #[derive(Clone, Copy, FromPyObject)]
@@ -299,7 +302,6 @@ pub(super) fn paged_attention(
         sinks: sinks.as_ref().map(|s| contiguous("sinks", s)).transpose()?,
         kernels: HostKernels::new()?.with_threads(threads),
     };
-    const DTYPES: &str = "'float32' or 'bfloat16'";
     match dtype.of("dtype", DTYPES)?.as_str() {
         "float32" => call.run::<f32>(py),
         "bfloat16" => call.run::<Bf16>(py),
@@ -407,6 +409,72 @@ pub fn swiglu(
         py.detach(run)?;
     }
     Ok(())
+}
+
+/// `out = x W^T + bias` of weights as they are stored.
+#[pyfunction]
+#[pyo3(signature = (x, rows, weight, outputs, inputs, out, dtype, bias=None, threads=Given::new(1)),
+       text_signature = "(x, rows, weight, outputs, inputs, out, dtype, bias=None, threads=1)")]
+#[allow(clippy::too_many_arguments, reason = "one crossing per product")]
+pub(super) fn linear(
+    py: Python<'_>,
+    x: Given<Pointer>,
+    rows: Given<usize>,
+    weight: Given<Pointer>,
+    outputs: Given<usize>,
+    inputs: Given<usize>,
+    out: Given<Pointer>,
+    dtype: Given<String>,
+    bias: Option<Given<Pointer>>,
+    threads: Given<usize>,
+) -> PyResult<()> {
+    named!(x, rows, weight, outputs, inputs, out, bias, threads);
+    let call = Linear {
+        arrays: [x, weight, out],
+        sizes: (rows, outputs, inputs),
+        bias,
+        kernels: HostKernels::new()?.with_threads(threads),
+    };
+    match dtype.of("dtype", DTYPES)?.as_str() {
+        "float32" => call.run::<f32>(py),
+        "bfloat16" => call.run::<Bf16>(py),
+        other => Err(unknown("dtype", other, DTYPES)),
+    }
+}
+
+struct Linear {
+    /// x, weight, out.
+    arrays: [Pointer; 3],
+    /// Rows, outputs, inputs.
+    sizes: (usize, usize, usize),
+    bias: Option<Pointer>,
+    kernels: HostKernels,
+}
+
+impl Linear {
+    fn run<E: Stored>(self, py: Python<'_>) -> PyResult<()> {
+        let ([x, weight, out], (rows, outputs, inputs)) = (self.arrays, self.sizes);
+        let x = Checked::<E>::new("x", x, rows, 1, inputs)?;
+        let weight = Checked::<E>::new("weight", weight, outputs, 1, inputs)?;
+        let out = Checked::<E>::new("out", out, rows, 1, outputs)?;
+        let bias = self
+            .bias
+            .map(|bias| Checked::<E>::new("bias", bias, 1, 1, outputs))
+            .transpose()?;
+        out.alone(&[&x, &weight])?;
+        if let Some(bias) = &bias {
+            out.alone(&[bias])?;
+        }
+        let bias = bias.map(|bias| bias.elements()).transpose()?;
+        let (x, weight, out) = (x.rows(), weight.rows(), out.rows_mut());
+        let run = || self.kernels.linear(x, weight, bias, out);
+        if rows.saturating_mul(inputs).saturating_mul(outputs) < DETACH_WORK {
+            run()?;
+        } else {
+            py.detach(run)?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether the host kernels multiply pairs of bfloat16 in one instruction.

@@ -39,7 +39,9 @@ mod _core {
     #[pymodule_export]
     use super::experts::Experts;
     #[pymodule_export]
-    use super::host::{AttentionBatch, PackedWeight, cpu_isa, cpu_isas, multiplies_bf16, paged_attention, swiglu};
+    use super::host::{
+        AttentionBatch, PackedWeight, cpu_isa, cpu_isas, linear, multiplies_bf16, paged_attention, swiglu,
+    };
     #[pymodule_export]
     use super::lookup::Lookup;
     #[pymodule_export]

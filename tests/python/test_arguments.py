@@ -281,6 +281,10 @@ def on_host():
     yield _core.PackedWeight, good, tuple(good), ("bias",)
     weight = _core.PackedWeight(**good)
     yield weight.product, dict(x=NOWHERE, rows=0, out=NOWHERE, residual=None), ("x", "rows", "out", "residual"), ()
+    good = dict(
+        x=NOWHERE, rows=0, weight=NOWHERE, outputs=0, inputs=2, out=NOWHERE, dtype="bfloat16", bias=None, threads=1
+    )
+    yield _core.linear, good, tuple(good), ()
     yield _core.swiglu, dict(gate_up=NOWHERE, rows=0, width=0, out=NOWHERE), ("gate_up", "rows", "width", "out"), ()
     good = dict(
         gate_up=NOWHERE, down=NOWHERE, count=1, hidden=2, inner=1, dtype="float32", precision="highest", threads=1

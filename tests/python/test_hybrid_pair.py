@@ -57,6 +57,16 @@ def test_texts_are_the_same_with_drafts_and_without_and_several_tokens_are_kept_
         assert llm.stats()["tau"] > 1.4
 
 
+@pytest.mark.parametrize("name", PARAMS)
+def test_texts_in_bfloat16_are_the_same_with_drafts_and_without(name):
+    prompts, params = PROMPTS[:3], PARAMS[name][:3]
+    with LLM(NAME, None, max_context=256, max_running=1, prefix_cache=False, device="cpu", dtype="bfloat16") as llm:
+        expected = [output.token_ids for output in llm.generate(prompts, params)]
+    with engine(adaptive=False, device="cpu", dtype="bfloat16") as llm:
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+        assert llm.stats()["tau"] > 1.4
+
+
 @pytest.mark.parametrize(("row", "tau"), [(0.0, 1.4), (2.0, 1.0)], ids=["rows are free", "a row costs two passes"])
 def test_as_much_is_drafted_as_pays(row, tau):
     costs = StepCosts.lines(1.0, row, 0.1, 0.0)

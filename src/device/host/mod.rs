@@ -33,7 +33,7 @@ mod view;
 pub use batch::{AttentionBatch, BatchArrays};
 pub use delta::{DeltaRule, DeltaTensors, Span};
 pub use experts::{Activation, Between, Choice, ExpertWeights, Experts, SharedExpert};
-pub use linear::{PackedWeight, Precision};
+pub use linear::{PackedWeight, Precision, Stored};
 pub use simd::Isa;
 pub use view::{Bf16, Element, Layout, Rows, RowsMut};
 

@@ -30,6 +30,7 @@ from ..batch import StepBatch
 from ..drafter import FINAL
 from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
+from . import products
 from .check import Check
 from .experts import HostExperts
 from .fused import FusedModel
@@ -103,6 +104,10 @@ class TargetModel:
                     self._layers, self.path_reason = LayerwiseModel.build(self)
                     if self._layers is not None and check is not None and not check.agrees(self):
                         self._layers, self.path_reason = None, "the layers in a row differ from the model's own forward"
+                if self._fused is None and self.device.type == "cpu" and self.dtype == torch.bfloat16:
+                    products.place(model)
+                    if check is not None:
+                        check.compare(self, "products in the extension")
         if self._fused is None and matmul_precision != "highest":
             raise InvalidArgument(
                 f"matmul_precision: got {matmul_precision!r} for a {type(model).__name__}, expected 'highest': {self.path_reason}"

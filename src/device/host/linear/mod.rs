@@ -17,11 +17,15 @@
 //! One row is as fast as memory delivers the weight. Several rows multiply longer than that, but a panel's first rows would wait for it and
 //! memory would idle during the others. So every pass over a panel asks for a share of the next one.
 
+mod stored;
+
 use super::simd::{Isa, Lanes, Routine, dispatch};
 use super::team;
 use super::view::{Bf16, Element, LANES, Rows, RowsMut};
 use crate::error::{Error, Result};
 use std::ops::Range;
+
+pub use stored::Stored;
 
 /// Vectors, and outputs, of a panel.
 const VECTORS: usize = 2;
@@ -141,7 +145,7 @@ impl Weight for Pair {
     }
     #[inline(always)]
     fn add<L: Lanes>(sum: L, x: Self, w: L::Pairs) -> L {
-        sum.add_pairs(x, w)
+        sum.add_pairs(L::splat_pair(x), w)
     }
 }
 

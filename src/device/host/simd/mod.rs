@@ -174,6 +174,11 @@ pub(super) trait Lanes: Copy {
     const PRODUCT_ROWS: usize;
     /// See `PRODUCT_ROWS`.
     const PRODUCT_VECTORS: usize;
+    /// Rows, at most 4, and outputs, a divisor of sixteen, whose sums fit the registers beside the vectors of inputs and weights they are
+    /// made of.
+    const DOT_ROWS: usize;
+    /// See `DOT_ROWS`.
+    const DOT_OUTPUTS: usize;
 
     /// Sixteen pairs of bfloat16 values, ready to be multiplied.
     type Pairs: Copy;
@@ -185,9 +190,11 @@ pub(super) trait Lanes: Copy {
     /// Sixteen bfloat16 values, widened exactly.
     fn load_bf16(x: &[Bf16; LANES]) -> Self;
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> Self::Pairs;
+    /// The same pair in every lane.
+    fn splat_pair(x: [Bf16; 2]) -> Self::Pairs;
     /// Per lane the product of the second halves is added to `self`, then that of the first halves; each addition rounds once, the
     /// products are exact. That is the order of the processors that have an instruction for it; those take values below 2^-126 for 0.
-    fn add_pairs(self, x: [Bf16; 2], w: Self::Pairs) -> Self;
+    fn add_pairs(self, x: Self::Pairs, w: Self::Pairs) -> Self;
     fn store(self, out: &mut [f32; LANES]);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -236,6 +243,16 @@ pub(super) trait Lanes: Copy {
         tree_sum(x)
     }
 
+    /// [`Self::sum`] of each of sixteen vectors, one per lane.
+    #[inline(always)]
+    fn sums(vectors: &[Self; LANES]) -> Self {
+        let mut out = [0.0; LANES];
+        for (out, vector) in out.iter_mut().zip(vectors) {
+            *out = vector.sum();
+        }
+        Self::load(&out)
+    }
+
     /// Largest lane.
     #[inline(always)]
     fn max_lane(self) -> f32 {
@@ -267,6 +284,8 @@ impl Lanes for [f32; LANES] {
     const VECTORS: usize = 2;
     const PRODUCT_ROWS: usize = 2;
     const PRODUCT_VECTORS: usize = 2;
+    const DOT_ROWS: usize = 1;
+    const DOT_OUTPUTS: usize = 2;
     type Pairs = [Self; 2];
     #[inline(always)]
     fn fetch<T>(_: &T) {}
@@ -275,9 +294,12 @@ impl Lanes for [f32; LANES] {
         [0, 1].map(|half| std::array::from_fn(|i| x[i][half].into()))
     }
     #[inline(always)]
-    fn add_pairs(self, x: [Bf16; 2], w: [Self; 2]) -> Self {
-        let second = Self::splat(x[1].into()).mul_add(w[1], self);
-        Self::splat(x[0].into()).mul_add(w[0], second)
+    fn splat_pair(x: [Bf16; 2]) -> [Self; 2] {
+        x.map(|x| Self::splat(x.into()))
+    }
+    #[inline(always)]
+    fn add_pairs(self, x: [Self; 2], w: [Self; 2]) -> Self {
+        x[0].mul_add(w[0], x[1].mul_add(w[1], self))
     }
     #[inline(always)]
     fn splat(x: f32) -> Self {

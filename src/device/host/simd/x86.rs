@@ -46,6 +46,8 @@ impl<const DOT: bool> Lanes for Wide<DOT> {
     const VECTORS: usize = 4;
     const PRODUCT_ROWS: usize = 8;
     const PRODUCT_VECTORS: usize = 2;
+    const DOT_ROWS: usize = 4;
+    const DOT_OUTPUTS: usize = 4;
     // The pairs as they are and nothing, or first and second halves.
     type Pairs = [__m512; 2];
     #[inline(always)]
@@ -65,20 +67,36 @@ impl<const DOT: bool> Lanes for Wide<DOT> {
         }
     }
     #[inline(always)]
-    fn add_pairs(self, x: [Bf16; 2], w: [__m512; 2]) -> Self {
-        if !DOT {
-            let second = Self::splat(x[1].into()).mul_add(Self(w[1]), self);
-            return Self::splat(x[0].into()).mul_add(Self(w[0]), second);
-        }
+    fn splat_pair(x: [Bf16; 2]) -> [__m512; 2] {
         unsafe {
-            let x = _mm512_set1_epi32((u32::from(x[1].0) << 16 | u32::from(x[0].0)).cast_signed());
-            // Bit patterns: the three types are one register.
+            if DOT {
+                let pair = _mm512_set1_epi32((u32::from(x[1].0) << 16 | u32::from(x[0].0)).cast_signed());
+                return [_mm512_castsi512_ps(pair), _mm512_setzero_ps()];
+            }
+            [_mm512_set1_ps(x[0].into()), _mm512_set1_ps(x[1].into())]
+        }
+    }
+    #[inline(always)]
+    fn add_pairs(self, x: [__m512; 2], w: [__m512; 2]) -> Self {
+        unsafe {
+            if !DOT {
+                return Self(_mm512_fmadd_ps(x[0], w[0], _mm512_fmadd_ps(x[1], w[1], self.0)));
+            }
+            // Bit patterns: the two types are one register.
             let (x, w) = (
-                std::mem::transmute::<__m512i, __m512bh>(x),
+                std::mem::transmute::<__m512, __m512bh>(x[0]),
                 std::mem::transmute::<__m512, __m512bh>(w[0]),
             );
             Self(_mm512_dpbf16_ps(self.0, x, w))
         }
+    }
+    #[inline(always)]
+    fn sums(vectors: &[Self; LANES]) -> Self {
+        let mut plain = [vectors[0].0; LANES];
+        for (plain, vector) in plain.iter_mut().zip(vectors) {
+            *plain = vector.0;
+        }
+        Self(transpose_sum(plain))
     }
     #[inline(always)]
     fn load_bf16(x: &[Bf16; LANES]) -> Self {
@@ -182,6 +200,8 @@ impl Lanes for Pair {
     // Twelve sums, two halves of a vector of weights and an input: of sixteen registers.
     const PRODUCT_ROWS: usize = 6;
     const PRODUCT_VECTORS: usize = 1;
+    const DOT_ROWS: usize = 2;
+    const DOT_OUTPUTS: usize = 2;
     type Pairs = [Self; 2];
     #[inline(always)]
     fn fetch<T>(place: &T) {
@@ -206,9 +226,21 @@ impl Lanes for Pair {
         }
     }
     #[inline(always)]
-    fn add_pairs(self, x: [Bf16; 2], w: [Self; 2]) -> Self {
-        let second = Self::splat(x[1].into()).mul_add(w[1], self);
-        Self::splat(x[0].into()).mul_add(w[0], second)
+    fn splat_pair(x: [Bf16; 2]) -> [Self; 2] {
+        [Self::splat(x[0].into()), Self::splat(x[1].into())]
+    }
+    #[inline(always)]
+    fn add_pairs(self, x: [Self; 2], w: [Self; 2]) -> Self {
+        x[0].mul_add(w[0], x[1].mul_add(w[1], self))
+    }
+    #[inline(always)]
+    fn sums(vectors: &[Self; LANES]) -> Self {
+        let mut eight = [vectors[0].0; LANES];
+        for (eight, vector) in eight.iter_mut().zip(vectors) {
+            // SAFETY: see the module.
+            *eight = unsafe { _mm256_add_ps(vector.0, vector.1) };
+        }
+        Self(half_sum(&eight, 0), half_sum(&eight, 8))
     }
     #[inline(always)]
     fn load_bf16(x: &[Bf16; LANES]) -> Self {
