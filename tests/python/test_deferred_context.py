@@ -72,6 +72,19 @@ def test_steps_and_tokens_that_wait_are_bounded_and_a_slot_waits_once() -> None:
     assert [features for features, _, _ in drafter.told[3:]] == [[[1]], [[2]]]
 
 
+def test_a_drafter_without_taps_is_told_of_its_tokens() -> None:
+    told: list[tuple] = []
+    waiting = Deferred(lambda features, **named: told.append((features, named)))
+    for slot in (4, 2):
+        waiting.add(None, np.array([0]), slots=np.array([slot]), token_ids=np.array([slot + 1]))
+    waiting.write()
+    ((features, named),) = told
+    assert features is None and {name: values.tolist() for name, values in named.items()} == {
+        "slots": [4, 2],
+        "token_ids": [5, 3],
+    }
+
+
 def run(monkeypatch: pytest.MonkeyPatch, steps: int, draft: str = "auto") -> tuple[list[str], list, int, int]:
     """Texts, everything that was drafted, and how many steps and calls of `inject` there were."""
     monkeypatch.setattr(deferred.Deferred.__init__, "__defaults__", (steps, deferred.TOKENS))

@@ -511,7 +511,9 @@ def test_a_dflash_2_drafts_trees_along_its_lattice(reference: dict, logs, tmp_pa
 
 
 def test_steps_of_a_dflash_2_vary_in_width_and_between_chains_and_trees(reference: dict, logs, tmp_path) -> None:
-    options = speculative(page_size=16, enable_deterministic_inference=True, enable_metrics=True, grammar_backend="none")
+    options = speculative(
+        page_size=16, enable_deterministic_inference=True, enable_metrics=True, grammar_backend="none"
+    )
     options["speculative_draft_model_path"] = str(second(tmp_path, 0.001))
     env = trees(12, adaptive="cycle", widths=[1, 3, 8])
     with Server(logs / "widths-second.log", env=env, **options) as server:

@@ -36,8 +36,8 @@ class Deferred:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def add(self, features: Tensor, rows: np.ndarray, **told: Any) -> None:
-        """Tokens of a step: `features` ``[T, C]``, of which theirs are at `rows` int64 ``[M]``, and what else `inject` is told of each, ``[M]``:
+    def add(self, features: Tensor | None, rows: np.ndarray, **told: Any) -> None:
+        """Tokens of a step: `features` ``[T, C]`` (None of drafters without taps), of which theirs are at `rows` int64 ``[M]``, and what else `inject` is told of each, ``[M]``:
         positions, slots, and what drafters that read tokens need. Features are copied: the next pass may work in the same memory."""
         slots = told["slots"].tolist()
         if not self._slots.isdisjoint(slots) or len(self._slots) + len(slots) > self._most_tokens:
@@ -54,14 +54,21 @@ class Deferred:
         self.written = len(waiting)
         if not waiting:
             return
-        features = [features for features, _ in waiting]
-        together = torch.cat(features) if isinstance(features[0], Tensor) else torch.from_numpy(np.concatenate(features))
         told = {name: np.concatenate([told[name] for _, told in waiting]) for name in waiting[0][1]}
-        assert self._dtype is not None
-        self._inject(together.view(self._dtype), **told)
+        self._inject(self._together([features for features, _ in waiting]), **told)
 
-    def _copy(self, features: Tensor, rows: np.ndarray) -> Any:
+    def _together(self, copies: list[Any]) -> Tensor | None:
+        if copies[0] is None:
+            return None
+        if isinstance(copies[0], Tensor):
+            return torch.cat(copies)
+        assert self._dtype is not None
+        return torch.from_numpy(np.concatenate(copies)).view(self._dtype)
+
+    def _copy(self, features: Tensor | None, rows: np.ndarray) -> Any:
         """Rows of `features`; of a CPU their bytes, by numpy: torch would wake its threads for a few rows, which takes longer than to copy them."""
+        if features is None:
+            return None
         self._dtype = features.dtype
         if features.device.type != "cpu":
             return features[torch.from_numpy(rows).to(features.device)]

@@ -43,7 +43,7 @@ class HostBackend:
         self.core, self.target, self.draft, self.policy = core, target, draft, policy
         self.page_size, self.draws_there, self.times = page_size, draws_there, StageTimes()
         self._constrained = constrained
-        self._deferred = Deferred(draft.inject)
+        self._deferred = Deferred(lambda features, **told: draft.inject(features, **told))
 
     def launch(self, step: Step) -> Step:
         return step

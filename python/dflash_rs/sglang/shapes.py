@@ -16,8 +16,6 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from dflash_rs.sglang import compat
 
 # Made anew by the worker's step when they are None or their capacity is 0.
