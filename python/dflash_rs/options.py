@@ -271,6 +271,11 @@ def pick_models(model: Any, draft: Any) -> tuple[str | Path, str | Path | None]:
         # Where there is no drafter for it, the model is missing rather than its drafter: loading says so, or decodes plainly.
         draft = known.drafter
     elif isinstance(draft, str) and draft == "auto":
+        from .models.checkpoint.folder import is_hub_name
+
+        # Whatever else is wrong, this is what has to be seen first.
+        if not Path(model).exists() and not is_hub_name(model):
+            raise InvalidArgument(f"model: got {model}, and there is no such folder or file")
         raise InvalidArgument(
             "draft: got 'auto' with a model of your own, expected a drafter's folder or hub name, 'lookup', or None to decode plainly"
         )

