@@ -1,18 +1,20 @@
 //! Chains: how long a block to draft, and how many of its drafts each request verifies.
 
 use super::chances::chances;
-use super::{Batch, Decision, Expected, GAIN, Offers, StepCost, worth};
+use super::{Batch, Decision, Expected, Merit, Offers, StepCost, worth};
 
 /// The block with the best goodput, and one token more; a plain step where none pays.
 pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, exploring: bool) -> Decision {
     let (requests, whole) = (batch.temperatures.len(), expected.chain.len());
-    let (mut best, mut most) = (1, GAIN * requests as f64 / cost.target.at(requests + batch.others));
+    let merit = Merit::new(cost, requests, batch.others);
+    let plain = cost.target.at(requests + batch.others);
+    let (mut best, mut most) = (1, merit.plain(requests as f64, plain));
     for block in 2..=whole {
         let rows = requests * block;
         let tokens = requests as f64 * (1.0 + expected.chain[block - 1]);
-        let goodput = tokens / (cost.target.at(rows + batch.others) + cost.draft.at(rows));
-        if goodput >= most {
-            (best, most) = (block, goodput);
+        let now = merit.of(tokens, cost.target.at(rows + batch.others) + cost.draft.at(rows));
+        if now >= most {
+            (best, most) = (block, now);
         }
     }
     let width = match best {

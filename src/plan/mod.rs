@@ -9,7 +9,7 @@
 //! ```
 //! A verified token costs time even when it is rejected. On a device that is limited by memory it costs next to nothing and
 //! everything is verified; with many requests, or on a processor that computes more slowly than it reads, the least likely drafts
-//! are not worth their row. What is verified never changes the text: every token is the target's own draw.
+//! are not worth their row; beside a prompt, whose time has to be spent anyway, they are weighed by what plain steps would gain in theirs. What is verified never changes the text: every token is the target's own draw.
 //!
 //! Nothing here is fitted to a pair of models. Step times are curves that come from measuring (`curve`). How often drafts are accepted is
 //! learnt by position and by place in a tree (`acceptance`), and what the drafter's own probabilities are worth by what became of
@@ -465,6 +465,35 @@ fn sums(terms: impl Iterator<Item = f64>) -> Vec<f64> {
     std::iter::once(0.0).chain(added).collect()
 }
 
+/// How good a step is that gains so many tokens in so much time: tokens per time. Beside others, the tokens of prompts above all, theirs is time that
+/// has to be spent in any case, and any draft would look cheap against it: there a step is as good as the tokens are more than what plain steps
+/// would gain in its time.
+struct Merit {
+    rate: Option<f64>,
+}
+
+impl Merit {
+    fn new(cost: &StepCost, requests: usize, others: usize) -> Self {
+        let rate = (others > 0).then(|| GAIN * requests as f64 / cost.target.at(requests));
+        Self { rate }
+    }
+
+    fn of(&self, tokens: f64, time: f64) -> f64 {
+        match self.rate {
+            None => tokens / time,
+            Some(rate) => tokens - rate * time,
+        }
+    }
+
+    /// Of a plain step, which drafting has to be better than.
+    fn plain(&self, tokens: f64, time: f64) -> f64 {
+        match self.rate {
+            None => GAIN * tokens / time,
+            Some(_) => self.of(tokens, time),
+        }
+    }
+}
+
 /// How many drafts of a line, the likeliest first, to verify: those with which goodput is best. Every front of the line is looked at:
 /// where time rises in stairs, what does not pay now may pay further on.
 fn worth(cost: Option<&StepCost>, offers: &Offers<'_>, line: impl ExactSizeIterator<Item = f32>) -> usize {
@@ -474,12 +503,14 @@ fn worth(cost: Option<&StepCost>, offers: &Offers<'_>, line: impl ExactSizeItera
         0 => 0.0,
         rows => cost.draft.at(rows),
     };
-    let goodput = |tokens: f64, drafts: usize| tokens / (cost.target.at(requests + offers.others + drafts) + drafting);
+    let merit = Merit::new(cost, requests, offers.others);
+    let worth =
+        |tokens: f64, drafts: usize| merit.of(tokens, cost.target.at(requests + offers.others + drafts) + drafting);
     let mut tokens = requests as f64;
-    let (mut admitted, mut most) = (0, goodput(tokens, 0));
+    let (mut admitted, mut most) = (0, worth(tokens, 0));
     for (index, chance) in line.enumerate() {
         tokens += f64::from(chance);
-        let now = goodput(tokens, index + 1);
+        let now = worth(tokens, index + 1);
         if now >= most {
             (admitted, most) = (index + 1, now);
         }

@@ -3,7 +3,7 @@
 //! Drafts are taken best first, so what a smaller tree would have verified is always the front of what a larger one did.
 
 use super::chances::chances;
-use super::{Batch, Decision, Expected, GAIN, Offers, StepCost, worth};
+use super::{Batch, Decision, Expected, Merit, Offers, StepCost, worth};
 use crate::draft::{BestFirst, Place};
 
 /// The trees of a step, padded to the largest: parents come before children.
@@ -34,14 +34,16 @@ pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, ex
     let shortest = if unasked { whole } else { 2 };
     // What a block is expected to have accepted, against a whole one.
     let share = |block: usize| expected.chain[block - 1] / expected.chain[whole - 1];
-    let (mut best, mut most) = ((1, 1), GAIN * requests as f64 / cost.target.at(requests + batch.others));
+    let merit = Merit::new(cost, requests, batch.others);
+    let plain = cost.target.at(requests + batch.others);
+    let (mut best, mut most) = ((1, 1), merit.plain(requests as f64, plain));
     for &width in &widths {
         let verifying = cost.target.at(requests * width + batch.others);
         for block in shortest..=whole {
             let tokens = requests as f64 * (1.0 + expected.tree[width - 1] * share(block));
-            let goodput = tokens / (verifying + cost.draft.at(requests * block));
-            if goodput >= most {
-                (best, most) = ((width, block), goodput);
+            let now = merit.of(tokens, verifying + cost.draft.at(requests * block));
+            if now >= most {
+                (best, most) = ((width, block), now);
             }
         }
     }
