@@ -3,7 +3,7 @@
 use super::chances::chances;
 use super::{Batch, Decision, Expected, Merit, Offers, StepCost, worth};
 
-/// The block with the best goodput, and one token more; a plain step where none pays.
+/// The block with which a step is best, and one token more; a plain step where none pays.
 pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, exploring: bool) -> Decision {
     let (requests, whole) = (batch.temperatures.len(), expected.chain.len());
     let merit = Merit::new(cost, requests, batch.others);

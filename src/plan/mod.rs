@@ -9,7 +9,8 @@
 //! ```
 //! A verified token costs time even when it is rejected. On a device that is limited by memory it costs next to nothing and
 //! everything is verified; with many requests, or on a processor that computes more slowly than it reads, the least likely drafts
-//! are not worth their row; beside a prompt, whose time has to be spent anyway, they are weighed by what plain steps would gain in theirs. What is verified never changes the text: every token is the target's own draw.
+//! are not worth their row. Beside a prompt, whose time has to be spent anyway, a draft is weighed by what plain steps would gain in
+//! the time that it adds. What is verified never changes the text: every token is the target's own draw.
 //!
 //! Nothing here is fitted to a pair of models. Step times are curves that come from measuring (`curve`). How often drafts are accepted is
 //! learnt by position and by place in a tree (`acceptance`), and what the drafter's own probabilities are worth by what became of
@@ -494,7 +495,7 @@ impl Merit {
     }
 }
 
-/// How many drafts of a line, the likeliest first, to verify: those with which goodput is best. Every front of the line is looked at:
+/// How many drafts of a line, the likeliest first, to verify: those with which the step is best. Every front of the line is looked at:
 /// where time rises in stairs, what does not pay now may pay further on.
 fn worth(cost: Option<&StepCost>, offers: &Offers<'_>, line: impl ExactSizeIterator<Item = f32>) -> usize {
     let Some(cost) = cost else { return line.len() };

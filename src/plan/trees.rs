@@ -19,7 +19,7 @@ pub struct PlannedTrees {
     pub widths: Vec<i32>,
 }
 
-/// The number of drafts and the block length with the best goodput; a plain step where none pays. A step that explores drafts about twice
+/// The number of drafts and the block length with which a step is best; a plain step where none pays. A step that explores drafts about twice
 /// as many out of a whole block, to see what they would gain.
 pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, exploring: bool) -> Decision {
     let (requests, whole, most_nodes) = (batch.temperatures.len(), expected.chain.len(), expected.tree.len() - 1);

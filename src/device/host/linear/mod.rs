@@ -27,6 +27,18 @@ use std::ops::Range;
 
 pub use stored::Stored;
 
+/// One value per output, where there is a bias.
+fn check_bias<T>(bias: Option<&[T]>, outputs: usize) -> Result<()> {
+    match bias {
+        Some(bias) if bias.len() != outputs => Err(Error::Length {
+            name: "bias",
+            got: bias.len(),
+            expected: outputs,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Vectors, and outputs, of a panel.
 const VECTORS: usize = 2;
 pub(super) const PANEL: usize = VECTORS * LANES;
@@ -175,15 +187,7 @@ impl PackedWeight {
                 expected: outputs * inputs,
             });
         }
-        if let Some(bias) = bias
-            && bias.len() != outputs
-        {
-            return Err(Error::Length {
-                name: "bias",
-                got: bias.len(),
-                expected: outputs,
-            });
-        }
+        check_bias(bias, outputs)?;
         let halves = weight.iter().all(|w| w.to_bits() & 0xffff == 0);
         let panels = match precision {
             Precision::Medium => Panels::Pairs(pack_pairs(weight, outputs, inputs)),

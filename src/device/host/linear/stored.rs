@@ -11,7 +11,7 @@ use super::super::HostKernels;
 use super::super::simd::{Lanes, Routine, dispatch};
 use super::super::team;
 use super::super::view::{Bf16, Element, LANES, Layout, Rows, RowsMut};
-use super::{LINE, WORK_PER_PART};
+use super::{LINE, WORK_PER_PART, check_bias};
 use crate::error::{Error, Result};
 
 /// What inputs and weights may be stored as.
@@ -115,15 +115,7 @@ impl HostKernels {
                 });
             }
         }
-        if let Some(bias) = bias
-            && bias.len() != outputs
-        {
-            return Err(Error::Length {
-                name: "bias",
-                got: bias.len(),
-                expected: outputs,
-            });
-        }
+        check_bias(bias, outputs)?;
         if rows == 0 || outputs == 0 {
             return Ok(());
         }
