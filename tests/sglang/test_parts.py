@@ -92,6 +92,14 @@ def test_a_missing_seam_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "DFlashWorkerV2._gone: not there",
         "Sampler._preprocess_logits: not there",
     ]
+    if compat.version() == "0.5.23":
+        module = "sglang.srt.speculative.dflash_worker_v2"
+        monkeypatch.delattr(f"{module}.DFlashWorkerV2._draft_write_ids")
+        monkeypatch.delattr(f"{module}.compute_spec_logprobs")
+        assert compat.problems() == [
+            "DFlashWorkerV2._draft_write_ids: not there",
+            "dflash_worker_v2.compute_spec_logprobs: not there",
+        ]
 
 
 # --- grammars ---------------------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ class Deferred:
         return len(self._slots)
 
     def add(self, features: Tensor | None, rows: np.ndarray, **told: Any) -> None:
-        """Tokens of a step: `features` ``[T, C]`` (None of drafters without taps), of which theirs are at `rows` int64 ``[M]``, and what else `inject` is told of each, ``[M]``:
-        positions, slots, and what drafters that read tokens need. Features are copied: the next pass may work in the same memory."""
+        """Tokens of a step: `features` ``[T, C]`` (None of drafters without taps), of which theirs are at `rows` int64 ``[M]``, and what else `inject`
+        is told of each, ``[M]``: positions, slots, and what drafters that read tokens need. Features are copied: the next pass may work in the
+        same memory."""
         slots = told["slots"].tolist()
         if not self._slots.isdisjoint(slots) or len(self._slots) + len(slots) > self._most_tokens:
             self.write()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-# Methods of DFlashWorkerV2 that are overridden, and the parameters that are relied on.
+# Methods of DFlashWorkerV2 that are overridden or called, and the parameters that are relied on.
 METHODS = {
     "__init__": ("server_args", "gpu_id", "nccl_port", "target_worker"),
     "forward_batch_generation": ("batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
@@ -31,7 +31,13 @@ METHODS = {
     "init_attention_backends": (),
     "init_cuda_graphs": (),
     "alloc_memory_pool": ("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
-    "_append_target_hidden_to_draft_kv_by_loc": ("target_hidden", "cache_loc", "positions"),
+    "_append_target_hidden_to_draft_kv_by_loc": (
+        "target_hidden",
+        "cache_loc",
+        "positions",
+        "cache_loc_2d",
+        "commit_lens",
+    ),
     "_append_target_hidden_fused": (
         "ctx_hidden",
         "ctx_positions",

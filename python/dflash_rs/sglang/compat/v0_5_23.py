@@ -17,6 +17,8 @@ TURN_ENDS = "sglang.srt.session.streaming_session.StreamingSession.try_cache_fin
 ADAPTERS = "sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility"
 # Where a prefill server writes down what goes to the decode server beside KV.
 HANDED_OVER = "sglang.srt.disaggregation.utils.MetadataBuffers.set_buf"
+# What a plain step calls of its worker beside what every version has.
+CALLED = ("_draft_write_ids", "_update_target_mamba_state_after_verify")
 # Attention backends that read a mask of the whole context, which the custom masks of other algorithms' trees are.
 MASKED_BACKENDS = ("TritonAttnBackend", "FlashInferAttnBackend")
 
@@ -38,9 +40,14 @@ class Version(Seams):
 
     def lacking(self) -> list[str]:
         """See ``Seams``."""
-        if "nxt_kv_lens_cpu" in [field.name for field in fields(self.draft_input_class())]:
-            return []
-        return ["DFlashDraftInputV2.nxt_kv_lens_cpu: not there"]
+        from sglang.srt.speculative import dflash_worker_v2 as module
+
+        found = [f"DFlashWorkerV2.{name}: not there" for name in CALLED if not hasattr(module.DFlashWorkerV2, name)]
+        if not hasattr(module, "compute_spec_logprobs"):
+            found.append("dflash_worker_v2.compute_spec_logprobs: not there")
+        if "nxt_kv_lens_cpu" not in [field.name for field in fields(self.draft_input_class())]:
+            found.append("DFlashDraftInputV2.nxt_kv_lens_cpu: not there")
+        return found
 
     def worker_class(self) -> Any:
         """See ``Seams``."""
