@@ -999,6 +999,26 @@ class HostDecoder:
     ) -> None:
         """Appends a layer. ``qkv`` stacks queries, keys, values; ``gate_up`` gate and up. ``mask``: ``causal`` or ``block``."""
 
+    def forward(
+        self,
+        batch: AttentionBatch,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        embedding: tuple[tuple[int, int, int], int],
+        rotary: tuple[tuple[int, int, int], int],
+        caches: Sequence[tuple[tuple[int, int, int], tuple[int, int, int]]],
+        logit_rows: NDArray[np.int64],
+        logits: tuple[int, int, int],
+        taps: Sequence[int],
+        features: tuple[int, int, int],
+        threads: int = 1,
+    ) -> None:
+        """A pass: ``logits`` ``[N, 1, V]`` of the rows ``logit_rows``, and ``features`` ``[T, taps, hidden]``.
+
+        ``taps``: layers whose outputs are wanted, from 0; the number of layers stands for what the head reads, behind the last norm. Keys and
+        values go to the batch's slots.
+        """
+
     def draft(
         self,
         batch: AttentionBatch,

@@ -13,9 +13,9 @@ use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, ma
 use crate::device::AttentionParams;
 use crate::device::host::batch::checked_slots;
 use crate::device::host::decoder::{
-    Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Scratch, candidates,
+    Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Outputs, Scratch, Taps, candidates,
 };
-use crate::device::host::{self, HostKernels, Isa, RowsMut};
+use crate::device::host::{self, HostKernels, Isa, Layout, RowsMut};
 use crate::error::Error;
 
 /// Far beyond every drafter's.
@@ -162,6 +162,61 @@ impl HostDecoder {
         Ok(self.decoder.push(weights, shape)?)
     }
 
+    /// A pass of the model: `logits` `[logit_rows.len(), V]` and, of the layers `taps`, `features` `[T, taps.len() * hidden]`.
+    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, logit_rows, logits, taps, features, threads=Given::new(1)),
+           text_signature = "($self, batch, token_ids, positions, embedding, rotary, caches, logit_rows, logits, taps, features, threads=1)")]
+    #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
+    fn forward(
+        &self,
+        py: Python<'_>,
+        batch: Object<'_, AttentionBatch>,
+        token_ids: &Bound<'_, PyAny>,
+        positions: &Bound<'_, PyAny>,
+        embedding: Given<Table>,
+        rotary: Given<Table>,
+        caches: Given<Caches>,
+        logit_rows: &Bound<'_, PyAny>,
+        logits: Given<Pointer>,
+        taps: Given<Vec<usize>>,
+        features: Given<Pointer>,
+        threads: Given<usize>,
+    ) -> PyResult<()> {
+        named!(batch, embedding, rotary, caches, logits, features, threads);
+        let layers = taps.of("taps", "a list of layers")?;
+        let (token_ids, positions) = (integers("token_ids", token_ids)?, integers("positions", positions)?);
+        let logit_rows = integers("logit_rows", logit_rows)?;
+        let logit_rows = contiguous("logit_rows", &logit_rows)?;
+        let batch = &batch.get().0;
+        let kernels = kernels(threads)?;
+        let logits = Checked::new("logits", logits, logit_rows.len(), 1, self.head.weight.outputs())?;
+        let features = Checked::new(
+            "features",
+            features,
+            batch.tokens(),
+            layers.len(),
+            self.decoder.hidden(),
+        )?;
+        features.alone(&[&logits])?;
+        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
+        let taps = Taps {
+            layers: &layers,
+            features: features.rows_mut(),
+        };
+        let logits = logits.rows_mut();
+        let outputs = Outputs {
+            logit_rows,
+            logits,
+            taps,
+        };
+        py.detach(|| {
+            with_scratch(|scratch| {
+                self.head
+                    .forward(&self.decoder, kernels, batch, inputs, outputs, scratch)
+            })
+        })?;
+        Ok(())
+    }
+
     /// The `k` likeliest tokens `[n, block - 1, k]` and their probabilities: rows 1.. of every block of `block` tokens. Where a row has
     /// fewer, the rest has probability 0.
     #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=Given::new(1), threads=Given::new(1)),
@@ -236,7 +291,10 @@ impl HostDecoder {
         scratch: &mut Scratch,
     ) -> Result<Vec<Guess>, Error> {
         let tokens = batch.tokens();
-        self.decoder.run(kernels, batch, inputs, scratch)?;
+        let mut none = [];
+        let features = RowsMut::from_slice("features", &mut none, Layout::contiguous(0, 0, self.decoder.hidden()))?;
+        let mut taps = Taps { layers: &[], features };
+        self.decoder.run(kernels, batch, inputs, &mut taps, scratch)?;
         let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
         let mut logits = self.head.logits(kernels, &rows, tokens, scratch)?;
         let isa = Isa::chosen()?;

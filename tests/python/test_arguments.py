@@ -314,6 +314,9 @@ def on_host():
         batch=batch, token_ids=none, positions=none, embedding=table, rotary=table, caches=[], block=4, never=None, k=1
     )
     yield decoder.draft, good, tuple(good), ()
+    passed = dict(logit_rows=none, logits=NOWHERE, taps=[], features=NOWHERE)
+    good = {name: value for name, value in good.items() if name not in ("block", "never", "k")} | passed
+    yield decoder.forward, good, tuple(good), ()
     good = dict(fc=weight, norm=norm, key_values=weight, key_norms=[], kv_heads=1, head_dim=4, eps=1e-6)
     yield _core.HostInjector, good, tuple(good), ()
     two = _core.PackedWeight(np.ones((8, 4), F32))

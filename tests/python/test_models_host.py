@@ -7,8 +7,11 @@ from models_helpers import HIDDEN, VOCAB, Pages, best, qwen3_target, random_draf
 from test_models_draft import VARIANTS
 
 from dflash_rs import _core
+from dflash_rs.attention import step_attention
 from dflash_rs.engine.costs import measure, rising
 from dflash_rs.errors import InvalidArgument
+from dflash_rs.models.drafter import FINAL
+from dflash_rs.models.fused import addresses
 from dflash_rs.models.target import TargetModel
 
 LENGTHS = [1, 23, 9]
@@ -78,6 +81,66 @@ def test_indices_out_of_range_are_refused_before_anything_is_written():
         best(draft, [VOCAB], [9], pages.table, [2], page_size=16)
     for was, now in zip(before, (t for layer in draft.runtime.caches for t in layer), strict=True):
         assert torch.equal(was, now)
+
+
+def test_a_request_passes_with_the_same_bits_alone_and_with_any_number_of_threads():
+    target = TargetModel(qwen3_target(layers=3))
+    assert target._fused is not None and target._fused.run is not None
+    target.set_taps((1, FINAL))
+    # So many rows that helpers have a share of what is done row by row.
+    lengths, rng = (130, 7, 90), np.random.default_rng(2)
+    texts = [rng.integers(0, VOCAB, n).tolist() for n in lengths]
+    pages = Pages(3, 200, 16)
+    target.alloc_kv(pages.num_slots)
+
+    def run(spans, threads):
+        torch.set_num_threads(threads)
+        try:
+            return target.forward(pages.batch(spans))
+        finally:
+            torch.set_num_threads(1)
+
+    logits, features = run([(r, 0, text) for r, text in enumerate(texts)], 3)
+    caches = [(k.clone(), v.clone()) for k, v in target.caches.values()]
+    ends = np.cumsum(lengths)
+    for r, text in enumerate(texts):
+        for threads in (1, 2):
+            alone = run([(r, 0, text[:5])], threads), run([(r, 5, text[5:])], threads)
+            rows = slice(ends[r] - lengths[r], ends[r])
+            assert torch.equal(torch.cat([part[0] for part in alone]), logits[rows])
+            assert torch.equal(torch.cat([part[1] for part in alone]), features[rows])
+    for (k, v), (k_alone, v_alone) in zip(caches, target.caches.values(), strict=True):
+        assert torch.equal(k, k_alone) and torch.equal(v, v_alone)
+
+
+def test_a_pass_refuses_what_does_not_fit_before_it_writes():
+    target = TargetModel(qwen3_target(layers=3))
+    pages = Pages(1, 16, 4)
+    target.alloc_kv(pages.num_slots)
+    batch, run = pages.batch([(0, 0, [5, 6, 7])]), target._fused.run
+    attention = step_attention(batch, num_slots=pages.num_slots, write=True, kernel=True)
+    logits, features = np.zeros((3, VOCAB), np.float32), np.zeros((3, 2, HIDDEN), np.float32)
+
+    def forward(tokens=(5, 6, 7), rows=(0, 1, 2), logits=logits, taps=(0, 3), features=features):
+        given = [np.array(x, dtype=np.int64) for x in (tokens, (0, 1, 2))]
+        places = [(x.ctypes.data, x[0].size, x.shape[-1]) for x in (logits, features)]
+        caches = addresses(target.caches.values())
+        run._decoder.forward(
+            attention.batch, *given, *run._tables(3), caches, np.array(rows, np.int64), places[0], list(taps), places[1]
+        )
+
+    for change, message in (
+        (dict(taps=(0, 4)), r"taps: got 4, expected 0..3"),
+        (dict(rows=(0, 1, 3)), r"logit_rows: got 3, expected 0..2"),
+        (dict(rows=(0, -1)), r"logit_rows: got -1, expected 0..2"),
+        (dict(tokens=(5, VOCAB, 7)), f"token_ids: got {VOCAB}, expected 0..{VOCAB - 1}"),
+        (dict(logits=features.reshape(-1)[: 3 * VOCAB // 2].reshape(1, 1, -1)), "features: .*logits"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{message}"):
+            forward(**change)
+    assert not logits.any() and not features.any() and not any(x.any() for kv in target.caches.values() for x in kv)
+    forward()
+    assert logits.any() and features.any() and all(x.any() for kv in target.caches.values() for x in kv)
 
 
 def test_weights_that_do_not_fit_a_layer_are_named():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -250,7 +251,7 @@ class HostRun:
     def __init__(
         self, layers: list[FusedLayer], norm: Tensor, head: PackedLinear, embedding: Tensor, rotary: RotaryTable
     ):
-        self.embedding, self.rotary = embedding, rotary
+        self.embedding, self.rotary, self._outputs = embedding, rotary, head.outputs
         self._decoder = _core.HostDecoder(norm.numpy(), head.packed_host, layers[0].eps)
         for layer in layers:
             self._decoder.add_layer(
@@ -286,6 +287,30 @@ class HostRun:
             attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never, k,
             torch.get_num_threads(),
         )  # fmt: skip
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        limit: int,
+        attention,
+        caches,
+        taps: list[int],
+        logit_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A pass: tokens and positions int64 [T], on the host -> logits [N, V] of logit_rows int64 [N] (every row when None), and the outputs of
+        the layers `taps` side by side, [T, K*H], or None without any. One past the last layer stands for what the head reads."""
+        rows, hidden = tokens.shape[0], self.embedding.shape[1]
+        asked = np.arange(rows) if logit_rows is None else logit_rows.numpy()
+        logits = torch.empty(asked.size, self._outputs)
+        features = torch.empty(rows, len(taps) * hidden) if taps else None
+        self._decoder.forward(
+            attention.batch, tokens.numpy(), positions.numpy(), *self._tables(limit), addresses(caches),
+            asked, (logits.data_ptr(), self._outputs, self._outputs),
+            taps, (0, 0, 0) if features is None else (features.data_ptr(), len(taps) * hidden, hidden),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return logits, features
 
     def _tables(self, limit: int) -> tuple[tuple[tuple[int, int, int], int], tuple[tuple[int, int, int], int]]:
         rows, width = self.embedding.shape

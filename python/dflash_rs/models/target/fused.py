@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention import HostAttention
 from ..drafter import FINAL
-from ..fused import FusedLayer, PackedLinear, RotaryTable
+from ..fused import FusedLayer, HostRun, PackedLinear, RotaryTable
 
 if TYPE_CHECKING:
     from .adapter import TargetModel
@@ -68,10 +69,15 @@ class FusedModel:
             return cos[0], sin[0]
 
         self.rotary = RotaryTable(angles)
+        on_host = target.kernel and target.device.type == "cpu"
+        self.run = HostRun.build(self.layers, self.norm, self.head, self.embedding, self.rotary, host_kernel=on_host)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, limit: int, attention, caches, taps, logit_rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        if self.run is not None and isinstance(attention, HostAttention):
+            layers = [len(self.layers) if tap == FINAL else tap for tap in taps]
+            return self.run.forward(token_ids, positions, limit, attention, caches.values(), layers, logit_rows)
         cos, sin = self.rotary.lookup(positions, limit)
         x = F.embedding(token_ids, self.embedding)
         tapped = {}

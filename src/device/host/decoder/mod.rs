@@ -1,26 +1,36 @@
 //! A run of pre-norm decoder layers (RMSNorm, rotary attention, SwiGLU) in one call.
 //!
 //! A small model with few rows spends its time between operations, not in them: one call for the whole run leaves nothing in
-//! between. Drafting a block and injecting its context are such calls.
+//! between. A pass of a target ([`Head::forward`]), drafting a block and injecting its context ([`Injector`]) are such calls.
 //!
 //! ```text
 //!   tokens -> embedding -> [ norm - q k v - head norm - rotate - attend - out (+) - norm - gate up - silu - down (+) ] x layers
-//!                                                                                              |
-//!                                                                  rows of the result -> norm -> head -> logits -> drafts
+//!                                                                                              |         |
+//!                                                                     features of layers that are tapped   |
+//!                                                                                    norm, head of rows that are asked for -> logits
 //! ```
 //! Promise: a row's result depends on its own token, position and visible keys only, bit for bit. Products and attention
 //! promise it, and everything here works on one row at a time, in an order that is the same for every instruction set.
+
+mod head;
+mod inject;
 
 use std::sync::Arc;
 
 use super::linear::PackedWeight;
 pub use super::rowwise::{Guess, candidates};
-use super::rowwise::{RotateHead, SwiGlu, rms_norm, rotate_head};
+use super::rowwise::{SwiGlu, rms_norm, rotate_head};
 use super::simd::{Lanes, Routine, dispatch};
 use super::view::{Layout, Rows, RowsMut};
-use super::{AttentionBatch, AttentionTensors, HostKernels, attention};
+use super::{AttentionBatch, AttentionTensors, HostKernels, attention, team};
 use crate::device::AttentionParams;
 use crate::error::{Error, Result, indices};
+
+pub use head::{Head, Outputs};
+pub use inject::Injector;
+
+/// Elements of what is done to one row at a time that are worth a helper.
+const ROWWISE_PART: usize = 1 << 13;
 
 /// Weights of one layer. `H` is the hidden size, `Hq` and `Hkv` the numbers of query and key heads of `D` elements.
 #[derive(Clone, Debug)]
@@ -130,6 +140,43 @@ fn rows_mut_of<'a>(name: &'static str, data: &'a mut [f32], rows: usize, width: 
     RowsMut::from_slice(name, data, Layout::contiguous(rows, 1, width))
 }
 
+/// `work` on rows of `from` and of `to`, `widths` elements each: a share of them at a time.
+fn by_rows(
+    threads: usize,
+    widths: (usize, usize),
+    from: &[f32],
+    to: &mut [f32],
+    work: impl Fn(&[f32], &mut [f32]) + Sync,
+) {
+    let rows = (ROWWISE_PART / widths.0.max(widths.1)).max(1);
+    let shares = from.chunks(rows * widths.0).zip(to.chunks_mut(rows * widths.1));
+    if shares.len() < 2 {
+        return work(from, to);
+    }
+    team::each(threads, shares.collect(), |(from, to)| work(from, to));
+}
+
+/// Where outputs of layers go.
+#[derive(Debug)]
+pub struct Taps<'a> {
+    /// The layers, from 0; as many as there are layers stands for what the head reads.
+    pub layers: &'a [usize],
+    /// `[T, taps, H]`.
+    pub features: RowsMut<'a, f32>,
+}
+
+impl Taps<'_> {
+    /// Keeps `x` `[T, H]`, the output of `layer`.
+    fn keep(&mut self, layer: usize, x: &[f32]) {
+        let (tokens, hidden) = (self.features.layout().rows, self.features.layout().dim);
+        for tap in (0..self.layers.len()).filter(|&tap| self.layers[tap] == layer) {
+            for (row, x) in x.chunks_exact(hidden).take(tokens).enumerate() {
+                self.features.row_mut(row, tap).copy_from_slice(x);
+            }
+        }
+    }
+}
+
 impl Decoder {
     /// No layers yet.
     ///
@@ -192,7 +239,7 @@ impl Decoder {
         self.layers.iter().map(|(_, s)| (s.kv_heads, s.head_dim)).collect()
     }
 
-    /// Runs all layers and leaves the result in `scratch.x`.
+    /// Runs all layers and leaves the result in `scratch.x`. What the head reads is not tapped here, see [`Head::forward`].
     ///
     /// Keys and values are written to the batch's slots, if it has any; otherwise they serve this pass only.
     ///
@@ -203,14 +250,16 @@ impl Decoder {
         kernels: HostKernels,
         batch: &AttentionBatch,
         inputs: DecoderInputs<'_>,
+        taps: &mut Taps<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.check(batch, &inputs)?;
+        self.check_taps(batch, taps)?;
         let x = resized(&mut scratch.x, batch.tokens() * self.hidden);
         for (row, &token) in x.chunks_exact_mut(self.hidden).zip(inputs.tokens) {
             row.copy_from_slice(inputs.embedding.row(token as usize, 0));
         }
-        for ((weights, shape), caches) in self.layers.iter().zip(inputs.caches) {
+        for (index, ((weights, shape), caches)) in self.layers.iter().zip(inputs.caches).enumerate() {
             let layer = Layer {
                 weights,
                 shape,
@@ -222,8 +271,24 @@ impl Decoder {
             // The residual stream moves to `normed` and back: a product may not write what it reads.
             layer.attend(kernels, batch, caches, scratch)?;
             layer.feed_forward(kernels, scratch)?;
+            taps.keep(index, &scratch.x);
         }
         Ok(())
+    }
+
+    fn check_taps(&self, batch: &AttentionBatch, taps: &Taps<'_>) -> Result<()> {
+        if let Some(layer) = taps.layers.iter().find(|&&layer| layer > self.layers.len()) {
+            return invalid("taps", layer, indices(self.layers.len() + 1));
+        }
+        let Layout { rows, heads, dim, .. } = *taps.features.layout();
+        if (heads, dim) == (taps.layers.len(), self.hidden) && (rows == batch.tokens() || heads == 0) {
+            return Ok(());
+        }
+        invalid(
+            "features",
+            format!("[{rows}, {heads}, {dim}]"),
+            format!("[{}, {}, {}]", batch.tokens(), taps.layers.len(), self.hidden),
+        )
     }
 
     fn check(&self, batch: &AttentionBatch, inputs: &DecoderInputs<'_>) -> Result<()> {
@@ -282,7 +347,7 @@ impl Layer<'_> {
         let x = resized(&mut scratch.x, tokens * hidden);
         let normed = resized(&mut scratch.normed, tokens * hidden);
         let qkv = resized(&mut scratch.qkv, tokens * width);
-        rms_norm(isa, x, &weights.attention_norm, self.eps, normed);
+        norm_rows(kernels, x, &weights.attention_norm, self.eps, normed);
         weights.qkv.product(
             isa,
             threads,
@@ -290,18 +355,25 @@ impl Layer<'_> {
             None,
             rows_mut_of("out", qkv, tokens, width)?,
         )?;
-        dispatch(
-            isa,
-            Rotate {
+        let rows = (ROWWISE_PART / width).max(1);
+        let rotate = |(qkv, positions): (&mut [f32], &[i64])| {
+            let turn = Rotate {
                 qkv,
                 width,
                 shape,
                 norms: weights.head_norms.as_ref(),
                 eps: self.eps,
                 rotary: self.rotary,
-                positions: self.positions,
-            },
-        );
+                positions,
+            };
+            dispatch(isa, turn);
+        };
+        if tokens <= rows {
+            rotate((qkv, self.positions));
+        } else {
+            let shares = qkv.chunks_mut(rows * width).zip(self.positions.chunks(rows));
+            team::each(threads, shares.collect(), rotate);
+        }
         let attended = resized(&mut scratch.attended, tokens * attended_width);
         let part = |first: usize, heads: usize| {
             let layout = Layout {
@@ -340,7 +412,7 @@ impl Layer<'_> {
         let width = weights.down.inputs();
         let x = resized(&mut scratch.x, tokens * hidden);
         let normed = resized(&mut scratch.normed, tokens * hidden);
-        rms_norm(isa, normed, &weights.mlp_norm, self.eps, x);
+        norm_rows(kernels, normed, &weights.mlp_norm, self.eps, x);
         let gate_up = resized(&mut scratch.gate_up, tokens * 2 * width);
         weights.gate_up.product(
             isa,
@@ -350,7 +422,9 @@ impl Layer<'_> {
             rows_mut_of("out", gate_up, tokens, 2 * width)?,
         )?;
         let inner = resized(&mut scratch.inner, tokens * width);
-        dispatch(isa, SwiGlu { gate_up, width, inner });
+        by_rows(threads, (2 * width, width), gate_up, inner, |gate_up, inner| {
+            dispatch(isa, SwiGlu { gate_up, width, inner });
+        });
         weights.down.product(
             isa,
             threads,
@@ -361,197 +435,12 @@ impl Layer<'_> {
     }
 }
 
-/// The last norm and the head.
-#[derive(Clone, Debug)]
-pub struct Head {
-    /// `[H]`.
-    pub norm: Vec<f32>,
-    /// `[V, H]`.
-    pub weight: Arc<PackedWeight>,
-    /// Of the norm.
-    pub eps: f32,
-}
-
-impl Head {
-    /// Checks the shapes.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a head of another width than its norm.
-    pub fn check(&self) -> Result<()> {
-        check_weight("head", &self.weight, self.weight.outputs(), self.norm.len())
-    }
-
-    /// Logits `[rows.len(), V]` of the rows `rows` of what a [`Decoder`] left in `scratch.x`, which holds `tokens` rows.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a row beyond them.
-    pub fn logits(&self, kernels: HostKernels, rows: &[i64], tokens: usize, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        let (hidden, outputs) = (self.norm.len(), self.weight.outputs());
-        let Scratch { x, normed, inner, .. } = scratch;
-        let picked = resized(inner, rows.len() * hidden);
-        for (to, &row) in picked.chunks_exact_mut(hidden).zip(rows) {
-            let Some(from) = usize::try_from(row).ok().filter(|&row| row < tokens) else {
-                return invalid("logit_rows", row, indices(tokens));
-            };
-            to.copy_from_slice(&x[from * hidden..(from + 1) * hidden]);
-        }
-        let normed = resized(normed, rows.len() * hidden);
-        rms_norm(kernels.isa, picked, &self.norm, self.eps, normed);
-        let mut logits = vec![0.0; rows.len() * outputs];
-        let x = rows_of("x", normed, rows.len(), hidden)?;
-        let out = rows_mut_of("logits", &mut logits, rows.len(), outputs)?;
-        self.weight.product(kernels.isa, kernels.threads, x, None, out)?;
-        Ok(logits)
-    }
-}
-
-/// Keys and values of committed context for all layers of a drafter: one product each, no block.
-///
-/// `features [M, K*H] -> fc -> norm -> k v of every layer -> head norm, rotate -> the cache of each layer, at slots`.
-#[derive(Clone, Debug)]
-pub struct Injector {
-    /// `[H, K*H]` projection of the concatenated taps.
-    pub fc: Arc<PackedWeight>,
-    /// `[H]` scale of the norm after it.
-    pub norm: Vec<f32>,
-    /// `[layers * 2 * Hkv * D, H]`: keys, then values, layer after layer.
-    pub key_values: Arc<PackedWeight>,
-    /// `[layers][D]` scale of the norm of every key head; `None` for a layer without one.
-    pub key_norms: Vec<Option<Vec<f32>>>,
-    /// Key heads.
-    pub kv_heads: usize,
-    /// Elements per head.
-    pub head_dim: usize,
-    /// Of both norms.
-    pub eps: f32,
-}
-
-impl Injector {
-    /// Checks the shapes.
-    ///
-    /// # Errors
-    /// `InvalidArgument` or `Length` naming the weight that does not fit.
-    pub fn check(&self) -> Result<()> {
-        let hidden = self.norm.len();
-        check_weight("fc", &self.fc, hidden, self.fc.inputs())?;
-        let layers = self.key_norms.len() * 2;
-        let outputs = layers.saturating_mul(self.kv_heads).saturating_mul(self.head_dim);
-        check_weight("key_values", &self.key_values, outputs, hidden)?;
-        for norm in self.key_norms.iter().flatten() {
-            check_len("key_norm", norm.len(), self.head_dim)?;
-        }
-        Ok(())
-    }
-
-    fn check_inputs(
-        &self,
-        features: &Rows<'_, f32>,
-        rows: &[i64],
-        positions: &[i64],
-        slots: &[usize],
-        rotary: &Rows<'_, f32>,
-        caches: &[(RowsMut<'_, f32>, RowsMut<'_, f32>)],
-    ) -> Result<()> {
-        let (count, dim) = (positions.len(), self.head_dim);
-        check_len("slots", slots.len(), count)?;
-        check_len("rows", rows.len(), count)?;
-        check_len("caches", caches.len(), self.key_norms.len())?;
-        let wide = self.fc.inputs();
-        let layout = *features.layout();
-        if (layout.heads, layout.dim) != (1, wide) {
-            return invalid("features", format!("rows of {}", layout.dim), wide.to_string());
-        }
-        if let Some(row) = rows.iter().find(|&&row| row < 0 || row as usize >= layout.rows) {
-            return invalid("rows", row, indices(layout.rows));
-        }
-        if rotary.layout().dim != dim {
-            return invalid("rotary", format!("rows of {}", rotary.layout().dim), dim.to_string());
-        }
-        let limit = rotary.layout().rows;
-        if let Some(position) = positions.iter().find(|&&p| p < 0 || p as usize >= limit) {
-            return invalid("positions", position, indices(limit));
-        }
-        for (k_cache, v_cache) in caches {
-            for layout in [k_cache.layout(), v_cache.layout()] {
-                if (layout.heads, layout.dim) != (self.kv_heads, dim) {
-                    let got = format!("[{}, {}, {}]", layout.rows, layout.heads, layout.dim);
-                    return invalid("caches", got, format!("[num_slots, {}, {dim}]", self.kv_heads));
-                }
-                if let Some(slot) = slots.iter().find(|&&slot| slot >= layout.rows) {
-                    return invalid("slots", slot, indices(layout.rows));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the context of `positions.len()` tokens. `features` is `[M, 1, K*H]`; `rows[i]` is the row of token `i` in it.
-    ///
-    /// # Errors
-    /// `InvalidArgument` or `Length` naming the input that does not fit; nothing is written then.
-    #[allow(clippy::too_many_arguments, reason = "the arrays of a stage")]
-    pub fn run(
-        &self,
-        kernels: HostKernels,
-        features: Rows<'_, f32>,
-        rows: &[i64],
-        positions: &[i64],
-        slots: &[usize],
-        rotary: Rows<'_, f32>,
-        caches: Vec<(RowsMut<'_, f32>, RowsMut<'_, f32>)>,
-        scratch: &mut Scratch,
-    ) -> Result<()> {
-        self.check_inputs(&features, rows, positions, slots, &rotary, &caches)?;
-        let (count, hidden, dim) = (positions.len(), self.norm.len(), self.head_dim);
-        let wide = self.fc.inputs();
-        let (isa, threads) = (kernels.isa, kernels.threads);
-        let picked = resized(&mut scratch.gate_up, count * wide);
-        for (to, &row) in picked.chunks_exact_mut(wide.max(1)).zip(rows) {
-            to.copy_from_slice(features.row(row as usize, 0));
-        }
-        let x = resized(&mut scratch.x, count * hidden);
-        self.fc.product(
-            isa,
-            threads,
-            rows_of("x", picked, count, wide)?,
-            None,
-            rows_mut_of("out", x, count, hidden)?,
-        )?;
-        let normed = resized(&mut scratch.normed, count * hidden);
-        rms_norm(isa, x, &self.norm, self.eps, normed);
-        let outputs = self.key_values.outputs();
-        let kv = resized(&mut scratch.qkv, count * outputs);
-        self.key_values.product(
-            isa,
-            threads,
-            rows_of("x", normed, count, hidden)?,
-            None,
-            rows_mut_of("out", kv, count, outputs)?,
-        )?;
-        let half = self.kv_heads * dim;
-        for (layer, ((mut k_cache, mut v_cache), norm)) in caches.into_iter().zip(&self.key_norms).enumerate() {
-            for (token, row) in kv.chunks_exact_mut(outputs).enumerate() {
-                let (keys, values) = row[layer * 2 * half..(layer + 1) * 2 * half].split_at_mut(half);
-                let position = positions[token] as usize;
-                let (cos, sin) = (rotary.row(position, 0), rotary.row(position, 1));
-                for (head, (key, value)) in keys.chunks_exact_mut(dim).zip(values.chunks_exact(dim)).enumerate() {
-                    dispatch(
-                        isa,
-                        RotateHead {
-                            head: key,
-                            norm: norm.as_deref(),
-                            eps: self.eps,
-                            cos,
-                            sin,
-                        },
-                    );
-                    k_cache.row_mut(slots[token], head).copy_from_slice(key);
-                    v_cache.row_mut(slots[token], head).copy_from_slice(value);
-                }
-            }
-        }
-        Ok(())
-    }
+/// [`rms_norm`] of many rows.
+fn norm_rows(kernels: HostKernels, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    by_rows(kernels.threads, (width, width), x, out, |x, out| {
+        rms_norm(kernels.isa, x, weight, eps, out)
+    });
 }
 
 struct Rotate<'a> {
