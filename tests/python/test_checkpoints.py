@@ -418,6 +418,11 @@ def test_a_name_in_a_configuration_that_nobody_knows_is_shown_with_its_field(tar
     assert "\n" not in str(caught.value) and message in str(caught.value)
 
 
+def test_a_window_that_its_architecture_leaves_off_is_not_refused(target):
+    # As transformers writes it for Qwen2-MoE, and as a file says that leaves out what is the default.
+    TargetModel.load(edit(target, sliding_window=0, use_sliding_window=...))
+
+
 def test_a_name_that_nobody_reads_is_not_refused(target):
     TargetModel.load(edit(target, classifier_activation="foo", torch_dtype="auto"))
 

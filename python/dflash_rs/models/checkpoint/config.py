@@ -137,7 +137,7 @@ class RawConfig:
 
     def _check_window(self, holder: dict[str, Any]) -> None:
         window = holder.get("sliding_window")
-        if window is None or holder.get("use_sliding_window") is False:
+        if window is None or holder.get("use_sliding_window", _default(holder, "use_sliding_window")) is False:
             return
         if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < LARGEST:
             raise self.fail("sliding_window", window, "an integer of at least 1, or null")
@@ -220,6 +220,14 @@ def _is_dtype(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     return value == "auto" or isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+
+
+def _default(holder: dict[str, Any], key: str) -> Any:
+    """What a field is that the configuration of this architecture leaves out; None where transformers has none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = holder.get("model_type")
+    return getattr(CONFIG_MAPPING[kind], key, None) if isinstance(kind, str) and kind in CONFIG_MAPPING else None
 
 
 def _activations() -> list[str]:

@@ -32,7 +32,7 @@ from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
 from . import products
 from .check import Check
-from .experts import HostExperts
+from .experts import HostExperts, run_unaligned_one_by_one
 from .fused import FusedModel
 from .layerwise import LayerwiseModel
 from .load import check_finite, read_model
@@ -75,6 +75,7 @@ class TargetModel:
         self.num_slots = 0
         self.state: MixerState | None = None
         self.experts: HostExperts | None = None
+        run_unaligned_one_by_one(model)
         with torch.inference_mode():
             with named(model, "its own forward on a few tokens"):
                 check = Check(self) if self_check else None

@@ -50,6 +50,25 @@ _BLOCKS = (
 )
 
 
+# Rows of weights that torch multiplies in groups have a multiple of so many bytes.
+_GROUPED_BYTES = 16
+
+
+def _is_marked(module: nn.Module) -> bool:
+    """Whether it is what transformers marks as experts."""
+    return hasattr(module, "has_gate") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def run_unaligned_one_by_one(model: nn.Module) -> None:
+    """Has experts of odd sizes run one after the other: transformers would give them to torch's grouped products, which refuse them."""
+    for module in filter(_is_marked, model.modules()):
+        weights = getattr(module, _first(module), None), module.down_proj
+        sizes = [n * w.element_size() for w in weights if isinstance(w, nn.Parameter) for n in w.shape[1:]]
+        if any(size % _GROUPED_BYTES for size in sizes):
+            model.set_experts_implementation("eager")  # type: ignore[operator]
+            return
+
+
 def _touched(module: nn.Module) -> bool:
     """Whether somebody sees or changes what a module does."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
@@ -297,8 +316,7 @@ class HostExperts:
         self._forwards: list[tuple[nn.Module, Callable]] = []
         parents = {child: parent for parent in model.modules() for child in parent.children()}
         for module in list(model.modules()):
-            # What transformers marks as experts.
-            if not (hasattr(module, "has_gate") and isinstance(getattr(module, "down_proj", None), nn.Parameter)):
+            if not _is_marked(module):
                 continue
             reason = _against(module)
             if reason is None:
