@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _core, cuda
+from . import _core, cuda, threads
 from .errors import InvalidArgument
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -332,5 +332,5 @@ def step_attention(
             return CudaAttention.upload(
                 slots=slots, slots_device=batch.slots, num_slots=num_slots, device=device, **arrays
             )
-        return HostAttention(slots=slots, num_slots=num_slots, threads=torch.get_num_threads(), **arrays)
+        return HostAttention(slots=slots, num_slots=num_slots, threads=threads.of_the_extension(), **arrays)
     return TorchAttention(slots=batch.slots if write else None, device=device, **arrays)

@@ -140,10 +140,7 @@ def _cpu() -> Check:
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        from dflash_rs.models.fused import packs_bfloat16
-
         detail += f", torch's for {torch.backends.cpu.get_cpu_capability().lower()}"
-        detail += ", bfloat16 through oneDNN" if packs_bfloat16() else ", bfloat16 without oneDNN (slow)"
     threads = os.environ.get("OMP_NUM_THREADS")
     detail += f", OMP_NUM_THREADS={threads}" if threads else ""
     return Check("cpu", OK, detail)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dflash_rs import _core, doctor
-from dflash_rs.models import fused, threads
+from dflash_rs import _core, doctor, threads
+from dflash_rs.models import linear
 
 SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
@@ -67,30 +67,35 @@ def test_doctor_says_what_the_kernels_use_and_what_the_processor_has():
     assert f"kernels for {_core.cpu_isa()}" in doctor._cpu().detail
 
 
-def test_bfloat16_runs_on_a_processor_for_which_onednn_packs_nothing():
+def test_bfloat16_runs_on_a_processor_without_instructions_for_it():
     """AVX2 and no more, for oneDNN and torch. It was a crash."""
     code = """
 from dflash_rs import LLM, SamplingParams
-from dflash_rs.models import fused
 with LLM(device="cpu", dtype="bfloat16", adaptive=False) as llm:
     texts = [llm.generate("def f(", SamplingParams(max_tokens=8), draft=draft)[0].text for draft in (True, False)]
-print(fused.packs_bfloat16(), texts[0] == texts[1], len(texts[0]) > 0)
+print(texts[0] == texts[1], len(texts[0]) > 0)
 """
     done = python(code, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
-    assert done.stdout.split() == ["False", "True", "True"], done.stderr
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
-@pytest.mark.parametrize("packs", [False, None], ids=["torch's own", "what oneDNN takes"])
-def test_a_product_in_bfloat16_is_that_of_the_modules(monkeypatch, packs):
-    if packs is not None:
-        monkeypatch.setattr(fused, "packs_bfloat16", lambda: packs)
-    modules = [nn.Linear(48, n, bias=n == 32).to(torch.bfloat16) for n in (32, 24)]
-    x = torch.randn(5, 48).to(torch.bfloat16)
+@pytest.mark.parametrize("limit", [0, 1 << 25], ids=["read where they are", "packed where that is"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_is_that_of_the_modules_and_of_its_row(monkeypatch, dtype, limit):
+    monkeypatch.setattr(linear, "COPY_LIMIT", limit)
+    modules = [nn.Linear(48, n, bias=n == 32).to(dtype) for n in (32, 24)]
+    x, residual = (torch.randn(17, n).to(dtype) for n in (48, 56))
     with torch.inference_mode():
-        product = fused.PackedLinear(modules)
-        assert (product.packed is not None) == (packs is None and fused.packs_bfloat16())
-        ours, expected = product(x), torch.cat([F.linear(x, m.weight, m.bias) for m in modules], dim=1)
-    torch.testing.assert_close(ours.float(), expected.float(), rtol=2e-2, atol=2e-2)
+        expected = torch.cat([F.linear(x, m.weight, m.bias) for m in modules], dim=1)
+        product = linear.PackedLinear(modules)
+        assert (product.host is not None) == (dtype == torch.float32 and limit > 0)
+        for ours, own in ((product(x), expected), (product.plus(x, residual), expected + residual)):
+            torch.testing.assert_close(ours.float(), own.float(), rtol=2e-2, atol=2e-2)
+        # The modules' weights are parts of the one that is multiplied: nothing is held twice.
+        assert all(m.weight.data_ptr() != 0 and torch.equal(m(x), F.linear(x, m.weight, m.bias)) for m in modules)
+        assert modules[1].weight.untyped_storage().data_ptr() == product.weight.untyped_storage().data_ptr()
+        if dtype != torch.float16:
+            assert all(torch.equal(product(x[row : row + 1])[0], product(x)[row]) for row in (0, 5, 16))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,27 @@ def test_loading_takes_one_thread_where_it_is_crowded_and_gives_the_others_back(
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
+
+
+def test_torchs_threads_are_handed_over_and_given_back():
+    torch.set_num_threads(3)
+
+    def now():
+        return torch.get_num_threads(), threads.of_the_extension()
+
+    try:
+        with threads.handed_over(when=False):
+            assert now() == (3, 3)
+        with pytest.raises(RuntimeError, match="in the middle"), threads.handed_over():
+            assert now() == (1, 3)
+            with threads.handed_over():
+                assert now() == (1, 3)
+            assert now() == (1, 3)
+            raise RuntimeError("in the middle")
+        assert now() == (3, 3)
+    finally:
+        torch.set_num_threads(1)
+    assert now() == (1, 1)
 
 
 def test_the_command_keeps_torchs_threads_from_waiting_awake_unless_told_otherwise(monkeypatch):

@@ -19,10 +19,10 @@ from ..models.lookup import BLOCK as LOOKUP_BLOCK
 from ..models.lookup import LookUp
 from ..models.target import TargetModel
 from ..models.target.load import describe
-from ..models.threads import while_loading
 from ..options import StepOptions
 from ..recurrent import DELTA_KEY_DIMS
 from ..text import Detokenizer, token_bytes, with_special_tokens
+from ..threads import while_loading
 from .costs import measure
 from .device import ahead
 from .device.step import DeviceBackend, serves

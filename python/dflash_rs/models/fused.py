@@ -8,119 +8,13 @@ Whoever uses it checks it against the ordinary forward once, when the model is l
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _core
-from ..errors import InvalidArgument
-
-# Above this many weights a second copy for the sake of its layout is not worth its memory.
-_COPY_LIMIT = 1 << 25
-
-
-@functools.cache
-def packs_bfloat16() -> bool:
-    """Whether oneDNN multiplies by bfloat16 weights packed once. Tried, because it hangs on the build of torch, on the processor and
-    on what oneDNN's own variables leave of it; AVX2 alone is too little."""
-    try:
-        weight = torch.ones(32, 32, dtype=torch.bfloat16)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
-        product = torch.ops.mkldnn._linear_pointwise(weight[:8], packed, None, "none", [], "")
-    except (AttributeError, RuntimeError):  # no such operation in this build, or a refusal
-        return False
-    return bool((product == 32).all())
-
-
-class PackedLinear:
-    """y = x W^T + b over the stacked rows of one or more linear modules, with the weight laid out for few rows of x.
-
-    On a CPU in float32 the extension's product is used: it reads the weight once for a whole block, in two bytes a weight where
-    the checkpoint was bfloat16, and gives a row the same bits whatever else is in the batch. That takes a second copy of the
-    weight. Above `_COPY_LIMIT` the weight is stored transposed instead, which MKL likes better for 1..16 rows, and the modules'
-    own parameters become views of it (unless `share` is False). In bfloat16 the weight is packed once for oneDNN where it takes
-    that (`packs_bfloat16`), which would otherwise reorder it on every call; elsewhere torch multiplies as it does for anyone.
-
-    `precision` "medium" (float32 on a CPU only) rounds x and W to bfloat16 before they are multiplied, whatever their size.
-    """
-
-    def __init__(self, modules: list[nn.Linear], *, share: bool = True, precision: str = "highest"):
-        weight = torch.cat([m.weight.detach() for m in modules]) if len(modules) > 1 else modules[0].weight.detach()
-        self.bias = None
-        if any(m.bias is not None for m in modules):
-            parts = [m.bias.detach() if m.bias is not None else weight.new_zeros(m.out_features) for m in modules]
-            self.bias = torch.cat(parts).contiguous()
-        self.weight, self.transposed, self.packed, self.host = weight, None, None, None
-        self.outputs, self.inputs = weight.shape
-        small = weight.numel() <= _COPY_LIMIT
-        if precision != "highest" and (weight.device.type != "cpu" or weight.dtype != torch.float32):
-            raise InvalidArgument(
-                f"matmul_precision: got {precision!r} with {weight.dtype} on {weight.device}, expected 'highest': other precisions "
-                "are for float32 on a CPU"
-            )
-        if weight.device.type != "cpu":
-            return
-        if weight.dtype == torch.float32 and (small or precision != "highest"):
-            bias = None if self.bias is None else self.bias.numpy()
-            self.host = _core.PackedWeight(weight.contiguous().numpy(), bias, precision)
-        elif weight.dtype == torch.float32 and share:
-            self.transposed = weight.t().contiguous()
-            self.weight = self.transposed.t()
-            start = 0
-            for m in modules:
-                m.weight.data = self.transposed[:, start : start + m.out_features].t()
-                start += m.out_features
-        elif weight.dtype == torch.bfloat16 and small and packs_bfloat16():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
-        if self.host is not None:
-            return self._product(x, None)
-        if self.transposed is not None:
-            return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-    @property
-    def packed_host(self) -> _core.PackedWeight:
-        """What the extension multiplies by, of a layer that has it."""
-        assert self.host is not None
-        return self.host
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + x W^T + b."""
-        if self.host is not None:
-            return self._product(x, residual)
-        if self.transposed is not None and self.bias is None:
-            return torch.addmm(residual, x, self.transposed)
-        return residual + self(x)
-
-    def _product(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        rows = x.shape[0]
-        if x.shape != (rows, self.inputs) or x.dtype != torch.float32 or x.stride(1) != 1:
-            raise InvalidArgument(
-                f"x: got {x.dtype} of shape {tuple(x.shape)}, expected torch.float32 [rows, {self.inputs}], rows contiguous"
-            )
-        out = torch.empty(rows, self.outputs)
-        if residual is not None:
-            if residual.shape != out.shape or residual.dtype != out.dtype or residual.stride(1) != 1:
-                raise InvalidArgument(
-                    f"residual: got {residual.dtype} of shape {tuple(residual.shape)}, expected torch.float32 {tuple(out.shape)}"
-                )
-            residual = (residual.data_ptr(), residual.stride(0), self.outputs)
-        self.packed_host.product(
-            (x.data_ptr(), x.stride(0), self.inputs),
-            rows,
-            (out.data_ptr(), self.outputs, self.outputs),
-            residual,
-            torch.get_num_threads(),
-        )
-        return out
+from .. import _core, threads
+from .linear import PackedLinear
 
 
 class RotaryTable:
@@ -227,7 +121,7 @@ class FusedLayer:
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """[T, 2 I] -> [T, I]."""
-        if self.gate_up.host is None:
+        if gate_up.dtype != torch.float32 or gate_up.device.type != "cpu":
             return F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :])
         # From some tens of rows on torch would start threads of its own, which then keep the processors from those of the products.
         rows, width = gate_up.shape[0], self.inner
@@ -237,7 +131,7 @@ class FusedLayer:
             rows,
             width,
             (out.data_ptr(), width, width),
-            torch.get_num_threads(),
+            threads.of_the_extension(),
         )
         return out
 
@@ -285,7 +179,7 @@ class HostRun:
         """The k likeliest tokens int64 [n, block-1, k] and their probabilities float32; positions and tokens int64 [n * block], host."""
         return self._decoder.draft(
             attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never, k,
-            torch.get_num_threads(),
+            threads.of_the_extension(),
         )  # fmt: skip
 
     def forward(
@@ -308,7 +202,7 @@ class HostRun:
             attention.batch, tokens.numpy(), positions.numpy(), *self._tables(limit), addresses(caches),
             asked, (logits.data_ptr(), self._outputs, self._outputs),
             taps, (0, 0, 0) if features is None else (features.data_ptr(), len(taps) * hidden, hidden),
-            torch.get_num_threads(),
+            threads.of_the_extension(),
         )  # fmt: skip
         return logits, features
 

@@ -31,14 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _core
+from .. import _core, threads
 from ..attention import HostAttention, kernel_serves, step_attention
 from ..config import BRANCHES
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .dflash.layers import DraftLayer, RMSNorm, rope_frequencies
 from .drafter import FINAL
-from .fused import FusedLayer, PackedLinear, RotaryTable, addresses, rotate_rows
+from .fused import FusedLayer, RotaryTable, addresses, rotate_rows
+from .linear import DTYPES, PackedLinear
 from .proposals import Proposals
 
 
@@ -179,8 +180,9 @@ class MtpDraft(nn.Module):
 
     def inject(self, features: Tensor, positions, slots, rows=None, *, token_ids=None, before=None) -> None:
         """Writes the context of M committed tokens; see `Drafter`. features [T, H]: the target's states, what its head reads."""
-        with torch.inference_mode():
-            self._allocated().inject(features, positions, slots, rows, token_ids, before)
+        runtime = self._allocated()
+        with torch.inference_mode(), threads.handed_over(runtime.on_host()):
+            runtime.inject(features, positions, slots, rows, token_ids, before)
 
     def candidates(
         self,
@@ -200,7 +202,7 @@ class MtpDraft(nn.Module):
         size = self.config.block_size if block_size is None else block_size
         if size < 2:
             raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
-        with torch.inference_mode():
+        with torch.inference_mode(), threads.handed_over(runtime.on_host()):
             k = self.branches if k is None else k
             return runtime.candidates(anchors, lengths, page_table, row_ids, page_size, valid_from, size, k)
 
@@ -243,8 +245,7 @@ class Runtime:
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
         self.states = torch.zeros(num_slots, c.hidden_size, dtype=self.dtype, device=self.device)
         self.injector = None
-        on_host = self.kernel and self.device.type == "cpu" and self.dtype == torch.float32
-        if on_host and self.fc.host is not None and self.context_kv.host is not None:
+        if self.on_host() and self.fc.host is not None and self.context_kv.host is not None:
             # A drafter's injector with other features: what `fc` gets, in one call from there on.
             self.injector = _core.HostInjector(
                 fc=self.fc.host,
@@ -255,6 +256,10 @@ class Runtime:
                 head_dim=c.head_dim,
                 eps=self.eps,
             )
+
+    def on_host(self) -> bool:
+        """Whether products and attention are the extension's."""
+        return self.kernel and self.device.type == "cpu" and self.dtype in DTYPES
 
     def both(self, tokens: Tensor, states: Tensor) -> Tensor:
         """What `fc` gets, [M, 2 H]: tokens int64 [M], states [M, H]."""
@@ -283,7 +288,7 @@ class Runtime:
             places, where = (np.ascontiguousarray(values, dtype=np.int64) for values in given)
             self.injector.inject(
                 (both.data_ptr(), both.stride(0), both.shape[1]), count, np.arange(count), places, where,
-                self.rotary.address(limit), addresses([(self.keys, self.values)]), self.num_slots, torch.get_num_threads(),
+                self.rotary.address(limit), addresses([(self.keys, self.values)]), self.num_slots, threads.of_the_extension(),
             )  # fmt: skip
             return
         kv = self.context_kv(torch.rms_norm(self.fc(both), self.width, self.layer.norm1, self.eps))
@@ -367,7 +372,7 @@ class Runtime:
         """Attention of blocks of `rows` tokens over their contexts."""
         if self.kernel and self.device.type == "cpu":
             return HostAttention(
-                slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(),
+                slots=None, num_slots=self.num_slots, threads=threads.of_the_extension(),
                 query_starts=np.arange(n + 1, dtype=np.int32) * rows, context_lens=lengths, page_table=page_table, row_ids=row_ids,
                 page_size=page_size, valid_from=seen_from, ancestors=None,
             )  # fmt: skip

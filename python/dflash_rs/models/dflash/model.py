@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import cuda
+from ... import cuda, threads
 from ...errors import InvalidArgument
 from .config import DraftConfig
 from .layers import DraftLayer, RMSNorm, rope_frequencies
@@ -165,8 +165,9 @@ class DFlashDraft(nn.Module):
         and slots int64 [M]; host arrays or tensors. Each token once, in any order; a slot may be written again when its page
         changed hands.
         """
-        with torch.inference_mode():
-            self._allocated().inject(features, positions, slots, rows)
+        runtime = self._allocated()
+        with torch.inference_mode(), threads.handed_over(runtime.on_host()):
+            runtime.inject(features, positions, slots, rows)
 
     def candidates(
         self,
@@ -193,6 +194,6 @@ class DFlashDraft(nn.Module):
         size = self.config.block_size if block_size is None else block_size
         if size < 2:
             raise InvalidArgument(f"block_size: got {size}, expected at least 2 (it counts the anchor)")
-        with torch.inference_mode():
+        with torch.inference_mode(), threads.handed_over(runtime.on_host()):
             k = self.branches if k is None else k
             return runtime.candidates(anchors, lengths, page_table, row_ids, page_size, valid_from, size, k)

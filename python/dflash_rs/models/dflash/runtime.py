@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import _core, cuda
+from ... import _core, cuda, threads
 from ...attention import HostAttention, kernel_serves, step_attention
 from ...errors import InvalidArgument
 from ..batch import StepBatch
-from ..fused import FusedLayer, HostRun, PackedLinear, RotaryTable, addresses, rotate_rows
+from ..fused import FusedLayer, HostRun, RotaryTable, addresses, rotate_rows
+from ..linear import DTYPES, PackedLinear
 from ..proposals import Proposals
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class Runtime:
                 eps=self.eps,
             )
 
+    def on_host(self) -> bool:
+        """Whether products and attention are the extension's."""
+        return self.kernel and self.device.type == "cpu" and self.dtype in DTYPES
+
     def inject(self, features: Tensor, positions, slots, rows) -> None:
         c = self.config
         if features.ndim != 2 or features.shape[1] != c.feature_size:
@@ -121,7 +126,7 @@ class Runtime:
             self.injector.inject(
                 (features.data_ptr(), features.stride(0), c.feature_size), features.shape[0], rows, np.asarray(positions),
                 np.asarray(slots), self.rotary.address(int(positions.max()) + 1), addresses(self.caches), self.num_slots,
-                torch.get_num_threads(),
+                threads.of_the_extension(),
             )  # fmt: skip
             return
         positions, slots, rows = (self._tensor(x) for x in (positions, slots, rows))
@@ -173,7 +178,7 @@ class Runtime:
         valid_from = None if valid_from is None else np.asarray(valid_from, dtype=np.int32)
         if self.run is not None:
             blocks = HostAttention(
-                slots=None, num_slots=self.num_slots, threads=torch.get_num_threads(), query_starts=starts, context_lens=lengths,
+                slots=None, num_slots=self.num_slots, threads=threads.of_the_extension(), query_starts=starts, context_lens=lengths,
                 page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from, ancestors=None,
             )  # fmt: skip
             never = None if self.never is None or self.never >= self.head.outputs else self.never

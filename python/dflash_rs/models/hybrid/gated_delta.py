@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import _core
+from ... import _core, threads
 from ...errors import UnsupportedModel
 from ...recurrent import DELTA_KEY_DIMS, DELTA_MAX_TAPS, DeltaWeights
 from .mixer import Mixer, Room, Span
@@ -163,7 +163,7 @@ class GatedDelta(_Delta):
             end_memory=_address(ends[0]),
             end_window=_address(ends[1]),
             dtype=_DTYPES[mixed.dtype],
-            threads=torch.get_num_threads(),
+            threads=threads.of_the_extension(),
         )
         return out, {row: [part[at] for part in ends] for at, row in enumerate(long)}
 

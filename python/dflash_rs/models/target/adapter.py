@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ... import threads
 from ...attention import kernel_serves, step_attention
 from ...errors import CheckpointError, InvalidArgument, UnsupportedModel
 from .. import checkpoint
@@ -30,6 +31,7 @@ from ..batch import StepBatch
 from ..drafter import FINAL
 from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
+from ..linear import DTYPES
 from . import products
 from .check import Check
 from .experts import HostExperts, run_unaligned_one_by_one
@@ -75,6 +77,8 @@ class TargetModel:
         self.num_slots = 0
         self.state: MixerState | None = None
         self.experts: HostExperts | None = None
+        # Whether torch is left with what lies between products, see `threads`.
+        self.handed_over = False
         run_unaligned_one_by_one(model)
         with torch.inference_mode():
             with named(model, "its own forward on a few tokens"):
@@ -105,10 +109,11 @@ class TargetModel:
                     self._layers, self.path_reason = LayerwiseModel.build(self)
                     if self._layers is not None and check is not None and not check.agrees(self):
                         self._layers, self.path_reason = None, "the layers in a row differ from the model's own forward"
-                if self._fused is None and self.device.type == "cpu" and self.dtype == torch.bfloat16:
-                    products.place(model)
-                    if check is not None:
-                        check.compare(self, "products in the extension")
+                if self.device.type == "cpu" and self.dtype in DTYPES:
+                    if self._fused is None:
+                        self._place_products(check)
+                    else:
+                        self.handed_over = self.kernel
         if self._fused is None and matmul_precision != "highest":
             raise InvalidArgument(
                 f"matmul_precision: got {matmul_precision!r} for a {type(model).__name__}, expected 'highest': {self.path_reason}"
@@ -195,6 +200,15 @@ class TargetModel:
             experts.undo()
             return None
         return experts if experts.layers else None
+
+    def _place_products(self, check: Check | None) -> None:
+        """Has the modules' products be the extension's, and learns whether all of them are."""
+        products.place(self.model)
+        if check is None:
+            return
+        with products.Others() as others:
+            check.compare(self, "products in the extension")
+        self.handed_over = self.kernel and not others.names
 
     def _find_layers(self, attention: dict[int, nn.Module]) -> nn.ModuleList:
         """The list whose i-th entry holds the module that attended as layer i, if one did: a tower for pictures may be as deep."""
@@ -342,15 +356,16 @@ class TargetModel:
     ) -> tuple[Tensor, Tensor | None]:
         """The pass of `forward` over tensors on the device, in inference mode: token_ids and positions int64 [T], positions below
         `limit`; logit_rows int64 [N] (every row when None)."""
-        if (path := self._fused or self._layers) is not None:
-            return path.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
-        output = self.model(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=0 if logit_rows is None else logit_rows,
-            **{STEP: Step(attention, self.caches, self._windows)},
-        )
+        with threads.handed_over(self.handed_over):
+            if (path := self._fused or self._layers) is not None:
+                return path.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=0 if logit_rows is None else logit_rows,
+                **{STEP: Step(attention, self.caches, self._windows)},
+            )
         features = torch.cat([self._tapped[k][0] for k in self.taps], dim=-1) if self.taps else None
         self._tapped.clear()
         return output.logits[0], features

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import _core
+from ... import _core, threads
 
 # Above this many weights of a layer the modules' own are given up once they are packed: a second copy would be most of the model again.
 _COPY_LIMIT = 1 << 25
@@ -253,7 +253,7 @@ class _Layer:
             inner,
             _DTYPES[self.dtype],
             precision,
-            torch.get_num_threads(),
+            threads.of_the_extension(),
             activation=between.activation,
             gated=between.gated,
             clamped=between.clamped,
@@ -281,7 +281,7 @@ class _Layer:
             (out.data_ptr(), width, width),
             indices,
             weights,
-            torch.get_num_threads(),
+            threads.of_the_extension(),
         )
         return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...attention import HostAttention
 from ..drafter import FINAL
-from ..fused import FusedLayer, HostRun, PackedLinear, RotaryTable
+from ..fused import FusedLayer, HostRun, RotaryTable
+from ..linear import PackedLinear
 
 if TYPE_CHECKING:
     from .adapter import TargetModel

@@ -1,8 +1,9 @@
-"""Products of a target's own modules on a CPU in bfloat16, by the extension, in place of torch's.
+"""Products of a target's own modules on a CPU, by the extension, in place of torch's.
 
-What torch gives a row in bfloat16 hangs on how many rows there are: up to a thousandth of a row's outputs change in their last bit, and then a
+What torch gives a row hangs on how many rows there are: in bfloat16 up to a thousandth of a row's outputs change in their last bit, and then a
 drafted text need not be the plain one. The extension's product (`device/host/linear/stored`) reads weights where they are, so there is no second
-copy of any, and gives a row the same bits in any company and with any number of threads.
+copy of any, and gives a row the same bits in any company and with any number of threads. In float32 weights are packed (`device/host/linear`) as far as
+`linear.COPY_LIMIT` lets them: that reads two bytes a weight where they were bfloat16, and is faster for many rows.
 
 A module's code stays as it is, whatever it is: the weights are what has it multiplied elsewhere. `Weight` is a parameter that takes
 `F.linear` to the extension, be it called by an `nn.Linear`, by a router with a weight of its own, or for one of many experts, and in float32, too,
@@ -17,42 +18,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ... import _core
+from ..linear import COPY_LIMIT, DTYPES, linear
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# What torch multiplies by, and the elements of an operand up to which that is no work.
+_PRODUCTS = {
+    F.linear, F.bilinear, F.scaled_dot_product_attention, torch.conv1d, torch.conv2d, torch.einsum, torch.matmul, Tensor.matmul, Tensor.__matmul__,
+    torch.mm, Tensor.mm, torch.addmm, Tensor.addmm, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch._grouped_mm,
+}  # fmt: skip
+_SMALL = 1 << 16
 # Operations whose result stands for the weight: in another type, or one of several.
 _SAME = {Tensor.to, Tensor.type, Tensor.float, Tensor.type_as, Tensor.__getitem__}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for x [..., K], weight [N, K], bias [N], all float32 or all bfloat16, on a CPU: [..., N]. Sums are float32, rounded once.
-
-    A row's result depends on that row alone, bit for bit.
-    """
-    outputs, inputs = weight.shape
-    rows = x.reshape(-1, inputs)
-    count = rows.shape[0]
-    # Rows that overlap, as those of an expanded tensor, are not for the extension.
-    if rows.stride(1) != 1 or (count > 1 and rows.stride(0) < inputs):
-        rows = rows.contiguous()
-    out = torch.empty(count, outputs, dtype=weight.dtype)
-    _core.linear(
-        (rows.data_ptr(), rows.stride(0), inputs),
-        count,
-        (weight.data_ptr(), weight.stride(0), inputs),
-        outputs,
-        inputs,
-        (out.data_ptr(), outputs, outputs),
-        _DTYPES[weight.dtype],
-        None if bias is None else (bias.data_ptr(), outputs, outputs),
-        torch.get_num_threads(),
-    )
-    return out.view(*x.shape[:-1], outputs)
-
-
-def _served(x: object, weight: object, bias: object = None) -> bool:
+def _served(input: object, weight: object, bias: object = None) -> bool:
     """Whether the extension multiplies these; what it does not is torch's to do or to refuse."""
+    x = input
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2 or not x.dim():
         return False
     if isinstance(bias, Tensor):
@@ -61,7 +44,7 @@ def _served(x: object, weight: object, bias: object = None) -> bool:
     elif bias is not None:
         return False
     return (
-        weight.dtype in _DTYPES
+        weight.dtype in DTYPES
         and x.dtype == weight.dtype
         and x.device.type == weight.device.type == "cpu"
         and x.shape[-1] == weight.shape[1] > 0
@@ -72,6 +55,10 @@ def _served(x: object, weight: object, bias: object = None) -> bool:
     )
 
 
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(input, weight, bias, getattr(weight, "packed", None))
+
+
 class _Linear:
     """What `F.linear` does with a weight of these classes."""
 
@@ -80,7 +67,7 @@ class _Linear:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function is F.linear and _served(*args, **kwargs):
-                return linear(*args, **kwargs)
+                return _product(*args, **kwargs)
             found = function(*args, **kwargs)
         if function in _SAME and type(found) is Tensor and isinstance(args[0], _Linear):
             return found.as_subclass(_Part)
@@ -92,7 +79,9 @@ class _Part(_Linear, Tensor):
 
 
 class Weight(_Linear, nn.Parameter):
-    """A parameter over the memory of another one."""
+    """A parameter over the memory of another one. `packed`: the same once more, where that is multiplied."""
+
+    packed: _core.PackedWeight | None = None
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -109,7 +98,7 @@ _ACTIVATIONS = {"GELUActivation": _gelu, "GELUTanh": _gelu_tanh}
 
 
 def place(model: nn.Module) -> None:
-    """Has the products of all of a model's bfloat16 weights on a CPU be the extension's, and its GELUs the same for every row.
+    """Has the products of all of a model's weights on a CPU be the extension's, and its GELUs of bfloat16 the same for every row.
 
     Embeddings stay plain parameters, and share their memory with a head that is tied to them.
     """
@@ -120,8 +109,28 @@ def place(model: nn.Module) -> None:
         if type(module).__module__ == "transformers.activations" and type(module).__name__ in _ACTIVATIONS:
             module.forward = _ACTIVATIONS[type(module).__name__]  # type: ignore[method-assign]
         for name, weight in module._parameters.items():
-            if type(weight) is not nn.Parameter or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+            if type(weight) is not nn.Parameter or weight.dtype not in DTYPES or weight.device.type != "cpu":
                 continue
             # One weight, or one of each expert.
-            if weight.dim() in (2, 3):
-                module._parameters[name] = made.setdefault(id(weight), Weight(weight.data, requires_grad=False))
+            if weight.dim() not in (2, 3):
+                continue
+            if id(weight) not in made:
+                new = made[id(weight)] = Weight(weight.data, requires_grad=False)
+                if weight.dtype == torch.float32 and weight.dim() == 2 and weight.numel() <= COPY_LIMIT:
+                    new.packed = _core.PackedWeight(weight.detach().contiguous().numpy(), None, "highest")
+            module._parameters[name] = made[id(weight)]
+
+
+class Others(TorchFunctionMode):
+    """Notes by name which products within it torch itself computes, but for small ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _PRODUCTS and not (function is F.linear and isinstance(args[1], _Linear)):
+            operands = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if max((x.numel() for x in operands), default=0) > _SMALL:
+                self.names.add(function.__name__)
+        return function(*args, **(kwargs or {}))

@@ -14,6 +14,9 @@ use super::super::view::{Bf16, Element, LANES, Layout, Rows, RowsMut};
 use super::{LINE, WORK_PER_PART, check_bias};
 use crate::error::{Error, Result};
 
+/// Bytes of a weight that are on their way while others are multiplied.
+const AHEAD: usize = 1 << 14;
+
 /// What inputs and weights may be stored as.
 #[allow(private_bounds, reason = "how they meet is the kernels' own")]
 pub trait Stored: Chunked {}
@@ -209,12 +212,13 @@ impl<E: Stored> Share<'_, E> {
         let weight = |output: usize| self.weight.row((self.first + output).min(outputs - 1), 0);
         let (mut x, mut w, mut ahead) = ([&[][..]; R], [&[][..]; V], [&[][..]; V]);
         let (chunks, rest) = E::chunks(weight(output));
+        let far = V * (AHEAD / (V * LINE * chunks.len().max(1))).max(1);
         for r in 0..R {
             x[r] = &E::chunks(self.x.row(row + r, 0)).0[..chunks.len()];
         }
         for v in 0..V {
             w[v] = &E::chunks(weight(output + v)).0[..chunks.len()];
-            ahead[v] = &E::chunks(weight(output + V + v)).0[..chunks.len()];
+            ahead[v] = &E::chunks(weight(output + far + v)).0[..chunks.len()];
         }
         let mut acc = [[L::splat(0.0); V]; R];
         for k in 0..chunks.len() {
@@ -224,7 +228,7 @@ impl<E: Stored> Share<'_, E> {
             }
             if row == 0 {
                 for v in 0..V {
-                    L::fetch(&ahead[v][k]);
+                    L::fetch_far(&ahead[v][k]);
                 }
             }
             for r in 0..R {

@@ -185,6 +185,8 @@ pub(super) trait Lanes: Copy {
 
     /// Has the memory around `place` brought near, to be read some microseconds later. It changes nothing but the time that takes.
     fn fetch<T>(place: &T);
+    /// The same for what is read a little later: as far as the second cache, which has more requests under way than the first.
+    fn fetch_far<T>(place: &T);
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
     /// Sixteen bfloat16 values, widened exactly.
@@ -289,6 +291,8 @@ impl Lanes for [f32; LANES] {
     type Pairs = [Self; 2];
     #[inline(always)]
     fn fetch<T>(_: &T) {}
+    #[inline(always)]
+    fn fetch_far<T>(_: &T) {}
     #[inline(always)]
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [Self; 2] {
         [0, 1].map(|half| std::array::from_fn(|i| x[i][half].into()))

@@ -55,6 +55,10 @@ impl<const DOT: bool> Lanes for Wide<DOT> {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) }
     }
     #[inline(always)]
+    fn fetch_far<T>(place: &T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) }
+    }
+    #[inline(always)]
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [__m512; 2] {
         unsafe {
             let pairs = _mm512_loadu_si512(x.as_ptr().cast());
@@ -206,6 +210,10 @@ impl Lanes for Pair {
     #[inline(always)]
     fn fetch<T>(place: &T) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) }
+    }
+    #[inline(always)]
+    fn fetch_far<T>(place: &T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) }
     }
     #[inline(always)]
     fn load_pairs(x: &[[Bf16; 2]; LANES]) -> [Self; 2] {

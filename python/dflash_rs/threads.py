@@ -1,7 +1,12 @@
-"""How many of torch's threads are worth having where the machine has more to do than processors."""
+"""Whose threads work: torch's and the extension's, and how many of them are worth having.
+
+Both wait awake for a while after each piece of work, in pools of their own. Where they take turns on the same processors each waits for
+the other to fall asleep, which can take far longer than the work. So a pass whose products are all the extension's leaves torch one thread.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +15,28 @@ import torch
 
 # Of this thread since it began: nanoseconds on a processor, nanoseconds ready but without one, number of turns.
 _SCHEDULE = Path("/proc/thread-self/schedstat")
+_here = threading.local()
+
+
+def of_the_extension() -> int:
+    """How many threads a call of the extension may use: as many as torch had before they were `handed_over`."""
+    return getattr(_here, "threads", None) or torch.get_num_threads()
+
+
+@contextmanager
+def handed_over(when: bool = True) -> Iterator[None]:
+    """Within it torch has one thread, and the extension those that torch had; nothing changes unless `when`."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not when:
+        yield
+        return
+    _here.threads = threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _here.threads = None
 
 
 def crowded() -> bool:
