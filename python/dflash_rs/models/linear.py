@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: _core.
     if rows.stride(1) != 1 or (count > 1 and rows.stride(0) < inputs):
         rows = rows.contiguous()
     out = torch.empty(count, outputs, dtype=weight.dtype)
-    if packed is not None:
+    if packed is not None and weight.dtype == torch.float32:
         given = (rows.data_ptr(), rows.stride(0), inputs), count, (out.data_ptr(), outputs, outputs)
         packed.product(*given, None, threads.of_the_extension())
         return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], outputs)
