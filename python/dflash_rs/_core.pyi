@@ -483,6 +483,9 @@ class StepPlan:
     @property
     def temperatures(self) -> NDArray[np.float32]:
         """``[R]``: sampling temperatures."""
+    @property
+    def seeds(self) -> NDArray[np.uint64]:
+        """``[R]``: seeds of the requests' draws."""
 
     def set_drafts(self, drafts: NDArray[np.int64]) -> None:
         """Fills in the drafts, i64 ``[len(draft_rows), columns]``; row ``k`` uses its first ``block_len - 1`` columns.
@@ -1382,6 +1385,22 @@ def sample_rows(
 
 def top_logprobs(logits: NDArray[np.float32], n: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """See ``dflash_rs.verify.top_logprobs``."""
+
+def couple(
+    tokens: NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    seeds: NDArray[np.uint64],
+    positions: NDArray[np.int64],
+    temperatures: NDArray[np.float32],
+    k: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Of candidates ``[n, depth, K]`` of ``n`` requests, the ``k`` of every place that the target's own random numbers favour, the best first.
+
+    A token is drawn as the one with the largest log-probability over the temperature plus a number of its seed and position; a draft is the
+    candidate with the largest such sum by the drafter's ``probabilities`` ``[n, depth, K]``, falling. What comes back with it is its share in the
+    sums (softmax). ``positions`` ``[n]`` are those of the first places in their texts; rows of temperature 0 keep their likeliest candidates.
+    Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative decoding", 2024.
+    """
 
 def gumbel(seed: int, position: int, columns: int, domain: str = "draw") -> NDArray[np.float32]:
     """See ``dflash_rs.verify.gumbel``."""

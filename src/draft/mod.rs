@@ -6,14 +6,17 @@
 //!           └─ a ──── cat                  mask row = the node itself and its ancestors, one bit per node
 //! ```
 //!
-//! A chain is the tree in which every node has one child: the same code path, bit for bit. Who has no drafter looks up (`lookup`).
+//! A chain is the tree in which every node has one child: the same code path, bit for bit. Who has no drafter looks up (`lookup`), and who samples
+//! is drafted by the numbers that the target will draw with (`coupled`).
 
 mod best_first;
 mod build;
+mod coupled;
 mod lookup;
 mod tree;
 
 pub(crate) use best_first::{BestFirst, Place};
 pub use build::{ChildSource, TopK, top_k};
+pub use coupled::{Draw, couple};
 pub use lookup::{Guess, Lookup, LookupRates};
 pub use tree::{DraftTree, NO_NODE};

@@ -3,6 +3,7 @@
 mod arrays;
 #[allow(unsafe_code, reason = "NumPy views of memory that Rust owns")]
 mod buffers;
+mod coupled;
 #[allow(unsafe_code, reason = "addresses of torch tensors go to CUDA kernels")]
 mod cuda;
 mod decoder;
@@ -25,6 +26,8 @@ mod verify;
 /// The compiled half of `dflash_rs`.
 #[pyo3::pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::coupled::couple;
     #[pymodule_export]
     use super::cuda::{
         cuda_accept, cuda_block_attention, cuda_compact_kv, cuda_info, cuda_kv_inject, cuda_load, cuda_prepare_block,

@@ -125,6 +125,7 @@ impl Engine {
         arrays.draft_valid_from.push(running.draft_valid_from as i32);
         arrays.start_known.push(row.start_known);
         arrays.temperatures.push(running.request.params.sampling.temperature);
+        arrays.seeds.push(running.request.params.sampling.seed);
         arrays.logit_starts.push(arrays.logit_rows.len() as i32);
         match row.work {
             Work::Prefill { last } => {

@@ -120,6 +120,8 @@ arrays! {
         start_known: bool,
         /// `[R]` sampling temperatures.
         temperatures: f32,
+        /// `[R]` seeds of the requests' draws.
+        seeds: u64,
         /// `[R]` the checkpoint whose state the row starts from, to be copied before the pass; -1: its own state, or nothing at position 0.
         /// Empty for a target without state.
         state_restore: i32,

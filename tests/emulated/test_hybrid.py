@@ -47,7 +47,7 @@ def made(kind: str = "Qwen3_5", **options) -> TargetModel:
 class KnowingThere:
     """A drafter whose half on the device knows texts; one draft of four is a token off, by its position."""
 
-    kind, block_size, taps, branches, kv_bytes_per_token, key_dims = "knowing", 5, (0,), 1, 0, ()
+    kind, block_size, taps, branches, most_candidates, kv_bytes_per_token, key_dims = "knowing", 5, (0,), 1, 1, 0, ()
     reads_tokens, from_text, mask_token_id = False, False, 1
 
     def __init__(self, texts: list[list[int]], wrong: str = "some"):

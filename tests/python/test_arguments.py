@@ -109,6 +109,9 @@ def verifiers():
     yield verify.sample_rows, good, (*good, *options, "logit_bias", "prompt", "output", "paths"), more
     yield verify.top_logprobs, dict(logits=np.zeros(5, F32), n=2), ("logits", "n"), ()
     names = ("seed", "position", "columns", "domain")
+    couples = dict(tokens=np.zeros((1, 1, 2), I64), probabilities=np.ones((1, 1, 2), F32), k=1)
+    couples |= dict(seeds=np.zeros(1, U64), positions=np.zeros(1, I64), temperatures=np.ones(1, F32))
+    yield _core.couple, couples, tuple(couples), ()
     yield verify.gumbel, dict(seed=0, position=0, columns=3, domain="draw"), names, ()
 
 

@@ -102,7 +102,7 @@ class RecurrentTarget:
 class LookUp:
     """A `Drafter` that finds its drafts in texts it was told, and is a token off at one place of three; it reads no features."""
 
-    block_size, taps, branches, kv_bytes_per_token, key_dims = 6, (), 1, 0, ()
+    block_size, taps, branches, most_candidates, kv_bytes_per_token, key_dims = 6, (), 1, 1, 0, ()
     kind, reads_tokens, from_text = "toy", False, False
 
     def __init__(self):

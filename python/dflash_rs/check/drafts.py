@@ -41,7 +41,7 @@ class Scripted:
 
     kind, reads_tokens, from_text = "scripted", False, False
     taps: tuple[int, ...] = ()
-    branches, kv_bytes_per_token = 1, 0
+    branches, most_candidates, kv_bytes_per_token = 1, 1, 0
     key_dims: tuple[int, ...] = ()
 
     def __init__(self, vocab_size: int, block_size: int, wrong: Wrong):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import cuda
+from .. import _core, cuda
 from ..models.batch import StepBatch
 from .backend import Step
 from .constraints import Constraint, Edited, edit
@@ -78,10 +78,13 @@ class HostBackend:
         self.policy.admit_either(step, looked_up, asked, drafted)
 
     def _ask(self, step: Step, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The drafter's candidates for rows of a step, and their probabilities, [n, block - 1, k]."""
+        """The drafter's candidates for rows of a step, and their probabilities, [n, block - 1, k]; for rows that sample those that the target's own
+        random numbers favour, and their shares."""
         plan = step.plan
         self._write()
-        return self.draft.candidates(
+        temperatures, k = plan.temperatures[rows], self.draft.branches if step.trees else 1
+        sampled = self.draft.most_candidates > 1 and bool(temperatures.any())
+        candidates = self.draft.candidates(
             plan.token_ids[plan.query_starts[rows]],
             plan.context_lens[rows],
             self.core.page_table,
@@ -89,8 +92,12 @@ class HostBackend:
             page_size=self.page_size,
             valid_from=plan.draft_valid_from[rows],
             block_size=step.block,
-            k=None if step.trees else 1,
+            k=self.draft.most_candidates if sampled else k,
         )
+        if not sampled:
+            return candidates
+        first = plan.context_lens[rows].astype(np.int64) + 1
+        return _core.couple(*candidates, plan.seeds[rows], first, temperatures, k)
 
     @stage("verify")
     def _verify(self, step: Step) -> tuple[np.ndarray, Edited | None, Any]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BRANCHES
+from ..config import BRANCHES, CANDIDATES
 from ..errors import InvalidArgument
 from .dflash.config import DraftConfig
 from .dflash.layers import DraftLayer
@@ -48,6 +48,11 @@ class DFlash2Config(DraftConfig):
     def branches(self) -> int:
         """Candidates per position at most that draft trees are made of."""
         return min(BRANCHES, self.selector_top_k)
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates per position at most from which a request that samples is drafted."""
+        return min(CANDIDATES, self.selector_top_k)
 
 
 class BlockConv(nn.Module):

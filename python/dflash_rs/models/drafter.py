@@ -62,6 +62,7 @@ class Drafter(Protocol):
     - `block_size`: tokens of the block it was made for, the anchor counted; shorter ones it takes as well.
     - `taps`: target layers whose outputs `inject` gets, in this order, FINAL for what the head reads; empty when it reads none.
     - `branches`: candidates per place at most that draft trees are made of.
+    - `most_candidates`: candidates per place at most that it can be asked for; a request that samples is drafted from up to `config.CANDIDATES`.
     - `kv_bytes_per_token`: bytes of its own KV per token of context, 0 without.
     - `key_dims`: widths of its attention's key heads, for saying why a device cannot serve it; empty without attention.
     - `reads_tokens`: `inject` is told of tokens and their predecessors, too.
@@ -72,6 +73,7 @@ class Drafter(Protocol):
     block_size: int
     taps: tuple[int, ...]
     branches: int
+    most_candidates: int
     kv_bytes_per_token: int
     key_dims: tuple[int, ...]
     reads_tokens: bool

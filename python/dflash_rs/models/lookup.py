@@ -16,7 +16,7 @@ BLOCK = 16
 class LookUp:
     """A `Drafter` whose drafts the core finds (`from_text`); it is asked for nothing itself."""
 
-    kind, block_size, taps, branches, kv_bytes_per_token, key_dims = "lookup", BLOCK, (), 1, 0, ()
+    kind, block_size, taps, branches, most_candidates, kv_bytes_per_token, key_dims = "lookup", BLOCK, (), 1, 1, 0, ()
     reads_tokens, from_text = False, True
 
     def alloc_kv(self, num_slots: int) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .. import _core, threads
 from ..attention import HostAttention, kernel_serves, step_attention
-from ..config import BRANCHES
+from ..config import BRANCHES, CANDIDATES
 from ..errors import InvalidArgument
 from .batch import StepBatch
 from .dflash.layers import DraftLayer, RMSNorm, rope_frequencies
@@ -68,6 +68,11 @@ class MtpConfig:
     def branches(self) -> int:
         """Candidates per position at most that draft trees are made of."""
         return min(BRANCHES, self.vocab_size - 1)
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates per position at most from which a request that samples is drafted."""
+        return min(CANDIDATES, self.vocab_size - 1)
 
 
 class MtpDraft(nn.Module):
@@ -142,6 +147,12 @@ class MtpDraft(nn.Module):
     def branches(self) -> int:
         """Candidates per position at most that draft trees are made of."""
         known = self.config.branches
+        return known if self.vocabulary is None else min(known, len(self.vocabulary))
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates per position at most from which a request that samples is drafted."""
+        known = self.config.most_candidates
         return known if self.vocabulary is None else min(known, len(self.vocabulary))
 
     @property

@@ -188,6 +188,8 @@ plan_arrays! {
     start_known: bool,
     /// f32 `[R]`: sampling temperatures.
     temperatures: f32,
+    /// u64 `[R]`: seeds of the requests' draws.
+    seeds: u64,
     /// i32 `[R]`: the checkpoint whose state the row starts from, to be copied before the pass; -1: its own, or nothing at position 0; empty for
     /// a target without state.
     state_restore: i32,

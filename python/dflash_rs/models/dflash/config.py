@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...config import BRANCHES
+from ...config import BRANCHES, CANDIDATES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -55,6 +55,11 @@ class DraftConfig:
     def branches(self) -> int:
         """Candidates per position at most that draft trees are made of."""
         return min(BRANCHES, self.vocab_size - 1)
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates per position at most from which a request that samples is drafted."""
+        return min(CANDIDATES, self.vocab_size - 1)
 
     @property
     def feature_size(self) -> int:

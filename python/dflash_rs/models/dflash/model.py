@@ -123,6 +123,12 @@ class DFlashDraft(nn.Module):
         return known if self.vocabulary is None else min(known, len(self.vocabulary))
 
     @property
+    def most_candidates(self) -> int:
+        """Candidates per position at most from which a request that samples is drafted."""
+        known = self.config.most_candidates
+        return known if self.vocabulary is None else min(known, len(self.vocabulary))
+
+    @property
     def key_dims(self) -> tuple[int, ...]:
         """Widths of key heads."""
         return (self.config.head_dim,)
