@@ -82,6 +82,17 @@ DFLASH_HD float div(float a, float b) {
 #endif
 }
 
+// a * b + c for a product that has no more bits than a number holds: what add(mul(a, b), c) is, in one instruction.
+DFLASH_HD float add_product(float a, float b, float c) {
+#if DFLASH_ON_DEVICE
+    return __fmaf_rn(a, b, c);
+#else
+    // Where a GPU would round once less, tests are to notice.
+    if (double(a) * double(b) != double(a * b)) __builtin_trap();
+    return add(mul(a, b), c);
+#endif
+}
+
 // The larger one; what is not a number wins, as the one of positive sign.
 DFLASH_HD float larger(float a, float b) {
 #if DFLASH_ON_DEVICE
@@ -172,6 +183,15 @@ DFLASH_HD int32_t lowest_bit(uint32_t x) {
 #else
     return __builtin_ctz(x);
 #endif
+}
+
+// `x`, of which the compiler forgets how it came about: what few turns of a loop make of it is made there, and not ahead of the loop for all
+// of them, where it would take registers.
+DFLASH_HD int32_t seldom(int32_t x) {
+#if DFLASH_ON_DEVICE
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 DFLASH_HD int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }

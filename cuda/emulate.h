@@ -115,7 +115,7 @@ T exchange(const T& mine, uint32_t from) {
 
 // ---- CUDA's names -----------------------------------------------------------------------------------------------------
 
-static emulation::Index blockIdx, blockDim;
+static emulation::Index blockIdx, blockDim, gridDim;
 // A field that reads as the running fiber's index.
 struct EmulatedThread {
     struct {
@@ -250,6 +250,7 @@ void run(void (*kernel)(P), const P& params, const Launch& launch) {
         c->kernel(*c->params);
     };
     blockDim = {launch.block, 1, 1};
+    gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
     for (uint32_t z = 0; z < launch.grid[2]; ++z) {
         for (uint32_t y = 0; y < launch.grid[1]; ++y) {
             for (uint32_t x = 0; x < launch.grid[0]; ++x) {

@@ -423,14 +423,18 @@ void dflash_emulated_delta_rule(const DeltaRuleParams* p, int32_t key_dim) {
     emulation::run(kernel, *p, delta_rule_launch(*p));
 }
 
-void dflash_emulated_sample_f32(const SampleRowsParams* p) {
-    for (auto kernel : {sample_scan_f32, sample_mass_f32, sample_pick_f32}) emulation::run(kernel, *p, sample_chunk_launch(*p));
+// `parts`: chunks of a block, 1 .. SAMPLE_PARTS, as if there were few rows or many.
+void dflash_emulated_sample_f32(const SampleRowsParams* p, uint32_t parts) {
+    Launch launch = sample_chunk_launch(*p);
+    launch.grid[1] = uint32_t(ceil_div(ceil_div(p->vocab, SAMPLE_CHUNK), parts));
+    for (auto kernel : {sample_scan_f32, sample_mass_f32, sample_pick_f32}) emulation::run(kernel, *p, launch);
     emulation::run(sample_finish_f32, *p, sample_finish_launch(*p));
 }
 
-void dflash_emulated_sample_bf16(const SampleRowsParams* p) {
-    for (auto kernel : {sample_scan_bf16, sample_mass_bf16, sample_pick_bf16})
-        emulation::run(kernel, *p, sample_chunk_launch(*p));
+void dflash_emulated_sample_bf16(const SampleRowsParams* p, uint32_t parts) {
+    Launch launch = sample_chunk_launch(*p);
+    launch.grid[1] = uint32_t(ceil_div(ceil_div(p->vocab, SAMPLE_CHUNK), parts));
+    for (auto kernel : {sample_scan_bf16, sample_mass_bf16, sample_pick_bf16}) emulation::run(kernel, *p, launch);
     emulation::run(sample_finish_bf16, *p, sample_finish_launch(*p));
 }
 #endif

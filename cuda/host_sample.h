@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "logic_sample.cuh"
+#include "logic_tally.cuh"
 
 namespace host {
 
@@ -48,13 +48,14 @@ SampleChunk scan_chunk(const SampleRowsParams& p, const SampleScratch& scratch, 
                        const int32_t* path, const uint32_t* bits, int32_t first) {
     int32_t threads = busy<E>(p, first);
     std::vector<ThreadScan> scans(threads);
-    float top = -infinity(), raw_top = -infinity(), bound = -infinity();
+    float top = -infinity(), bound = -infinity();
+    uint32_t raw = 0;
     for (int32_t thread = 0; thread < threads; ++thread) {
         float x[SAMPLE_COLUMNS];
-        unpack(load_columns<E>(p, index, first, thread), x);
-        ThreadScan& s = scans[thread] = scan_thread<E>(p, scratch, row, index, path, bits, first, thread, x);
+        unpack(load_columns(p, row_logits<E>(p, index), first, thread), x);
+        ThreadScan& s = scans[thread] = thread_scan();
+        scan_thread<E>(p, row, ScanAsks(row.s), &scratch.maxima[scratch.block(index, 0)], &raw, path, bits, first, thread, x, s);
         top = larger(top, s.top);
-        raw_top = larger(raw_top, s.raw_top);
         bound = fmaxf(bound, best_bound(s));
     }
     uint32_t base = NO_COLUMN, id = NO_COLUMN;
@@ -74,7 +75,7 @@ SampleChunk scan_chunk(const SampleRowsParams& p, const SampleScratch& scratch, 
             Best now = draw;
             for (int32_t thread = threads - 1; thread >= 0; --thread) {
                 uint32_t groups = groups_above(scans[thread], least) & ~done[thread];
-                Best best = draw_groups<E>(p, row, index, path, bits, first, thread, groups, reached);
+                Best best = draw_groups(p, row, row_logits<E>(p, index), path, bits, first, thread, groups, reached);
                 now.offer(best.score, best.id);
                 done[thread] = groups;
             }
@@ -82,7 +83,7 @@ SampleChunk scan_chunk(const SampleRowsParams& p, const SampleScratch& scratch, 
             least = reached = draw.score;
         }
     }
-    return {0, top, id, raw_top, !(top < infinity()), draw.score, draw.id};
+    return {0, top, id, edits(row.s) ? value_of_key(raw) : top, !(top < infinity()), draw.score, draw.id};
 }
 
 ScanState merged(const SampleScratch& scratch, int32_t index) {
@@ -129,16 +130,33 @@ void sample_row(const SampleRowsParams& p, int32_t index) {
             int32_t first = chunk * SAMPLE_CHUNK;
             open.mark(p, first, bits);
             auto bins = std::make_unique<BlockBins>();
+            auto tally = std::make_unique<Tally<E>>();
+            int32_t start = tally_start(row, top), threads = busy<E>(p, first);
             uint64_t raw = 0;
-            for (int32_t thread = 0; thread < busy<E>(p, first); ++thread) {
+            uint32_t rest = uint32_t(min_of(SAMPLE_CHUNK, p.vocab - first));
+            for (int32_t thread = 0; thread < threads; ++thread) {
+                Columns<E> columns = load_columns(p, row_logits<E>(p, index), first, thread);
                 float x[SAMPLE_COLUMNS];
-                unpack(load_columns<E>(p, index, first, thread), x);
+                unpack(columns, x);
                 if (p.logprobs) raw += raw_mass(x, top.raw_top);
-                uint32_t rest = 0;
-                if (select) mass_thread<E>(p, row, top, path, bits.data(), first, thread, x, *bins, rest);
-                bins->counts[SAMPLE_BINS - 1] += rest;
+                if (!select) continue;
+                if constexpr (sizeof(E) == 2) {
+                    if (edits(row.s)) take_edited(p, row, index, top, path, bits.data(), first, thread, columns, *bins, rest);
+                    count_columns(columns, start, *tally);
+                } else {
+                    if (edits(row.s)) edit_columns<E>(p, row, path, bits.data(), first, thread, x);
+                    add_each(Weighing(row, top), x, *bins, rest);
+                }
             }
             scratch.chunks[int64_t(index) * scratch.num_chunks + chunk].mass = raw;
+            if (!select) continue;
+            if constexpr (sizeof(E) == 2) {
+                for (int32_t thread = 0; thread < SAMPLE_THREADS; ++thread) {
+                    add_counted(Weighing(row, top), *tally, start, thread, *bins, rest);
+                    if (tally->counts[0]) add_small(p, row, index, top, bits.data(), first, thread, start, *bins, rest);
+                }
+            }
+            if (row.s.top_k > 0) bins->counts[SAMPLE_BINS - 1] += rest;
             for (int32_t bin = 0; bin < SAMPLE_BINS; ++bin) {
                 scratch.counts[int64_t(index) * SAMPLE_BINS + bin] += bins->counts[bin];
                 scratch.masses[int64_t(index) * SAMPLE_BINS + bin] += bins->mass(bin);

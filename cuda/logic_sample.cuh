@@ -24,28 +24,35 @@ constexpr uint32_t NO_COLUMN = 0xffffffffu;
 
 // ---- arithmetic of src/verify/math.rs ---------------------------------------------------------------------------------
 
-// exp(x) for x <= 0; below -40 that of -40.
-DFLASH_HD float exp_nonpositive(float x) {
-    const float round = 12582912.0f;
-    x = x > -40.0f ? x : -40.0f;
-    float n = sub(add(mul(x, 1.44269504089f), round), round);
-    float r = sub(sub(x, mul(n, 0.6933594f)), mul(n, -2.1219444e-4f));
+// exp(x) * 2^SCALE for x between -40 and 0, an even SCALE.
+template <int32_t SCALE>
+DFLASH_HD float scaled_exp(float x) {
+    // As large as this a number has no fraction: adding rounds, and the lowest bits say to which integer.
+    const float round = 12582912.0f + float(SCALE);
+    float rounded = add(mul(x, 1.44269504089f), round);
+    float n = sub(rounded, round);
+    float r = sub(add_product(n, -0.6933594f, x), mul(n, -2.1219444e-4f));
     float p = 0.00139505f;
     p = add(mul(p, r), 0.008368896f);
     p = add(mul(p, r), 0.041666206f);
     p = add(mul(p, r), 0.16666518f);
     p = add(mul(p, r), 0.5f);
     float y = add(add(mul(mul(r, r), p), r), 1.0f);
-    uint32_t shift = bits_of(add(n, round)) - bits_of(round);
-    return float_of(bits_of(y) + (shift << 23));
+    // Of the bits of `rounded` the shift leaves n + SCALE.
+    return float_of(bits_of(y) + (bits_of(rounded) << 23));
 }
+
+// exp(x) for x <= 0; below -40 that of -40.
+DFLASH_HD float exp_nonpositive(float x) { return scaled_exp<0>(x > -40.0f ? x : -40.0f); }
 
 // round(exp(x) * 2^40), ties to even. On the host in integers, as the reference has it.
 DFLASH_HD uint64_t weight(float x) {
 #if DFLASH_ON_DEVICE
-    return __float2ull_rn(mul(exp_nonpositive(x), 1099511627776.0f)); // a power of two: exact
+    return __float2ull_rn(scaled_exp<40>(x > -40.0f ? x : -40.0f));
 #else
     uint32_t bits = bits_of(exp_nonpositive(x));
+    // Where a GPU would round another number, tests are to notice.
+    if (bits_of(scaled_exp<40>(x > -40.0f ? x : -40.0f)) != bits + (40u << 23)) __builtin_trap();
     int32_t exponent = int32_t(bits >> 23); // the value is positive and normal
     uint32_t mantissa = (bits & 0x7fffffu) | 0x800000u;
     int32_t up = exponent - 110;
@@ -352,12 +359,14 @@ DFLASH_HD void merge(ScanState& a, const ScanState& b) {
     a.bad |= b.bad;
 }
 
-// A bound that is met by no column is -inf, or NaN where a logit of -inf comes with the largest words: fmaxf drops it.
-DFLASH_HD float bound4(const float* t, const Words& words) {
-    float bound = -infinity();
+// What none of four columns scores more than, the largest logit among them given: as if it had the largest word. That is a fourth of the work of a
+// bound for each, and lets few more groups through, whose columns draw4 then looks at one by one. Of -inf and the largest words it
+// would be NaN: fmaxf drops it.
+DFLASH_HD float bound4(float largest, float scale, const Words& words) {
+    uint32_t word = words.w[0];
     DFLASH_UNROLL
-    for (int32_t i = 0; i < 4; ++i) bound = fmaxf(bound, gumbel_bound(t[i], words.w[i]));
-    return bound;
+    for (int32_t i = 1; i < 4; ++i) word = words.w[i] > word ? words.w[i] : word;
+    return fmaxf(-infinity(), gumbel_bound(mul(largest, scale), word));
 }
 
 // Offers the draw's scores of those of four columns that may reach `bar`, which somebody reached already. The likeliest first: what
@@ -435,17 +444,23 @@ DFLASH_HD void load_apart(const E* row, int32_t column, int32_t vocab, bool alig
     }
 }
 
-// The thread's columns, -inf beyond the vocabulary. Nothing is done with them yet: all loads are under way together.
 template <typename E>
-DFLASH_HD Columns<E> load_columns(const SampleRowsParams& p, int32_t row, int32_t first, int32_t thread) {
-    const E* logits = static_cast<const E*>(p.logits) + int64_t(row) * p.row_stride;
+DFLASH_HD const E* row_logits(const SampleRowsParams& p, int32_t row) {
+    return static_cast<const E*>(p.logits) + int64_t(row) * p.row_stride;
+}
+
+// The thread's columns of a row, -inf beyond the vocabulary. Nothing is done with them yet: all loads are under way together.
+template <typename E>
+DFLASH_HD Columns<E> load_columns(const SampleRowsParams& p, const E* logits, int32_t first, int32_t thread) {
     Columns<E> c;
     if (rows_aligned<E>(p, 16) && first + SAMPLE_CHUNK <= p.vocab) {
+        const E* at = logits + group_column<E>(first, thread, 0);
         DFLASH_UNROLL
         for (int32_t part = 0; part < SAMPLE_COLUMNS / WIDTH<E>; ++part)
-            load_words<4>(logits + group_column<E>(first, thread, part * WIDTH<E> / 4), c.w + 4 * part);
+            load_words<4>(at + group_column<E>(0, 0, part * WIDTH<E> / 4), c.w + 4 * part);
     } else {
         bool aligned = rows_aligned<E>(p, 4 * sizeof(E));
+        thread = seldom(thread);
         DFLASH_UNROLL
         for (int32_t part = 0; part < SAMPLE_COLUMNS / WIDTH<E>; ++part)
             load_apart(logits, group_column<E>(first, thread, part * WIDTH<E> / 4), p.vocab, aligned, c.w + 4 * part);
@@ -466,18 +481,25 @@ DFLASH_HD void unpack(const Columns<uint16_t>& c, float* x) {
     }
 }
 
-// The thread's raw logits to edited ones, in place. One after the other: there are few.
+// Which of the thread's columns are edited, a bit each.
 template <typename E>
-DFLASH_HD void edit_columns(const SampleRowsParams& p, const OpenRow& row, const int32_t* path, const uint32_t* bits,
-                            int32_t first, int32_t thread, float* x) {
+DFLASH_HD uint32_t edited_flags(const uint32_t* bits, int32_t thread) {
     uint32_t flags = 0;
+    thread = seldom(thread);
     DFLASH_UNROLL
     for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) {
         int32_t at = group_column<E>(0, thread, g);
         flags |= (bits[at / 32] >> (at % 32) & 15) << (4 * g);
     }
+    return flags;
+}
+
+// The thread's raw logits to edited ones, in place. One after the other: there are few.
+template <typename E>
+DFLASH_HD void edit_columns(const SampleRowsParams& p, const OpenRow& row, const int32_t* path, const uint32_t* bits,
+                            int32_t first, int32_t thread, float* x) {
     DFLASH_ROLLED
-    for (; flags != 0; flags &= flags - 1) {
+    for (uint32_t flags = edited_flags<E>(bits, thread); flags != 0; flags &= flags - 1) {
         int32_t mine = lowest_bit(flags), column = group_column<E>(first, thread, mine / 4) + mine % 4;
         if (column >= p.vocab) break;
         float raw = x[0];
@@ -501,43 +523,65 @@ DFLASH_HD void put_maximum(float* at, float x, int32_t thread) {
 #endif
 }
 
-// What a thread knows of its columns of a chunk.
+// The larger of what is there and the threads' keys. All lanes of a warp call it.
+DFLASH_HD void raise_key(uint32_t* at, uint32_t key, int32_t thread) {
+#if DFLASH_ON_DEVICE
+    key = __reduce_max_sync(0xffffffffu, key);
+    if (thread % 32 == 0) atomic_max(at, key);
+#else
+    (void)thread;
+    atomic_max(at, key);
+#endif
+}
+
+// What a thread knows of its columns.
 struct ThreadScan {
     float top;                   // largest logit after the edits; NaN if there is one
     uint32_t base;               // WIDTH columns from here on have it, those before do not
-    float raw_top;               // largest before
-    float bounds[SAMPLE_GROUPS]; // of what a group's columns can score; -inf where the scan does not draw
+    float bounds[SAMPLE_GROUPS]; // of what a group's columns of the last chunk can score, where the scan draws
 };
 
-// `x`: its logits. All lanes of a warp call it.
+DFLASH_HD ThreadScan thread_scan() { return {-infinity(), NO_COLUMN, {}}; }
+
+// What a row asks of the scan.
+struct ScanAsks {
+    bool edits, maxima;
+
+    DFLASH_HD explicit ScanAsks(const SamplingRow& s) : edits(dflash::edits(s)), maxima(selects(s) || has_floor(s)) {}
+
+    // is_plain.
+    DFLASH_HD bool draw(const SamplingRow& s) const { return !maxima && !is_greedy(s); }
+};
+
+// A chunk behind those before. `x`: its logits; `maxima`: of the row's 64-column blocks; `raw_top`: the key of the largest logit before the edits, if
+// the row has any, to which all threads add theirs. All lanes of a warp call it.
 template <typename E>
-DFLASH_HD ThreadScan scan_thread(const SampleRowsParams& p, const SampleScratch& scratch, const OpenRow& row, int32_t index,
-                                 const int32_t* path, const uint32_t* bits, int32_t first, int32_t thread, float* x) {
-    ThreadScan s;
-    bool edit = edits(row.s);
-    if (edit) {
-        s.raw_top = x[0];
+DFLASH_HD void scan_thread(const SampleRowsParams& p, const OpenRow& row, const ScanAsks& asks, float* maxima, uint32_t* raw_top,
+                           const int32_t* path, const uint32_t* bits, int32_t first, int32_t thread, float* x, ThreadScan& s) {
+    if (asks.edits) {
+        float largest = x[0];
         DFLASH_UNROLL
-        for (int32_t i = 1; i < SAMPLE_COLUMNS; ++i) s.raw_top = larger(s.raw_top, x[i]);
+        for (int32_t i = 1; i < SAMPLE_COLUMNS; ++i) largest = larger(largest, x[i]);
+        raise_key(raw_top, order_key(largest), thread);
         edit_columns<E>(p, row, path, bits, first, thread, x);
     }
-    s.top = -infinity();
-    s.base = NO_COLUMN;
-    bool filtered = selects(row.s) || has_floor(row.s);
+    float largest[SAMPLE_GROUPS];
     DFLASH_UNROLL
-    for (int32_t at = 0; at < SAMPLE_COLUMNS; at += WIDTH<E>) {
-        int32_t column = group_column<E>(first, thread, at / 4);
-        float largest = x[at];
-        DFLASH_UNROLL
-        for (int32_t i = 1; i < WIDTH<E>; ++i) largest = larger(largest, x[at + i]);
-        if (filtered) put_maximum<E>(&scratch.maxima[scratch.block(index, column)], largest, thread);
-        if (largest > s.top) s.base = uint32_t(column); // of a row with a NaN nobody asks
-        s.top = larger(s.top, largest);
+    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) {
+        const float* of = x + 4 * g;
+        largest[g] = larger(larger(of[0], of[1]), larger(of[2], of[3]));
     }
-    if (!edit) s.raw_top = s.top;
     DFLASH_UNROLL
-    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) s.bounds[g] = -infinity();
-    if (is_plain(row.s)) {
+    for (int32_t g = 0; g < SAMPLE_GROUPS; g += WIDTH<E> / 4) {
+        int32_t column = group_column<E>(first, thread, g);
+        float of_part = largest[g];
+        DFLASH_UNROLL
+        for (int32_t i = 1; i < WIDTH<E> / 4; ++i) of_part = larger(of_part, largest[g + i]);
+        if (asks.maxima) put_maximum<E>(maxima + column / SAMPLE_BLOCK, of_part, thread);
+        if (of_part > s.top) s.base = uint32_t(column); // of a row with a NaN nobody asks
+        s.top = larger(s.top, of_part);
+    }
+    if (asks.draw(row.s)) {
         Stream stream(row.s.seed, row.position, DOMAIN_DRAW);
         // Two at once: the registers of four would not do.
         DFLASH_UNROLL
@@ -547,15 +591,9 @@ DFLASH_HD ThreadScan scan_thread(const SampleRowsParams& p, const SampleScratch&
             for (int32_t i = 0; i < 2; ++i) words[i] = stream.counter(uint32_t(group_column<E>(first, thread, g + i)));
             philox4x32_10(words, stream.key0, stream.key1);
             DFLASH_UNROLL
-            for (int32_t i = 0; i < 2; ++i) {
-                float t[4];
-                DFLASH_UNROLL
-                for (int32_t k = 0; k < 4; ++k) t[k] = mul(x[4 * (g + i) + k], row.scale);
-                s.bounds[g + i] = bound4(t, words[i]);
-            }
+            for (int32_t i = 0; i < 2; ++i) s.bounds[g + i] = bound4(largest[g + i], row.scale, words[i]);
         }
     }
-    return s;
 }
 
 DFLASH_HD float best_bound(const ThreadScan& s) {
@@ -575,9 +613,8 @@ DFLASH_HD uint32_t groups_above(const ThreadScan& s, float bar) {
 
 // The exact draw among these groups of the thread.
 template <typename E>
-DFLASH_HD Best draw_groups(const SampleRowsParams& p, const OpenRow& row, int32_t index, const int32_t* path,
+DFLASH_HD Best draw_groups(const SampleRowsParams& p, const OpenRow& row, const E* logits, const int32_t* path,
                            const uint32_t* bits, int32_t first, int32_t thread, uint32_t groups, float bar) {
-    const E* logits = static_cast<const E*>(p.logits) + int64_t(index) * p.row_stride;
     Stream stream(row.s.seed, row.position, DOMAIN_DRAW);
     Best best = nothing();
     DFLASH_ROLLED
@@ -626,6 +663,9 @@ DFLASH_HD RowTop row_top(const OpenRow& row, const ScanState& all) {
     return r;
 }
 
+// Of a chunk without columns.
+DFLASH_HD SampleChunk chunk_start() { return {0, -infinity(), NO_COLUMN, -infinity(), 0, -infinity(), NO_COLUMN}; }
+
 DFLASH_HD ScanState scan_of(const SampleChunk& c) { return {{c.top, c.top_id}, {c.best, c.best_id}, c.raw_top, c.bad}; }
 
 // ---- mass -------------------------------------------------------------------------------------------------------------
@@ -668,37 +708,42 @@ DFLASH_HD uint64_t raw_mass(const float* x, float raw_top) {
     return mass;
 }
 
-// Adds the columns of the thread of a row with top-k or top-p to the block's bins and returns whether there was anything to add. Only
-// top-k needs counts, and only top-p masses. `rest` becomes the number of columns in the last bin, which only top-k counts.
-template <typename E>
-DFLASH_HD bool mass_thread(const SampleRowsParams& p, const OpenRow& row, const RowTop& top, const int32_t* path,
-                           const uint32_t* bits, int32_t first, int32_t thread, float* x, BlockBins& bins, uint32_t& rest) {
-    rest = 0;
-    bool nucleus = row.s.top_p < 1.0f, count = row.s.top_k > 0, any = false;
-    // Above the last bin, or whatever changes a sum.
-    if (edits(row.s)) edit_columns<E>(p, row, path, bits, first, thread, x);
-    float lightest = count ? float_of(0xc1ffbfffu) : NEGLIGIBLE;
-    DFLASH_UNROLL
-    for (int32_t g = 0; g < SAMPLE_GROUPS; ++g) {
-        int32_t column = group_column<E>(first, thread, g);
-        float* of = x + 4 * g;
-        if (count) rest += uint32_t(max_of(0, min_of(4, p.vocab - column)));
-        float largest = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
-        if (!(sub(mul(largest, row.scale), top.top) >= lightest)) continue;
-        any = true;
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < 4; ++i) {
-            float d = sub(mul(of[i], row.scale), top.top);
-            if (!(d >= lightest)) continue;
-            int32_t bin = bin_of(d);
-            if (count) {
-                atomic_add(&bins.counts[bin], 1u);
-                --rest;
-            }
-            if (nucleus && d >= NEGLIGIBLE) add_mass(bins, bin, weight(d));
+// What a row with top-k or top-p asks of its bins: only top-k needs counts, and only top-p masses.
+struct Weighing {
+    float scale, top;
+    float lightest; // d = t - top from there on goes into the bins: above the last bin, or whatever changes a sum
+    bool count, weigh;
+
+    DFLASH_HD Weighing(const OpenRow& row, const RowTop& top)
+        : scale(row.scale),
+          top(top.top),
+          lightest(row.s.top_k > 0 ? float_of(0xc1ffbfffu) : NEGLIGIBLE),
+          count(row.s.top_k > 0),
+          weigh(row.s.top_p < 1.0f) {}
+
+    DFLASH_HD float d(float x) const { return sub(mul(x, scale), top); }
+
+    // Adds `number` columns of one d to the block's bins. `rest` becomes less by those that top-k counts.
+    DFLASH_HD void add(float d, uint32_t number, BlockBins& bins, uint32_t& rest) const {
+        if (!(d >= lightest)) return;
+        int32_t bin = bin_of(d);
+        if (count) {
+            atomic_add(&bins.counts[bin], number);
+            rest -= number;
         }
+        if (weigh && d >= NEGLIGIBLE) add_mass(bins, bin, number * weight(d));
     }
-    return any;
+};
+
+// Adds the thread's columns, one by one.
+DFLASH_HD void add_each(const Weighing& w, const float* x, BlockBins& bins, uint32_t& rest) {
+    DFLASH_UNROLL
+    for (int32_t at = 0; at < SAMPLE_COLUMNS; at += 4) {
+        float largest = fmaxf(fmaxf(x[at], x[at + 1]), fmaxf(x[at + 2], x[at + 3]));
+        if (!(w.d(largest) >= w.lightest)) continue;
+        DFLASH_UNROLL
+        for (int32_t i = 0; i < 4; ++i) w.add(w.d(x[at + i]), 1, bins, rest);
+    }
 }
 
 // ---- where the prefix ends ----------------------------------------------------------------------------------------------

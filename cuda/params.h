@@ -326,8 +326,12 @@ struct DeltaRuleParams {
 // ---------------------------------------------------------------------------------------------------------------------
 // Geometry. The Rust side repeats these formulae; the tests compare.
 
-// Columns that one block of sample_scan, sample_mass and sample_pick looks at.
+// Columns of a chunk.
 #define SAMPLE_CHUNK 4096
+// So many chunks at most belong to a block of sample_scan, sample_mass and sample_pick,
+#define SAMPLE_PARTS 8
+// and more than one only where that leaves so many blocks.
+#define SAMPLE_FILLED 2048
 // Width of the skip list's blocks.
 #define SAMPLE_BLOCK 64
 // Bins of the coarse histogram over (t - top).
@@ -385,16 +389,18 @@ DFLASH_GEOMETRY Launch block_attention_combine_launch(const BlockAttentionParams
     return {{blocks, 1, 1}, 128, 0};
 }
 
-// sample_scan, sample_mass, sample_pick: x = row, y = chunk of columns.
+// sample_scan, sample_mass, sample_pick: x = row; of its chunks a block has number y and those a multiple of the grid's y behind it.
 DFLASH_GEOMETRY Launch sample_chunk_launch(const SampleRowsParams& p) {
-    return {{uint32_t(p.num_rows), uint32_t(ceil_div(p.vocab, SAMPLE_CHUNK)), 1}, 256, 0};
+    int64_t chunks = ceil_div(p.vocab, SAMPLE_CHUNK), parts = p.num_rows * chunks / SAMPLE_FILLED;
+    parts = parts < 1 ? 1 : parts > SAMPLE_PARTS ? SAMPLE_PARTS : parts;
+    return {{uint32_t(p.num_rows), uint32_t(ceil_div(chunks, parts)), 1}, 256, 0};
 }
 // sample_finish: a block per row.
 DFLASH_GEOMETRY Launch sample_finish_launch(const SampleRowsParams& p) {
     return {{p.vocab > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 256, 0};
 }
 
-// One per row and chunk.
+// One per row and chunk; that of a block's first chunk is of all of them.
 struct SampleChunk {
     uint64_t mass;    // of the raw row, units of 2^-40 of its likeliest token
     float top;        // largest logit after the edits

@@ -41,6 +41,10 @@ TENSOR_CLOCKS = 8
 SPLIT_KEYS, ROWS, BLOCK_WARPS = 512, 64, 4
 # Columns of a state in a block of delta_rule.
 DELTA_COLUMNS = 64
+# Columns of a chunk, and chunks of a block where rows are many (params.h); turns in which a block's threads look at four counters of
+# sample_mass each (logic_tally.cuh).
+CHUNK, PARTS = 4096, 8
+TURNS = 24 * 256 // (4 * 256)
 
 
 @dataclass(frozen=True)
@@ -77,30 +81,46 @@ def _attention(dim: int) -> Walk:
 
 
 # What few rows ask for, and columns that cannot be loaded at once.
-RARE = "edit4:|edit_columns:|edited:|open_path:|open_row:|mark_tokens:|mark_edits:|load_apart:|raw_mass:"
+RARE = "edit4:|edit_columns:|edited:|open_path:|open_row:|mark_shared:|mark_tokens:|mark_edits:|load_apart:|raw_mass:|take_edited:|add_small:"
+AGAIN = "_again"  # the end of a walk's name: another chunk of the block
 
 
 def _scan(kind: str, load: str) -> list[Walk]:
-    """All are the first warp's, which merges what all have found."""
-    kernel, unit = f"sample_scan_{kind}", "16_columns"
-    read = f"load_words:{load}|merge_tops:REDUX|raw_of:LDG"
+    """All are the first warp's, which merges what all have found: a block with its first chunk, and each of its other chunks."""
+    kernel, read = f"sample_scan_{kind}", f"load_words:{load}|merge_tops:REDUX|raw_of:LDG"
     maxima, draw, exact = "put_maximum:", "philox4x32_10:", "gumbel_of_word:"
+    ways = {
+        "greedy": (read, f"{RARE}|{maxima}|{draw}|{exact}"),
+        "filtered": (f"{read}|put_maximum:SHFL", f"{RARE}|{draw}|{exact}"),
+        "draw_none_computed": (f"{read}|bound4:", f"{RARE}|{maxima}|draw4:|{exact}"),
+        "draw_one_computed": (f"{read}|bound4:|{exact}", f"{RARE}|{maxima}"),
+    }
     return [
-        Walk(kernel, "greedy", unit, read, f"{RARE}|{maxima}|{draw}|{exact}"),
-        Walk(kernel, "filtered", unit, f"{read}|put_maximum:SHFL", f"{RARE}|{draw}|{exact}"),
-        Walk(kernel, "draw_none_computed", unit, f"{read}|bound4:", f"{RARE}|{maxima}|draw4:|{exact}"),
-        Walk(kernel, "draw_one_computed", unit, f"{read}|bound4:|{exact}", f"{RARE}|{maxima}"),
+        walk
+        for name, (wanted, unwanted) in ways.items()
+        for walk in (
+            Walk(kernel, name, "block", wanted, unwanted),
+            Walk(kernel, f"{name}{AGAIN}", "16_columns", wanted, unwanted, loop="scan_thread:FMNMX"),
+        )
     ]
 
 
-def _filters(kind: str, load: str) -> list[Walk]:
-    """The first warp's, too; other than the row's last block, which finds the edge."""
-    unit, start = "16_columns", "top_of_chunks:"
-    read = f"{start}|load_words:{load}|mass_thread:FMNMX|is_last:BAR"
+def _filters(load: str) -> list[Walk]:
+    """The first warp's, too, of bfloat16 logits; of a block other than the row's last, which finds the edge.
+
+    A block of sample_mass counts the columns of one chunk after the other, and then goes through its counters: of four either none has
+    counted anything, or each has, and goes into a bin for top-k and top-p both. `block` has one turn of each loop.
+    """
+    mass, pick, block = "sample_mass_bf16", "sample_pick_bf16", "top_of_chunks:"
+    chunk, counters, heavy = f"load_words:{load}|count_columns:ATOMS", r"load_words:LDS\.128", "add_counted:ATOMS"
+    none, all_ = f"{RARE}|find_edge:|add_columns:|flush:RED", f"{RARE}|find_edge:"
     return [
-        Walk(f"sample_mass_{kind}", "top_p_none_weighs", unit, read, f"{RARE}|add_mass:|flush:|find_edge:"),
-        Walk(f"sample_mass_{kind}", "top_p_all_weigh", unit, f"{read}|add_mass:|flush:", f"{RARE}|find_edge:"),
-        Walk(f"sample_pick_{kind}", "nothing_drawn", unit, f"{start}|is_seen:", f"{RARE}|pick4:"),
+        Walk(mass, "block_none_weigh", "block", f"{block}|{chunk}|{counters}|is_last:BAR", none),
+        Walk(mass, "block_all_weigh", "block", f"{block}|{chunk}|{counters}|{heavy}|flush:|is_last:BAR", all_),
+        Walk(mass, f"chunk{AGAIN}", "16_columns", chunk, RARE, loop="count_columns:ATOMS"),
+        Walk(mass, "counters_none_weigh", "4_counters", counters, none, loop=counters),
+        Walk(mass, "counters_all_weigh", "4_counters", f"{counters}|{heavy}", all_, loop=counters),
+        Walk(pick, "nothing_drawn", "block", f"{block}|is_seen:", f"{RARE}|pick4:"),
     ]
 
 
@@ -113,7 +133,7 @@ WALKS = [
     *map(_attention, (64, 128, 256)),
     *_scan("bf16", r"LDG\.E\.128"),
     *_scan("f32", r"LDG\.E\.128"),
-    *_filters("bf16", r"LDG\.E\.128"),
+    *_filters(r"LDG\.E\.128"),
     *map(_delta, (32, 64, 96, 128, 192, 256)),
 ]
 
@@ -248,11 +268,20 @@ def attention(requests: int, context: int, kv_heads: int, group: int, block: int
     return Shape(name, [(f"block_attention_{dim}", "full_tile", blocks, SPLIT_KEYS // keys)], must, must + partials)
 
 
-def sampling(name: str, walks: list[tuple[str, str, bool]], rows: int, vocab: int) -> Shape:
-    """Walks as (stage, walk, whether it reads the logits)."""
-    blocks, must = rows * ceil(vocab / 4096), rows * vocab * 2
-    stages = [(f"sample_{stage}_bf16", walk, blocks, 1) for stage, walk, _ in walks]
-    return Shape(f"sampling {name}, {rows} rows of {vocab}", stages, must, must * sum(reads for *_, reads in walks))
+def drawing(name: str, scan: str, rows: int, vocab: int, weigh: str = "") -> Shape:
+    """Rows that the scan draws alone, or with top-p: then logits are read twice, and `weigh` says whose walks those of sample_mass are."""
+    must, chunks = rows * vocab * 2, ceil(vocab / CHUNK)
+    blocks = rows * ceil(chunks / PARTS)
+    again = rows * chunks - blocks  # chunks that are not their block's first
+    stages = [("sample_scan_bf16", scan, blocks, 1), ("sample_scan_bf16", f"{scan}{AGAIN}", again, 1)]
+    if weigh:
+        stages += [
+            ("sample_mass_bf16", f"block_{weigh}", blocks, 1),
+            ("sample_mass_bf16", f"chunk{AGAIN}", again, 1),
+            ("sample_mass_bf16", f"counters_{weigh}", blocks, TURNS - 1),
+            ("sample_pick_bf16", "nothing_drawn", blocks, 1),
+        ]
+    return Shape(f"sampling {name}, {rows} rows of {vocab}", stages, must, must * (2 if weigh else 1))
 
 
 def delta(requests: int, heads: int, folded: int, block: int, dim: int = 128) -> Shape:
@@ -267,21 +296,11 @@ def shapes() -> list[Shape]:
     rows, vocab = 1024, 151936
     return [
         *(attention(requests, 8192, 8, group, 16) for group in (4, 8) for requests in (64, 1)),
-        sampling("greedy", [("scan", "greedy", True)], rows, vocab),
-        sampling("at a temperature, no warp computes", [("scan", "draw_none_computed", True)], rows, vocab),
-        sampling("at a temperature, every warp computes once", [("scan", "draw_one_computed", True)], rows, vocab),
-        sampling(
-            "with top-p, light columns",
-            [("scan", "filtered", True), ("mass", "top_p_none_weighs", True), ("pick", "nothing_drawn", False)],
-            rows,
-            vocab,
-        ),
-        sampling(
-            "with top-p, all columns weigh",
-            [("scan", "filtered", True), ("mass", "top_p_all_weigh", True), ("pick", "nothing_drawn", False)],
-            rows,
-            vocab,
-        ),
+        drawing("greedy", "greedy", rows, vocab),
+        drawing("at a temperature, no warp computes", "draw_none_computed", rows, vocab),
+        drawing("at a temperature, every warp computes once", "draw_one_computed", rows, vocab),
+        drawing("with top-p, light columns", "filtered", rows, vocab, weigh="none_weigh"),
+        drawing("with top-p, all columns weigh", "filtered", rows, vocab, weigh="all_weigh"),
         *(delta(requests, 32, 4, 16) for requests in (64, 1)),
     ]
 

@@ -8,20 +8,23 @@ use dflash_rs::types::TokenId;
 use dflash_rs::verify::{History, Sampler, Sampling};
 
 use super::numbers::{Numbers, address, address_mut, share};
+use crate::verify::math::{NEGLIGIBLE, weight};
 
 unsafe extern "C" {
     fn dflash_host_sample_f32(p: *const SampleRowsParams);
     fn dflash_host_sample_bf16(p: *const SampleRowsParams);
-    fn dflash_emulated_sample_f32(p: *const SampleRowsParams);
-    fn dflash_emulated_sample_bf16(p: *const SampleRowsParams);
+    fn dflash_emulated_sample_f32(p: *const SampleRowsParams, parts: u32);
+    fn dflash_emulated_sample_bf16(p: *const SampleRowsParams, parts: u32);
     fn dflash_host_scratch(p: *const SampleRowsParams, out: *mut u64);
     fn dflash_host_sum_of_masses(masses: *const u64, count: u32) -> u64;
     fn dflash_host_bins(d: *const f32, count: u32, out: *mut i32);
     fn dflash_geometry_sample_scratch(rows: i64, vocab: i64) -> u64;
 }
 
-/// Columns that a block of the scan takes.
+/// Columns of a chunk.
 const CHUNK: usize = 4096;
+/// Chunks that a block takes at most.
+const PARTS: usize = 8;
 
 /// Of wide rows now and then the last column of a chunk, or the first of the next.
 fn column(numbers: &mut Numbers, vocab: usize) -> usize {
@@ -40,8 +43,25 @@ fn normal(numbers: &mut Numbers) -> f32 {
     (0..6).map(|_| numbers.unit() - 0.5).sum::<f64>() as f32 * 1.4
 }
 
-/// Logits of several kinds: spread, flat, full of ties, with forbidden columns, broken.
+/// Numbers of either sign below 2^`to`, as likely between two powers of two as between the next two, and zeros.
+fn magnitudes(numbers: &mut Numbers, vocab: usize, to: i32) -> Vec<f32> {
+    let octaves = numbers.pick(&[2, 30, 200]);
+    let zeros = numbers.pick(&[0.0, 0.01, 0.9]);
+    (0..vocab)
+        .map(|_| {
+            let sign = numbers.pick(&[-1.0, 1.0]);
+            let size = (numbers.unit() + 1.0) * 2f64.powi(to - 1 - numbers.below(octaves) as i32);
+            (sign * if numbers.chance(zeros) { 0.0 } else { size }) as f32
+        })
+        .collect()
+}
+
+/// Logits of several kinds: spread, flat, full of ties, near to zero, with forbidden columns, broken.
 fn logits(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
+    if numbers.chance(0.2) {
+        let to = numbers.pick(&[-100, -8, 2, 4, 5, 60, 127]);
+        return magnitudes(numbers, vocab, to);
+    }
     let flat = vocab > CHUNK && numbers.chance(0.3);
     let spread = if flat {
         0.01
@@ -226,8 +246,8 @@ fn compare(numbers: &mut Numbers, vocab: usize, bf16: bool, emulated: bool) -> u
         match (bf16, emulated) {
             (false, false) => dflash_host_sample_f32(&raw const params),
             (true, false) => dflash_host_sample_bf16(&raw const params),
-            (false, true) => dflash_emulated_sample_f32(&raw const params),
-            (true, true) => dflash_emulated_sample_bf16(&raw const params),
+            (false, true) => dflash_emulated_sample_f32(&raw const params, numbers.within(1, PARTS) as u32),
+            (true, true) => dflash_emulated_sample_bf16(&raw const params, numbers.within(1, PARTS) as u32),
         }
     }
     let mut sampler = Sampler::new();
@@ -307,9 +327,156 @@ fn the_kernels_themselves_draw_the_token_of_the_reference() {
     let mut numbers = Numbers(106);
     let mut rows = 0;
     while rows < share(60) {
-        let vocab = numbers.pick(&[1, 65, 300, 4097, 8200]);
+        let vocab = numbers.pick(&[1, 65, 300, 4097, 8200, 20_011]);
         let bf16 = numbers.chance(0.5);
         rows += compare(&mut numbers, vocab, bf16, true);
+    }
+}
+
+/// The token of one row at position 1, its logits in bfloat16 or float32, drawn by the kernels with so many chunks to a block or by their functions
+/// alone, and counts and masses of its bins.
+fn draw(row: &[f32], bf16: bool, s: &Sampling, emulated: Option<u32>) -> (i64, Vec<u32>, Vec<u64>) {
+    let halves: Vec<u16> = row.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+    let mut packed = SamplingArrays::default();
+    packed.push(s, &History::new(&[]));
+    let (mut tokens, mut status) = ([-9i64], [-9i32]);
+    // SAFETY: plain numbers.
+    let bytes = unsafe { dflash_geometry_sample_scratch(1, row.len() as i64) };
+    let mut scratch = vec![0xdede_dede_dede_dedeu64; bytes.div_ceil(8) as usize];
+    let params = SampleRowsParams {
+        logits: if bf16 { address(&halves) } else { address(row) },
+        sampling: address(&packed.rows),
+        query_starts: address(&[0i32, 1]),
+        token_ids: address(&[0i64]),
+        positions: address(&[0i64]),
+        bias_tokens: address(&packed.bias_tokens),
+        bias_values: address(&packed.bias_values),
+        tokens: address_mut(&mut tokens),
+        status: address_mut(&mut status),
+        scratch: address_mut(&mut scratch),
+        row_stride: row.len() as i64,
+        num_rows: 1,
+        num_requests: 1,
+        vocab: row.len() as i32,
+        ..SampleRowsParams::default()
+    };
+    let mut at = [0; 8];
+    // SAFETY: the arrays outlive the calls and have the lengths that params.h asks for; eight results.
+    unsafe {
+        match (bf16, emulated) {
+            (false, None) => dflash_host_sample_f32(&raw const params),
+            (true, None) => dflash_host_sample_bf16(&raw const params),
+            (false, Some(parts)) => dflash_emulated_sample_f32(&raw const params, parts),
+            (true, Some(parts)) => dflash_emulated_sample_bf16(&raw const params, parts),
+        }
+        dflash_host_scratch(&raw const params, at.as_mut_ptr());
+    }
+    assert_eq!(status, [0], "{s:?}");
+    let [_, masses, _, counts, ..] = at.map(|at| at as usize / 8);
+    let counts = scratch[counts..][..512]
+        .iter()
+        .flat_map(|&x| [x as u32, (x >> 32) as u32]);
+    (tokens[0], counts.collect(), scratch[masses..][..1024].to_vec())
+}
+
+#[test]
+fn a_block_draws_from_all_of_its_chunks() {
+    let mut numbers = Numbers(29);
+    let mut sampler = Sampler::new();
+    for _ in 0..share(60) {
+        let vocab = numbers.pick(&[8192, 12_289, 20_011]);
+        let spread = numbers.pick(&[0.01, 1.0, 3.0]);
+        let mut row: Vec<f32> = (0..vocab)
+            .map(|_| f32::from_bits((normal(&mut numbers) * spread).to_bits() & 0xffff_0000))
+            .collect();
+        let mut s = Sampling {
+            seed: numbers.next(),
+            temperature: numbers.pick(&[0.7, 1.0]),
+            ..Sampling::default()
+        };
+        // Now and then all that is kept lies in one chunk, though more often than not another column would win.
+        if numbers.chance(0.3) {
+            row[numbers.below(vocab)] = 4.0 * spread;
+            s.min_p = 0.5;
+        }
+        let (bf16, parts) = (numbers.chance(0.5), numbers.within(1, PARTS) as u32);
+        let expected = sampler.draw_row(&row, &s, &History::new(&[]), &[], 1).unwrap();
+        assert_eq!(
+            draw(&row, bf16, &s, Some(parts)).0,
+            i64::from(expected.0),
+            "{parts} chunks, {s:?}"
+        );
+    }
+}
+
+#[test]
+fn the_last_column_above_the_last_bin_is_counted_where_it_belongs() {
+    let border = f32::from_bits(0xc1ff_bfff);
+    // A logit in bfloat16, and a temperature that makes it that.
+    let (x, temperature) = (129..256)
+        .map(|i| -0.25 * i as f32)
+        .flat_map(|x| (0..9).map(move |i| (x, f32::from_bits((x / border).to_bits() - 4 + i))))
+        .find(|&(x, t)| x * (1.0 / t) == border)
+        .unwrap();
+    let s = Sampling {
+        temperature,
+        top_k: 2,
+        ..Sampling::default()
+    };
+    let row = [0.0, x - 1.0, -100.0, -100.0, x, f32::NEG_INFINITY]; // the largest of its four
+    for bf16 in [false, true] {
+        let (_, counts, _) = draw(&row, bf16, &s, None);
+        assert_eq!((counts[0], counts[1022], counts[1023]), (1, 1, 4), "{bf16}");
+    }
+}
+
+#[test]
+fn bins_hold_every_column_whatever_the_magnitude_of_its_logit() {
+    let mut numbers = Numbers(23);
+    for case in 0..share(400) {
+        let vocab = numbers.pick(&[1, 300, 4100, 9000]);
+        let temperature = numbers.pick(&[1e-30f32, 1e-3, 0.3, 1.0, 7.0, 1e4, 1e30, 1e38]);
+        let to = numbers.pick(&[-20, -4, 0, 3, 5]);
+        let mut row = magnitudes(&mut numbers, vocab, to);
+        for x in &mut row {
+            let tempered = (*x * temperature).clamp(-2.5e38, 2.5e38);
+            *x = f32::from_bits(tempered.to_bits() & 0xffff_0000);
+        }
+        let mut s = Sampling {
+            temperature,
+            top_k: numbers.pick(&[0, 50]),
+            top_p: 0.9,
+            ..Sampling::default()
+        };
+        if s.top_k > 0 && numbers.chance(0.5) {
+            s.top_p = 1.0;
+        }
+        if numbers.chance(0.5) {
+            s.logit_bias = columns(&mut numbers, vocab)
+                .into_iter()
+                .map(|id| (TokenId(id as u32), temperature * 0.3))
+                .collect();
+        }
+        let emulated = (case % 20 == 0).then(|| numbers.within(1, PARTS) as u32);
+        let (_, got_counts, got_masses) = draw(&row, true, &s, emulated);
+        for &(id, bias) in &s.logit_bias {
+            row[id.0 as usize] += bias;
+        }
+        let scale = 1.0 / temperature;
+        let top = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)) * scale;
+        let (mut counts, mut masses) = (vec![0; 1024], vec![0; 1024]);
+        for x in row {
+            let d = x * scale - top;
+            let bin = (f64::from(d) * -32.0).floor().min(1023.0) as usize;
+            counts[bin] += u32::from(s.top_k > 0);
+            if s.top_p < 1.0 && d >= NEGLIGIBLE {
+                masses[bin] += weight(d);
+            }
+        }
+        assert!(
+            got_counts == counts && got_masses == masses,
+            "{vocab} columns below 2^{to}, emulated {emulated:?}, {s:?}"
+        );
     }
 }
 

@@ -266,6 +266,26 @@ def test_sampled_tokens_are_the_cores(gpu, rng, vocab, dtype, name):
     assert out.status.tolist() == [0] * batch.tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_draw_alone_what_they_draw_among_many(gpu, rng, dtype):
+    """Of many rows a block takes several chunks, one after the other."""
+    vocab, n, copies = 20_011, len(SAMPLINGS), 110
+    history = {"history": {3: 1, 5000: 2, 20_010: 0}}
+    seeds = [int(x) for x in rng.integers(0, 2**62, n)]
+    sampling = cuda.sampling_rows([o | history | {"seed": s} for o, s in zip(SAMPLINGS.values(), seeds)], gpu)
+    logits = (torch.randn(n, vocab) * 3).to(dtype).to(gpu)
+    starts, ids, positions = to(
+        gpu, np.arange(n + 1, dtype=np.int32), rng.integers(0, vocab, n), rng.integers(0, 300, n)
+    )
+    batch = {"query_starts": starts, "token_ids": ids, "positions": positions, "logprobs": True}
+    alone = cuda.sample_rows(logits, sampling, **batch)
+    rows = torch.arange(n, dtype=torch.int32, device=gpu).repeat(copies)
+    many = cuda.sample_rows(logits.repeat(copies, 1), sampling, row_tokens=rows, **batch)
+    assert alone.status.tolist() == [0] * n
+    assert torch.equal(many.tokens, alone.tokens.repeat(copies))
+    assert torch.equal(many.logprobs, alone.logprobs.repeat(copies))
+
+
 def test_rows_that_cannot_be_drawn_say_so(gpu):
     logits = torch.zeros(5, 1000, device=gpu)
     logits[1, 999] = float("nan")

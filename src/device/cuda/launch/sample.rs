@@ -17,6 +17,9 @@ static SAMPLE: [[Kernel; 2]; 4] = [
 
 const MAX_VOCAB: usize = 1 << 20;
 const CHUNK: u64 = 4096;
+/// Chunks of a block at most; more than one only where so many blocks are left.
+const PARTS: u64 = 8;
+const FILLED: u64 = 2048;
 const BLOCK: u64 = 64;
 const BINS: u64 = 1024;
 const CANDIDATES: u64 = 2048;
@@ -126,10 +129,11 @@ pub fn scratch_bytes(rows: u64, vocab: u64) -> u64 {
 }
 
 impl SampleRowsParams {
-    /// `sample_scan`, `sample_mass`, `sample_pick`: row, chunk of columns.
+    /// `sample_scan`, `sample_mass`, `sample_pick`: row, up to `PARTS` chunks of columns.
     pub fn chunk_launch(&self) -> Launch {
-        let chunks = (self.vocab as u64).div_ceil(CHUNK) as u32;
-        geometry([self.num_rows as u32, chunks, 1], 256, 0)
+        let chunks = (self.vocab as u64).div_ceil(CHUNK);
+        let parts = (self.num_rows as u64 * chunks / FILLED).clamp(1, PARTS);
+        geometry([self.num_rows as u32, chunks.div_ceil(parts) as u32, 1], 256, 0)
     }
 
     /// `sample_finish`: a block per row.
