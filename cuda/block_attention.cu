@@ -1,9 +1,9 @@
-// block_attention, block_attention_combine: see params.h for the contract and logic_attention.cuh for the pieces.
+// block_attention, block_attention_combine: see params.h for the contract, logic_attention.cuh and logic_merge.cuh for the pieces.
 //
 // A block has 64 rows of queries and a range of keys. Keys and values stream through two stages of shared memory (cp.async), 64
 // keys at a time (32 for heads of 256); four warps multiply on tensor cores (mma m16n8k16), each sixteen rows. Tensor core
 // instructions of sm_80, so one source serves sm_80 to sm_120; shared memory stays below the 99 KiB of the smallest.
-#include "logic_attention.cuh"
+#include "logic_merge.cuh"
 
 namespace dflash {
 namespace {
@@ -15,6 +15,20 @@ template <int N>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+#if DFLASH_CLUSTERS
+// What the blocks of a cluster have left becomes one part, each block merging some of the rows. Blocks that had nothing to do are gone:
+// barriers of a cluster count only threads that are there, and nobody reads what those would have left.
+template <int D>
+__device__ void merge(const BlockAttentionParams& p, const AttentionTile& t, int32_t thread, const LeftPart<D>& left) {
+    int32_t blocks = splits_of_group(t), rank = t.split % ATTENTION_MERGED;
+    DeviceCluster cluster = {left.start};
+    DeviceCluster::meet();
+    for (int32_t row = thread / 32 * blocks + rank; row < t.num_queries * t.group; row += ATTENTION_THREADS / 32 * blocks)
+        merge_row<D>(p, t, cluster, row, thread % 32);
+    DeviceCluster::meet(); // none leaves before all have read
+}
+#endif
 
 template <int D>
 __device__ void attend(const BlockAttentionParams& p) {
@@ -64,7 +78,13 @@ __device__ void attend(const BlockAttentionParams& p) {
         if (!EARLY && thread < KEYS) places[now * KEYS + thread] = key_place(p, t, source);
         __syncthreads();
     }
-    if (busy) warp_write(p, t, warp, state);
+    // In place of queries and stages: all are read, and no copy is under way.
+    LeftPart<D> left = {reinterpret_cast<float*>(dynamic_shared)};
+    static_assert(4 * LeftPart<D>::FLOATS <= 2 * D * (ATTENTION_ROWS + 4 * KEYS), "room for it");
+    if (busy) warp_write(p, t, warp, state, left);
+#if DFLASH_CLUSTERS
+    if (p.clusters && t.splits > 1) merge<D>(p, t, thread, left);
+#endif
 }
 
 template <int D>

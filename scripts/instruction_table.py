@@ -7,11 +7,11 @@ nothing but this model; no GPU had a part in them:
   scheduler, as it waits for its own results: it is taken to issue in ISSUED_PER_WARP of the clocks, several warps in as many times that,
   until every clock is used. That figure is an assumption; the column "full" is what would be possible without it.
 - An mma.m16n8k16 keeps a scheduler's tensor core busy for TENSOR_CLOCKS clocks.
-- Memory moves HBM_BYTES per second. What attention's splits write and read again (float32 partial results) moves, too; K and V are
-  taken to come from memory once, whoever reads them again finding them in the second-level cache.
+- Memory moves HBM_BYTES per second. What attention's clusters write and read again (float32 partial results of MERGED splits each)
+  moves, too; K and V are taken to come from memory once, whoever reads them again finding them in the second-level cache.
 - Blocks are dealt out evenly, whole ones: the multiprocessor with the most of them decides. Of sampling's blocks all warps are taken to
   do what the first does. Left out are launches, waiting for memory, the opening and the end of attention's and the delta rule's blocks
-  (what they fetch to shared memory among it), and kernels before and behind these (attention's combining one, sampling's finishing one,
+  (what they fetch to shared memory among it, and what a cluster merges), multiprocessors that no whole cluster fits on, and kernels before and behind these (attention's combining one, sampling's finishing one,
   the delta rule's inputs), so all shares are upper bounds.
 - The time is the longest of the three; the share is (bytes that must move once) / (time x HBM_BYTES).
 """
@@ -37,8 +37,8 @@ MULTIPROCESSORS, CLOCK, HBM_BYTES = 132, 1.83e9, 3.35e12
 SCHEDULERS, WARPS, REGISTERS, SHARED = 4, 64, 65536, 228 * 1024
 ISSUED_PER_WARP = 0.275
 TENSOR_CLOCKS = 8
-# Keys of a split (dflash_rs.cuda.SPLIT_KEYS), rows of queries in a block, warps of a block.
-SPLIT_KEYS, ROWS, BLOCK_WARPS = 512, 64, 4
+# Keys of a split (dflash_rs.cuda.SPLIT_KEYS), splits that a cluster merges, rows of queries in a block, warps of a block.
+SPLIT_KEYS, MERGED, ROWS, BLOCK_WARPS = 512, 8, 64, 4
 # Columns of a state in a block of delta_rule.
 DELTA_COLUMNS = 64
 
@@ -242,7 +242,8 @@ def attention(requests: int, context: int, kv_heads: int, group: int, block: int
     keys, own = 32 if dim > 128 else 64, context + block
     tiles_of_queries, splits = ceil(block * group / ROWS), ceil(own / SPLIT_KEYS)
     must = requests * kv_heads * dim * 2 * (2 * own + 2 * block * group)
-    partials = splits * requests * block * kv_heads * group * (dim + 2) * 4 * 2 if splits > 1 else 0
+    parts = ceil(splits / MERGED)
+    partials = parts * requests * block * kv_heads * group * (dim + 2) * 4 * 2 if parts > 1 else 0
     blocks = requests * kv_heads * tiles_of_queries * splits
     name = f"attention batch {requests}, context {context}, {kv_heads} KV heads x {group}, block {block}"
     return Shape(name, [(f"block_attention_{dim}", "full_tile", blocks, SPLIT_KEYS // keys)], must, must + partials)

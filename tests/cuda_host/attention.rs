@@ -37,6 +37,8 @@ struct Case {
     ancestors: Vec<u64>,
     split_keys: usize,
     num_splits: usize,
+    /// Whether groups of splits are merged on the chip.
+    clusters: bool,
     softcap: f32,
     /// None, or one per query head.
     sinks: Vec<f32>,
@@ -124,6 +126,7 @@ impl Case {
             } else {
                 vec![]
             },
+            clusters: numbers.chance(0.5),
         }
     }
 
@@ -163,6 +166,7 @@ impl Case {
             window: self.window as i32,
             scale: (self.dim as f32).powf(-0.5),
             softcap: self.softcap,
+            clusters: i32::from(self.clusters),
             sinks: if self.sinks.is_empty() { 0 } else { address(&self.sinks) },
             ..BlockAttentionParams::default()
         }
@@ -272,6 +276,7 @@ fn in_a_tree_that_is_one_long_branch_the_window_counts_ancestors() {
             ancestors: tree.masks().to_vec(),
             split_keys: 64,
             num_splits: (context + len).div_ceil(64),
+            clusters: false,
             softcap: 0.0,
             sinks: vec![],
         };
@@ -322,9 +327,11 @@ impl Tensors {
 fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
     let mut out = vec![0x7fc0; tensors.q.len()];
     let (mut k_cache, mut v_cache) = (tensors.k_cache.clone(), tensors.v_cache.clone());
-    let rows = case.num_splits * case.tokens() * case.q_heads;
-    let mut partial_out = vec![f32::NAN; rows * case.dim];
-    let mut partial_stats = vec![f32::NAN; rows * 2];
+    let parts = if case.clusters { case.num_splits.div_ceil(8) } else { case.num_splits };
+    // None where one part is all there is, and behind the last one what nobody may touch.
+    let rows = if parts > 1 { parts * case.tokens() * case.q_heads } else { 0 };
+    let workspace = |width: usize| [vec![f32::NAN; rows * width], vec![-7.5; 256]].concat();
+    let (mut partial_out, mut partial_stats) = (workspace(case.dim), workspace(2));
     let params = BlockAttentionParams {
         q: address(&tensors.q),
         k: address(&tensors.k),
@@ -344,6 +351,9 @@ fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u
             dflash_host_block_attention(&raw const params, case.dim as i32);
         }
     }
+    for (partial, width) in [(&partial_out, case.dim), (&partial_stats, 2)] {
+        assert!(partial[rows * width..].iter().all(|&x| x == -7.5), "written behind the last part");
+    }
     (out, k_cache, v_cache)
 }
 
@@ -353,17 +363,19 @@ fn wide(x: u16) -> f32 {
 
 #[test]
 fn results_are_those_of_the_host_kernels() {
-    compare_with_host(&mut Numbers(11), 60, false);
+    compare_with_host(&mut Numbers(11), 60, 220, false);
+    // Splits make several groups.
+    compare_with_host(&mut Numbers(13), 12, 1500, false);
 }
 
 #[test]
 fn the_kernels_themselves_give_the_results_of_the_host_kernels() {
-    compare_with_host(&mut Numbers(111), 6, true);
+    compare_with_host(&mut Numbers(111), 6, 220, true);
 }
 
-fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
+fn compare_with_host(numbers: &mut Numbers, cases: usize, most_context: usize, emulated: bool) {
     for _ in 0..share(cases) {
-        let case = Case::new(numbers, &[64, 64, 128, 256], 220, 20);
+        let case = Case::new(numbers, &[64, 64, 128, 256], most_context, 20);
         if case.tokens() == 0 {
             continue;
         }
@@ -431,6 +443,44 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
             "stored keys and values"
         );
     }
+}
+
+/// As one request's splits, so many that they make up to four groups.
+fn long_case(numbers: &mut Numbers, dims: &[usize]) -> Case {
+    let mut case = Case::new(numbers, dims, 1800, 4);
+    case.split_keys = 64;
+    let longest = (0..case.lens.len()).map(|r| case.context[r] as usize + case.lens[r]).max().unwrap();
+    case.num_splits = longest.div_ceil(64).max(1);
+    case
+}
+
+fn merged_alike(numbers: &mut Numbers, dims: &[usize], cases: usize, emulated: bool) {
+    for _ in 0..share(cases) {
+        let mut case = long_case(numbers, dims);
+        if case.tokens() == 0 {
+            continue;
+        }
+        let tensors = Tensors::new(numbers, &case);
+        case.clusters = false;
+        let expected = on_device(&case, &tensors, false);
+        // As a graph that was captured for longer requests does.
+        let least = case.num_splits;
+        for (clusters, num_splits) in [(false, least), (true, least), (true, least + 9), (false, least + 9)] {
+            (case.clusters, case.num_splits) = (clusters, num_splits);
+            let got = on_device(&case, &tensors, emulated);
+            assert!(got == expected, "{clusters}, {least} splits of {num_splits}, heads of {}", case.dim);
+        }
+    }
+}
+
+#[test]
+fn splits_merged_on_the_chip_have_the_bits_of_splits_merged_in_memory() {
+    merged_alike(&mut Numbers(14), &[64, 128, 256], 12, false);
+}
+
+#[test]
+fn a_cluster_of_the_kernels_themselves_merges_its_splits_to_the_same_bits() {
+    merged_alike(&mut Numbers(15), &[64, 64, 128], 3, true);
 }
 
 #[test]

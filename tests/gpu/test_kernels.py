@@ -183,6 +183,31 @@ def test_a_rows_attention_does_not_depend_on_the_batch_around_it(gpu, rng, head_
             assert torch.equal(run([r], keys), together[start:end])
 
 
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+def test_splits_merged_on_the_chip_have_the_bits_of_those_merged_in_memory(gpu, rng, monkeypatch, head_dim):
+    if not cuda.clusters(gpu):
+        pytest.skip("a device without clusters of blocks")
+    # One split, several, a whole group, one more, three groups.
+    lens, contexts = [3, 8, 1, 2, 5], [90, 1400, 4095, 4096, 8600]
+    batch = reference.make_batch(rng, lens, contexts)
+    q = torch.randn(batch.tokens, 8, head_dim, device=gpu).bfloat16()
+    k, v = (torch.randn(batch.tokens, 2, head_dim, device=gpu).bfloat16() for _ in "kv")
+    caches = [torch.randn(batch.num_slots, 2, head_dim, device=gpu).bfloat16() for _ in "kv"]
+    starts, context = to(gpu, batch.query_starts, batch.context_lens)
+
+    def run(max_keys):
+        out = poisoned(batch.tokens, 8, head_dim, dtype=torch.bfloat16, device=gpu)
+        return cuda.block_attention(
+            q, k, v, *caches, query_starts=starts, context_lens=context, table=table_of(batch, gpu), max_block_len=max(lens),
+            max_keys=max_keys, scale=0.1, out=out,
+        )  # fmt: skip
+
+    merged = run(batch.max_keys)
+    assert torch.equal(run(16384), merged)
+    monkeypatch.setattr(cuda, "clusters", lambda device: False)
+    assert torch.equal(run(batch.max_keys), merged)
+
+
 @pytest.mark.parametrize("mask", ["causal", "ancestors"])
 @pytest.mark.parametrize("bytes_", [1, 40_000, 150_000, 400_000])
 def test_heads_one_after_the_other_have_the_bits_of_heads_together(gpu, rng, monkeypatch, bytes_, mask):

@@ -36,6 +36,7 @@ const SUCCESS: c_int = 0;
 const INVALID_CONTEXT: c_int = 201;
 const NO_BINARY_FOR_GPU: c_int = 209;
 const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
+const LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
 /// Registers, local bytes, static shared bytes.
 const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
 const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
@@ -43,6 +44,7 @@ const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 /// Shared memory of a block that asked for permission, static and dynamic.
 const DEVICE_ATTRIBUTE_MAX_SHARED: c_int = 97;
 const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
+const DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: c_int = 120;
 /// Dynamic shared memory that needs no permission: 48 KiB less what any kernel has in static shared memory.
 const FREE_SHARED: u32 = 24 * 1024;
 
@@ -55,8 +57,36 @@ struct LaunchConfig {
     block: [c_uint; 3],
     shared: c_uint,
     stream: Handle,
-    attributes: *mut c_void,
+    attributes: *const LaunchAttribute,
     attribute_count: c_uint,
+}
+
+/// `CUlaunchAttribute` of cuda.h with the value `clusterDim`, and the rest of the 64 bytes that any value has.
+#[repr(C)]
+struct LaunchAttribute {
+    id: c_uint,
+    padding: c_uint,
+    cluster: [c_uint; 3],
+    rest: [c_uint; 13],
+}
+
+/// `launch` as the driver takes it, with the one attribute of clusters where there are any; calls `then` with it.
+fn with_config<T>(launch: Launch, stream: usize, then: impl FnOnce(*const LaunchConfig) -> T) -> T {
+    let cluster = LaunchAttribute {
+        id: LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        padding: 0,
+        cluster: [1, 1, launch.cluster],
+        rest: [0; 13],
+    };
+    let config = LaunchConfig {
+        grid: launch.grid,
+        block: [launch.block, 1, 1],
+        shared: launch.shared,
+        stream: std::ptr::with_exposed_provenance_mut(stream),
+        attributes: &raw const cluster,
+        attribute_count: c_uint::from(launch.cluster > 1),
+    };
+    then(&raw const config)
 }
 
 macro_rules! functions {
@@ -106,6 +136,7 @@ functions! {
     get_function = "cuKernelGetFunction" (*mut Handle, Handle);
     kernel_attribute = "cuKernelGetAttribute" (*mut c_int, c_int, Handle, c_int);
     set_kernel_attribute = "cuKernelSetAttribute" (c_int, c_int, Handle, c_int);
+    active_clusters = "cuOccupancyMaxActiveClusters" (*mut c_int, Handle, *const LaunchConfig);
     launch = "cuLaunchKernelEx" (*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void);
 }
 
@@ -323,6 +354,13 @@ pub trait Driver {
     /// As [`Self::launch`].
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage>;
 
+    /// Whether the current device runs clusters of blocks, and has room for one of `launch` with a kernel that takes `bytes` bytes of
+    /// parameters.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    fn runs_cluster(&self, kernel: &'static Kernel, bytes: usize, launch: Launch) -> Result<bool>;
+
     /// Launches a kernel with `parameters` on `stream`, the caller's `CUstream` (0: the legacy default stream) of the device whose
     /// context is current. No extent of the grid is 0.
     ///
@@ -357,6 +395,10 @@ impl Driver for Cuda {
 
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage> {
         kernel.load(bytes, shared)
+    }
+
+    fn runs_cluster(&self, kernel: &'static Kernel, bytes: usize, launch: Launch) -> Result<bool> {
+        kernel.runs_cluster(bytes, launch)
     }
 
     unsafe fn launch<P: Copy + 'static>(
@@ -464,31 +506,59 @@ impl Kernel {
         if launch.shared > FREE_SHARED {
             self.allow_shared(driver, kernel, launch.shared)?;
         }
-        let config = LaunchConfig {
-            grid: launch.grid,
-            block: [launch.block, 1, 1],
-            shared: launch.shared,
-            stream: std::ptr::with_exposed_provenance_mut(stream),
-            attributes: null_mut(),
-            attribute_count: 0,
-        };
         let mut pointers = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
-        // SAFETY: see the module and this function's contract. The driver copies the parameters before it returns.
-        let code = unsafe { (driver.launch)(&raw const config, kernel, pointers.as_mut_ptr(), null_mut()) };
+        let code = with_config(launch, stream, |config| {
+            // SAFETY: see the module and this function's contract. The driver copies the parameters before it returns.
+            unsafe { (driver.launch)(config, kernel, pointers.as_mut_ptr(), null_mut()) }
+        });
         match code {
             SUCCESS => Ok(()),
             NO_BINARY_FOR_GPU => Err(unsupported(driver)),
             code => Err(driver.error(
                 format!(
-                    "cuLaunchKernelEx of {} (grid {:?}, {} threads, {} bytes of shared memory)",
+                    "cuLaunchKernelEx of {} (grid {:?}, {} threads, {} bytes of shared memory, clusters of {})",
                     self.name(),
                     launch.grid,
                     launch.block,
-                    launch.shared
+                    launch.shared,
+                    launch.cluster
                 ),
                 code,
             )),
         }
+    }
+
+    /// The kernel in the current context.
+    fn function(&self, driver: &Functions, kernel: Handle) -> Result<Handle> {
+        let mut function = null_mut();
+        // SAFETY: see the module.
+        let code = unsafe { (driver.get_function)(&raw mut function, kernel) };
+        if code == NO_BINARY_FOR_GPU {
+            return Err(unsupported(driver));
+        }
+        driver.check(&format!("cuKernelGetFunction of {}", self.name()), code)?;
+        Ok(function)
+    }
+
+    /// See [`Driver::runs_cluster`].
+    fn runs_cluster(&self, bytes: usize, launch: Launch) -> Result<bool> {
+        let loaded = load()?;
+        let driver = loaded.driver;
+        if driver.attribute(DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, driver.current()?)? == 0 {
+            return Ok(false);
+        }
+        let kernel = self.resolve(loaded, bytes)?;
+        let function = self.function(driver, kernel)?;
+        if launch.shared > FREE_SHARED {
+            self.allow_shared(driver, kernel, launch.shared)?;
+        }
+        let mut clusters = 0;
+        // SAFETY: see the module.
+        let code = with_config(launch, 0, |config| unsafe {
+            (driver.active_clusters)(&raw mut clusters, function, config)
+        });
+        driver.check(&format!("cuOccupancyMaxActiveClusters of {}", self.name()), code)?;
+        Ok(clusters > 0)
     }
 
     /// See [`Driver::load`].
@@ -497,13 +567,7 @@ impl Kernel {
         let driver = loaded.driver;
         let kernel = self.resolve(loaded, bytes)?;
         let device = driver.current()?;
-        let mut function = null_mut();
-        // SAFETY: see the module.
-        let code = unsafe { (driver.get_function)(&raw mut function, kernel) };
-        if code == NO_BINARY_FOR_GPU {
-            return Err(unsupported(driver));
-        }
-        driver.check(&format!("cuKernelGetFunction of {}", self.name()), code)?;
+        self.function(driver, kernel)?;
         let mut values = [0; 3];
         for (value, attribute) in values.iter_mut().zip(USAGE_ATTRIBUTES) {
             // SAFETY: see the module.
@@ -558,6 +622,7 @@ mod tests {
             grid: [1; 3],
             block: 1,
             shared: 0,
+            cluster: 1,
         };
         if driver_version().is_ok() {
             eprintln!("skipped: this machine has a driver");
