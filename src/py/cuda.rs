@@ -107,9 +107,10 @@ pub(super) fn cuda_load(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 
 /// Whether a device, the current one, runs the attention in clusters of blocks: what `cuda_block_attention` takes as `clusters`.
 #[pyfunction]
-pub(super) fn cuda_clusters(device: Given<i32>) -> PyResult<bool> {
+pub(super) fn cuda_clusters(device: Given<usize>) -> PyResult<bool> {
     named!(device);
-    Ok(launch::runs_clusters(&Cuda, device)?)
+    let ordinal = i32::try_from(device).map_err(|_| invalid("device", device.to_string(), "the ordinal of a device"))?;
+    Ok(launch::runs_clusters(&Cuda, ordinal)?)
 }
 
 /// Writes the `__CUDA_ARCH__` of the code that the driver picked to `out`, int32 `[1]`.
