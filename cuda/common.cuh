@@ -4,6 +4,7 @@
 // multiply-add, whatever flags the file is compiled with. (The host build needs -ffp-contract=off.)
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -79,6 +80,15 @@ DFLASH_HD float div(float a, float b) {
     return __fdiv_rn(a, b);
 #else
     return a / b;
+#endif
+}
+
+// a * b + c, rounded once.
+DFLASH_HD float fused(float a, float b, float c) {
+#if DFLASH_ON_DEVICE
+    return __fmaf_rn(a, b, c);
+#else
+    return fmaf(a, b, c);
 #endif
 }
 

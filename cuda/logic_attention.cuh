@@ -331,7 +331,8 @@ DFLASH_HD void warp_scores(const WarpView<W, D>& view, int32_t element, WarpScor
     }
 }
 
-// Where there is a soft cap, scores become capped ones in units of log2. Returns what they still have to be multiplied by.
+// Where there is a soft cap, scores become capped ones in units of log2. Returns what they still have to be multiplied by, which is
+// positive: the largest of a row is so before as after.
 template <typename W, int KEYS>
 DFLASH_HD float warp_cap(const BlockAttentionParams& p, WarpScores<W, KEYS>& scores) {
     float scale = mul(p.scale, 1.44269504f);
@@ -342,6 +343,15 @@ DFLASH_HD float warp_cap(const BlockAttentionParams& p, WarpScores<W, KEYS>& sco
             for (int32_t n = 0; n < KEYS / 8; ++n) {
                 DFLASH_UNROLL
                 for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = capped(scores[n][e][lane], down, up);
+            }
+        }
+        scale = 1.0f;
+    } else if (!(scale > 0.0f)) {
+        EACH_LANE(lane) {
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < KEYS / 8; ++n) {
+                DFLASH_UNROLL
+                for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = mul(scores[n][e][lane], scale);
             }
         }
         scale = 1.0f;
@@ -377,24 +387,14 @@ template <typename W, int D, int KEYS>
 DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key, float scale,
                             WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
     using Float = typename W::template Reg<float>;
-    EACH_LANE(lane) {
-        DFLASH_UNROLL
-        for (int32_t n = 0; n < KEYS / 8; ++n) {
-            DFLASH_UNROLL
-            for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = mul(scores[n][e][lane], scale);
-        }
-    }
     if (first_key + KEYS > t.context || first_key < t.unmasked_from) warp_mask<W, KEYS>(p, t, warp, first_key, scores);
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         Float largest;
         EACH_LANE(lane) {
-            float most = s.largest[half][lane];
+            float most = scores[0][2 * half][lane];
             DFLASH_UNROLL
-            for (int32_t n = 0; n < KEYS / 8; ++n) {
-                DFLASH_UNROLL
-                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) most = fmaxf(most, scores[n][e][lane]);
-            }
+            for (int32_t i = 1; i < KEYS / 4; ++i) most = fmaxf(most, scores[i / 2][2 * half + (i & 1)][lane]);
             largest[lane] = most;
         }
         DFLASH_UNROLL
@@ -403,16 +403,17 @@ DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& 
             EACH_LANE(lane) largest[lane] = fmaxf(largest[lane], other[lane]);
         }
         EACH_LANE(lane) {
+            float most = fmaxf(s.largest[half][lane], mul(largest[lane], scale));
             // Nothing seen yet: any finite number in place of -inf keeps the weights at exactly 0.
-            float base = largest[lane] == -infinity() ? 0.0f : largest[lane];
+            float base = most == -infinity() ? 0.0f : most;
             float fade = exp2_of(sub(s.largest[half][lane], base));
-            s.largest[half][lane] = largest[lane];
+            s.largest[half][lane] = most;
             float sum = mul(s.sums[half][lane], fade);
             DFLASH_UNROLL
             for (int32_t n = 0; n < KEYS / 8; ++n) {
                 DFLASH_UNROLL
                 for (int32_t e = 2 * half; e < 2 * half + 2; ++e) {
-                    float w = exp2_of(sub(scores[n][e][lane], base));
+                    float w = exp2_of(fused(scores[n][e][lane], scale, -base));
                     scores[n][e][lane] = w;
                     sum = add(sum, w);
                 }

@@ -2,8 +2,6 @@
 // it is the registers of all 32 lanes, and EACH_LANE visits those there are.
 #pragma once
 
-#include <math.h>
-
 #include "common.cuh"
 
 namespace dflash {

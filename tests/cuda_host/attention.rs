@@ -39,6 +39,8 @@ struct Case {
     num_splits: usize,
     /// Whether groups of splits are merged on the chip.
     clusters: bool,
+    /// In units of the usual one.
+    scale: f32,
     softcap: f32,
     /// None, or one per query head.
     sinks: Vec<f32>,
@@ -117,6 +119,7 @@ impl Case {
             words,
             ancestors,
             split_keys,
+            scale: numbers.pick(&[1.0, 1.0, 1.0, 1.0, -1.0, 0.0]),
             num_splits: longest.div_ceil(split_keys).max(1) + numbers.below(2),
             softcap: numbers.pick(&[0.0, 0.0, 0.7, 30.0]),
             sinks: if numbers.chance(0.4) {
@@ -164,7 +167,7 @@ impl Case {
             mask: self.mask as i32,
             mask_words: self.words as i32,
             window: self.window as i32,
-            scale: (self.dim as f32).powf(-0.5),
+            scale: self.scale * (self.dim as f32).powf(-0.5),
             softcap: self.softcap,
             clusters: i32::from(self.clusters),
             sinks: if self.sinks.is_empty() { 0 } else { address(&self.sinks) },
@@ -277,6 +280,7 @@ fn in_a_tree_that_is_one_long_branch_the_window_counts_ancestors() {
             split_keys: 64,
             num_splits: (context + len).div_ceil(64),
             clusters: false,
+            scale: 1.0,
             softcap: 0.0,
             sinks: vec![],
         };
