@@ -109,7 +109,8 @@ pub(super) fn cuda_load(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 pub(super) fn cuda_clusters(device: Given<usize>) -> PyResult<bool> {
     named!(device);
-    let ordinal = i32::try_from(device).map_err(|_| invalid("device", device.to_string(), "the ordinal of a device"))?;
+    let ordinal =
+        i32::try_from(device).map_err(|_| invalid("device", device.to_string(), "the ordinal of a device"))?;
     Ok(launch::runs_clusters(&Cuda, ordinal)?)
 }
 

@@ -331,9 +331,17 @@ impl Tensors {
 fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
     let mut out = vec![0x7fc0; tensors.q.len()];
     let (mut k_cache, mut v_cache) = (tensors.k_cache.clone(), tensors.v_cache.clone());
-    let parts = if case.clusters { case.num_splits.div_ceil(8) } else { case.num_splits };
+    let parts = if case.clusters {
+        case.num_splits.div_ceil(8)
+    } else {
+        case.num_splits
+    };
     // None where one part is all there is, and behind the last one what nobody may touch.
-    let rows = if parts > 1 { parts * case.tokens() * case.q_heads } else { 0 };
+    let rows = if parts > 1 {
+        parts * case.tokens() * case.q_heads
+    } else {
+        0
+    };
     let workspace = |width: usize| [vec![f32::NAN; rows * width], vec![-7.5; 256]].concat();
     let (mut partial_out, mut partial_stats) = (workspace(case.dim), workspace(2));
     let params = BlockAttentionParams {
@@ -356,7 +364,10 @@ fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u
         }
     }
     for (partial, width) in [(&partial_out, case.dim), (&partial_stats, 2)] {
-        assert!(partial[rows * width..].iter().all(|&x| x == -7.5), "written behind the last part");
+        assert!(
+            partial[rows * width..].iter().all(|&x| x == -7.5),
+            "written behind the last part"
+        );
     }
     (out, k_cache, v_cache)
 }
@@ -453,7 +464,10 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, most_context: usize, e
 fn long_case(numbers: &mut Numbers, dims: &[usize]) -> Case {
     let mut case = Case::new(numbers, dims, 1800, 4);
     case.split_keys = 64;
-    let longest = (0..case.lens.len()).map(|r| case.context[r] as usize + case.lens[r]).max().unwrap();
+    let longest = (0..case.lens.len())
+        .map(|r| case.context[r] as usize + case.lens[r])
+        .max()
+        .unwrap();
     case.num_splits = longest.div_ceil(64).max(1);
     case
 }
@@ -472,7 +486,11 @@ fn merged_alike(numbers: &mut Numbers, dims: &[usize], cases: usize, emulated: b
         for (clusters, num_splits) in [(false, least), (true, least), (true, least + 9), (false, least + 9)] {
             (case.clusters, case.num_splits) = (clusters, num_splits);
             let got = on_device(&case, &tensors, emulated);
-            assert!(got == expected, "{clusters}, {least} splits of {num_splits}, heads of {}", case.dim);
+            assert!(
+                got == expected,
+                "{clusters}, {least} splits of {num_splits}, heads of {}",
+                case.dim
+            );
         }
     }
 }

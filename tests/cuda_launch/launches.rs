@@ -299,13 +299,22 @@ fn clusters_are_whole_and_what_they_merge_needs_no_memory() {
         };
         let call = attention.check().unwrap();
         let launches = call.launches();
-        assert_eq!((launches[0].1.cluster, launches[0].1.grid[2]), (cluster, z), "{num_splits} splits");
+        assert_eq!(
+            (launches[0].1.cluster, launches[0].1.grid[2]),
+            (cluster, z),
+            "{num_splits} splits"
+        );
         assert_eq!(launches.len(), 1 + usize::from(parts > 1), "{num_splits} splits");
         assert!(launches[1..].iter().all(|(_, launch)| launch.cluster == 1));
         assert_eq!((call.parameters().clusters, launched(&call).len()), (1, launches.len()));
         if parts > 1 {
             let short = tensor(13, Dtype::F32, &[parts - 1, 24, 16, 128]);
-            let error = BlockAttention { partial_out: Some(short), ..attention }.check().unwrap_err();
+            let error = BlockAttention {
+                partial_out: Some(short),
+                ..attention
+            }
+            .check()
+            .unwrap_err();
             assert!(error.to_string().starts_with("partial_out: got shape"), "{error}");
         }
     }
@@ -317,11 +326,20 @@ fn clusters_run_where_every_head_width_has_room_for_one() {
     assert!(launch::runs_clusters(&driver, 0).unwrap());
     let asked = driver.clusters.borrow();
     let names: Vec<_> = asked.iter().map(|(name, ..)| *name).collect();
-    assert_eq!(names, ["block_attention_64", "block_attention_128", "block_attention_256"]);
+    assert_eq!(
+        names,
+        ["block_attention_64", "block_attention_128", "block_attention_256"]
+    );
     for (_, bytes, launch) in asked.iter() {
-        assert_eq!((*bytes, launch.cluster, launch.grid), (size_of::<BlockAttentionParams>(), 8, [1, 1, 8]));
+        assert_eq!(
+            (*bytes, launch.cluster, launch.grid),
+            (size_of::<BlockAttentionParams>(), 8, [1, 1, 8])
+        );
     }
-    let full = Recorder { no_room: Some("block_attention_256"), ..Recorder::default() };
+    let full = Recorder {
+        no_room: Some("block_attention_256"),
+        ..Recorder::default()
+    };
     assert!(!launch::runs_clusters(&full, 0).unwrap());
     let error = launch::runs_clusters(&driver, 1).unwrap_err();
     assert_eq!(error.to_string(), "device: got 1, expected 0, which is current");

@@ -1,11 +1,11 @@
 //! `block_attention_{64,128,256}` and, where keys are split, `block_attention_combine_{64,128,256}`: attention of one layer.
 
 use super::{Call, Checked, Entry, HEAD_DIMS, Pages, aligned, blocks, geometry, instance, mask_type, requests};
-use crate::device::cuda::{Driver, Kernel};
 use crate::device::cuda::params::{BlockAttentionParams, Launch};
 use crate::device::cuda::tensor::Access::{Read, Write};
 use crate::device::cuda::tensor::Extent::{Any, AtLeast, Is};
 use crate::device::cuda::tensor::{Dtype, Tensor, bad, int32};
+use crate::device::cuda::{Driver, Kernel};
 use crate::device::{AttentionParams, Mask};
 use crate::error::Result;
 
@@ -313,7 +313,11 @@ impl BlockAttentionParams {
 pub fn runs_clusters(driver: &impl Driver, device: i32) -> Result<bool> {
     let current = driver.current_device(device)?;
     if current != device {
-        return Err(bad("device", device.to_string(), format!("{current}, which is current")));
+        return Err(bad(
+            "device",
+            device.to_string(),
+            format!("{current}, which is current"),
+        ));
     }
     let bytes = size_of::<BlockAttentionParams>();
     let largest = BlockAttentionParams {
