@@ -39,7 +39,7 @@ struct Machine {
     ucontext_t scheduler;
     uint32_t current = 0;
     Launch launch;
-    uint64_t slots[32][32][4]; // what a lane shows its warp
+    uint64_t slots[64][32][4]; // what a lane shows its warp
     void (*body)(const void*);
     const void* argument;
 

@@ -1,6 +1,6 @@
 // Block attention in pieces: which keys a tile looks at, who sees what, and the arithmetic of one warp on one tile of keys.
 //
-// A tile has ATTENTION_ROWS rows: row = query * group + head of the group, so that a key is loaded once for all query heads
+// A tile has ATTENTION_ROWS or ATTENTION_WIDE_ROWS rows: row = query * group + head of the group, so that a key is loaded once for all query heads
 // that share it. A warp has sixteen rows. Keys come in tiles that begin at multiples of the tile's width, counted from key 0,
 // and a masked key weighs exactly 0: what a row sums, and in which order, depends on its own keys alone.
 #pragma once
@@ -10,8 +10,6 @@
 #include "logic_warp.cuh"
 
 namespace dflash {
-
-constexpr int32_t ATTENTION_THREADS = 128;
 
 // ---- what a block of threads looks at ---------------------------------------------------------------------------------
 
@@ -31,7 +29,8 @@ struct AttentionTile {
 
 DFLASH_HD int32_t window_start(int32_t position, int32_t window) { return window > 0 ? max_of(position + 1 - window, 0) : 0; }
 
-DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x, int32_t y, int32_t z, int32_t keys) {
+DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x, int32_t y, int32_t z, int32_t keys,
+                                     int32_t rows) {
     AttentionTile t;
     t.request = x / p.kv_heads;
     t.kv_head = x - t.request * p.kv_heads;
@@ -40,7 +39,7 @@ DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x,
     t.len = p.query_starts[t.request + 1] - t.first_token;
     t.context = p.context_lens[t.request];
     t.valid_from = p.valid_from ? p.valid_from[t.request] : 0;
-    int32_t queries = attention_queries(p.q_heads, p.kv_heads);
+    int32_t queries = attention_queries(p.q_heads, p.kv_heads, rows);
     t.first_query = y * queries;
     t.num_queries = min_of(queries, t.len - t.first_query);
     t.split = z;
@@ -174,11 +173,11 @@ DFLASH_HD void copy16(uint16_t* to, const uint16_t* from, bool exists) {
 #endif
 }
 
-template <int D>
-DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread,
-                            int32_t threads) {
+// A tile of `ROWS` rows, 2 `ROWS` threads.
+template <int D, int ROWS>
+DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread) {
     constexpr int32_t CHUNKS = D / 8;
-    for (int32_t i = thread; i < ATTENTION_ROWS * CHUNKS; i += threads) {
+    for (int32_t i = thread; i < ROWS * CHUNKS; i += 2 * ROWS) {
         int32_t row = i / CHUNKS, chunk = i % CHUNKS, local = row / t.group;
         bool exists = local < t.num_queries;
         const uint16_t* from = p.q;
@@ -190,9 +189,9 @@ DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& 
 }
 
 // Keys and values that lie at `places`, to `keys` and `values` ([KEYS][D] each). A thread has the same chunk of every few rows.
-template <int D, int KEYS>
+template <int D, int KEYS, int ROWS>
 DFLASH_HD void load_keys(const KeyPlace* places, uint16_t* keys, uint16_t* values, int32_t thread) {
-    constexpr int32_t CHUNKS = D / 8, AT_ONCE = ATTENTION_THREADS / CHUNKS;
+    constexpr int32_t CHUNKS = D / 8, AT_ONCE = 2 * ROWS / CHUNKS;
     // Several places, then their copies: between a load and a copy that follows it the compiler puts instructions that only wait.
     constexpr int32_t GROUP = 4;
     int32_t row = thread / CHUNKS, chunk = thread % CHUNKS;

@@ -73,19 +73,19 @@ DFLASH_HD void store_pair(float* at, float first, float second) {
 
 // What a block leaves its cluster, in its shared memory: rows, with a gap that keeps the lanes of a store in banks of their own,
 // and behind them the statistics of each.
-template <int D>
+template <int D, int ROWS>
 struct LeftPart {
-    static constexpr int32_t STRIDE = D + 8, FLOATS = ATTENTION_ROWS * (STRIDE + 2);
+    static constexpr int32_t STRIDE = D + 8, FLOATS = ROWS * (STRIDE + 2);
     float* start;
 
     DFLASH_HD float* row(int32_t row) const { return start + row * STRIDE; }
-    DFLASH_HD float* stats(int32_t row) const { return start + ATTENTION_ROWS * STRIDE + 2 * row; }
+    DFLASH_HD float* stats(int32_t row) const { return start + ROWS * STRIDE + 2 * row; }
 };
 
 // Results of a request with one split; otherwise what the split adds to them, to `left` or to memory.
-template <typename W, int D>
+template <typename W, int D, int ROWS>
 DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, WarpState<W, D>& s,
-                          const LeftPart<D>& left) {
+                          const LeftPart<D, ROWS>& left) {
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         DFLASH_UNROLL
@@ -159,7 +159,7 @@ DFLASH_HD int32_t splits_of_group(const AttentionTile& t) {
 }
 
 // A lane's D / 32 elements of one row: the group that a cluster's blocks have left, which is the result if there is no other.
-template <int D, typename Cluster>
+template <int D, int ROWS, typename Cluster>
 DFLASH_HD void merge_row(const BlockAttentionParams& p, const AttentionTile& t, const Cluster& cluster, int32_t row, int32_t lane) {
     constexpr int32_t PER_LANE = D / 32;
     int32_t count = splits_of_group(t);
@@ -167,7 +167,7 @@ DFLASH_HD void merge_row(const BlockAttentionParams& p, const AttentionTile& t, 
     float values[ATTENTION_MERGED][PER_LANE], out[PER_LANE];
     DFLASH_UNROLL
     for (int32_t i = 0; i < ATTENTION_MERGED; ++i) {
-        LeftPart<D> left = {cluster.of_block(min_of(i, count - 1))}; // the last one again, beyond it
+        LeftPart<D, ROWS> left = {cluster.of_block(min_of(i, count - 1))}; // the last one again, beyond it
         stats[i] = load_stats(left.stats(row));
         load_floats<PER_LANE>(left.row(row) + lane * PER_LANE, values[i]);
     }

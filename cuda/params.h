@@ -97,7 +97,7 @@ struct KvInjectParams {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// block_attention_{64,128,256}, then block_attention_combine_{64,128,256} if num_splits > 1.
+// block_attention_{64,128,256} or block_attention_wide_128 (attention_rows), then block_attention_combine_{64,128,256}.
 //   out = softmax(scale * q . K^T) V over the keys that mask and window leave visible (HostKernels::block_attention), with
 //   soft cap and sinks where they are given.
 //   Keys below context_lens[r] come from the caches, the request's own from k and v; with `slots` those are stored as well.
@@ -339,8 +339,12 @@ struct DeltaRuleParams {
 #define SAMPLE_BINS 1024
 // Candidates of the boundary bin that are kept per row; more take a slower path.
 #define SAMPLE_CANDIDATES 2048
-// Rows of a tile of block_attention.
+// Rows of a tile of block_attention, and of one of block_attention_wide.
 #define ATTENTION_ROWS 64
+#define ATTENTION_WIDE_ROWS 128
+// Blocks from which on they are wide: a device runs one on a multiprocessor where it runs two others, and is to be left idle for no
+// more than a small part of the time when they end.
+#define ATTENTION_WIDE_BLOCKS 1024
 // Splits of a group, which are merged first: as many blocks as a cluster has on every device that runs clusters.
 #define ATTENTION_MERGED 8
 // Tokens that one block of delta_inputs makes, at least.
@@ -370,9 +374,17 @@ DFLASH_GEOMETRY Launch kv_inject_launch(const KvInjectParams& p, int32_t head_di
 }
 
 // block_attention: x = request and KV head, y = tile of queries, z = split. Clusters are powers of two, and divide the splits.
-DFLASH_GEOMETRY int32_t attention_queries(int32_t q_heads, int32_t kv_heads) {
+DFLASH_GEOMETRY int32_t attention_queries(int32_t q_heads, int32_t kv_heads, int32_t rows) {
     int32_t group = q_heads / kv_heads;
-    return group >= ATTENTION_ROWS ? 1 : ATTENTION_ROWS / group;
+    return group >= rows ? 1 : rows / group;
+}
+// Rows of its tiles: wide ones where a request has more rows than others hold, and there are blocks enough: keys are then loaded for
+// twice as many rows. (Heads of 128 alone: on small devices wider ones have no shared memory for it.) No bit depends on it.
+DFLASH_GEOMETRY int32_t attention_rows(const BlockAttentionParams& p, int32_t head_dim) {
+    int64_t tiles = ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads, ATTENTION_WIDE_ROWS));
+    bool several = int64_t(p.max_block_len) * (p.q_heads / p.kv_heads) > ATTENTION_ROWS;
+    bool many = int64_t(p.num_requests) * p.kv_heads * tiles * p.num_splits >= ATTENTION_WIDE_BLOCKS;
+    return head_dim == 128 && several && many ? ATTENTION_WIDE_ROWS : ATTENTION_ROWS;
 }
 // Keys of a tile.
 DFLASH_GEOMETRY int32_t attention_keys(int32_t head_dim) { return head_dim > 128 ? 32 : 64; }
@@ -384,14 +396,15 @@ DFLASH_GEOMETRY int64_t attention_parts(int64_t splits, int32_t clusters) {
 
 // A group has at most ATTENTION_ROWS query heads.
 DFLASH_GEOMETRY Launch block_attention_launch(const BlockAttentionParams& p, int32_t head_dim) {
-    uint32_t tiles = uint32_t(ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads)));
+    int32_t rows = attention_rows(p, head_dim);
+    uint32_t tiles = uint32_t(ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads, rows)));
     // Queries; two stages of keys and values; two rows of places, of a key and its value each.
     uint32_t keys = uint32_t(attention_keys(head_dim));
-    uint32_t shared = 2 * uint32_t(head_dim) * (ATTENTION_ROWS + 4 * keys) + 2 * keys * 16;
+    uint32_t shared = 2 * uint32_t(head_dim) * (uint32_t(rows) + 4 * keys) + 2 * keys * 16;
     uint32_t cluster = 1;
     while (p.clusters && cluster < ATTENTION_MERGED && cluster < uint32_t(p.num_splits)) cluster *= 2;
     uint32_t splits = uint32_t(ceil_div(p.num_splits, cluster)) * cluster;
-    return {{uint32_t(p.num_requests * p.kv_heads), tiles, splits}, 128, shared, cluster};
+    return {{uint32_t(p.num_requests * p.kv_heads), tiles, splits}, 2 * uint32_t(rows), shared, cluster};
 }
 
 // block_attention_combine: a warp per token and head.

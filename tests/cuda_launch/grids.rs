@@ -152,7 +152,10 @@ proptest! {
             return Ok(());
         }
         let [x, y, z] = plan[0].1.map(|extent| extent as usize);
-        let queries = (64 / group).max(1);
+        let wide = plan[0].0 == "block_attention_wide_128";
+        let queries = (if wide { 128 } else { 64 } / group).max(1);
+        let blocks = x * block.div_ceil((128 / group).max(1)) * num_splits;
+        prop_assert_eq!(wide, dim == 128 && block * group > 64 && blocks >= 1024);
         let cluster = if clusters { num_splits.next_power_of_two().min(8) } else { 1 };
         prop_assert_eq!((x, z), (requests * kv_heads, num_splits.div_ceil(cluster) * cluster));
         prop_assert!(y * queries >= block && (y - 1) * queries < block, "{} tiles of {} for {}", y, queries, block);

@@ -328,7 +328,12 @@ fn clusters_run_where_every_head_width_has_room_for_one() {
     let names: Vec<_> = asked.iter().map(|(name, ..)| *name).collect();
     assert_eq!(
         names,
-        ["block_attention_64", "block_attention_128", "block_attention_256"]
+        [
+            "block_attention_64",
+            "block_attention_128",
+            "block_attention_256",
+            "block_attention_wide_128"
+        ]
     );
     for (_, bytes, launch) in asked.iter() {
         assert_eq!(

@@ -1,4 +1,4 @@
-//! `block_attention_{64,128,256}` and, where keys are split, `block_attention_combine_{64,128,256}`: attention of one layer.
+//! `block_attention_{64,128,256}` or `block_attention_wide_128` and, where keys are split, `block_attention_combine_{64,128,256}`: attention of one layer.
 
 use super::{Call, Checked, Entry, HEAD_DIMS, Pages, aligned, blocks, geometry, instance, mask_type, requests};
 use crate::device::cuda::params::{BlockAttentionParams, Launch};
@@ -14,14 +14,18 @@ static BLOCK_ATTENTION: [Kernel; 3] = [
     Kernel::new(c"block_attention_128"),
     Kernel::new(c"block_attention_256"),
 ];
+static WIDE: Kernel = Kernel::new(c"block_attention_wide_128");
 static COMBINE: [Kernel; 3] = [
     Kernel::new(c"block_attention_combine_64"),
     Kernel::new(c"block_attention_combine_128"),
     Kernel::new(c"block_attention_combine_256"),
 ];
 
-/// Rows of queries, times heads of a group, that a block takes.
+/// Rows of queries, times heads of a group, that a block takes, and that a wide one does.
 const ROWS: u32 = 64;
+const WIDE_ROWS: u32 = 128;
+/// Blocks from which on they are wide.
+const WIDE_BLOCKS: u128 = 1024;
 /// Splits of a group, merged before others: the blocks of a cluster, where a device runs them.
 const MERGED: usize = 8;
 /// Tiles of queries: the most that a grid's second extent holds.
@@ -97,12 +101,14 @@ impl BlockAttention {
                 format!("at most {MOST} tiles"),
             ));
         }
+        let kernel = if parameters.rows(self.q.extent(2) as u32) == WIDE_ROWS {
+            &WIDE
+        } else {
+            &BLOCK_ATTENTION[instance]
+        };
         call.finish(
             parameters,
-            [
-                (&BLOCK_ATTENTION[instance], attend),
-                (&COMBINE[instance], parameters.combine_launch()),
-            ],
+            [(kernel, attend), (&COMBINE[instance], parameters.combine_launch())],
         )
     }
 
@@ -270,12 +276,32 @@ impl BlockAttention {
 }
 
 impl BlockAttentionParams {
+    /// Tiles of so many rows that the longest request has.
+    fn tiles(&self, rows: u32) -> u32 {
+        let group = (self.q_heads / self.kv_heads) as u32;
+        (self.max_block_len as u32).div_ceil((rows / group).max(1))
+    }
+
+    /// Rows of a block: wide where a request has more than others hold, and there are blocks enough.
+    fn rows(&self, head_dim: u32) -> u32 {
+        let rows = i64::from(self.max_block_len) * i64::from(self.q_heads / self.kv_heads);
+        let heads = self.num_requests as u128 * self.kv_heads as u128;
+        let many = heads * u128::from(self.tiles(WIDE_ROWS)) * self.num_splits as u128 >= WIDE_BLOCKS;
+        if head_dim == 128 && rows > i64::from(ROWS) && many {
+            WIDE_ROWS
+        } else {
+            ROWS
+        }
+    }
+
     /// Request and KV head, tile of queries, split of the keys: whole clusters.
     pub fn launch(&self, head_dim: u32) -> Launch {
-        let group = (self.q_heads / self.kv_heads) as u32;
-        let queries = if group >= ROWS { 1 } else { ROWS / group };
+        self.launch_of(head_dim, self.rows(head_dim))
+    }
+
+    fn launch_of(&self, head_dim: u32, rows: u32) -> Launch {
         let keys = if head_dim > 128 { 32 } else { 64 };
-        let shared = 2 * head_dim * (ROWS + 4 * keys) + 2 * keys * 16;
+        let shared = 2 * head_dim * (rows + 4 * keys) + 2 * keys * 16;
         let splits = self.num_splits as u32;
         let cluster = if self.clusters == 0 {
             1
@@ -284,12 +310,12 @@ impl BlockAttentionParams {
         };
         let grid = [
             (self.num_requests * self.kv_heads) as u32,
-            (self.max_block_len as u32).div_ceil(queries),
+            self.tiles(rows),
             splits.next_multiple_of(cluster),
         ];
         Launch {
             cluster,
-            ..geometry(grid, 128, shared)
+            ..geometry(grid, 2 * rows, shared)
         }
     }
 
@@ -329,12 +355,19 @@ pub fn runs_clusters(driver: &impl Driver, device: i32) -> Result<bool> {
         clusters: 1,
         ..Default::default()
     };
-    for (kernel, head_dim) in BLOCK_ATTENTION.iter().zip(HEAD_DIMS) {
-        if !driver.runs_cluster(kernel, bytes, largest.launch(head_dim as u32))? {
+    for (kernel, launch) in attending(&largest) {
+        if !driver.runs_cluster(kernel, bytes, launch)? {
             return Ok(false);
         }
     }
     Ok(true)
+}
+
+/// The kernels that attend, each as it launches one block or cluster of `one`.
+fn attending(one: &BlockAttentionParams) -> impl Iterator<Item = (&'static Kernel, Launch)> + '_ {
+    let usual = BLOCK_ATTENTION.iter().zip(HEAD_DIMS);
+    let usual = usual.map(|(kernel, head_dim)| (kernel, one.launch_of(head_dim as u32, ROWS)));
+    usual.chain([(&WIDE, one.launch_of(128, WIDE_ROWS))])
 }
 
 pub(super) fn kernels() -> Vec<Entry> {
@@ -344,9 +377,8 @@ pub(super) fn kernels() -> Vec<Entry> {
         kv_heads: 1,
         ..Default::default()
     };
-    let attend = BLOCK_ATTENTION.iter().zip(HEAD_DIMS);
-    attend
-        .map(|(kernel, head_dim)| (kernel, bytes, one.launch(head_dim as u32).shared))
+    attending(&one)
+        .map(|(kernel, launch)| (kernel, bytes, launch.shared))
         .chain(COMBINE.iter().map(|kernel| (kernel, bytes, 0)))
         .collect()
 }
