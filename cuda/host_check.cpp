@@ -130,7 +130,8 @@ struct HostCluster {
 
 // What one block finds, and leaves to its cluster.
 template <int D, int ROWS>
-void attend_block(const BlockAttentionParams& p, const AttentionTile& t, const Launch& launch, bool stores, std::vector<float>& left) {
+void attend_block(const BlockAttentionParams& p, const AttentionTile& t, const Launch& launch, bool stores,
+                  std::vector<float>& left) {
     constexpr int32_t KEYS = D > 128 ? 32 : 64;
     int32_t threads = int32_t(launch.block);
     if (stores)
@@ -426,7 +427,7 @@ void dflash_emulated_kv_inject(const KvInjectParams* p, int32_t head_dim) {
 
 void dflash_emulated_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
     bool wide = attention_rows(*p, head_dim) == ATTENTION_WIDE_ROWS;
-    auto kernel = wide ? block_attention_wide_128
+    auto kernel = wide    ? block_attention_wide_128
         : head_dim == 64  ? block_attention_64
         : head_dim == 128 ? block_attention_128
                           : block_attention_256;

@@ -30,7 +30,7 @@ struct AttentionTile {
 DFLASH_HD int32_t window_start(int32_t position, int32_t window) { return window > 0 ? max_of(position + 1 - window, 0) : 0; }
 
 DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x, int32_t y, int32_t z, int32_t keys,
-                                     int32_t rows) {
+                                       int32_t rows) {
     AttentionTile t;
     t.request = x / p.kv_heads;
     t.kv_head = x - t.request * p.kv_heads;

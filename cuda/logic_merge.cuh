@@ -160,7 +160,8 @@ DFLASH_HD int32_t splits_of_group(const AttentionTile& t) {
 
 // A lane's D / 32 elements of one row: the group that a cluster's blocks have left, which is the result if there is no other.
 template <int D, int ROWS, typename Cluster>
-DFLASH_HD void merge_row(const BlockAttentionParams& p, const AttentionTile& t, const Cluster& cluster, int32_t row, int32_t lane) {
+DFLASH_HD void merge_row(const BlockAttentionParams& p, const AttentionTile& t, const Cluster& cluster, int32_t row,
+                         int32_t lane) {
     constexpr int32_t PER_LANE = D / 32;
     int32_t count = splits_of_group(t);
     Stats stats[ATTENTION_MERGED];

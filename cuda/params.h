@@ -139,7 +139,7 @@ struct BlockAttentionParams {
     int32_t mask_words;
     int32_t window; // 0: none
     float scale;
-    float softcap; // scores become softcap * tanh(score / softcap); 0: they stay
+    float softcap;    // scores become softcap * tanh(score / softcap); 0: they stay
     int32_t clusters; // 1: groups of splits are merged on the chip
     int32_t reserved;
 };
@@ -409,7 +409,8 @@ DFLASH_GEOMETRY Launch block_attention_launch(const BlockAttentionParams& p, int
 
 // block_attention_combine: a warp per token and head.
 DFLASH_GEOMETRY Launch block_attention_combine_launch(const BlockAttentionParams& p) {
-    uint32_t blocks = attention_parts(p.num_splits, p.clusters) > 1 ? uint32_t(ceil_div(int64_t(p.max_tokens) * p.q_heads, 4)) : 0;
+    uint32_t blocks =
+        attention_parts(p.num_splits, p.clusters) > 1 ? uint32_t(ceil_div(int64_t(p.max_tokens) * p.q_heads, 4)) : 0;
     return {{blocks, 1, 1}, 128, 0, 1};
 }
 
@@ -446,7 +447,9 @@ DFLASH_GEOMETRY Launch accept_launch(const AcceptParams& p) {
 }
 
 // tree_top_k: a block per row.
-DFLASH_GEOMETRY Launch tree_top_k_launch(const TreeTopKParams& p) { return {{p.k > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 512, 0, 1}; }
+DFLASH_GEOMETRY Launch tree_top_k_launch(const TreeTopKParams& p) {
+    return {{p.k > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 512, 0, 1};
+}
 // tree_build: a warp per request; nodes in shared memory.
 DFLASH_GEOMETRY Launch tree_build_launch(const TreeBuildParams& p) {
     uint32_t nodes = uint32_t(p.max_nodes) + 1;

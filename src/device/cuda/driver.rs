@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use libloading::Library;
 
+use super::config::{Handle, LaunchConfig, with_config};
 use super::fatbin::{ARCHITECTURES, FATBIN, fatbin_bytes, oldest_driver};
 use super::once::Once;
 use super::params::Launch;
@@ -36,7 +37,6 @@ const SUCCESS: c_int = 0;
 const INVALID_CONTEXT: c_int = 201;
 const NO_BINARY_FOR_GPU: c_int = 209;
 const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
-const LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
 /// Registers, local bytes, static shared bytes.
 const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
 const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
@@ -47,47 +47,6 @@ const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
 const DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: c_int = 120;
 /// Dynamic shared memory that needs no permission: 48 KiB less what any kernel has in static shared memory.
 const FREE_SHARED: u32 = 24 * 1024;
-
-type Handle = *mut c_void;
-
-/// `CUlaunchConfig` of cuda.h.
-#[repr(C)]
-struct LaunchConfig {
-    grid: [c_uint; 3],
-    block: [c_uint; 3],
-    shared: c_uint,
-    stream: Handle,
-    attributes: *const LaunchAttribute,
-    attribute_count: c_uint,
-}
-
-/// `CUlaunchAttribute` of cuda.h with the value `clusterDim`, and the rest of the 64 bytes that any value has.
-#[repr(C)]
-struct LaunchAttribute {
-    id: c_uint,
-    padding: c_uint,
-    cluster: [c_uint; 3],
-    rest: [c_uint; 13],
-}
-
-/// `launch` as the driver takes it, with the one attribute of clusters where there are any; calls `then` with it.
-fn with_config<T>(launch: Launch, stream: usize, then: impl FnOnce(*const LaunchConfig) -> T) -> T {
-    let cluster = LaunchAttribute {
-        id: LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-        padding: 0,
-        cluster: [1, 1, launch.cluster],
-        rest: [0; 13],
-    };
-    let config = LaunchConfig {
-        grid: launch.grid,
-        block: [launch.block, 1, 1],
-        shared: launch.shared,
-        stream: std::ptr::with_exposed_provenance_mut(stream),
-        attributes: &raw const cluster,
-        attribute_count: c_uint::from(launch.cluster > 1),
-    };
-    then(&raw const config)
-}
 
 macro_rules! functions {
     ($($field:ident = $symbol:literal ($($argument:ty),*);)*) => {
