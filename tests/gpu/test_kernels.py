@@ -187,8 +187,8 @@ def test_a_rows_attention_does_not_depend_on_the_batch_around_it(gpu, rng, head_
 def test_splits_merged_on_the_chip_have_the_bits_of_those_merged_in_memory(gpu, rng, monkeypatch, head_dim):
     if not cuda.clusters(gpu):
         pytest.skip("a device without clusters of blocks")
-    # One split, several, a whole group, one more, three groups.
-    lens, contexts = [3, 8, 1, 2, 5], [90, 1400, 4095, 4096, 8600]
+    # One split, two, one more than a group, three groups.
+    lens, contexts = [3, 20, 2, 1], [90, 700, 4095, 8200]
     batch = reference.make_batch(rng, lens, contexts)
     q = torch.randn(batch.tokens, 8, head_dim, device=gpu).bfloat16()
     k, v = (torch.randn(batch.tokens, 2, head_dim, device=gpu).bfloat16() for _ in "kv")
@@ -204,6 +204,8 @@ def test_splits_merged_on_the_chip_have_the_bits_of_those_merged_in_memory(gpu, 
 
     merged = run(batch.max_keys)
     assert torch.equal(run(16384), merged)
+    # Room for so many splits that heads of 128 have wide tiles.
+    assert torch.equal(run(102_400), merged)
     monkeypatch.setattr(cuda, "clusters", lambda device: False)
     assert torch.equal(run(batch.max_keys), merged)
 
