@@ -48,9 +48,19 @@ struct Case {
 
 impl Case {
     fn new(numbers: &mut Numbers, dims: &[usize], most_context: usize, most_len: usize) -> Self {
+        Self::of_keys(numbers, dims, most_context, most_len, &[])
+    }
+
+    /// Requests of so many keys together with their own, if any numbers are given.
+    fn of_keys(numbers: &mut Numbers, dims: &[usize], most_context: usize, most_len: usize, keys: &[usize]) -> Self {
         let requests = numbers.within(1, 3);
         let lens: Vec<usize> = (0..requests).map(|_| numbers.below(most_len + 1)).collect();
-        let context: Vec<i32> = (0..requests).map(|_| numbers.below(most_context + 1) as i32).collect();
+        let context: Vec<i32> = (0..requests)
+            .map(|r| match keys {
+                [] => numbers.below(most_context + 1) as i32,
+                keys => (numbers.pick(keys) - lens[r]) as i32,
+            })
+            .collect();
         let valid_from = context
             .iter()
             .map(|&c| {
@@ -119,7 +129,7 @@ impl Case {
             words,
             ancestors,
             split_keys,
-            scale: numbers.pick(&[1.0, 1.0, 1.0, 1.0, -1.0, 0.0]),
+            scale: numbers.pick(&[1.0, 1.0, 1.0, 1.0, 100.0, -1.0, 0.0]),
             num_splits: longest.div_ceil(split_keys).max(1) + numbers.below(2),
             softcap: numbers.pick(&[0.0, 0.0, 0.7, 30.0]),
             sinks: if numbers.chance(0.4) {
@@ -477,9 +487,9 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, most_context: usize, e
     }
 }
 
-/// As one request's splits, so many that they make up to four groups.
+/// Splits that are whole groups and others, up to three.
 fn long_case(numbers: &mut Numbers, dims: &[usize]) -> Case {
-    let mut case = Case::new(numbers, dims, 1800, 4);
+    let mut case = Case::of_keys(numbers, dims, 1500, 4, &[500, 512, 513, 1024, 1025, 1499]);
     case.split_keys = 64;
     case.num_splits = case.splits().max(1);
     case
