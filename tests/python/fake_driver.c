@@ -119,7 +119,8 @@ int cuKernelGetParamInfo(struct Kernel* kernel, size_t index, size_t* offset, si
 int cuKernelGetFunction(void** function, void* kernel) { return *function = kernel, 0; }
 int cuKernelGetAttribute(int* value, int attribute, void* kernel, int device) {
     (void)kernel;
-    return *value = attribute == 4 ? 32 : 0, device;
+    /* FAKE_CUDA_CODE: the architecture that the code was written for. */
+    return *value = attribute == 4 ? 32 : attribute == 5 ? number("FAKE_CUDA_CODE", 90) : 0, device;
 }
 int cuKernelSetAttribute(int attribute, int value, struct Kernel* kernel, int device) {
     FILE* log = log_file();

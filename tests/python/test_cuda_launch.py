@@ -140,7 +140,12 @@ def test_where_clusters_run_splits_go_in_whole_ones_and_few_need_no_memory(calls
 @needs_kernels
 @pytest.mark.parametrize(
     "variables, expected",
-    [({}, "True"), ({"FAKE_CUDA_CAPABILITY": "80"}, "False"), ({"FAKE_CUDA_CLUSTERS": "0"}, "False")],
+    [
+        ({}, "True"),
+        ({"FAKE_CUDA_CAPABILITY": "80"}, "False"),
+        ({"FAKE_CUDA_CLUSTERS": "0"}, "False"),
+        ({"FAKE_CUDA_CODE": "80"}, "False"),
+    ],
 )
 def test_clusters_run_where_the_device_has_them_and_room_for_one(fake_driver, variables, expected):
     done, _ = fake_driver("from dflash_rs import _core; print(_core.cuda_clusters(0))", **variables)

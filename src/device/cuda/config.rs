@@ -1,12 +1,28 @@
-//! A launch as the driver takes it: the structures of cuda.h.
+//! A launch as the driver takes it: structures and numbers of cuda.h.
 
-use std::ffi::{c_uint, c_void};
+use std::ffi::{c_int, c_uint, c_void};
 
 use super::params::Launch;
 
 /// What the driver hands out and takes back.
 pub(super) type Handle = *mut c_void;
 
+pub(super) const SUCCESS: c_int = 0;
+pub(super) const INVALID_CONTEXT: c_int = 201;
+pub(super) const NO_BINARY_FOR_GPU: c_int = 209;
+pub(super) const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
+/// Registers, local bytes, static shared bytes.
+pub(super) const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
+pub(super) const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
+pub(super) const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
+/// Shared memory of a block that asked for permission, static and dynamic.
+pub(super) const DEVICE_ATTRIBUTE_MAX_SHARED: c_int = 97;
+pub(super) const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
+pub(super) const DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: c_int = 120;
+/// Architecture that a kernel's code was written for (a device may run that of an older one, compiled by its driver), and the first with
+/// clusters.
+pub(super) const FUNC_ATTRIBUTE_PTX_VERSION: c_int = 5;
+pub(super) const FIRST_WITH_CLUSTERS: c_int = 90;
 const LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
 
 /// `CUlaunchConfig` of cuda.h.

@@ -22,7 +22,12 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use libloading::Library;
 
-use super::config::{Handle, LaunchConfig, with_config};
+use super::config::{
+    DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, DEVICE_ATTRIBUTE_MAJOR, DEVICE_ATTRIBUTE_MAX_SHARED, DEVICE_ATTRIBUTE_MINOR,
+    DEVICE_ATTRIBUTE_MULTIPROCESSORS, FIRST_WITH_CLUSTERS, FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED,
+    FUNC_ATTRIBUTE_PTX_VERSION, Handle, INVALID_CONTEXT, LaunchConfig, NO_BINARY_FOR_GPU, SUCCESS, USAGE_ATTRIBUTES,
+    with_config,
+};
 use super::fatbin::{ARCHITECTURES, FATBIN, fatbin_bytes, oldest_driver};
 use super::once::Once;
 use super::params::Launch;
@@ -33,18 +38,6 @@ fn oldest_driver_text() -> String {
     format!("{major}.{minor}")
 }
 
-const SUCCESS: c_int = 0;
-const INVALID_CONTEXT: c_int = 201;
-const NO_BINARY_FOR_GPU: c_int = 209;
-const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
-/// Registers, local bytes, static shared bytes.
-const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
-const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
-const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
-/// Shared memory of a block that asked for permission, static and dynamic.
-const DEVICE_ATTRIBUTE_MAX_SHARED: c_int = 97;
-const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
-const DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: c_int = 120;
 /// Dynamic shared memory that needs no permission: 48 KiB less what any kernel has in static shared memory.
 const FREE_SHARED: u32 = 24 * 1024;
 
@@ -313,7 +306,7 @@ pub trait Driver {
     /// As [`Self::launch`].
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage>;
 
-    /// Whether the current device runs clusters of blocks, and has room for one of `launch` with a kernel that takes `bytes` bytes of
+    /// Whether the current device and the code that it runs have clusters of blocks, and room for one of `launch` with a kernel that takes `bytes` bytes of
     /// parameters.
     ///
     /// # Errors
@@ -499,14 +492,24 @@ impl Kernel {
         Ok(function)
     }
 
+    fn attribute(&self, driver: &Functions, kernel: Handle, attribute: c_int, device: c_int) -> Result<c_int> {
+        let mut value = 0;
+        // SAFETY: see the module.
+        let code = unsafe { (driver.kernel_attribute)(&raw mut value, attribute, kernel, device) };
+        driver.check(&format!("cuKernelGetAttribute of {}", self.name()), code)?;
+        Ok(value)
+    }
+
     /// See [`Driver::runs_cluster`].
     fn runs_cluster(&self, bytes: usize, launch: Launch) -> Result<bool> {
         let loaded = load()?;
         let driver = loaded.driver;
-        if driver.attribute(DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, driver.current()?)? == 0 {
+        let device = driver.current()?;
+        let kernel = self.resolve(loaded, bytes)?;
+        let code = self.attribute(driver, kernel, FUNC_ATTRIBUTE_PTX_VERSION, device)?;
+        if code < FIRST_WITH_CLUSTERS || driver.attribute(DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, device)? == 0 {
             return Ok(false);
         }
-        let kernel = self.resolve(loaded, bytes)?;
         let function = self.function(driver, kernel)?;
         if launch.shared > FREE_SHARED {
             self.allow_shared(driver, kernel, launch.shared)?;
@@ -529,9 +532,7 @@ impl Kernel {
         self.function(driver, kernel)?;
         let mut values = [0; 3];
         for (value, attribute) in values.iter_mut().zip(USAGE_ATTRIBUTES) {
-            // SAFETY: see the module.
-            let code = unsafe { (driver.kernel_attribute)(&raw mut *value, attribute, kernel, device) };
-            driver.check(&format!("cuKernelGetAttribute of {}", self.name()), code)?;
+            *value = self.attribute(driver, kernel, attribute, device)?;
         }
         // What a launch will need at most; a device that has less takes what fits, and refuses a launch that asks for more.
         let limit = driver.attribute(DEVICE_ATTRIBUTE_MAX_SHARED, device)? - values[2];
