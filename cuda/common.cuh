@@ -4,6 +4,7 @@
 // multiply-add, whatever flags the file is compiled with. (The host build needs -ffp-contract=off.)
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -90,6 +91,15 @@ DFLASH_HD float add_product(float a, float b, float c) {
     // Where a GPU would round once less, tests are to notice.
     if (double(a) * double(b) != double(a * b)) __builtin_trap();
     return add(mul(a, b), c);
+#endif
+}
+
+// a * b + c, rounded once.
+DFLASH_HD float fused(float a, float b, float c) {
+#if DFLASH_ON_DEVICE
+    return __fmaf_rn(a, b, c);
+#else
+    return fmaf(a, b, c);
 #endif
 }
 

@@ -1,6 +1,8 @@
 // Runs a kernel's own code on the host, for tests: the threads of a block are fibers that switch at barriers and warp-wide
-// operations, blocks follow each other. What it shows: indices, shared memory, barriers that are missing or not reached by all
-// (a fiber runs as far ahead as the barriers let it). What it does not: two threads at the same instant, or cp.async's delay.
+// operations, blocks follow each other, those of a cluster run together. What it shows: indices, shared memory, barriers that are
+// missing or not reached by all (a fiber runs as far ahead as the barriers let it), shared memory of a block that has ended (it turns
+// to NaN). What it does not: two threads at the same instant, or cp.async's delay. Blocks of a cluster have their own dynamic shared
+// memory, and the same static one.
 //
 // Include it after the standard headers and the logic headers, then the kernel files.
 #pragma once
@@ -21,7 +23,7 @@ struct Index {
     uint32_t x, y, z;
 };
 
-enum State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
+enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, AT_CLUSTER_BARRIER, DONE };
 
 struct Fiber {
     ucontext_t context;
@@ -29,15 +31,22 @@ struct Fiber {
     State state;
 };
 
+constexpr uint32_t CLUSTER = 8; // blocks of the largest one
+constexpr size_t SHARED = 228 * 1024;
+
 struct Machine {
-    std::vector<Fiber> fibers;
+    std::vector<Fiber> fibers; // of a cluster, block by block
     ucontext_t scheduler;
     uint32_t current = 0;
-    uint64_t slots[32][32][4]; // what a lane shows its warp
+    Launch launch;
+    uint64_t slots[64][32][4]; // what a lane shows its warp
     void (*body)(const void*);
     const void* argument;
+
+    uint32_t block() const { return current / launch.block; }
 };
 
+alignas(16) inline unsigned char shared_memory[CLUSTER][SHARED];
 inline Machine machine;
 inline std::mutex only_one; // there is one machine, and one set of shared variables
 
@@ -52,10 +61,25 @@ inline void start() {
     machine.fibers[machine.current].state = DONE;
 }
 
-inline void run_block(uint32_t threads) {
+// Fibers first .. first + count that wait at a barrier go on, if all of them do that have not ended.
+inline bool pass(uint32_t first, uint32_t count, State barrier) {
+    uint32_t alive = 0, here = 0;
+    for (uint32_t i = first; i < first + count; ++i) {
+        alive += machine.fibers[i].state != DONE;
+        here += machine.fibers[i].state == barrier;
+    }
+    if (here == 0 || here < alive) return false;
+    for (uint32_t i = first; i < first + count; ++i)
+        if (machine.fibers[i].state == barrier) machine.fibers[i].state = READY;
+    return true;
+}
+
+// Runs the blocks of a cluster, the first of them block (x, y, z).
+inline void run_cluster(Index& index, uint32_t x, uint32_t y, uint32_t z) {
     constexpr size_t STACK = 128 * 1024;
-    if (machine.fibers.size() < threads) machine.fibers.resize(threads);
-    for (uint32_t i = 0; i < threads; ++i) {
+    uint32_t threads = machine.launch.block, all = threads * machine.launch.cluster;
+    if (machine.fibers.size() < all) machine.fibers.resize(all);
+    for (uint32_t i = 0; i < all; ++i) {
         Fiber& fiber = machine.fibers[i];
         if (!fiber.stack) fiber.stack.reset(new char[STACK]);
         getcontext(&fiber.context);
@@ -65,33 +89,31 @@ inline void run_block(uint32_t threads) {
         makecontext(&fiber.context, start, 0);
         fiber.state = READY;
     }
-    for (;;) {
-        bool ran = false, done = true;
-        for (uint32_t i = 0; i < threads; ++i) {
-            while (machine.fibers[i].state == READY) {
-                machine.current = i;
-                swapcontext(&machine.scheduler, &machine.fibers[i].context);
-                ran = true;
-            }
-            done = done && machine.fibers[i].state == DONE;
+    auto poison = [](uint32_t block) { memset(shared_memory[block], 0xff, machine.launch.shared); }; // NaN
+    for (uint32_t block = 0; block < machine.launch.cluster; ++block) poison(block);
+    uint32_t ended = 0;
+    while (ended < all) {
+        for (uint32_t i = 0; i < all; ++i) {
+            if (machine.fibers[i].state != READY) continue;
+            machine.current = i;
+            index = {x, y, z + i / threads};
+            swapcontext(&machine.scheduler, &machine.fibers[i].context);
+            if (machine.fibers[i].state != DONE) continue;
+            ++ended;
+            uint32_t first = i / threads * threads, left = 0;
+            for (uint32_t k = first; k < first + threads; ++k) left += machine.fibers[k].state != DONE;
+            if (left == 0) poison(i / threads);
         }
-        if (done) return;
-        uint32_t waiting = 0, alive = 0;
-        for (uint32_t warp = 0; warp < threads; warp += 32) {
+        bool passed = ended == all;
+        // A warp meets with all its lanes.
+        for (uint32_t warp = 0; warp < all; warp += 32) {
             uint32_t here = 0;
-            for (uint32_t i = warp; i < warp + 32; ++i) {
-                here += machine.fibers[i].state == AT_WARP_BARRIER;
-                alive += machine.fibers[i].state != DONE;
-                waiting += machine.fibers[i].state == AT_BLOCK_BARRIER;
-            }
-            if (here < 32) continue;
-            for (uint32_t i = warp; i < warp + 32; ++i) machine.fibers[i].state = READY;
-            ran = true;
+            for (uint32_t i = warp; i < warp + 32; ++i) here += machine.fibers[i].state == AT_WARP_BARRIER;
+            if (here == 32) passed = pass(warp, 32, AT_WARP_BARRIER) || passed;
         }
-        if (waiting == alive) {
-            for (uint32_t i = 0; i < threads; ++i)
-                if (machine.fibers[i].state == AT_BLOCK_BARRIER) machine.fibers[i].state = READY;
-        } else if (!ran) {
+        for (uint32_t first = 0; first < all; first += threads) passed = pass(first, threads, AT_BLOCK_BARRIER) || passed;
+        passed = pass(0, all, AT_CLUSTER_BARRIER) || passed;
+        if (!passed) {
             fprintf(stderr, "a barrier that not all threads reach\n");
             abort();
         }
@@ -119,11 +141,11 @@ static emulation::Index blockIdx, blockDim, gridDim;
 // A field that reads as the running fiber's index.
 struct EmulatedThread {
     struct {
-        operator uint32_t() const { return emulation::machine.current; }
+        operator uint32_t() const { return emulation::machine.current % emulation::machine.launch.block; }
     } x;
 };
 static EmulatedThread threadIdx;
-alignas(16) static unsigned char dynamic_shared[228 * 1024];
+#define dynamic_shared emulation::shared_memory[emulation::machine.block()]
 
 #define __global__
 #define __device__
@@ -230,6 +252,21 @@ struct DeviceWarp : HostAddressing {
     static Reg<float> exchange(const Reg<float>& x, int32_t mask) { return {__shfl_xor_sync(0, x.v, mask)}; }
 };
 
+struct DeviceCluster {
+    float* mine;
+
+    static void meet() { emulation::wait(emulation::AT_CLUSTER_BARRIER); }
+
+    float* of_block(int32_t rank) const {
+        size_t offset = size_t(reinterpret_cast<unsigned char*>(mine) - dynamic_shared);
+        if (uint32_t(rank) >= emulation::machine.launch.cluster || offset >= emulation::machine.launch.shared) {
+            fprintf(stderr, "shared memory of no block of the cluster\n");
+            abort();
+        }
+        return reinterpret_cast<float*>(emulation::shared_memory[rank] + offset);
+    }
+};
+
 } // namespace dflash
 
 namespace emulation {
@@ -251,15 +288,14 @@ void run(void (*kernel)(P), const P& params, const Launch& launch) {
     };
     blockDim = {launch.block, 1, 1};
     gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
-    for (uint32_t z = 0; z < launch.grid[2]; ++z) {
-        for (uint32_t y = 0; y < launch.grid[1]; ++y) {
-            for (uint32_t x = 0; x < launch.grid[0]; ++x) {
-                blockIdx = {x, y, z};
-                memset(dynamic_shared, 0xff, launch.shared); // NaN
-                run_block(launch.block);
-            }
-        }
+    machine.launch = launch;
+    if (launch.cluster == 0 || launch.cluster > CLUSTER || launch.grid[2] % launch.cluster || launch.shared > SHARED) {
+        fprintf(stderr, "a launch that no device runs\n");
+        abort();
     }
+    for (uint32_t z = 0; z < launch.grid[2]; z += launch.cluster)
+        for (uint32_t y = 0; y < launch.grid[1]; ++y)
+            for (uint32_t x = 0; x < launch.grid[0]; ++x) run_cluster(blockIdx, x, y, z);
 }
 
 } // namespace emulation

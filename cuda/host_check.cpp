@@ -7,6 +7,7 @@
 #include "logic_attention.cuh"
 #include "logic_delta.cuh"
 #include "logic_kv.cuh"
+#include "logic_merge.cuh"
 #include "logic_rng.cuh"
 #include "logic_sample.cuh"
 #include "logic_step.cuh"
@@ -29,6 +30,7 @@ using namespace dflash;
 #include "tree_build.cu"
 
 #undef accept
+#undef dynamic_shared
 #undef asm
 #undef volatile
 #endif
@@ -120,38 +122,58 @@ struct HostWarp : HostAddressing {
     }
 };
 
-template <int D>
-void attend(const BlockAttentionParams& p) {
+// What the blocks of a cluster have left.
+struct HostCluster {
+    std::vector<float> left[ATTENTION_MERGED];
+    float* of_block(int32_t rank) const { return const_cast<float*>(left[rank].data()); }
+};
+
+// What one block finds, and leaves to its cluster.
+template <int D, int ROWS>
+void attend_block(const BlockAttentionParams& p, const AttentionTile& t, const Launch& launch, bool stores,
+                  std::vector<float>& left) {
     constexpr int32_t KEYS = D > 128 ? 32 : 64;
-    Launch launch = block_attention_launch(p, D);
     int32_t threads = int32_t(launch.block);
-    for (uint32_t z = 0; z < launch.grid[2]; ++z) {
+    if (stores)
+        for (int32_t thread = 0; thread < threads; ++thread) store_keys<D>(p, t, thread, threads);
+    std::vector<uint16_t> shared(launch.shared / 2, 0x7fc1); // NaN
+    uint16_t* keys = shared.data() + ROWS * D;
+    for (int32_t thread = 0; thread < threads; ++thread) load_queries<D, ROWS>(p, t, shared.data(), thread);
+    std::vector<WarpState<HostWarp, D>> states(ROWS / 16);
+    memset(states.data(), 0xff, states.size() * sizeof(states[0])); // NaN
+    std::vector<WarpView<HostWarp, D>> views(ROWS / 16);
+    for (int32_t warp = 0; warp < ROWS / 16; ++warp) {
+        warp_open(p, t, warp, states[warp]);
+        warp_view<HostWarp, D>(warp, shared.data(), keys, keys + KEYS * D, views[warp]);
+        warp_hold_queries(views[warp]);
+    }
+    for (int32_t key = t.begin; key < t.end; key += KEYS) {
+        KeyPlace places[KEYS];
+        for (int32_t i = 0; i < KEYS; ++i) places[i] = key_place(p, t, key_source(p, t, key + i));
+        for (int32_t thread = 0; thread < threads; ++thread) load_keys<D, KEYS, ROWS>(places, keys, keys + KEYS * D, thread);
+        for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
+            warp_attend<HostWarp, D, KEYS>(p, t, warp, key, views[warp], 0, states[warp]);
+    }
+    left.assign(LeftPart<D, ROWS>::FLOATS, NAN);
+    for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
+        warp_write(p, t, warp, states[warp], LeftPart<D, ROWS>{left.data()});
+}
+
+template <int D, int ROWS>
+void attend(const BlockAttentionParams& p) {
+    Launch launch = block_attention_launch(p, D);
+    for (uint32_t z = 0; z < launch.grid[2]; z += launch.cluster) {
         for (uint32_t y = 0; y < launch.grid[1]; ++y) {
             for (uint32_t x = 0; x < launch.grid[0]; ++x) {
-                AttentionTile t = attention_tile(p, int32_t(x), int32_t(y), int32_t(z), KEYS);
-                if (!t.live) continue;
-                if (p.slots && y == 0 && z == 0)
-                    for (int32_t thread = 0; thread < threads; ++thread) store_keys<D>(p, t, thread, threads);
-                std::vector<uint16_t> shared(launch.shared / 2, 0x7fc1); // NaN
-                uint16_t* keys = shared.data() + ATTENTION_ROWS * D;
-                for (int32_t thread = 0; thread < threads; ++thread) load_queries<D>(p, t, shared.data(), thread, threads);
-                std::vector<WarpState<HostWarp, D>> states(4);
-                memset(states.data(), 0xff, states.size() * sizeof(states[0])); // NaN
-                std::vector<WarpView<HostWarp, D>> views(4);
-                for (int32_t warp = 0; warp < 4; ++warp) {
-                    warp_open(p, t, warp, states[warp]);
-                    warp_view<HostWarp, D>(warp, shared.data(), keys, keys + KEYS * D, views[warp]);
-                    warp_hold_queries(views[warp]);
+                HostCluster cluster;
+                AttentionTile t;
+                for (int32_t rank = int32_t(launch.cluster) - 1; rank >= 0; --rank) {
+                    t = attention_tile(p, int32_t(x), int32_t(y), int32_t(z) + rank, attention_keys(D), ROWS);
+                    if (t.live) attend_block<D, ROWS>(p, t, launch, p.slots && y == 0 && z == 0 && rank == 0, cluster.left[rank]);
                 }
-                for (int32_t key = t.begin; key < t.end; key += KEYS) {
-                    KeyPlace places[KEYS];
-                    for (int32_t i = 0; i < KEYS; ++i) places[i] = key_place(p, t, key_source(p, t, key + i));
-                    for (int32_t thread = 0; thread < threads; ++thread)
-                        load_keys<D, KEYS>(places, keys, keys + KEYS * D, thread);
-                    for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp)
-                        warp_attend<HostWarp, D, KEYS>(p, t, warp, key, views[warp], 0, states[warp]);
-                }
-                for (int32_t warp = 0; warp * 16 < t.num_queries * t.group; ++warp) warp_write(p, t, warp, states[warp]);
+                if (!t.live || !p.clusters || t.splits == 1) continue;
+                for (int32_t row = 0; row < t.num_queries * t.group; ++row)
+                    for (int32_t lane = 0; lane < 32; ++lane) merge_row<D, ROWS>(p, t, cluster, row, lane);
             }
         }
     }
@@ -322,21 +344,22 @@ void dflash_host_compact_kv(const CompactKvParams* p) {
 }
 
 void dflash_host_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
-    if (head_dim == 64) host::attend<64>(*p);
-    else if (head_dim == 128) host::attend<128>(*p);
-    else host::attend<256>(*p);
+    if (attention_rows(*p, head_dim) == ATTENTION_WIDE_ROWS) host::attend<128, ATTENTION_WIDE_ROWS>(*p);
+    else if (head_dim == 64) host::attend<64, ATTENTION_ROWS>(*p);
+    else if (head_dim == 128) host::attend<128, ATTENTION_ROWS>(*p);
+    else host::attend<256, ATTENTION_ROWS>(*p);
 }
 
 // For every token, query head and key < width: where it is read from if it is seen (see key_source), else INT64_MIN.
 void dflash_host_seen(const BlockAttentionParams* p, int32_t head_dim, int32_t width, int64_t* out) {
     Launch launch = block_attention_launch(*p, head_dim);
-    int32_t keys = attention_keys(head_dim);
+    int32_t keys = attention_keys(head_dim), rows = attention_rows(*p, head_dim);
     for (uint32_t z = 0; z < launch.grid[2]; ++z) {
         for (uint32_t y = 0; y < launch.grid[1]; ++y) {
             for (uint32_t x = 0; x < launch.grid[0]; ++x) {
-                AttentionTile t = attention_tile(*p, int32_t(x), int32_t(y), int32_t(z), keys);
+                AttentionTile t = attention_tile(*p, int32_t(x), int32_t(y), int32_t(z), keys, rows);
                 if (!t.live) continue;
-                for (int32_t row = 0; row < ATTENTION_ROWS; ++row) {
+                for (int32_t row = 0; row < rows; ++row) {
                     AttentionRow r = attention_row(*p, t, row);
                     if (r.query < 0) continue;
                     int64_t* to = out + (int64_t(t.first_token + r.query) * p->q_heads + r.head) * width;
@@ -403,7 +426,11 @@ void dflash_emulated_kv_inject(const KvInjectParams* p, int32_t head_dim) {
 }
 
 void dflash_emulated_block_attention(const BlockAttentionParams* p, int32_t head_dim) {
-    auto kernel = head_dim == 64 ? block_attention_64 : head_dim == 128 ? block_attention_128 : block_attention_256;
+    bool wide = attention_rows(*p, head_dim) == ATTENTION_WIDE_ROWS;
+    auto kernel = wide    ? block_attention_wide_128
+        : head_dim == 64  ? block_attention_64
+        : head_dim == 128 ? block_attention_128
+                          : block_attention_256;
     auto combine = head_dim == 64 ? block_attention_combine_64
         : head_dim == 128         ? block_attention_combine_128
                                   : block_attention_combine_256;

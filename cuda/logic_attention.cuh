@@ -1,6 +1,6 @@
 // Block attention in pieces: which keys a tile looks at, who sees what, and the arithmetic of one warp on one tile of keys.
 //
-// A tile has ATTENTION_ROWS rows: row = query * group + head of the group, so that a key is loaded once for all query heads
+// A tile has ATTENTION_ROWS or ATTENTION_WIDE_ROWS rows: row = query * group + head of the group, so that a key is loaded once for all query heads
 // that share it. A warp has sixteen rows. Keys come in tiles that begin at multiples of the tile's width, counted from key 0,
 // and a masked key weighs exactly 0: what a row sums, and in which order, depends on its own keys alone.
 #pragma once
@@ -10,8 +10,6 @@
 #include "logic_warp.cuh"
 
 namespace dflash {
-
-constexpr int32_t ATTENTION_THREADS = 128;
 
 // ---- what a block of threads looks at ---------------------------------------------------------------------------------
 
@@ -31,7 +29,8 @@ struct AttentionTile {
 
 DFLASH_HD int32_t window_start(int32_t position, int32_t window) { return window > 0 ? max_of(position + 1 - window, 0) : 0; }
 
-DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x, int32_t y, int32_t z, int32_t keys) {
+DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x, int32_t y, int32_t z, int32_t keys,
+                                       int32_t rows) {
     AttentionTile t;
     t.request = x / p.kv_heads;
     t.kv_head = x - t.request * p.kv_heads;
@@ -40,7 +39,7 @@ DFLASH_HD AttentionTile attention_tile(const BlockAttentionParams& p, int32_t x,
     t.len = p.query_starts[t.request + 1] - t.first_token;
     t.context = p.context_lens[t.request];
     t.valid_from = p.valid_from ? p.valid_from[t.request] : 0;
-    int32_t queries = attention_queries(p.q_heads, p.kv_heads);
+    int32_t queries = attention_queries(p.q_heads, p.kv_heads, rows);
     t.first_query = y * queries;
     t.num_queries = min_of(queries, t.len - t.first_query);
     t.split = z;
@@ -174,11 +173,11 @@ DFLASH_HD void copy16(uint16_t* to, const uint16_t* from, bool exists) {
 #endif
 }
 
-template <int D>
-DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread,
-                            int32_t threads) {
+// A tile of `ROWS` rows, 2 `ROWS` threads.
+template <int D, int ROWS>
+DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& t, uint16_t* shared, int32_t thread) {
     constexpr int32_t CHUNKS = D / 8;
-    for (int32_t i = thread; i < ATTENTION_ROWS * CHUNKS; i += threads) {
+    for (int32_t i = thread; i < ROWS * CHUNKS; i += 2 * ROWS) {
         int32_t row = i / CHUNKS, chunk = i % CHUNKS, local = row / t.group;
         bool exists = local < t.num_queries;
         const uint16_t* from = p.q;
@@ -190,9 +189,9 @@ DFLASH_HD void load_queries(const BlockAttentionParams& p, const AttentionTile& 
 }
 
 // Keys and values that lie at `places`, to `keys` and `values` ([KEYS][D] each). A thread has the same chunk of every few rows.
-template <int D, int KEYS>
+template <int D, int KEYS, int ROWS>
 DFLASH_HD void load_keys(const KeyPlace* places, uint16_t* keys, uint16_t* values, int32_t thread) {
-    constexpr int32_t CHUNKS = D / 8, AT_ONCE = ATTENTION_THREADS / CHUNKS;
+    constexpr int32_t CHUNKS = D / 8, AT_ONCE = 2 * ROWS / CHUNKS;
     // Several places, then their copies: between a load and a copy that follows it the compiler puts instructions that only wait.
     constexpr int32_t GROUP = 4;
     int32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
@@ -331,7 +330,8 @@ DFLASH_HD void warp_scores(const WarpView<W, D>& view, int32_t element, WarpScor
     }
 }
 
-// Where there is a soft cap, scores become capped ones in units of log2. Returns what they still have to be multiplied by.
+// Where there is a soft cap, scores become capped ones in units of log2. Returns what they still have to be multiplied by, which is
+// positive: the largest of a row is so before as after.
 template <typename W, int KEYS>
 DFLASH_HD float warp_cap(const BlockAttentionParams& p, WarpScores<W, KEYS>& scores) {
     float scale = mul(p.scale, 1.44269504f);
@@ -342,6 +342,15 @@ DFLASH_HD float warp_cap(const BlockAttentionParams& p, WarpScores<W, KEYS>& sco
             for (int32_t n = 0; n < KEYS / 8; ++n) {
                 DFLASH_UNROLL
                 for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = capped(scores[n][e][lane], down, up);
+            }
+        }
+        scale = 1.0f;
+    } else if (!(scale > 0.0f)) {
+        EACH_LANE(lane) {
+            DFLASH_UNROLL
+            for (int32_t n = 0; n < KEYS / 8; ++n) {
+                DFLASH_UNROLL
+                for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = mul(scores[n][e][lane], scale);
             }
         }
         scale = 1.0f;
@@ -377,24 +386,14 @@ template <typename W, int D, int KEYS>
 DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, int32_t first_key, float scale,
                             WarpScores<W, KEYS>& scores, WarpState<W, D>& s) {
     using Float = typename W::template Reg<float>;
-    EACH_LANE(lane) {
-        DFLASH_UNROLL
-        for (int32_t n = 0; n < KEYS / 8; ++n) {
-            DFLASH_UNROLL
-            for (int32_t e = 0; e < 4; ++e) scores[n][e][lane] = mul(scores[n][e][lane], scale);
-        }
-    }
     if (first_key + KEYS > t.context || first_key < t.unmasked_from) warp_mask<W, KEYS>(p, t, warp, first_key, scores);
     DFLASH_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
         Float largest;
         EACH_LANE(lane) {
-            float most = s.largest[half][lane];
+            float most = scores[0][2 * half][lane];
             DFLASH_UNROLL
-            for (int32_t n = 0; n < KEYS / 8; ++n) {
-                DFLASH_UNROLL
-                for (int32_t e = 2 * half; e < 2 * half + 2; ++e) most = fmaxf(most, scores[n][e][lane]);
-            }
+            for (int32_t i = 1; i < KEYS / 4; ++i) most = fmaxf(most, scores[i / 2][2 * half + (i & 1)][lane]);
             largest[lane] = most;
         }
         DFLASH_UNROLL
@@ -403,16 +402,17 @@ DFLASH_HD void warp_weights(const BlockAttentionParams& p, const AttentionTile& 
             EACH_LANE(lane) largest[lane] = fmaxf(largest[lane], other[lane]);
         }
         EACH_LANE(lane) {
+            float most = fmaxf(s.largest[half][lane], mul(largest[lane], scale));
             // Nothing seen yet: any finite number in place of -inf keeps the weights at exactly 0.
-            float base = largest[lane] == -infinity() ? 0.0f : largest[lane];
+            float base = most == -infinity() ? 0.0f : most;
             float fade = exp2_of(sub(s.largest[half][lane], base));
-            s.largest[half][lane] = largest[lane];
+            s.largest[half][lane] = most;
             float sum = mul(s.sums[half][lane], fade);
             DFLASH_UNROLL
             for (int32_t n = 0; n < KEYS / 8; ++n) {
                 DFLASH_UNROLL
                 for (int32_t e = 2 * half; e < 2 * half + 2; ++e) {
-                    float w = exp2_of(sub(scores[n][e][lane], base));
+                    float w = exp2_of(fused(scores[n][e][lane], scale, -base));
                     scores[n][e][lane] = w;
                     sum = add(sum, w);
                 }
@@ -461,137 +461,6 @@ DFLASH_HD void warp_attend(const BlockAttentionParams& p, const AttentionTile& t
     float scale = warp_cap<W, KEYS>(p, scores);
     warp_weights<W, D, KEYS>(p, t, warp, first_key, scale, scores, s);
     warp_values<W, D, KEYS>(view, element, scores, s);
-}
-
-DFLASH_HD void store2(uint16_t* at, float low, float high) {
-    uint32_t x = pack2(low, high);
-#if DFLASH_ON_DEVICE
-    *reinterpret_cast<uint32_t*>(at) = x;
-#else
-    memcpy(at, &x, 4);
-#endif
-}
-
-template <typename W, int D>
-DFLASH_HD void warp_write(const BlockAttentionParams& p, const AttentionTile& t, int32_t warp, WarpState<W, D>& s) {
-    DFLASH_UNROLL
-    for (int32_t half = 0; half < 2; ++half) {
-        DFLASH_UNROLL
-        for (int32_t offset = 1; offset < 4; offset *= 2) {
-            typename W::template Reg<float> other = W::exchange(s.sums[half], offset);
-            EACH_LANE(lane) s.sums[half][lane] = add(s.sums[half][lane], other[lane]);
-        }
-        EACH_LANE(lane) {
-            AttentionRow r = attention_row(p, t, warp * 16 + lane / 4 + 8 * half);
-            if (r.query < 0) continue;
-            int64_t token = t.first_token + r.query;
-            float sum = s.sums[half][lane];
-            if (t.splits == 1) {
-                uint16_t* out = p.out + token * p.out_stride[0] + r.head * p.out_stride[1] + 2 * (lane % 4);
-                DFLASH_UNROLL
-                for (int32_t n = 0; n < D / 8; ++n)
-                    store2(out + 8 * n, div(s.out[n][2 * half][lane], sum), div(s.out[n][2 * half + 1][lane], sum));
-                continue;
-            }
-            int64_t at = (int64_t(t.split) * p.max_tokens + token) * p.q_heads + r.head;
-            if (lane % 4 == 0) {
-                p.partial_stats[2 * at] = s.largest[half][lane];
-                p.partial_stats[2 * at + 1] = sum;
-            }
-            if (sum == 0.0f) continue; // nothing seen: not read
-            float* out = p.partial_out + at * D + 2 * (lane % 4);
-            DFLASH_UNROLL
-            for (int32_t n = 0; n < D / 8; ++n) {
-                out[8 * n] = s.out[n][2 * half][lane];
-                out[8 * n + 1] = s.out[n][2 * half + 1][lane];
-            }
-        }
-    }
-}
-
-// ---- the splits together ------------------------------------------------------------------------------------------------
-
-struct Stats {
-    float largest, sum;
-};
-
-DFLASH_HD Stats load_stats(const float* at) {
-#if DFLASH_ON_DEVICE
-    float2 x = *reinterpret_cast<const float2*>(at);
-    return {x.x, x.y};
-#else
-    return {at[0], at[1]};
-#endif
-}
-
-// N neighbouring floats, N even, in accesses as wide as they allow.
-template <int N>
-DFLASH_HD void load_floats(const float* at, float* out) {
-#if DFLASH_ON_DEVICE
-    if constexpr (N % 4 == 0) {
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < N; i += 4) {
-            float4 x = *reinterpret_cast<const float4*>(at + i);
-            out[i] = x.x;
-            out[i + 1] = x.y;
-            out[i + 2] = x.z;
-            out[i + 3] = x.w;
-        }
-        return;
-    }
-    DFLASH_UNROLL
-    for (int32_t i = 0; i < N; i += 2) {
-        float2 x = *reinterpret_cast<const float2*>(at + i);
-        out[i] = x.x;
-        out[i + 1] = x.y;
-    }
-#else
-    memcpy(out, at, N * sizeof(float));
-#endif
-}
-
-// A lane's D / 32 elements of one token and head. Splits are loaded several at a time, none waiting for another, and added in order.
-template <int D>
-DFLASH_HD void combine_lane(const BlockAttentionParams& p, int64_t row, int32_t lane) {
-    constexpr int32_t PER_LANE = D / 32, AT_ONCE = D > 128 ? 4 : 8;
-    int32_t token = int32_t(row / p.q_heads), head = int32_t(row - int64_t(token) * p.q_heads);
-    int32_t request = request_of(p.query_starts, p.num_requests, token);
-    if (request < 0) return;
-    int32_t keys = p.context_lens[request] + p.query_starts[request + 1] - p.query_starts[request];
-    int32_t splits = int32_t(ceil_div(keys, p.split_keys));
-    if (splits <= 1) return; // written already
-    int64_t stride = int64_t(p.max_tokens) * p.q_heads;
-    float largest = -infinity();
-    for (int32_t first = 0; first < splits; first += AT_ONCE) {
-        float found[AT_ONCE]; // the last split again, beyond the last
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < AT_ONCE; ++i) found[i] = p.partial_stats[2 * (min_of(first + i, splits - 1) * stride + row)];
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < AT_ONCE; ++i) largest = fmaxf(largest, found[i]);
-    }
-    float sum = 0.0f, out[PER_LANE];
-    for (int32_t i = 0; i < PER_LANE; ++i) out[i] = 0.0f;
-    for (int32_t first = 0; first < splits; first += AT_ONCE) {
-        Stats stats[AT_ONCE];
-        float parts[AT_ONCE][PER_LANE];
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < AT_ONCE; ++i) {
-            int64_t at = min_of(first + i, splits - 1) * stride + row;
-            stats[i] = load_stats(p.partial_stats + 2 * at);
-            load_floats<PER_LANE>(p.partial_out + at * D + lane * PER_LANE, parts[i]);
-        }
-        DFLASH_UNROLL
-        for (int32_t i = 0; i < AT_ONCE; ++i) {
-            if (first + i >= splits || stats[i].sum == 0.0f) continue; // nothing seen: what was loaded was never written
-            float w = exp2_of(sub(stats[i].largest, largest));
-            sum = add(sum, mul(w, stats[i].sum));
-            DFLASH_UNROLL
-            for (int32_t k = 0; k < PER_LANE; ++k) out[k] = add(out[k], mul(w, parts[i][k]));
-        }
-    }
-    uint16_t* to = p.out + token * p.out_stride[0] + head * p.out_stride[1] + lane * PER_LANE;
-    DFLASH_UNROLL
-    for (int32_t i = 0; i < PER_LANE; i += 2) store2(to + i, div(out[i], sum), div(out[i + 1], sum));
 }
 
 } // namespace dflash

@@ -12,15 +12,6 @@ namespace dflash {
 
 constexpr float DELTA_NORM_EPS = 1e-6f;
 
-// a * b + c, rounded once.
-DFLASH_HD float fused(float a, float b, float c) {
-#if DFLASH_ON_DEVICE
-    return __fmaf_rn(a, b, c);
-#else
-    return fmaf(a, b, c);
-#endif
-}
-
 DFLASH_HD float rounded_bf16(float x) { return float_of_bf16(bf16_of_float(x)); }
 
 // 2^x for x <= 0, to about one unit in the last place; exactly 0 below 2^-125.

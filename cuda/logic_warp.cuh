@@ -2,8 +2,6 @@
 // it is the registers of all 32 lanes, and EACH_LANE visits those there are.
 #pragma once
 
-#include <math.h>
-
 #include "common.cuh"
 
 namespace dflash {
@@ -66,6 +64,23 @@ struct DeviceWarp {
 
     static __device__ __forceinline__ Reg<float> exchange(const Reg<float>& x, int32_t mask) {
         return {__shfl_xor_sync(0xffffffffu, x.v, mask)};
+    }
+};
+
+// The cluster of blocks along z that this one belongs to; `mine` lies in its shared memory. (Code for sm_90 and later.)
+struct DeviceCluster {
+    float* mine;
+
+    // All threads that are still there have come here, and see what all wrote before.
+    static __device__ __forceinline__ void meet() {
+        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+
+    // The same place in the shared memory of another block.
+    __device__ __forceinline__ float* of_block(int32_t rank) const {
+        float* there;
+        asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+        return there;
     }
 };
 #endif

@@ -21,6 +21,7 @@ struct Launch {
     uint32_t grid[3];
     uint32_t block;
     uint32_t shared;
+    uint32_t cluster; // blocks along z that run together and read each other's shared memory; 1: each for itself
 };
 
 // Which keys of its own block a token sees (Rust: `device::Mask`).
@@ -96,13 +97,15 @@ struct KvInjectParams {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// block_attention_{64,128,256}, then block_attention_combine_{64,128,256} if num_splits > 1.
+// block_attention_{64,128,256} or block_attention_wide_128 (attention_rows), then block_attention_combine_{64,128,256}.
 //   out = softmax(scale * q . K^T) V over the keys that mask and window leave visible (HostKernels::block_attention), with
 //   soft cap and sinks where they are given.
 //   Keys below context_lens[r] come from the caches, the request's own from k and v; with `slots` those are stored as well.
-//   Keys are cut at fixed multiples of split_keys (a multiple of 64), partial results are combined in order: a row's bits do
-//   not depend on other requests, nor on num_splits, which only has to cover the longest request.
-//   With one split the combine kernel has nothing to do.
+//   Keys are cut at fixed multiples of split_keys (a multiple of 64). Splits are merged in order, ATTENTION_MERGED of them to a
+//   group, then the groups: a row's bits do not depend on other requests, nor on num_splits, which only has to cover the longest
+//   request, nor on `clusters`.
+//   With `clusters` (what compute capability 9.0 and later can do) the blocks of a group form a cluster and merge it on the chip: a
+//   partial result in memory is then a group, without it is a split. With one (attention_parts) the combine kernel has nothing to do.
 struct BlockAttentionParams {
     const uint16_t* q; // [T, q_heads, D]
     const uint16_t* k; // [T, kv_heads, D]
@@ -115,8 +118,8 @@ struct BlockAttentionParams {
     const int32_t* valid_from;   // nullable, [R]
     const int64_t* slots;        // nullable, [T]; negative: not stored
     const uint64_t* ancestors;   // MASK_ANCESTORS: [T, mask_words]
-    float* partial_out;          // num_splits > 1: [num_splits, max_tokens, q_heads, D], aligned to 16 bytes
-    float* partial_stats;        // num_splits > 1: [num_splits, max_tokens, q_heads, 2], aligned to 8 bytes
+    float* partial_out;          // parts > 1: [parts, max_tokens, q_heads, D], aligned to 16 bytes
+    float* partial_stats;        // parts > 1: [parts, max_tokens, q_heads, 2], aligned to 8 bytes
     const float* sinks;          // nullable, [q_heads]: scores of one more key per head, without a value
     struct PageTable table;
     int64_t q_stride[2]; // token, head
@@ -136,7 +139,9 @@ struct BlockAttentionParams {
     int32_t mask_words;
     int32_t window; // 0: none
     float scale;
-    float softcap; // scores become softcap * tanh(score / softcap); 0: they stay
+    float softcap;    // scores become softcap * tanh(score / softcap); 0: they stay
+    int32_t clusters; // 1: groups of splits are merged on the chip
+    int32_t reserved;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -338,8 +343,14 @@ struct DeltaRuleParams {
 #define SAMPLE_BINS 1024
 // Candidates of the boundary bin that are kept per row; more take a slower path.
 #define SAMPLE_CANDIDATES 2048
-// Rows of a tile of block_attention.
+// Rows of a tile of block_attention, and of one of block_attention_wide.
 #define ATTENTION_ROWS 64
+#define ATTENTION_WIDE_ROWS 128
+// Blocks from which on they are wide: a device runs one on a multiprocessor where it runs two others, and is to be left idle for no
+// more than a small part of the time when they end.
+#define ATTENTION_WIDE_BLOCKS 1024
+// Splits of a group, which are merged first: as many blocks as a cluster has on every device that runs clusters.
+#define ATTENTION_MERGED 8
 // Tokens that one block of delta_inputs makes, at least.
 #define DELTA_TILE 64
 // Columns of a state that one block of delta_rule takes, and tokens that it has at hand.
@@ -357,47 +368,65 @@ DFLASH_GEOMETRY int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 // prepare_block: a block per request and one for the padding.
 DFLASH_GEOMETRY Launch prepare_block_launch(const PrepareBlockParams& p) {
-    return {{p.padded_tokens > 0 ? uint32_t(p.num_requests) + 1 : 0, 1, 1}, 64, 0};
+    return {{p.padded_tokens > 0 ? uint32_t(p.num_requests) + 1 : 0, 1, 1}, 64, 0, 1};
 }
 
 // kv_inject: D / 8 threads per head vector, 256 threads per block.
 DFLASH_GEOMETRY Launch kv_inject_launch(const KvInjectParams& p, int32_t head_dim) {
     int64_t units = int64_t(p.max_rows) * p.num_layers * 2 * p.num_heads;
-    return {{uint32_t(ceil_div(units, 256 / (head_dim / 8))), 1, 1}, 256, 0};
+    return {{uint32_t(ceil_div(units, 256 / (head_dim / 8))), 1, 1}, 256, 0, 1};
 }
 
-// block_attention: x = request and KV head, y = tile of queries, z = split.
-DFLASH_GEOMETRY int32_t attention_queries(int32_t q_heads, int32_t kv_heads) {
+// block_attention: x = request and KV head, y = tile of queries, z = split. Clusters are powers of two, and divide the splits.
+DFLASH_GEOMETRY int32_t attention_queries(int32_t q_heads, int32_t kv_heads, int32_t rows) {
     int32_t group = q_heads / kv_heads;
-    return group >= ATTENTION_ROWS ? 1 : ATTENTION_ROWS / group;
+    return group >= rows ? 1 : rows / group;
+}
+// Rows of its tiles: wide ones where a request has more rows than others hold, and there are blocks enough: keys are then loaded for
+// twice as many rows. (Heads of 128 alone: on small devices wider ones have no shared memory for it.) No bit depends on it.
+DFLASH_GEOMETRY int32_t attention_rows(const BlockAttentionParams& p, int32_t head_dim) {
+    int64_t tiles = ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads, ATTENTION_WIDE_ROWS));
+    bool several = int64_t(p.max_block_len) * (p.q_heads / p.kv_heads) > ATTENTION_ROWS;
+    bool many = int64_t(p.num_requests) * p.kv_heads * tiles * p.num_splits >= ATTENTION_WIDE_BLOCKS;
+    return head_dim == 128 && several && many ? ATTENTION_WIDE_ROWS : ATTENTION_ROWS;
 }
 // Keys of a tile.
 DFLASH_GEOMETRY int32_t attention_keys(int32_t head_dim) { return head_dim > 128 ? 32 : 64; }
 
+// Partial results of a row in memory.
+DFLASH_GEOMETRY int64_t attention_parts(int64_t splits, int32_t clusters) {
+    return clusters ? ceil_div(splits, ATTENTION_MERGED) : splits;
+}
+
 // A group has at most ATTENTION_ROWS query heads.
 DFLASH_GEOMETRY Launch block_attention_launch(const BlockAttentionParams& p, int32_t head_dim) {
-    uint32_t tiles = uint32_t(ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads)));
+    int32_t rows = attention_rows(p, head_dim);
+    uint32_t tiles = uint32_t(ceil_div(p.max_block_len, attention_queries(p.q_heads, p.kv_heads, rows)));
     // Queries; two stages of keys and values; two rows of places, of a key and its value each.
     uint32_t keys = uint32_t(attention_keys(head_dim));
-    uint32_t shared = 2 * uint32_t(head_dim) * (ATTENTION_ROWS + 4 * keys) + 2 * keys * 16;
-    return {{uint32_t(p.num_requests * p.kv_heads), tiles, uint32_t(p.num_splits)}, 128, shared};
+    uint32_t shared = 2 * uint32_t(head_dim) * (uint32_t(rows) + 4 * keys) + 2 * keys * 16;
+    uint32_t cluster = 1;
+    while (p.clusters && cluster < ATTENTION_MERGED && cluster < uint32_t(p.num_splits)) cluster *= 2;
+    uint32_t splits = uint32_t(ceil_div(p.num_splits, cluster)) * cluster;
+    return {{uint32_t(p.num_requests * p.kv_heads), tiles, splits}, 2 * uint32_t(rows), shared, cluster};
 }
 
 // block_attention_combine: a warp per token and head.
 DFLASH_GEOMETRY Launch block_attention_combine_launch(const BlockAttentionParams& p) {
-    uint32_t blocks = p.num_splits > 1 ? uint32_t(ceil_div(int64_t(p.max_tokens) * p.q_heads, 4)) : 0;
-    return {{blocks, 1, 1}, 128, 0};
+    uint32_t blocks =
+        attention_parts(p.num_splits, p.clusters) > 1 ? uint32_t(ceil_div(int64_t(p.max_tokens) * p.q_heads, 4)) : 0;
+    return {{blocks, 1, 1}, 128, 0, 1};
 }
 
 // sample_scan, sample_mass, sample_pick: x = row; of its chunks a block has number y and those a multiple of the grid's y behind it.
 DFLASH_GEOMETRY Launch sample_chunk_launch(const SampleRowsParams& p) {
     int64_t chunks = ceil_div(p.vocab, SAMPLE_CHUNK), parts = p.num_rows * chunks / SAMPLE_FILLED;
     parts = parts < 1 ? 1 : parts > SAMPLE_PARTS ? SAMPLE_PARTS : parts;
-    return {{uint32_t(p.num_rows), uint32_t(ceil_div(chunks, parts)), 1}, 256, 0};
+    return {{uint32_t(p.num_rows), uint32_t(ceil_div(chunks, parts)), 1}, 256, 0, 1};
 }
 // sample_finish: a block per row.
 DFLASH_GEOMETRY Launch sample_finish_launch(const SampleRowsParams& p) {
-    return {{p.vocab > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 256, 0};
+    return {{p.vocab > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 256, 0, 1};
 }
 
 // One per row and chunk; that of a block's first chunk is of all of them.
@@ -420,21 +449,23 @@ DFLASH_GEOMETRY uint64_t sample_scratch_bytes(int64_t rows, int64_t vocab) {
 
 // accept: a block per request; the next node of each node and the path in shared memory.
 DFLASH_GEOMETRY Launch accept_launch(const AcceptParams& p) {
-    return {{uint32_t(p.num_requests), 1, 1}, 128, uint32_t(p.max_nodes) * 8};
+    return {{uint32_t(p.num_requests), 1, 1}, 128, uint32_t(p.max_nodes) * 8, 1};
 }
 
 // tree_top_k: a block per row.
-DFLASH_GEOMETRY Launch tree_top_k_launch(const TreeTopKParams& p) { return {{p.k > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 512, 0}; }
+DFLASH_GEOMETRY Launch tree_top_k_launch(const TreeTopKParams& p) {
+    return {{p.k > 0 ? uint32_t(p.num_rows) : 0, 1, 1}, 512, 0, 1};
+}
 // tree_build: a warp per request; nodes in shared memory.
 DFLASH_GEOMETRY Launch tree_build_launch(const TreeBuildParams& p) {
     uint32_t nodes = uint32_t(p.max_nodes) + 1;
-    return {{uint32_t(p.num_requests), 1, 1}, 32, nodes * 48};
+    return {{uint32_t(p.num_requests), 1, 1}, 32, nodes * 48, 1};
 }
 
 // compact_kv: x = request, y = layer and K or V, z = 128 vectors of 8 elements.
 DFLASH_GEOMETRY Launch compact_kv_launch(const CompactKvParams& p) {
     uint32_t vectors = uint32_t(p.num_heads) * uint32_t(p.head_dim / 8);
-    return {{uint32_t(p.num_requests), uint32_t(p.num_layers) * 2, uint32_t(ceil_div(vectors, 128))}, 128, 0};
+    return {{uint32_t(p.num_requests), uint32_t(p.num_layers) * 2, uint32_t(ceil_div(vectors, 128))}, 128, 0, 1};
 }
 
 // delta_inputs: x = request, y = head of query, key or value, then the gates, z = tile of tokens, of which the first one has all that the
@@ -446,19 +477,19 @@ DFLASH_GEOMETRY int32_t delta_tile(const DeltaRuleParams& p) {
 DFLASH_GEOMETRY Launch delta_inputs_launch(const DeltaRuleParams& p) {
     uint32_t parts = 2 * uint32_t(p.key_heads) + uint32_t(p.value_heads) + 1;
     uint32_t tiles = uint32_t(ceil_div(int64_t(p.longest) + p.block, delta_tile(p)));
-    return {{uint32_t(p.num_requests), parts, tiles}, 128, 0};
+    return {{uint32_t(p.num_requests), parts, tiles}, 128, 0, 1};
 }
 // delta_rule: x = request and value head, y = columns of the state; keys, queries and values of a stage of tokens in shared memory.
 DFLASH_GEOMETRY Launch delta_rule_launch(const DeltaRuleParams& p) {
     // Even and odd rows lie apart, so that both halves of a warp read at once.
     uint32_t floats = DELTA_STAGE * (2 * uint32_t(p.key_dim + 8) + DELTA_COLUMNS + 2);
-    return {{uint32_t(p.num_requests * p.value_heads), uint32_t(ceil_div(p.value_dim, DELTA_COLUMNS)), 1}, 128, 4 * floats};
+    return {{uint32_t(p.num_requests * p.value_heads), uint32_t(ceil_div(p.value_dim, DELTA_COLUMNS)), 1}, 128, 4 * floats, 1};
 }
 
 static_assert(sizeof(PageTable) == 24, "mirrored in Rust");
 static_assert(sizeof(PrepareBlockParams) == 112, "mirrored in Rust");
 static_assert(sizeof(KvInjectParams) == 128, "mirrored in Rust");
-static_assert(sizeof(BlockAttentionParams) == 280, "mirrored in Rust");
+static_assert(sizeof(BlockAttentionParams) == 288, "mirrored in Rust");
 static_assert(sizeof(SamplingRow) == 64, "mirrored in Rust");
 static_assert(sizeof(SampleRowsParams) == 144, "mirrored in Rust");
 static_assert(sizeof(AcceptParams) == 176, "mirrored in Rust");

@@ -7,11 +7,11 @@ nothing but this model; no GPU had a part in them:
   scheduler, as it waits for its own results: it is taken to issue in ISSUED_PER_WARP of the clocks, several warps in as many times that,
   until every clock is used. That figure is an assumption; the column "full" is what would be possible without it.
 - An mma.m16n8k16 keeps a scheduler's tensor core busy for TENSOR_CLOCKS clocks.
-- Memory moves HBM_BYTES per second. What attention's splits write and read again (float32 partial results) moves, too; K and V are
-  taken to come from memory once, whoever reads them again finding them in the second-level cache.
+- Memory moves HBM_BYTES per second. What attention's clusters write and read again (float32 partial results of MERGED splits each)
+  moves, too; K and V are taken to come from memory once, whoever reads them again finding them in the second-level cache.
 - Blocks are dealt out evenly, whole ones: the multiprocessor with the most of them decides. Of sampling's blocks all warps are taken to
   do what the first does. Left out are launches, waiting for memory, the opening and the end of attention's and the delta rule's blocks
-  (what they fetch to shared memory among it), and kernels before and behind these (attention's combining one, sampling's finishing one,
+  (what they fetch to shared memory among it, and what a cluster merges), multiprocessors that no whole cluster fits on, and kernels before and behind these (attention's combining one, sampling's finishing one,
   the delta rule's inputs), so all shares are upper bounds.
 - The time is the longest of the three; the share is (bytes that must move once) / (time x HBM_BYTES).
 """
@@ -37,8 +37,10 @@ MULTIPROCESSORS, CLOCK, HBM_BYTES = 132, 1.83e9, 3.35e12
 SCHEDULERS, WARPS, REGISTERS, SHARED = 4, 64, 65536, 228 * 1024
 ISSUED_PER_WARP = 0.275
 TENSOR_CLOCKS = 8
-# Keys of a split (dflash_rs.cuda.SPLIT_KEYS), rows of queries in a block, warps of a block.
-SPLIT_KEYS, ROWS, BLOCK_WARPS = 512, 64, 4
+# Keys of a split (dflash_rs.cuda.SPLIT_KEYS), splits that a cluster merges, rows of queries in a block and in a wide one, of a warp.
+SPLIT_KEYS, MERGED, ROWS, WIDE_ROWS, WARP_ROWS = 512, 8, 64, 128, 16
+# Blocks from which on they are wide.
+WIDE_BLOCKS = 1024
 # Columns of a state in a block of delta_rule.
 DELTA_COLUMNS = 64
 # Columns of a chunk, and chunks of a block where rows are many (params.h); turns in which a block's threads look at four counters of
@@ -66,12 +68,16 @@ class Walk:
     inner: bool = False
 
 
-def _attention(dim: int) -> Walk:
+def _attention_kernel(dim: int, rows: int) -> str:
+    return f"block_attention_wide_{dim}" if rows == WIDE_ROWS else f"block_attention_{dim}"
+
+
+def _attention(dim: int, rows: int = ROWS) -> Walk:
     """A tile without masks, for the warps that also look the tile after the next up in the page table (half of them, or fewer)."""
     keys = 32 if dim > 128 else 64
-    copies = 2 * keys * dim // 8 // (32 * BLOCK_WARPS)
+    copies = 2 * keys * dim // 8 // (32 * rows // WARP_ROWS)
     return Walk(
-        f"block_attention_{dim}",
+        _attention_kernel(dim, rows),
         "full_tile",
         f"{keys}_keys",
         "HMMA|LDGSTS|slot_of:|key_place:",
@@ -131,6 +137,7 @@ def _delta(dim: int) -> Walk:
 
 WALKS = [
     *map(_attention, (64, 128, 256)),
+    _attention(128, WIDE_ROWS),
     *_scan("bf16", r"LDG\.E\.128"),
     *_scan("f32", r"LDG\.E\.128"),
     *_filters(r"LDG\.E\.128"),
@@ -225,10 +232,10 @@ def count_all(text: str, sources: Path) -> Counts:
     return counts
 
 
-def attention_shared(dim: int) -> int:
+def attention_shared(dim: int, rows: int = ROWS) -> int:
     """Dynamic shared memory of a block (params.h, block_attention_launch)."""
     keys = 32 if dim > 128 else 64
-    return 2 * dim * (ROWS + 4 * keys) + 2 * keys * 16
+    return 2 * dim * (rows + 4 * keys) + 2 * keys * 16
 
 
 def delta_shared(dim: int) -> int:
@@ -239,10 +246,16 @@ def delta_shared(dim: int) -> int:
 def resident(usages: Usages, kernel: str) -> tuple[int, int]:
     """Blocks of a multiprocessor at a time, and warps of each."""
     registers, shared = usages[kernel, ARCH]
-    warps = 8 if kernel.startswith("sample") else BLOCK_WARPS
-    if warps == BLOCK_WARPS:
-        dynamic = attention_shared if kernel.startswith("block_attention") else delta_shared
-        shared += dynamic(int(kernel.rsplit("_", 1)[1]))
+    width = kernel.rsplit("_", 1)[1]
+    if kernel.startswith("sample"):
+        warps = 8
+    elif kernel.startswith("block_attention"):
+        rows = WIDE_ROWS if "wide" in kernel else ROWS
+        warps = rows // WARP_ROWS
+        shared += attention_shared(int(width), rows)
+    else:
+        warps = 4
+        shared += delta_shared(int(width))
     by_registers = REGISTERS // (ceil(registers / 8) * 8 * 32 * warps)
     by_shared = SHARED // (ceil(shared / 128) * 128 + 1024)  # the system takes one KiB of each block
     return min(by_registers, by_shared, WARPS // warps, 32), warps
@@ -260,12 +273,16 @@ class Shape:
 
 def attention(requests: int, context: int, kv_heads: int, group: int, block: int, dim: int = 128) -> Shape:
     keys, own = 32 if dim > 128 else 64, context + block
-    tiles_of_queries, splits = ceil(block * group / ROWS), ceil(own / SPLIT_KEYS)
+    splits = ceil(own / SPLIT_KEYS)
+    many = requests * kv_heads * ceil(block * group / WIDE_ROWS) * splits >= WIDE_BLOCKS
+    rows = WIDE_ROWS if dim == 128 and block * group > ROWS and many else ROWS
+    tiles_of_queries = ceil(block * group / rows)
     must = requests * kv_heads * dim * 2 * (2 * own + 2 * block * group)
-    partials = splits * requests * block * kv_heads * group * (dim + 2) * 4 * 2 if splits > 1 else 0
+    parts = ceil(splits / MERGED)
+    partials = parts * requests * block * kv_heads * group * (dim + 2) * 4 * 2 if parts > 1 else 0
     blocks = requests * kv_heads * tiles_of_queries * splits
     name = f"attention batch {requests}, context {context}, {kv_heads} KV heads x {group}, block {block}"
-    return Shape(name, [(f"block_attention_{dim}", "full_tile", blocks, SPLIT_KEYS // keys)], must, must + partials)
+    return Shape(name, [(_attention_kernel(dim, rows), "full_tile", blocks, SPLIT_KEYS // keys)], must, must + partials)
 
 
 def drawing(name: str, scan: str, rows: int, vocab: int, weigh: str = "") -> Shape:

@@ -95,8 +95,8 @@ proptest! {
             launch(|out| unsafe { dflash_geometry_kv_inject(&raw const inject, head_dim, out) })
         );
         let attention = BlockAttentionParams {
-            num_requests: a, max_block_len: b, max_tokens: a * b, kv_heads: c, q_heads: c * (1 + b % 70), num_splits: 1 + a % 3,
-            ..Default::default()
+            num_requests: a, max_block_len: b, max_tokens: a * b, kv_heads: c, q_heads: c * (1 + b % 70), num_splits: 1 + a % 20,
+            clusters: b % 2, ..Default::default()
         };
         prop_assert_eq!(
             attention.launch(head_dim as u32),

@@ -26,6 +26,9 @@ _CudaTensor: TypeAlias = tuple[
 def cuda_load() -> dict[str, tuple[int, int, int]]:
     """Loads every kernel into the current context: {name: (registers, local bytes, static shared bytes)}."""
 
+def cuda_clusters(device: int) -> bool:
+    """Whether a device, the current one, runs the attention in clusters of blocks."""
+
 def cuda_probe(out: _CudaTensor, stream: int) -> None:
     """Writes the architecture of the code that the driver picked to `out`, int32 [1]."""
 
@@ -97,6 +100,7 @@ def cuda_block_attention(
     split_keys: int = 512,
     softcap: float | None = None,
     sinks: _CudaTensor | None = None,
+    clusters: bool = False,
 ) -> None:
     """See `dflash_rs.cuda.block_attention`."""
 

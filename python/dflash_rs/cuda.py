@@ -14,22 +14,27 @@ R requests are packed to T tokens: request r owns tokens `query_starts[r] .. que
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from . import _core
-from .arguments import bad, integer
-from .errors import InvalidArgument, MissingPackage
+from .arguments import integer
+from .errors import MissingPackage
 from .named import named
 
 try:
     import torch
     from torch import Tensor
+
+    from .caches import KvCaches
 except ImportError as error:
     raise MissingPackage(f"dflash_rs.cuda needs torch ({error}): pip install 'dflash-rs[torch]'") from error
 
 HEAD_DIMS = (64, 128, 256)
-# Keys are cut at multiples of this and partial results joined in order. It decides the bits of a long row, so it is one number.
+# Keys are cut at multiples of this and partial results joined in order, first those of each so many splits. Both decide the bits of a
+# long row, so they are one number each; the second is the kernels' (cuda/params.h).
 SPLIT_KEYS = 512
+_MERGED_SPLITS = 8
 
 _DTYPES = {
     torch.float32: "float32",
@@ -57,7 +62,23 @@ def load(device: torch.device | str = "cuda") -> dict[str, tuple[int, int, int]]
     with torch.cuda.device(device):
         torch.cuda.init()
         torch.zeros(1, device=device)  # makes torch's context current
+        clusters(device)
         return _core.cuda_load()
+
+
+@cache
+def _clusters(index: int) -> bool:
+    with torch.cuda.device(index):
+        return _core.cuda_clusters(index)
+
+
+def clusters(device: torch.device | str) -> bool:
+    """Whether `block_attention` merges splits of the keys on the chip of `device`, which takes clusters of blocks (compute capability 9.0
+    and later): the same results, and a smaller workspace."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return False
+    return _clusters(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @named
@@ -93,42 +114,6 @@ def _launch(function: Callable[..., None], tensor: Tensor, **arguments) -> None:
             function(**arguments, stream=_stream(tensor))
     else:
         function(**arguments, stream=_stream(tensor))
-
-
-class KvCaches:
-    """The K and V caches of all layers, each bfloat16 [num_slots, kv_heads, head_dim], as the kernels that serve all layers take them.
-
-    Keeps the tensors alive and their addresses on the device. Every layer must have the first one's shape, strides and device.
-    """
-
-    def __init__(self, k: Sequence[Tensor], v: Sequence[Tensor]):
-        for name, caches in (("k", k), ("v", v)):
-            if not isinstance(caches, Sequence) or not all(isinstance(cache, Tensor) for cache in caches):
-                raise bad(name, caches, "a list of tensors, one per layer")
-        if not k or len(k) != len(v):
-            raise InvalidArgument(f"v: got {len(v)} caches for {len(k)} of K, expected as many, at least one")
-        first = k[0]
-        if first.ndim != 3:
-            raise InvalidArgument(f"k[0]: got shape {list(first.shape)}, expected [num_slots, kv_heads, head_dim]")
-        for name, caches in (("k", k), ("v", v)):
-            for layer, cache in enumerate(caches):
-                for what in ("shape", "dtype", "device"):
-                    got, expected = getattr(cache, what), getattr(first, what)
-                    if got != expected:
-                        raise InvalidArgument(f"{name}[{layer}]: got {what} {got}, expected {expected} as k[0]")
-                if cache.stride() != first.stride():
-                    raise InvalidArgument(
-                        f"{name}[{layer}]: got strides {cache.stride()}, expected {first.stride()} as k[0]"
-                    )
-                if cache.data_ptr() % 16:
-                    raise InvalidArgument(f"{name}[{layer}]: address {cache.data_ptr():#x} is not aligned to 16 bytes")
-        self.k, self.v = tuple(k), tuple(v)
-        self.k_addresses = _addresses(self.k)
-        self.v_addresses = _addresses(self.v)
-
-
-def _addresses(caches: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64, device=caches[0].device)
 
 
 class PageTable(NamedTuple):
@@ -212,7 +197,7 @@ def kv_inject(
 
 
 class AttentionWorkspace(NamedTuple):
-    """Partial results of split keys: float32 [splits, T, heads, head_dim] and [splits, T, heads, 2]."""
+    """Partial results of split keys: float32 [parts, T, heads, head_dim] and [parts, T, heads, 2]."""
 
     out: Tensor
     stats: Tensor
@@ -222,10 +207,17 @@ class AttentionWorkspace(NamedTuple):
 WORKSPACE_BYTES = 256 << 20
 
 
-def _heads_at_a_time(tokens: int, heads: int, kv_heads: int, head_dim: int, max_keys: int) -> list[tuple[slice, slice]]:
+def _parts(max_keys: int, device: torch.device | str) -> int:
+    """Partial results of a row in memory: of groups of splits where those are merged on the chip."""
+    return -(-max_keys // (SPLIT_KEYS * _MERGED_SPLITS if clusters(device) else SPLIT_KEYS))
+
+
+def _heads_at_a_time(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, max_keys: int, device: torch.device | str
+) -> list[tuple[slice, slice]]:
     """Query heads and key heads of each launch, whose workspace takes no more than `WORKSPACE_BYTES`, or holds one head."""
-    splits, group = -(-max_keys // SPLIT_KEYS), heads // kv_heads
-    most = heads if splits <= 1 else max(1, WORKSPACE_BYTES // (max(1, splits * tokens) * (head_dim + 2) * 4))
+    parts, group = _parts(max_keys, device), heads // kv_heads
+    most = heads if parts <= 1 else max(1, WORKSPACE_BYTES // (max(1, parts * tokens) * (head_dim + 2) * 4))
     step = most if most < group else most // group * group
     unit = max(step, group)
     pieces = [(h, min(h + step, u + unit, heads)) for u in range(0, heads, unit) for h in range(u, u + unit, step)]
@@ -236,11 +228,11 @@ def _heads_at_a_time(tokens: int, heads: int, kv_heads: int, head_dim: int, max_
 def attention_workspace(
     tokens: int, heads: int, head_dim: int, max_keys: int, device: torch.device | str
 ) -> AttentionWorkspace | None:
-    """What `block_attention` needs for requests of up to `max_keys` keys; None when one split covers them."""
-    splits = -(-max_keys // SPLIT_KEYS)
-    if splits <= 1:
+    """What `block_attention` needs for requests of up to `max_keys` keys; None when one partial result covers them."""
+    parts = _parts(max_keys, device)
+    if parts <= 1:
         return None
-    shape = (splits, tokens, heads)
+    shape = (parts, tokens, heads)
     return AttentionWorkspace(
         torch.empty((*shape, head_dim), dtype=torch.float32, device=device),
         torch.empty((*shape, 2), dtype=torch.float32, device=device),
@@ -286,7 +278,7 @@ def block_attention(
     # What is not as it should be is the launch's to refuse.
     fits = heads and all(t.ndim == 3 and 0 < t.shape[1] == k.shape[1] and heads % t.shape[1] == 0 for t in keyed)
     if fits and workspace is None and out.shape == q.shape and (sinks is None or sinks.shape == (heads,)):
-        pieces = _heads_at_a_time(q.shape[0], heads, k.shape[1], q.shape[2], max_keys)
+        pieces = _heads_at_a_time(q.shape[0], heads, k.shape[1], q.shape[2], max_keys, q.device)
         for mine, keys in pieces if len(pieces) > 1 else ():
             block_attention(
                 q[:, mine], *(t[:, keys] for t in keyed), query_starts=query_starts, context_lens=context_lens, table=table,
@@ -328,6 +320,7 @@ def block_attention(
         partial_stats=None if workspace is None else _view(workspace.stats),
         num_splits=max(1, -(-max_keys // SPLIT_KEYS)),
         split_keys=SPLIT_KEYS,
+        clusters=clusters(q.device),
     )
     return out
 

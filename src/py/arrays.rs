@@ -103,6 +103,7 @@ impl FromPyObject<'_, '_> for Flag {
 
 impl Flag {
     pub(super) const TRUE: Self = Self(Ok(true));
+    pub(super) const FALSE: Self = Self(Ok(false));
 
     /// The value.
     pub(super) fn of(self, name: &'static str) -> PyResult<bool> {

@@ -105,6 +105,15 @@ pub(super) fn cuda_load(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(found)
 }
 
+/// Whether a device, the current one, runs the attention in clusters of blocks: what `cuda_block_attention` takes as `clusters`.
+#[pyfunction]
+pub(super) fn cuda_clusters(device: Given<usize>) -> PyResult<bool> {
+    named!(device);
+    let ordinal =
+        i32::try_from(device).map_err(|_| invalid("device", device.to_string(), "the ordinal of a device"))?;
+    Ok(launch::runs_clusters(&Cuda, ordinal)?)
+}
+
 /// Writes the `__CUDA_ARCH__` of the code that the driver picked to `out`, int32 `[1]`.
 #[pyfunction]
 pub(super) fn cuda_probe(out: Passed, stream: Given<usize>) -> PyResult<()> {
@@ -207,10 +216,12 @@ pub(super) fn cuda_kv_inject(
 #[pyfunction]
 #[pyo3(signature = (*, q, k, v, k_cache, v_cache, out, query_starts, context_lens, page_table, row_ids, page_size, max_block_len, max_keys,
                     scale, stream, mask=Given::new("causal".into()), window=None, valid_from=None, slots=None, ancestors=None, partial_out=None,
-                    partial_stats=None, num_splits=Given::new(1), split_keys=Given::new(512), softcap=None, sinks=None),
+                    partial_stats=None, num_splits=Given::new(1), split_keys=Given::new(512), softcap=None, sinks=None,
+                    clusters=Flag::FALSE),
        text_signature = "(*, q, k, v, k_cache, v_cache, out, query_starts, context_lens, page_table, row_ids, page_size, max_block_len, \
                          max_keys, scale, stream, mask='causal', window=None, valid_from=None, slots=None, ancestors=None, \
-                         partial_out=None, partial_stats=None, num_splits=1, split_keys=512, softcap=None, sinks=None)")]
+                         partial_out=None, partial_stats=None, num_splits=1, split_keys=512, softcap=None, sinks=None, \
+                         clusters=False)")]
 #[allow(clippy::too_many_arguments, reason = "the kernel's arguments, by keyword")]
 pub(super) fn cuda_block_attention(
     q: Passed,
@@ -239,6 +250,7 @@ pub(super) fn cuda_block_attention(
     split_keys: Given<usize>,
     softcap: Option<Given<f32>>,
     sinks: Option<Passed>,
+    clusters: Flag,
 ) -> PyResult<()> {
     named!(
         q,
@@ -265,7 +277,8 @@ pub(super) fn cuda_block_attention(
         num_splits,
         split_keys,
         softcap,
-        sinks
+        sinks,
+        clusters
     );
     let pages = Pages {
         page_table,
@@ -296,6 +309,7 @@ pub(super) fn cuda_block_attention(
         partial_stats,
         num_splits,
         split_keys,
+        clusters,
         sinks,
         pages,
         params,

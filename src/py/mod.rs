@@ -30,8 +30,8 @@ mod _core {
     use super::coupled::couple;
     #[pymodule_export]
     use super::cuda::{
-        cuda_accept, cuda_block_attention, cuda_compact_kv, cuda_info, cuda_kv_inject, cuda_load, cuda_prepare_block,
-        cuda_probe, cuda_sample_rows, cuda_sample_scratch, cuda_tree_build, cuda_tree_top_k,
+        cuda_accept, cuda_block_attention, cuda_clusters, cuda_compact_kv, cuda_info, cuda_kv_inject, cuda_load,
+        cuda_prepare_block, cuda_probe, cuda_sample_rows, cuda_sample_scratch, cuda_tree_build, cuda_tree_top_k,
     };
     #[pymodule_export]
     use super::decoder::{HostDecoder, HostInjector};

@@ -37,6 +37,10 @@ struct Case {
     ancestors: Vec<u64>,
     split_keys: usize,
     num_splits: usize,
+    /// Whether groups of splits are merged on the chip.
+    clusters: bool,
+    /// In units of the usual one.
+    scale: f32,
     softcap: f32,
     /// None, or one per query head.
     sinks: Vec<f32>,
@@ -44,9 +48,19 @@ struct Case {
 
 impl Case {
     fn new(numbers: &mut Numbers, dims: &[usize], most_context: usize, most_len: usize) -> Self {
+        Self::of_keys(numbers, dims, most_context, most_len, &[])
+    }
+
+    /// Requests of so many keys together with their own, if any numbers are given.
+    fn of_keys(numbers: &mut Numbers, dims: &[usize], most_context: usize, most_len: usize, keys: &[usize]) -> Self {
         let requests = numbers.within(1, 3);
         let lens: Vec<usize> = (0..requests).map(|_| numbers.below(most_len + 1)).collect();
-        let context: Vec<i32> = (0..requests).map(|_| numbers.below(most_context + 1) as i32).collect();
+        let context: Vec<i32> = (0..requests)
+            .map(|r| match keys {
+                [] => numbers.below(most_context + 1) as i32,
+                keys => (numbers.pick(keys) - lens[r]) as i32,
+            })
+            .collect();
         let valid_from = context
             .iter()
             .map(|&c| {
@@ -90,7 +104,7 @@ impl Case {
         }
         let split_keys = 64 * numbers.within(1, 4);
         let longest = (0..requests).map(|r| context[r] as usize + lens[r]).max().unwrap();
-        Self {
+        let mut case = Self {
             mask: numbers.pick(&MASKS),
             window: if numbers.chance(0.1) {
                 1
@@ -115,6 +129,7 @@ impl Case {
             words,
             ancestors,
             split_keys,
+            scale: numbers.pick(&[1.0, 1.0, 1.0, 1.0, 100.0, -1.0, 0.0]),
             num_splits: longest.div_ceil(split_keys).max(1) + numbers.below(2),
             softcap: numbers.pick(&[0.0, 0.0, 0.7, 30.0]),
             sinks: if numbers.chance(0.4) {
@@ -124,7 +139,29 @@ impl Case {
             } else {
                 vec![]
             },
+            clusters: numbers.chance(0.5),
+        };
+        if numbers.chance(0.3) {
+            case.widen();
         }
+        case
+    }
+
+    /// Gives a launch room for so many splits that its tiles are wide; whether they are.
+    fn widen(&mut self) -> bool {
+        let (group, longest) = (self.q_heads / self.kv_heads, *self.lens.iter().max().unwrap());
+        if self.dim != 128 || longest * group <= 64 {
+            return false;
+        }
+        let blocks = self.lens.len() * self.kv_heads * longest.div_ceil(128 / group);
+        self.num_splits = self.num_splits.max(1024_usize.div_ceil(blocks));
+        true
+    }
+
+    /// Splits of the longest request.
+    fn splits(&self) -> usize {
+        let keys = (0..self.lens.len()).map(|r| self.context[r] as usize + self.lens[r]);
+        keys.max().unwrap().div_ceil(self.split_keys)
     }
 
     fn tokens(&self) -> usize {
@@ -161,8 +198,9 @@ impl Case {
             mask: self.mask as i32,
             mask_words: self.words as i32,
             window: self.window as i32,
-            scale: (self.dim as f32).powf(-0.5),
+            scale: self.scale * (self.dim as f32).powf(-0.5),
             softcap: self.softcap,
+            clusters: i32::from(self.clusters),
             sinks: if self.sinks.is_empty() { 0 } else { address(&self.sinks) },
             ..BlockAttentionParams::default()
         }
@@ -238,7 +276,7 @@ fn every_query_sees_the_keys_of_its_mask_once_and_where_they_lie() {
     let mut numbers = Numbers(10);
     let mut pairs = 0;
     while pairs < share(60_000_000) {
-        let case = Case::new(&mut numbers, &[64, 256], 200, 140);
+        let case = Case::new(&mut numbers, &[64, 128, 256], 200, 140);
         if case.tokens() > 0 {
             pairs += seen_as_it_should_be(&case);
         }
@@ -272,6 +310,8 @@ fn in_a_tree_that_is_one_long_branch_the_window_counts_ancestors() {
             ancestors: tree.masks().to_vec(),
             split_keys: 64,
             num_splits: (context + len).div_ceil(64),
+            clusters: false,
+            scale: 1.0,
             softcap: 0.0,
             sinks: vec![],
         };
@@ -322,9 +362,15 @@ impl Tensors {
 fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
     let mut out = vec![0x7fc0; tensors.q.len()];
     let (mut k_cache, mut v_cache) = (tensors.k_cache.clone(), tensors.v_cache.clone());
-    let rows = case.num_splits * case.tokens() * case.q_heads;
-    let mut partial_out = vec![f32::NAN; rows * case.dim];
-    let mut partial_stats = vec![f32::NAN; rows * 2];
+    let parts = case.splits().div_ceil(if case.clusters { 8 } else { 1 });
+    // None where one part is all there is, and behind the last one what nobody may touch.
+    let rows = if parts > 1 {
+        parts * case.tokens() * case.q_heads
+    } else {
+        0
+    };
+    let workspace = |width: usize| [vec![f32::NAN; rows * width], vec![-7.5; 256]].concat();
+    let (mut partial_out, mut partial_stats) = (workspace(case.dim), workspace(2));
     let params = BlockAttentionParams {
         q: address(&tensors.q),
         k: address(&tensors.k),
@@ -344,6 +390,12 @@ fn on_device(case: &Case, tensors: &Tensors, emulated: bool) -> (Vec<u16>, Vec<u
             dflash_host_block_attention(&raw const params, case.dim as i32);
         }
     }
+    for (partial, width) in [(&partial_out, case.dim), (&partial_stats, 2)] {
+        assert!(
+            partial[rows * width..].iter().all(|&x| x == -7.5),
+            "written behind the last part"
+        );
+    }
     (out, k_cache, v_cache)
 }
 
@@ -353,17 +405,19 @@ fn wide(x: u16) -> f32 {
 
 #[test]
 fn results_are_those_of_the_host_kernels() {
-    compare_with_host(&mut Numbers(11), 60, false);
+    compare_with_host(&mut Numbers(11), 60, 220, false);
+    // Splits make several groups.
+    compare_with_host(&mut Numbers(13), 12, 1500, false);
 }
 
 #[test]
 fn the_kernels_themselves_give_the_results_of_the_host_kernels() {
-    compare_with_host(&mut Numbers(111), 6, true);
+    compare_with_host(&mut Numbers(111), 6, 220, true);
 }
 
-fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
+fn compare_with_host(numbers: &mut Numbers, cases: usize, most_context: usize, emulated: bool) {
     for _ in 0..share(cases) {
-        let case = Case::new(numbers, &[64, 64, 128, 256], 220, 20);
+        let case = Case::new(numbers, &[64, 64, 128, 256], most_context, 20);
         if case.tokens() == 0 {
             continue;
         }
@@ -431,6 +485,81 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, emulated: bool) {
             "stored keys and values"
         );
     }
+}
+
+/// Splits that are whole groups and others, up to three.
+fn long_case(numbers: &mut Numbers, dims: &[usize]) -> Case {
+    let mut case = Case::of_keys(numbers, dims, 1500, 4, &[500, 512, 513, 1024, 1025, 1499]);
+    case.split_keys = 64;
+    case.num_splits = case.splits().max(1);
+    case
+}
+
+fn merged_alike(numbers: &mut Numbers, dims: &[usize], cases: usize, emulated: bool) {
+    for _ in 0..share(cases) {
+        let mut case = long_case(numbers, dims);
+        if case.tokens() == 0 {
+            continue;
+        }
+        let tensors = Tensors::new(numbers, &case);
+        case.clusters = false;
+        let expected = on_device(&case, &tensors, false);
+        // As a graph that was captured for longer requests does.
+        let least = case.num_splits;
+        for (clusters, num_splits) in [(false, least), (true, least), (true, least + 9), (false, least + 9)] {
+            if emulated && !clusters {
+                continue; // slow, and no cluster in it
+            }
+            (case.clusters, case.num_splits) = (clusters, num_splits);
+            let got = on_device(&case, &tensors, emulated);
+            assert!(
+                got == expected,
+                "{clusters}, {least} splits of {num_splits}, heads of {}",
+                case.dim
+            );
+        }
+    }
+}
+
+#[test]
+fn splits_merged_on_the_chip_have_the_bits_of_splits_merged_in_memory() {
+    merged_alike(&mut Numbers(14), &[64, 128, 256], 12, false);
+}
+
+#[test]
+fn a_cluster_of_the_kernels_themselves_merges_its_splits_to_the_same_bits() {
+    merged_alike(&mut Numbers(15), &[64], 2, true);
+}
+
+fn wide_alike(numbers: &mut Numbers, mut cases: usize, emulated: bool) {
+    while cases > 0 {
+        let mut case = Case::new(numbers, &[128], 700, 40);
+        case.num_splits = case.splits().max(1);
+        let tensors = Tensors::new(numbers, &case);
+        let narrow = case.num_splits;
+        if !case.widen() || case.num_splits == narrow {
+            continue;
+        }
+        cases -= 1;
+        let got = on_device(&case, &tensors, emulated);
+        case.num_splits = narrow;
+        assert!(
+            got == on_device(&case, &tensors, false),
+            "{:?}, groups of {}",
+            case.lens,
+            case.q_heads / case.kv_heads
+        );
+    }
+}
+
+#[test]
+fn rows_have_the_same_bits_in_wide_tiles() {
+    wide_alike(&mut Numbers(16), share(12), false);
+}
+
+#[test]
+fn rows_have_the_same_bits_in_wide_tiles_of_the_kernel_itself() {
+    wide_alike(&mut Numbers(17), 1, true);
 }
 
 #[test]

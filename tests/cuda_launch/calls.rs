@@ -180,6 +180,7 @@ pub fn attention(r: usize) -> BlockAttention {
         partial_stats: Some(tensor(14, F32, &[3, t, 16, 2])),
         num_splits: 3,
         split_keys: 512,
+        clusters: false,
         sinks: Some(tensor(15, F32, &[16])),
     }
 }

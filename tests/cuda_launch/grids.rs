@@ -103,10 +103,10 @@ fn a_long_context_is_cut_into_splits_up_to_what_a_grid_holds() {
         sinks: None,
         ..calls::attention(3)
     };
-    let most = long(65535 * 64, 65535).plan().unwrap();
-    assert_eq!(most[0], ("block_attention_128", [12, 1, 65535]));
+    let most = long(65528 * 64, 65528).plan().unwrap();
+    assert_eq!(most[0], ("block_attention_128", [12, 1, 65528]));
     assert_eq!(most[1], ("block_attention_combine_128", [96, 1, 1]));
-    assert!(long(65535 * 64 + 1, 65535).plan().is_err());
+    assert!(long(65528 * 64 + 1, 65528).plan().is_err());
     // More splits than needed are a graph's that was captured for longer contexts.
     assert_eq!(long(1, 7).plan().unwrap()[0].1, [12, 1, 7]);
     assert_eq!(long(0, 1).plan().unwrap().len(), 1);
@@ -118,7 +118,7 @@ proptest! {
     #[test]
     fn every_query_of_every_request_and_every_key_has_a_block(
         requests in 0..600usize, block in 1..90usize, kv_heads in 1..9usize, group in 1..=64usize, width in 0..3usize,
-        max_keys in 0..100_000usize, split in 1..40usize, more in 0..3usize,
+        max_keys in 0..100_000usize, split in 1..40usize, more in 0..3usize, clusters: bool,
     ) {
         let (tokens, heads, dim, split_keys) = (requests * block, kv_heads * group, 64 << width, split * 64);
         let num_splits = max_keys.div_ceil(split_keys).max(1) + more;
@@ -140,6 +140,7 @@ proptest! {
             partial_stats: Some(tensor(9000, F32, &[num_splits, tokens, heads, 2])),
             num_splits,
             split_keys,
+            clusters,
             sinks: None,
             ..calls::attention(requests)
         };
@@ -151,11 +152,15 @@ proptest! {
             return Ok(());
         }
         let [x, y, z] = plan[0].1.map(|extent| extent as usize);
-        let queries = (64 / group).max(1);
-        prop_assert_eq!((x, z), (requests * kv_heads, num_splits));
+        let wide = plan[0].0 == "block_attention_wide_128";
+        let queries = (if wide { 128 } else { 64 } / group).max(1);
+        let blocks = x * block.div_ceil((128 / group).max(1)) * num_splits;
+        prop_assert_eq!(wide, dim == 128 && block * group > 64 && blocks >= 1024);
+        let cluster = if clusters { num_splits.next_power_of_two().min(8) } else { 1 };
+        prop_assert_eq!((x, z), (requests * kv_heads, num_splits.div_ceil(cluster) * cluster));
         prop_assert!(y * queries >= block && (y - 1) * queries < block, "{} tiles of {} for {}", y, queries, block);
         prop_assert!(z * split_keys >= max_keys);
-        prop_assert_eq!(plan.len(), 1 + usize::from(num_splits > 1));
+        prop_assert_eq!(plan.len(), 1 + usize::from(num_splits > if clusters { 8 } else { 1 }));
         if let Some(combine) = plan.get(1) {
             let rows = combine.1[0] as usize * 4;
             prop_assert!(rows >= tokens * heads && rows < tokens * heads + 4);

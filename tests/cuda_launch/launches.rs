@@ -23,6 +23,9 @@ struct Recorder {
     without_kernels: bool,
     launched: RefCell<Vec<Launched>>,
     loaded: RefCell<Vec<(&'static str, usize, u32)>>,
+    clusters: RefCell<Vec<(&'static str, usize, Launch)>>,
+    /// Has no room for a cluster of this kernel.
+    no_room: Option<&'static str>,
 }
 
 struct Launched {
@@ -39,6 +42,11 @@ impl Driver for Recorder {
         } else {
             Ok(self.current)
         }
+    }
+
+    fn runs_cluster(&self, kernel: &'static Kernel, bytes: usize, launch: Launch) -> Result<bool> {
+        self.clusters.borrow_mut().push((kernel.name(), bytes, launch));
+        Ok(self.no_room != Some(kernel.name()))
     }
 
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage> {
@@ -228,6 +236,8 @@ fn attention_gets_masks_windows_and_splits() {
         window: 9,
         scale: 0.125,
         softcap: 30.0,
+        clusters: 0,
+        reserved: 0,
     };
     assert_eq!(call.parameters(), &expected);
     assert_eq!(launched(&call), ["block_attention_128", "block_attention_combine_128"]);
@@ -263,6 +273,81 @@ fn attention_gets_masks_windows_and_splits() {
         assert_eq!(call.parameters(), &expected);
         assert_eq!(launched(&call), ["block_attention_128"], "nothing to combine");
     }
+}
+
+#[test]
+fn clusters_are_whole_and_what_they_merge_needs_no_memory() {
+    // Splits, the cluster, the grid's third extent, parts in memory.
+    for (num_splits, cluster, z, parts) in [
+        (1, 1, 1, 1),
+        (2, 2, 2, 1),
+        (3, 4, 4, 1),
+        (5, 8, 8, 1),
+        (8, 8, 8, 1),
+        (9, 8, 16, 2),
+        (17, 8, 24, 3),
+        (65528, 8, 65528, 8191),
+    ] {
+        let workspace = |number, width| (parts > 1).then(|| tensor(number, Dtype::F32, &[parts, 24, 16, width]));
+        let attention = BlockAttention {
+            clusters: true,
+            num_splits,
+            max_keys: num_splits * 512,
+            partial_out: workspace(13, 128),
+            partial_stats: workspace(64, 2),
+            ..calls::attention(3)
+        };
+        let call = attention.check().unwrap();
+        let launches = call.launches();
+        assert_eq!(
+            (launches[0].1.cluster, launches[0].1.grid[2]),
+            (cluster, z),
+            "{num_splits} splits"
+        );
+        assert_eq!(launches.len(), 1 + usize::from(parts > 1), "{num_splits} splits");
+        assert!(launches[1..].iter().all(|(_, launch)| launch.cluster == 1));
+        assert_eq!((call.parameters().clusters, launched(&call).len()), (1, launches.len()));
+        if parts > 1 {
+            let short = tensor(13, Dtype::F32, &[parts - 1, 24, 16, 128]);
+            let error = BlockAttention {
+                partial_out: Some(short),
+                ..attention
+            }
+            .check()
+            .unwrap_err();
+            assert!(error.to_string().starts_with("partial_out: got shape"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn clusters_run_where_every_head_width_has_room_for_one() {
+    let driver = Recorder::default();
+    assert!(launch::runs_clusters(&driver, 0).unwrap());
+    let asked = driver.clusters.borrow();
+    let names: Vec<_> = asked.iter().map(|(name, ..)| *name).collect();
+    assert_eq!(
+        names,
+        [
+            "block_attention_64",
+            "block_attention_128",
+            "block_attention_256",
+            "block_attention_wide_128"
+        ]
+    );
+    for (_, bytes, launch) in asked.iter() {
+        assert_eq!(
+            (*bytes, launch.cluster, launch.grid),
+            (size_of::<BlockAttentionParams>(), 8, [1, 1, 8])
+        );
+    }
+    let full = Recorder {
+        no_room: Some("block_attention_256"),
+        ..Recorder::default()
+    };
+    assert!(!launch::runs_clusters(&full, 0).unwrap());
+    let error = launch::runs_clusters(&driver, 1).unwrap_err();
+    assert_eq!(error.to_string(), "device: got 1, expected 0, which is current");
 }
 
 #[test]

@@ -84,6 +84,7 @@ def gpu(driver):
         patch.setattr(cuda, "_view", on_device)
         patch.setattr(cuda, "available", lambda device="cuda": True)
         patch.setattr(cuda, "load", lambda device="cuda": _core.cuda_load())
+        patch.setattr(cuda, "clusters", lambda device: _core.cuda_clusters(0))
         patch.setattr(graphs.Graphs, "_capture", _capture)
         make = arena.Arena.__init__
 

@@ -22,7 +22,7 @@ void dflash_host_tree_build(const TreeBuildParams*);
 void dflash_host_delta_inputs(const DeltaRuleParams*);
 void dflash_host_delta_rule(const DeltaRuleParams*, int32_t);
 
-int run_kernel(const char* name, const void* p);
+int run_kernel(const char* name, const void* p, unsigned cluster);
 int dflash_launches(const char* name);
 }
 
@@ -43,9 +43,12 @@ int run(void (*function)(const P*), const void* p) {
 // Launches of a kernel so far.
 int dflash_launches(const char* name) { return launches[name]; }
 
-int run_kernel(const char* name, const void* p) {
+int run_kernel(const char* name, const void* p, unsigned cluster) {
     ++launches[name];
     int32_t dim = int32_t(atoi(strrchr(name, '_') ? strrchr(name, '_') + 1 : "0"));
+    bool attends = starts(name, "block_attention") && !starts(name, "block_attention_combine");
+    auto* attention = static_cast<const BlockAttentionParams*>(p);
+    if (cluster != (attends ? block_attention_launch(*attention, dim).cluster : 1)) return 1;
     if (starts(name, "prepare_block")) return run(dflash_host_prepare_block, p);
     if (starts(name, "accept")) return run(dflash_host_accept, p);
     if (starts(name, "compact_kv")) return run(dflash_host_compact_kv, p);
@@ -57,7 +60,7 @@ int run_kernel(const char* name, const void* p) {
     if (starts(name, "sample_finish_bf16")) return run(dflash_host_sample_bf16, p);
     if (starts(name, "sample_") || starts(name, "block_attention_combine")) return 0;
     if (starts(name, "kv_inject")) return dflash_host_kv_inject(static_cast<const KvInjectParams*>(p), dim), 0;
-    if (starts(name, "block_attention")) return dflash_host_block_attention(static_cast<const BlockAttentionParams*>(p), dim), 0;
+    if (attends) return dflash_host_block_attention(attention, dim), 0;
     if (starts(name, "delta_inputs")) return run(dflash_host_delta_inputs, p);
     if (starts(name, "delta_rule")) return dflash_host_delta_rule(static_cast<const DeltaRuleParams*>(p), dim), 0;
     if (starts(name, "probe")) return 0;

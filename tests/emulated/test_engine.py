@@ -272,7 +272,7 @@ def test_graphs_and_what_they_allocate_are_bounded_under_random_shapes(exact, mo
         return found
 
     monkeypatch.setattr(cuda, "attention_workspace", noted)
-    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 16 << 20)
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 4 << 20)
     sizes = {"max_running": 256, "num_pages": 600, "max_context": 128, "block_size": 3}
     with LLM(device="cpu", dtype="bfloat16", adaptive=False, **sizes) as made:
         backend = made._loop.backend

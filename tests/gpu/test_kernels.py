@@ -183,6 +183,33 @@ def test_a_rows_attention_does_not_depend_on_the_batch_around_it(gpu, rng, head_
             assert torch.equal(run([r], keys), together[start:end])
 
 
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+def test_splits_merged_on_the_chip_have_the_bits_of_those_merged_in_memory(gpu, rng, monkeypatch, head_dim):
+    if not cuda.clusters(gpu):
+        pytest.skip("a device without clusters of blocks")
+    # One split, two, one more than a group, three groups.
+    lens, contexts = [3, 20, 2, 1], [90, 700, 4095, 8200]
+    batch = reference.make_batch(rng, lens, contexts)
+    q = torch.randn(batch.tokens, 8, head_dim, device=gpu).bfloat16()
+    k, v = (torch.randn(batch.tokens, 2, head_dim, device=gpu).bfloat16() for _ in "kv")
+    caches = [torch.randn(batch.num_slots, 2, head_dim, device=gpu).bfloat16() for _ in "kv"]
+    starts, context = to(gpu, batch.query_starts, batch.context_lens)
+
+    def run(max_keys):
+        out = poisoned(batch.tokens, 8, head_dim, dtype=torch.bfloat16, device=gpu)
+        return cuda.block_attention(
+            q, k, v, *caches, query_starts=starts, context_lens=context, table=table_of(batch, gpu), max_block_len=max(lens),
+            max_keys=max_keys, scale=0.1, out=out,
+        )  # fmt: skip
+
+    merged = run(batch.max_keys)
+    assert torch.equal(run(16384), merged)
+    # Room for so many splits that heads of 128 have wide tiles.
+    assert torch.equal(run(102_400), merged)
+    monkeypatch.setattr(cuda, "clusters", lambda device: False)
+    assert torch.equal(run(batch.max_keys), merged)
+
+
 @pytest.mark.parametrize("mask", ["causal", "ancestors"])
 @pytest.mark.parametrize("bytes_", [1, 40_000, 150_000, 400_000])
 def test_heads_one_after_the_other_have_the_bits_of_heads_together(gpu, rng, monkeypatch, bytes_, mask):
@@ -195,6 +222,8 @@ def test_heads_one_after_the_other_have_the_bits_of_heads_together(gpu, rng, mon
     parents = [reference.random_parents(rng, n) for n in lens]
     bits = torch.from_numpy(np.concatenate([reference.masks_of(p, 1) for p in parents]).view(np.int64)).to(gpu)
     made = []
+    # Every split has a part in memory, so that few keys take several launches.
+    monkeypatch.setattr(cuda, "clusters", lambda device: False)
     room = cuda.attention_workspace
     monkeypatch.setattr(cuda, "attention_workspace", lambda *args: made.append(room(*args)) or made[-1])
 

@@ -87,6 +87,14 @@ def main() -> None:
             scale=0.125, mask=mask, **extra,
         )  # fmt: skip
     note(q=q, k=k, v=v, k_cache=cache.k[0], sinks=sinks)
+    # Two, three and nine splits where the device runs clusters.
+    without, cuda.clusters = cuda.clusters, lambda device: True
+    for keys in (600, 1200, 4097):
+        cuda.block_attention(
+            q, k, v, cache.k[0], cache.v[0], query_starts=starts, context_lens=lens, table=table, max_block_len=8, max_keys=keys,
+            scale=0.125,
+        )  # fmt: skip
+    cuda.clusters = without
 
     ids, positions = i64(tokens), i64(tokens)
     sampling = cuda.SamplingRows(

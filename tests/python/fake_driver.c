@@ -12,10 +12,15 @@ struct Kernel {
 static struct Kernel kernels[64];
 static int kernel_count;
 
+/* CUlaunchAttribute with the value clusterDim. */
+struct Attribute {
+    unsigned id, padding, cluster[3], rest[13];
+};
+
 struct Config {
     unsigned grid[3], block[3], shared;
     void* stream;
-    void* attributes;
+    const struct Attribute* attributes;
     unsigned attribute_count;
 };
 
@@ -56,8 +61,23 @@ int cuDeviceGetCount(int* count) { return *count = 1, 0; }
 int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, (size_t)size, "Fake %d", device), 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     int capability = number("FAKE_CUDA_CAPABILITY", 90);
-    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 97 ? 232448 : 132;
+    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 97 ? 232448
+        : attribute == 120                                                                           ? capability >= 90
+                                                                                                     : 132;
     return device;
+}
+/* Blocks of a cluster, 1 without; 0 where no device takes the launch. */
+static unsigned cluster_of(const struct Config* c) {
+    if (!c->attribute_count) return 1;
+    const struct Attribute* a = c->attributes;
+    unsigned z = a->cluster[2];
+    int whole = c->attribute_count == 1 && a->id == 4 && a->cluster[0] == 1 && a->cluster[1] == 1 && z > 1 && z <= 8;
+    return whole && c->grid[2] % z == 0 && number("FAKE_CUDA_CAPABILITY", 90) >= 90 ? z : 0;
+}
+/* FAKE_CUDA_CLUSTERS: how many there is room for. */
+int cuOccupancyMaxActiveClusters(int* clusters, void* function, const struct Config* c) {
+    if (!function || cluster_of(c) < 2) return 1;
+    return *clusters = number("FAKE_CUDA_CLUSTERS", 16), 0;
 }
 int cuGetErrorName(int code, const char** text) { return *text = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_FAKE", 0; }
 int cuGetErrorString(int code, const char** text) { return *text = code == 1 ? "invalid argument" : "made up", 0; }
@@ -99,7 +119,8 @@ int cuKernelGetParamInfo(struct Kernel* kernel, size_t index, size_t* offset, si
 int cuKernelGetFunction(void** function, void* kernel) { return *function = kernel, 0; }
 int cuKernelGetAttribute(int* value, int attribute, void* kernel, int device) {
     (void)kernel;
-    return *value = attribute == 4 ? 32 : 0, device;
+    /* FAKE_CUDA_CODE: the architecture that the code was written for. */
+    return *value = attribute == 4 ? 32 : attribute == 5 ? number("FAKE_CUDA_CODE", 90) : 0, device;
 }
 int cuKernelSetAttribute(int attribute, int value, struct Kernel* kernel, int device) {
     FILE* log = log_file();
@@ -107,19 +128,20 @@ int cuKernelSetAttribute(int attribute, int value, struct Kernel* kernel, int de
     return device;
 }
 #ifdef RUN_KERNELS
-int run_kernel(const char* name, const void* parameters);
+int run_kernel(const char* name, const void* parameters, unsigned cluster);
 #endif
 
 int cuLaunchKernelEx(const struct Config* c, struct Kernel* kernel, void** parameters, void** extra) {
     if (number("FAKE_CUDA_NO_BINARY", 0)) return 209;
-    if (number("FAKE_CUDA_REFUSE", 0)) return 1;
+    unsigned cluster = cluster_of(c);
+    if (number("FAKE_CUDA_REFUSE", 0) || !cluster) return 1;
 #ifdef RUN_KERNELS
-    return run_kernel(kernel->name, parameters[0]);
+    return run_kernel(kernel->name, parameters[0], cluster);
 #endif
     FILE* log = log_file();
-    if (!log || extra || c->attribute_count) return 1;
-    fprintf(log, "{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"stream\": %zu, \"parameters\": \"",
-            kernel->name, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, (size_t)c->stream);
+    if (!log || extra) return 1;
+    fprintf(log, "{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"cluster\": %u, \"stream\": %zu, \"parameters\": \"",
+            kernel->name, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, cluster, (size_t)c->stream);
     for (size_t i = 0; i < parameter_bytes(kernel->name); i++) fprintf(log, "%02x", ((unsigned char*)parameters[0])[i]);
     fprintf(log, "\"}\n");
     fclose(log);

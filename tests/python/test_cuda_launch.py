@@ -75,6 +75,7 @@ def test_the_stages_of_a_step_are_launched_in_order(calls):
     assert names == [
         "prepare_block", "kv_inject_128",
         "block_attention_128", "block_attention_128", "block_attention_combine_128", "block_attention_128",
+        "block_attention_128", "block_attention_128", "block_attention_128", "block_attention_combine_128",
         "sample_scan_bf16", "sample_mass_bf16", "sample_pick_bf16", "sample_finish_bf16", "sample_scan_f32", "sample_finish_f32",
         "accept", "accept", "tree_top_k_bf16", "tree_build", "compact_kv",
         "block_attention_64", "block_attention_combine_64", "delta_inputs", "delta_rule_128", "delta_inputs", "delta_rule_128",
@@ -121,16 +122,47 @@ def test_attention_gets_masks_windows_and_splits(calls):
     assert (tree.mask, tree.mask_words) == (2, 1) and tree.ancestors
     assert (block.softcap, block.sinks) == (30.0, named["sinks"]) and (causal.softcap, causal.sinks) == (0.0, 0)
     assert bytes(combine) == bytes(causal) and combine.partial_out and combine.partial_stats
+    assert {entry["cluster"] for entry in entries[:4]} == {1} and not any(p.clusters for p in parameters[:4])
     # Tiles of 128 wide heads take more shared memory than a block has without asking.
     asked = [entry for entry in log if entry.get("set") == "block_attention_128"]
     assert len(asked) == 1 and asked[0]["attribute"] == 8 and asked[0]["value"] == entries[0]["shared"] > 48 * 1024
 
 
+def test_where_clusters_run_splits_go_in_whole_ones_and_few_need_no_memory(calls):
+    _, log = calls
+    entries, parameters = (found[4:8] for found in launches(log, "block_attention", "BlockAttentionParams"))
+    assert all(p.clusters == 1 for p in parameters)
+    assert [p.num_splits for p in parameters] == [2, 3, 9, 9]
+    assert [(entry["grid"][2], entry["cluster"]) for entry in entries] == [(2, 2), (4, 4), (16, 8), (1, 1)]
+    assert [bool(p.partial_out and p.partial_stats) for p in parameters] == [False, False, True, True]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, "True"),
+        ({"FAKE_CUDA_CAPABILITY": "80"}, "False"),
+        ({"FAKE_CUDA_CLUSTERS": "0"}, "False"),
+        ({"FAKE_CUDA_CODE": "80"}, "False"),
+    ],
+)
+def test_clusters_run_where_the_device_has_them_and_room_for_one(fake_driver, variables, expected):
+    done, _ = fake_driver("from dflash_rs import _core; print(_core.cuda_clusters(0))", **variables)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+@needs_kernels
+def test_clusters_are_of_the_current_device(fake_driver):
+    done, _ = fake_driver("from dflash_rs import _core; print(_core.cuda_clusters(1))")
+    assert "device: got 1, expected 0, which is current" in done.stderr
+
+
 def test_an_engines_step_is_uploaded_once_and_split_by_its_longest_request(calls):
     named, log = calls
     entries, (p, combine) = (
-        launches(log, "block_attention", "BlockAttentionParams")[0][4:],
-        launches(log, "block_attention", "BlockAttentionParams")[1][4:],
+        launches(log, "block_attention", "BlockAttentionParams")[0][8:],
+        launches(log, "block_attention", "BlockAttentionParams")[1][8:],
     )
     assert [entry["kernel"] for entry in entries] == ["block_attention_64", "block_attention_combine_64"]
     assert (p.slots, p.out, p.mask) == (named["engine_slots"], named["engine_out"], 1) and bytes(p) == bytes(combine)
@@ -308,8 +340,10 @@ def attention(**changed):
         ({"sinks": t(11, "bfloat16", 4)}, "sinks: got bfloat16, expected float32"),
         ({"scale": float("nan")}, "scale: got NaN"),
         ({"max_block_len": 9}, "max_block_len: got 9, expected at most 8"),
-        ({"max_keys": 600}, "num_splits: got 1, expected 2..65535"),
-        ({"max_keys": 600, "num_splits": 2}, "partial_out, partial_stats: got None, expected workspaces for 2 splits"),
+        ({"max_keys": 600}, "num_splits: got 1, expected 2..65528"),
+        ({"max_keys": 600, "num_splits": 2}, "partial_out, partial_stats: got None, expected workspaces for 2 parts"),
+        ({"max_keys": 4097, "num_splits": 9, "clusters": True}, "partial_out, partial_stats: got None, expected workspaces for 2 parts"),
+        ({"clusters": 1}, "clusters: got 1, expected True or False"),
         ({"split_keys": 100}, "split_keys: got 100, expected a multiple of 64"),
     ],
 )  # fmt: skip

@@ -117,15 +117,21 @@ def test_graphs_are_bounded_whatever_shapes_come(cuda):
     assert 63 <= len(captures) < 500, "some are met again while they are there"
 
 
-def test_what_attention_takes_for_partial_results_is_bounded_for_long_prompts():
+@pytest.mark.parametrize(("clusters", "first"), [(False, 8), (True, 1)])
+def test_what_attention_takes_for_partial_results_is_bounded_for_long_prompts(monkeypatch, clusters, first):
     from dflash_rs import cuda
+
+    monkeypatch.setattr(cuda, "clusters", lambda device: clusters)
 
     def bytes_of(tokens, queries, dim, keys):
         parts = cuda.attention_workspace(tokens, queries.stop - queries.start, dim, keys, "meta")
         return 0 if parts is None else sum(part.nbytes for part in parts)
 
-    # A chunk of 1,024 tokens at the end of 32k in a model of 32 heads over 8: 1.1 GB in one launch.
-    assert bytes_of(1024, slice(0, 32), 128, 32768) > 1.09e9
+    # A chunk of 1,024 tokens at the end of 32k in a model of 32 heads over 8: 1.1 GB in one launch, an eighth where groups are merged.
+    assert bytes_of(1024, slice(0, 32), 128, 32768) == (8 if clusters else 64) * 1024 * 32 * 130 * 4
+    assert [bytes_of(1, slice(0, 1), 64, keys) for keys in (0, 512, 513, 4096, 4097)] == [
+        parts * 66 * 4 for parts in ((0, 0, 0, 0, 2) if clusters else (0, 0, 2, 8, 9))
+    ]
     generator = torch.Generator().manual_seed(7)
     shapes = [(1024, 32, 8, 128, 32768), (1024, 32, 8, 128, 131072), (32768, 32, 8, 128, 32768), (8, 32, 8, 128, 300)]
     for _ in range(300):
@@ -133,7 +139,7 @@ def test_what_attention_takes_for_partial_results_is_bounded_for_long_prompts():
         shapes.append((numbers[0], numbers[1] * numbers[2], numbers[2], 128, numbers[3]))
     several = 0
     for tokens, heads, kv_heads, dim, keys in shapes:
-        pieces, group = cuda._heads_at_a_time(tokens, heads, kv_heads, dim, keys), heads // kv_heads
+        pieces, group = cuda._heads_at_a_time(tokens, heads, kv_heads, dim, keys, "meta"), heads // kv_heads
         assert [h for q, _ in pieces for h in range(q.start, q.stop)] == list(range(heads)), "every head once, in order"
         for q, k in pieces:
             # Launched alone, heads have the key heads that they have among all.
@@ -143,7 +149,7 @@ def test_what_attention_takes_for_partial_results_is_bounded_for_long_prompts():
             ]
             assert bytes_of(tokens, q, dim, keys) <= cuda.WORKSPACE_BYTES or count == 1
         several += len(pieces) > 1
-    assert 30 < several < len(shapes) and len(cuda._heads_at_a_time(*shapes[0])) == 8
+    assert 20 < several < len(shapes) and len(cuda._heads_at_a_time(*shapes[0], "meta")) == first
 
 
 def test_shapes_come_likeliest_first_and_each_once():

@@ -148,11 +148,14 @@ def test_shared_memory_is_that_of_the_launches(table):
     """The formulae of params.h."""
     text = (ROOT / "cuda" / "params.h").read_text(encoding="utf-8")
     body = text.split("block_attention_launch")[1].split("}")[0]
-    assert "shared = 2 * uint32_t(head_dim) * (ATTENTION_ROWS + 4 * keys) + 2 * keys * 16;" in body
+    assert "shared = 2 * uint32_t(head_dim) * (uint32_t(rows) + 4 * keys) + 2 * keys * 16;" in body
     assert [table.attention_shared(dim) for dim in (64, 128, 256)] == [43008, 83968, 99328]
-    assert f"#define ATTENTION_ROWS {table.ROWS}" in text
+    assert table.attention_shared(128, table.WIDE_ROWS) == 100352
+    assert f"#define ATTENTION_ROWS {table.ROWS}\n#define ATTENTION_WIDE_ROWS {table.WIDE_ROWS}\n" in text
+    assert f"#define ATTENTION_WIDE_BLOCKS {table.WIDE_BLOCKS}\n" in text
+    assert f"#define ATTENTION_MERGED {table.MERGED}" in text
     cuda = (ROOT / "python" / "dflash_rs" / "cuda.py").read_text(encoding="utf-8")
-    assert f"SPLIT_KEYS = {table.SPLIT_KEYS}" in cuda
+    assert f"SPLIT_KEYS = {table.SPLIT_KEYS}" in cuda and f"_MERGED_SPLITS = {table.MERGED}" in cuda
     body = text.split("delta_rule_launch")[1].split("}")[0]
     assert "floats = DELTA_STAGE * (2 * uint32_t(p.key_dim + 8) + DELTA_COLUMNS + 2);" in body
     assert f"#define DELTA_COLUMNS {table.DELTA_COLUMNS}" in text and "#define DELTA_STAGE 16" in text

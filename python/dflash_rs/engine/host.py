@@ -84,7 +84,7 @@ class HostBackend:
         self._write()
         temperatures, k = plan.temperatures[rows], self.draft.branches if step.trees else 1
         sampled = self.draft.most_candidates > 1 and bool(temperatures.any())
-        candidates = self.draft.candidates(
+        tokens, probabilities = self.draft.candidates(
             plan.token_ids[plan.query_starts[rows]],
             plan.context_lens[rows],
             self.core.page_table,
@@ -95,9 +95,9 @@ class HostBackend:
             k=self.draft.most_candidates if sampled else k,
         )
         if not sampled:
-            return candidates
+            return tokens, probabilities
         first = plan.context_lens[rows].astype(np.int64) + 1
-        return _core.couple(*candidates, plan.seeds[rows], first, temperatures, k)
+        return _core.couple(tokens, probabilities, plan.seeds[rows], first, temperatures, k)
 
     @stage("verify")
     def _verify(self, step: Step) -> tuple[np.ndarray, Edited | None, Any]:

@@ -22,6 +22,12 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use libloading::Library;
 
+use super::config::{
+    DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, DEVICE_ATTRIBUTE_MAJOR, DEVICE_ATTRIBUTE_MAX_SHARED, DEVICE_ATTRIBUTE_MINOR,
+    DEVICE_ATTRIBUTE_MULTIPROCESSORS, FIRST_WITH_CLUSTERS, FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED,
+    FUNC_ATTRIBUTE_PTX_VERSION, Handle, INVALID_CONTEXT, LaunchConfig, NO_BINARY_FOR_GPU, SUCCESS, USAGE_ATTRIBUTES,
+    with_config,
+};
 use super::fatbin::{ARCHITECTURES, FATBIN, fatbin_bytes, oldest_driver};
 use super::once::Once;
 use super::params::Launch;
@@ -32,32 +38,8 @@ fn oldest_driver_text() -> String {
     format!("{major}.{minor}")
 }
 
-const SUCCESS: c_int = 0;
-const INVALID_CONTEXT: c_int = 201;
-const NO_BINARY_FOR_GPU: c_int = 209;
-const FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED: c_int = 8;
-/// Registers, local bytes, static shared bytes.
-const USAGE_ATTRIBUTES: [c_int; 3] = [4, 3, 1];
-const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
-const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
-/// Shared memory of a block that asked for permission, static and dynamic.
-const DEVICE_ATTRIBUTE_MAX_SHARED: c_int = 97;
-const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
 /// Dynamic shared memory that needs no permission: 48 KiB less what any kernel has in static shared memory.
 const FREE_SHARED: u32 = 24 * 1024;
-
-type Handle = *mut c_void;
-
-/// `CUlaunchConfig` of cuda.h.
-#[repr(C)]
-struct LaunchConfig {
-    grid: [c_uint; 3],
-    block: [c_uint; 3],
-    shared: c_uint,
-    stream: Handle,
-    attributes: *mut c_void,
-    attribute_count: c_uint,
-}
 
 macro_rules! functions {
     ($($field:ident = $symbol:literal ($($argument:ty),*);)*) => {
@@ -106,6 +88,7 @@ functions! {
     get_function = "cuKernelGetFunction" (*mut Handle, Handle);
     kernel_attribute = "cuKernelGetAttribute" (*mut c_int, c_int, Handle, c_int);
     set_kernel_attribute = "cuKernelSetAttribute" (c_int, c_int, Handle, c_int);
+    active_clusters = "cuOccupancyMaxActiveClusters" (*mut c_int, Handle, *const LaunchConfig);
     launch = "cuLaunchKernelEx" (*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void);
 }
 
@@ -323,6 +306,13 @@ pub trait Driver {
     /// As [`Self::launch`].
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage>;
 
+    /// Whether the current device and the code that it runs have clusters of blocks, and room for one of `launch` with a kernel that takes `bytes` bytes of
+    /// parameters.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    fn runs_cluster(&self, kernel: &'static Kernel, bytes: usize, launch: Launch) -> Result<bool>;
+
     /// Launches a kernel with `parameters` on `stream`, the caller's `CUstream` (0: the legacy default stream) of the device whose
     /// context is current. No extent of the grid is 0.
     ///
@@ -357,6 +347,10 @@ impl Driver for Cuda {
 
     fn load(&self, kernel: &'static Kernel, bytes: usize, shared: u32) -> Result<Usage> {
         kernel.load(bytes, shared)
+    }
+
+    fn runs_cluster(&self, kernel: &'static Kernel, bytes: usize, launch: Launch) -> Result<bool> {
+        kernel.runs_cluster(bytes, launch)
     }
 
     unsafe fn launch<P: Copy + 'static>(
@@ -464,31 +458,69 @@ impl Kernel {
         if launch.shared > FREE_SHARED {
             self.allow_shared(driver, kernel, launch.shared)?;
         }
-        let config = LaunchConfig {
-            grid: launch.grid,
-            block: [launch.block, 1, 1],
-            shared: launch.shared,
-            stream: std::ptr::with_exposed_provenance_mut(stream),
-            attributes: null_mut(),
-            attribute_count: 0,
-        };
         let mut pointers = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
-        // SAFETY: see the module and this function's contract. The driver copies the parameters before it returns.
-        let code = unsafe { (driver.launch)(&raw const config, kernel, pointers.as_mut_ptr(), null_mut()) };
+        let code = with_config(launch, stream, |config| {
+            // SAFETY: see the module and this function's contract. The driver copies the parameters before it returns.
+            unsafe { (driver.launch)(config, kernel, pointers.as_mut_ptr(), null_mut()) }
+        });
         match code {
             SUCCESS => Ok(()),
             NO_BINARY_FOR_GPU => Err(unsupported(driver)),
             code => Err(driver.error(
                 format!(
-                    "cuLaunchKernelEx of {} (grid {:?}, {} threads, {} bytes of shared memory)",
+                    "cuLaunchKernelEx of {} (grid {:?}, {} threads, {} bytes of shared memory, clusters of {})",
                     self.name(),
                     launch.grid,
                     launch.block,
-                    launch.shared
+                    launch.shared,
+                    launch.cluster
                 ),
                 code,
             )),
         }
+    }
+
+    /// The kernel in the current context.
+    fn function(&self, driver: &Functions, kernel: Handle) -> Result<Handle> {
+        let mut function = null_mut();
+        // SAFETY: see the module.
+        let code = unsafe { (driver.get_function)(&raw mut function, kernel) };
+        if code == NO_BINARY_FOR_GPU {
+            return Err(unsupported(driver));
+        }
+        driver.check(&format!("cuKernelGetFunction of {}", self.name()), code)?;
+        Ok(function)
+    }
+
+    fn attribute(&self, driver: &Functions, kernel: Handle, attribute: c_int, device: c_int) -> Result<c_int> {
+        let mut value = 0;
+        // SAFETY: see the module.
+        let code = unsafe { (driver.kernel_attribute)(&raw mut value, attribute, kernel, device) };
+        driver.check(&format!("cuKernelGetAttribute of {}", self.name()), code)?;
+        Ok(value)
+    }
+
+    /// See [`Driver::runs_cluster`].
+    fn runs_cluster(&self, bytes: usize, launch: Launch) -> Result<bool> {
+        let loaded = load()?;
+        let driver = loaded.driver;
+        let device = driver.current()?;
+        let kernel = self.resolve(loaded, bytes)?;
+        let code = self.attribute(driver, kernel, FUNC_ATTRIBUTE_PTX_VERSION, device)?;
+        if code < FIRST_WITH_CLUSTERS || driver.attribute(DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, device)? == 0 {
+            return Ok(false);
+        }
+        let function = self.function(driver, kernel)?;
+        if launch.shared > FREE_SHARED {
+            self.allow_shared(driver, kernel, launch.shared)?;
+        }
+        let mut clusters = 0;
+        // SAFETY: see the module.
+        let code = with_config(launch, 0, |config| unsafe {
+            (driver.active_clusters)(&raw mut clusters, function, config)
+        });
+        driver.check(&format!("cuOccupancyMaxActiveClusters of {}", self.name()), code)?;
+        Ok(clusters > 0)
     }
 
     /// See [`Driver::load`].
@@ -497,18 +529,10 @@ impl Kernel {
         let driver = loaded.driver;
         let kernel = self.resolve(loaded, bytes)?;
         let device = driver.current()?;
-        let mut function = null_mut();
-        // SAFETY: see the module.
-        let code = unsafe { (driver.get_function)(&raw mut function, kernel) };
-        if code == NO_BINARY_FOR_GPU {
-            return Err(unsupported(driver));
-        }
-        driver.check(&format!("cuKernelGetFunction of {}", self.name()), code)?;
+        self.function(driver, kernel)?;
         let mut values = [0; 3];
         for (value, attribute) in values.iter_mut().zip(USAGE_ATTRIBUTES) {
-            // SAFETY: see the module.
-            let code = unsafe { (driver.kernel_attribute)(&raw mut *value, attribute, kernel, device) };
-            driver.check(&format!("cuKernelGetAttribute of {}", self.name()), code)?;
+            *value = self.attribute(driver, kernel, attribute, device)?;
         }
         // What a launch will need at most; a device that has less takes what fits, and refuses a launch that asks for more.
         let limit = driver.attribute(DEVICE_ATTRIBUTE_MAX_SHARED, device)? - values[2];
@@ -558,6 +582,7 @@ mod tests {
             grid: [1; 3],
             block: 1,
             shared: 0,
+            cluster: 1,
         };
         if driver_version().is_ok() {
             eprintln!("skipped: this machine has a driver");

@@ -9,6 +9,7 @@
 //! done when the stream is. The two share what attention means ([`super::AttentionParams`]) and no trait: nothing could be
 //! written once for both.
 
+mod config;
 #[allow(unsafe_code, reason = "functions of the driver are called through pointers")]
 mod driver;
 mod fatbin;

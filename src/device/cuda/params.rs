@@ -34,6 +34,7 @@ mirrored! {
         grid: [u32; 3],
         block: u32,
         shared: u32,
+        cluster: u32,
     }
     PageTable {
         pages: Address,
@@ -111,6 +112,8 @@ mirrored! {
         window: i32,
         scale: f32,
         softcap: f32,
+        clusters: i32,
+        reserved: i32,
     }
     SamplingRow {
         seed: u64,

@@ -1,11 +1,11 @@
-//! `block_attention_{64,128,256}` and, where keys are split, `block_attention_combine_{64,128,256}`: attention of one layer.
+//! `block_attention_{64,128,256}` or `block_attention_wide_128` and, where keys are split, `block_attention_combine_{64,128,256}`: attention of one layer.
 
 use super::{Call, Checked, Entry, HEAD_DIMS, Pages, aligned, blocks, geometry, instance, mask_type, requests};
-use crate::device::cuda::Kernel;
 use crate::device::cuda::params::{BlockAttentionParams, Launch};
 use crate::device::cuda::tensor::Access::{Read, Write};
 use crate::device::cuda::tensor::Extent::{Any, AtLeast, Is};
 use crate::device::cuda::tensor::{Dtype, Tensor, bad, int32};
+use crate::device::cuda::{Driver, Kernel};
 use crate::device::{AttentionParams, Mask};
 use crate::error::Result;
 
@@ -14,16 +14,24 @@ static BLOCK_ATTENTION: [Kernel; 3] = [
     Kernel::new(c"block_attention_128"),
     Kernel::new(c"block_attention_256"),
 ];
+static WIDE: Kernel = Kernel::new(c"block_attention_wide_128");
 static COMBINE: [Kernel; 3] = [
     Kernel::new(c"block_attention_combine_64"),
     Kernel::new(c"block_attention_combine_128"),
     Kernel::new(c"block_attention_combine_256"),
 ];
 
-/// Rows of queries, times heads of a group, that a block takes.
+/// Rows of queries, times heads of a group, that a block takes, and that a wide one does.
 const ROWS: u32 = 64;
-/// Splits of the keys, and tiles of queries: the most that a grid's second and third extents hold.
+const WIDE_ROWS: u32 = 128;
+/// Blocks from which on they are wide.
+const WIDE_BLOCKS: u128 = 1024;
+/// Splits of a group, merged before others: the blocks of a cluster, where a device runs them.
+const MERGED: usize = 8;
+/// Tiles of queries: the most that a grid's second extent holds.
 const MOST: usize = 65535;
+/// Splits of the keys: the most that a grid's third extent holds in whole groups.
+const MOST_SPLITS: usize = MOST / MERGED * MERGED;
 
 /// `T` packed tokens, `Hq` query heads in groups over `Hkv` key heads, `D` elements per head.
 #[derive(Clone, Debug)]
@@ -58,14 +66,17 @@ pub struct BlockAttention {
     pub slots: Option<Tensor>,
     /// int64 or uint64 `[T, words]`, for [`Mask::Ancestors`]: bit `j` of a token is set for itself and whom it descends from.
     pub ancestors: Option<Tensor>,
-    /// float32 `[num_splits or more, T, Hq, D]`, aligned to 16 bytes, written; for several splits.
+    /// float32 `[parts or more, T, Hq, D]`, aligned to 16 bytes, written; for several parts.
     pub partial_out: Option<Tensor>,
-    /// float32 `[num_splits or more, T, Hq, 2]`, aligned to 8 bytes, written; for several splits.
+    /// float32 `[parts or more, T, Hq, 2]`, aligned to 8 bytes, written; for several parts.
     pub partial_stats: Option<Tensor>,
     /// Parts that the keys are cut into; they cover `max_keys`.
     pub num_splits: usize,
     /// Keys of a split, a multiple of 64.
     pub split_keys: usize,
+    /// Whether groups of 8 splits are merged on the chip, which takes a device that [`runs_clusters`]. A part in memory is then a
+    /// group, and a split otherwise; results are the same.
+    pub clusters: bool,
     /// float32 `[Hq]`: scores of one more key per head.
     pub sinks: Option<Tensor>,
 }
@@ -90,12 +101,14 @@ impl BlockAttention {
                 format!("at most {MOST} tiles"),
             ));
         }
+        let kernel = if parameters.rows(self.q.extent(2) as u32) == WIDE_ROWS {
+            &WIDE
+        } else {
+            &BLOCK_ATTENTION[instance]
+        };
         call.finish(
             parameters,
-            [
-                (&BLOCK_ATTENTION[instance], attend),
-                (&COMBINE[instance], parameters.combine_launch()),
-            ],
+            [(kernel, attend), (&COMBINE[instance], parameters.combine_launch())],
         )
     }
 
@@ -143,11 +156,11 @@ impl BlockAttention {
             return Err(bad("split_keys", split_keys.to_string(), "a multiple of 64"));
         }
         let needed = max_keys.div_ceil(split_keys).max(1);
-        if num_splits < needed || num_splits > MOST {
+        if num_splits < needed || num_splits > MOST_SPLITS {
             return Err(bad(
                 "num_splits",
                 num_splits.to_string(),
-                format!("{needed}..{MOST}: {split_keys} keys each for requests of up to {max_keys} keys"),
+                format!("{needed}..{MOST_SPLITS}: {split_keys} keys each for requests of up to {max_keys} keys"),
             ));
         }
         Ok(())
@@ -167,14 +180,24 @@ impl BlockAttention {
                 format!("{} for requests of up to {longest} tokens", longest.div_ceil(64)),
             ));
         }
-        if self.num_splits > 1 && (self.partial_out.is_none() || self.partial_stats.is_none()) {
+        let parts = self.parts();
+        if parts > 1 && (self.partial_out.is_none() || self.partial_stats.is_none()) {
             return Err(bad(
                 "partial_out, partial_stats",
                 "None",
-                format!("workspaces for {} splits", self.num_splits),
+                format!("workspaces for {parts} parts"),
             ));
         }
         Ok(())
+    }
+
+    /// Partial results of a row in memory.
+    fn parts(&self) -> usize {
+        if self.clusters {
+            self.num_splits.div_ceil(MERGED)
+        } else {
+            self.num_splits
+        }
     }
 
     fn words(&self) -> usize {
@@ -195,7 +218,7 @@ impl BlockAttention {
         let (v_cache, v_cache_stride) = call.heads("v_cache", &self.v_cache, cache, access)?;
         let (out, out_stride) = call.heads("out", &self.out, [Is(tokens), Is(heads), Is(dim)], Write)?;
         let words = self.words();
-        let partial = |width| [AtLeast(self.num_splits), Is(tokens), Is(heads), Is(width)];
+        let partial = |width| [AtLeast(self.parts()), Is(tokens), Is(heads), Is(width)];
         for (name, partial, alignment) in [
             ("partial_out", &self.partial_out, 16),
             ("partial_stats", &self.partial_stats, 8),
@@ -243,6 +266,8 @@ impl BlockAttention {
             window: int32("window", self.params.window.unwrap_or(0))?,
             scale: self.params.scale,
             softcap: self.params.softcap.unwrap_or(0.0),
+            clusters: i32::from(self.clusters),
+            reserved: 0,
         };
         // A grid's first extent.
         int32("query_starts", r.saturating_mul(kv_heads))?;
@@ -251,30 +276,98 @@ impl BlockAttention {
 }
 
 impl BlockAttentionParams {
-    /// Request and KV head, tile of queries, split of the keys.
-    pub fn launch(&self, head_dim: u32) -> Launch {
+    /// Tiles of so many rows that the longest request has.
+    fn tiles(&self, rows: u32) -> u32 {
         let group = (self.q_heads / self.kv_heads) as u32;
-        let queries = if group >= ROWS { 1 } else { ROWS / group };
-        let keys = if head_dim > 128 { 32 } else { 64 };
-        let shared = 2 * head_dim * (ROWS + 4 * keys) + 2 * keys * 16;
-        let grid = [
-            (self.num_requests * self.kv_heads) as u32,
-            (self.max_block_len as u32).div_ceil(queries),
-            self.num_splits as u32,
-        ];
-        geometry(grid, 128, shared)
+        (self.max_block_len as u32).div_ceil((rows / group).max(1))
     }
 
-    /// A warp per token and head; nothing to do with one split.
+    /// Rows of a block: wide where a request has more than others hold, and there are blocks enough.
+    fn rows(&self, head_dim: u32) -> u32 {
+        let rows = i64::from(self.max_block_len) * i64::from(self.q_heads / self.kv_heads);
+        let heads = self.num_requests as u128 * self.kv_heads as u128;
+        let many = heads * u128::from(self.tiles(WIDE_ROWS)) * self.num_splits as u128 >= WIDE_BLOCKS;
+        if head_dim == 128 && rows > i64::from(ROWS) && many {
+            WIDE_ROWS
+        } else {
+            ROWS
+        }
+    }
+
+    /// Request and KV head, tile of queries, split of the keys: whole clusters.
+    pub fn launch(&self, head_dim: u32) -> Launch {
+        self.launch_of(head_dim, self.rows(head_dim))
+    }
+
+    fn launch_of(&self, head_dim: u32, rows: u32) -> Launch {
+        let keys = if head_dim > 128 { 32 } else { 64 };
+        let shared = 2 * head_dim * (rows + 4 * keys) + 2 * keys * 16;
+        let splits = self.num_splits as u32;
+        let cluster = if self.clusters == 0 {
+            1
+        } else {
+            splits.next_power_of_two().min(MERGED as u32)
+        };
+        let grid = [
+            (self.num_requests * self.kv_heads) as u32,
+            self.tiles(rows),
+            splits.next_multiple_of(cluster),
+        ];
+        Launch {
+            cluster,
+            ..geometry(grid, 2 * rows, shared)
+        }
+    }
+
+    /// A warp per token and head; nothing to do with one part.
     pub fn combine_launch(&self) -> Launch {
         let rows = self.max_tokens as u128 * self.q_heads as u128;
-        let needed = if self.num_splits > 1 {
+        let most = if self.clusters == 0 { 1 } else { MERGED as i32 };
+        let needed = if self.num_splits > most {
             blocks(rows.div_ceil(4))
         } else {
             0
         };
         geometry([needed, 1, 1], 128, 0)
     }
+}
+
+/// Whether `device`, the current one, runs the attention in clusters of blocks: [`BlockAttention::clusters`].
+///
+/// # Errors
+/// Another device that is current; those of [`Driver::runs_cluster`].
+pub fn runs_clusters(driver: &impl Driver, device: i32) -> Result<bool> {
+    let current = driver.current_device(device)?;
+    if current != device {
+        return Err(bad(
+            "device",
+            device.to_string(),
+            format!("{current}, which is current"),
+        ));
+    }
+    let bytes = size_of::<BlockAttentionParams>();
+    let largest = BlockAttentionParams {
+        num_requests: 1,
+        q_heads: 1,
+        kv_heads: 1,
+        max_block_len: 1,
+        num_splits: MERGED as i32,
+        clusters: 1,
+        ..Default::default()
+    };
+    for (kernel, launch) in attending(&largest) {
+        if !driver.runs_cluster(kernel, bytes, launch)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The kernels that attend, each as it launches one block or cluster of `one`.
+fn attending(one: &BlockAttentionParams) -> impl Iterator<Item = (&'static Kernel, Launch)> + '_ {
+    let usual = BLOCK_ATTENTION.iter().zip(HEAD_DIMS);
+    let usual = usual.map(|(kernel, head_dim)| (kernel, one.launch_of(head_dim as u32, ROWS)));
+    usual.chain([(&WIDE, one.launch_of(128, WIDE_ROWS))])
 }
 
 pub(super) fn kernels() -> Vec<Entry> {
@@ -284,9 +377,8 @@ pub(super) fn kernels() -> Vec<Entry> {
         kv_heads: 1,
         ..Default::default()
     };
-    let attend = BLOCK_ATTENTION.iter().zip(HEAD_DIMS);
-    attend
-        .map(|(kernel, head_dim)| (kernel, bytes, one.launch(head_dim as u32).shared))
+    attending(&one)
+        .map(|(kernel, launch)| (kernel, bytes, launch.shared))
         .chain(COMBINE.iter().map(|kernel| (kernel, bytes, 0)))
         .collect()
 }

@@ -26,7 +26,7 @@ mod sample;
 mod tree;
 
 pub use accept::Accept;
-pub use attention::BlockAttention;
+pub use attention::{BlockAttention, runs_clusters};
 pub use checked::Checked;
 pub use compact::CompactKv;
 pub use delta::DeltaRule;
@@ -219,5 +219,10 @@ fn blocks(count: u128) -> u32 {
 }
 
 fn geometry(grid: [u32; 3], block: u32, shared: u32) -> Launch {
-    Launch { grid, block, shared }
+    Launch {
+        grid,
+        block,
+        shared,
+        cluster: 1,
+    }
 }

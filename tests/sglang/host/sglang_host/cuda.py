@@ -21,3 +21,4 @@ def emulate() -> None:
     cuda._view = on_device
     cuda.available = lambda device="cuda": True
     cuda.load = lambda device="cuda": _core.cuda_load()
+    cuda.clusters = lambda device: _core.cuda_clusters(0)
