@@ -91,10 +91,11 @@ __device__ void build(const TreeBuildParams& p) {
 } // namespace
 } // namespace dflash
 
-extern "C" __global__ void __launch_bounds__(512) tree_top_k_f32(const __grid_constant__ TreeTopKParams p) {
+// Three blocks of a multiprocessor: left to itself, the compiler for sm_100 goes for four and spills.
+extern "C" __global__ void __launch_bounds__(512, 3) tree_top_k_f32(const __grid_constant__ TreeTopKParams p) {
     dflash::top_k<float>(p);
 }
-extern "C" __global__ void __launch_bounds__(512) tree_top_k_bf16(const __grid_constant__ TreeTopKParams p) {
+extern "C" __global__ void __launch_bounds__(512, 3) tree_top_k_bf16(const __grid_constant__ TreeTopKParams p) {
     dflash::top_k<uint16_t>(p);
 }
 extern "C" __global__ void __launch_bounds__(32) tree_build(const __grid_constant__ TreeBuildParams p) { dflash::build(p); }
