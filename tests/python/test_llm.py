@@ -19,6 +19,7 @@ import dflash_rs  # noqa: E402
 from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams, StepCosts  # noqa: E402
 from dflash_rs.config import assets  # noqa: E402
 from dflash_rs.engine import build  # noqa: E402
+from dflash_rs.models.dflash.model import DFlashDraft  # noqa: E402
 
 PROMPTS = [p["prompt"] for p in json.loads((assets() / "prompts.json").read_text())]
 LENGTH = 40
@@ -265,7 +266,9 @@ def test_more_drafts_per_pass_are_accepted_by_trees():
 
 
 @pytest.mark.parametrize("nodes", [0, 12])
-def test_a_dflash_2_drafts_and_changes_nothing(one, nodes, tmp_path):
+def test_a_dflash_2_drafts_and_changes_nothing(one, nodes, tmp_path, monkeypatch):
+    # A selector names fewer candidates than a first drafter can.
+    monkeypatch.setattr(DFlashDraft, "most_candidates", 4)
     prompts = [one.encode(p) for p in PROMPTS[:6]]
     options = [
         params(name, seed=i)

@@ -14,7 +14,8 @@ class Oracle:
     kind, reads_tokens, from_text = "oracle", False, False
 
     def __init__(self, target, block_size: int = 6):
-        self.block_size, self.taps, self.branches, self.kv_bytes_per_token, self.key_dims = block_size, (0,), 1, 0, ()
+        self.block_size, self.taps, self.branches, self.most_candidates = block_size, (0,), 1, 1
+        self.kv_bytes_per_token, self.key_dims = 0, ()
         self.hidden_size = target.hidden_size
         self.texts: list[Sequence[int]] = []
         self.vocab = target.vocab_size
