@@ -21,7 +21,7 @@ SETS = (
 )
 TESTS = (
     "tests/python/test_processors.py::test_without_a_name_it_is_the_widest_of_this_processor",
-    "tests/python/test_processors.py::test_a_product_in_bfloat16_is_that_of_the_modules",
+    "tests/python/test_processors.py::test_a_product_is_that_of_the_modules_and_of_its_row",
     "tests/python/test_experts.py",
     "tests/python/test_models_host.py",
     "tests/python/test_models_attention.py",
