@@ -2,6 +2,9 @@
 
 Both wait awake for a while after each piece of work, in pools of their own. Where they take turns on the same processors each waits for
 the other to fall asleep, which can take far longer than the work. So a pass whose products are all the extension's leaves torch one thread.
+
+torch keeps a number per thread of the caller's. One that computes for the first time while another has handed its threads over begins with one
+and stays so until it sets its own: slower, and nothing else.
 """
 
 from __future__ import annotations

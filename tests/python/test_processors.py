@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dflash_rs import _core, doctor, threads
+from dflash_rs.errors import InvalidArgument
 from dflash_rs.models import linear
 
 SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
@@ -91,11 +92,24 @@ def test_a_product_is_that_of_the_modules_and_of_its_row(monkeypatch, dtype, lim
         assert (product.host is not None) == (dtype == torch.float32 and limit > 0)
         for ours, own in ((product(x), expected), (product.plus(x, residual), expected + residual)):
             torch.testing.assert_close(ours.float(), own.float(), rtol=2e-2, atol=2e-2)
+        if dtype != torch.float16:
+            for wrong in (x.double(), x[:, :47]):
+                with pytest.raises(InvalidArgument, match="^x: got torch"):
+                    product(wrong)
         # The modules' weights are parts of the one that is multiplied: nothing is held twice.
         assert all(m.weight.data_ptr() != 0 and torch.equal(m(x), F.linear(x, m.weight, m.bias)) for m in modules)
         assert modules[1].weight.untyped_storage().data_ptr() == product.weight.untyped_storage().data_ptr()
         if dtype != torch.float16:
             assert all(torch.equal(product(x[row : row + 1])[0], product(x)[row]) for row in (0, 5, 16))
+
+
+def test_stacked_modules_can_still_be_trained():
+    modules = [nn.Linear(8, n) for n in (4, 2)]
+    with torch.inference_mode():
+        linear.PackedLinear(modules)
+    x = torch.randn(3, 8)
+    sum(m(x).sum() for m in modules).backward()
+    assert all(m.weight.grad is not None and m.weight.requires_grad for m in modules)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from test_experts import made as experts_made
 from test_models_target import FUSED as LLAMA_SHAPES
 from test_models_target import gpt2
 
+from dflash_rs.models import linear
 from dflash_rs.models.target import TargetModel, products
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -145,6 +146,14 @@ def differing(target: TargetModel) -> int:
 def test_rows_of_a_target_have_the_same_bits_in_any_company(kind, dtype):
     target = target_of(kind, dtype)
     assert (target.path == "fused") == (kind in LLAMA_SHAPED)
+    assert differing(target) == 0
+
+
+@pytest.mark.parametrize("kind", LLAMA_SHAPED)
+def test_rows_of_weights_too_large_to_be_packed_have_the_same_bits_in_any_company(monkeypatch, kind):
+    monkeypatch.setattr(linear, "COPY_LIMIT", 0)
+    target = TargetModel(made(kind, torch.float32))
+    assert target.path == "fused" and target._fused.run is None
     assert differing(target) == 0
 
 

@@ -15,12 +15,21 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 COPY_LIMIT = 1 << 25
 
 
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the extension multiplies such weights."""
+    return device.type == "cpu" and dtype in DTYPES
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: _core.PackedWeight | None = None) -> Tensor:
     """x W^T + b for x [..., K], weight [N, K], bias [N], all float32 or all bfloat16, on a CPU: [..., N]. Sums are float32, rounded once.
 
     A row's result depends on that row alone, bit for bit. `packed`: the weight once more, where it has been packed.
     """
     outputs, inputs = weight.shape
+    if x.dtype != weight.dtype or x.shape[-1] != inputs or not x.is_cpu:
+        raise InvalidArgument(
+            f"x: got {x.dtype} of shape {list(x.shape)} on {x.device}, expected {weight.dtype} [..., {inputs}] on the CPU"
+        )
     rows = x.reshape(-1, inputs)
     count = rows.shape[0]
     # Rows that overlap, as those of an expanded tensor, are not for the extension.
@@ -57,11 +66,20 @@ class PackedLinear:
     """
 
     def __init__(self, modules: list[nn.Linear], *, share: bool = True, precision: str = "highest"):
-        weight = torch.cat([m.weight.detach() for m in modules]) if len(modules) > 1 else modules[0].weight.detach()
+        # Models are laid out in inference mode; their parameters are to remain what can be trained.
+        with torch.inference_mode(False):
+            parts = [m.weight.detach() for m in modules]
+            weight = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+        on_host = multiplies(weight.device, weight.dtype)
+        if precision != "highest" and not (on_host and weight.dtype == torch.float32):
+            raise InvalidArgument(
+                f"matmul_precision: got {precision!r} with {weight.dtype} on {weight.device}, expected 'highest': other precisions "
+                "are for float32 on a CPU"
+            )
         self.bias = None
         if any(m.bias is not None for m in modules):
-            parts = [m.bias.detach() if m.bias is not None else weight.new_zeros(m.out_features) for m in modules]
-            self.bias = torch.cat(parts).contiguous()
+            biases = [m.bias.detach() if m.bias is not None else weight.new_zeros(m.out_features) for m in modules]
+            self.bias = torch.cat(biases)
         self.weight, self.host = weight, None
         self.outputs, self.inputs = weight.shape
         if share and len(modules) > 1:
@@ -69,16 +87,10 @@ class PackedLinear:
             for m in modules:
                 m.weight.data = weight[start : start + m.out_features]
                 start += m.out_features
-        on_cpu = weight.device.type == "cpu"
-        if precision != "highest" and (not on_cpu or weight.dtype != torch.float32):
-            raise InvalidArgument(
-                f"matmul_precision: got {precision!r} with {weight.dtype} on {weight.device}, expected 'highest': other precisions "
-                "are for float32 on a CPU"
-            )
-        if on_cpu and weight.dtype == torch.float32 and (weight.numel() <= COPY_LIMIT or precision != "highest"):
+        if on_host and weight.dtype == torch.float32 and (weight.numel() <= COPY_LIMIT or precision != "highest"):
             bias = None if self.bias is None else self.bias.numpy()
-            self.host = _core.PackedWeight(weight.contiguous().numpy(), bias, precision)
-        self._multiply = linear if on_cpu and weight.dtype in DTYPES else F.linear
+            self.host = _core.PackedWeight(weight.numpy(), bias, precision)
+        self._multiply = linear if on_host else F.linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""

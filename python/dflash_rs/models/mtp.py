@@ -39,7 +39,7 @@ from .batch import StepBatch
 from .dflash.layers import DraftLayer, RMSNorm, rope_frequencies
 from .drafter import FINAL
 from .fused import FusedLayer, RotaryTable, addresses, rotate_rows
-from .linear import DTYPES, PackedLinear
+from .linear import PackedLinear, multiplies
 from .proposals import Proposals
 
 
@@ -270,7 +270,7 @@ class Runtime:
 
     def on_host(self) -> bool:
         """Whether products and attention are the extension's."""
-        return self.kernel and self.device.type == "cpu" and self.dtype in DTYPES
+        return self.kernel and multiplies(self.device, self.dtype)
 
     def both(self, tokens: Tensor, states: Tensor) -> Tensor:
         """What `fc` gets, [M, 2 H]: tokens int64 [M], states [M, H]."""

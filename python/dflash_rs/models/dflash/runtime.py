@@ -15,7 +15,7 @@ from ...attention import HostAttention, kernel_serves, step_attention
 from ...errors import InvalidArgument
 from ..batch import StepBatch
 from ..fused import FusedLayer, HostRun, RotaryTable, addresses, rotate_rows
-from ..linear import DTYPES, PackedLinear
+from ..linear import PackedLinear, multiplies
 from ..proposals import Proposals
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Runtime:
 
     def on_host(self) -> bool:
         """Whether products and attention are the extension's."""
-        return self.kernel and self.device.type == "cpu" and self.dtype in DTYPES
+        return self.kernel and multiplies(self.device, self.dtype)
 
     def inject(self, features: Tensor, positions, slots, rows) -> None:
         c = self.config

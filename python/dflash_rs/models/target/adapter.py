@@ -31,7 +31,7 @@ from ..batch import StepBatch
 from ..drafter import FINAL
 from ..hybrid import MixerState, attending, find_mixers, known_layers
 from ..hybrid.state import attach
-from ..linear import DTYPES
+from ..linear import multiplies
 from . import products
 from .check import Check
 from .experts import HostExperts, run_unaligned_one_by_one
@@ -109,7 +109,7 @@ class TargetModel:
                     self._layers, self.path_reason = LayerwiseModel.build(self)
                     if self._layers is not None and check is not None and not check.agrees(self):
                         self._layers, self.path_reason = None, "the layers in a row differ from the model's own forward"
-                if self.device.type == "cpu" and self.dtype in DTYPES:
+                if multiplies(self.device, self.dtype):
                     if self._fused is None:
                         self._place_products(check)
                     else:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ... import _core
 from ..linear import COPY_LIMIT, DTYPES, linear
@@ -129,8 +130,9 @@ class Others(TorchFunctionMode):
         self.names: set[str] = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in _PRODUCTS and not (function is F.linear and isinstance(args[1], _Linear)):
-            operands = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if max((x.numel() for x in operands), default=0) > _SMALL:
+        if function in _PRODUCTS:
+            operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            placed = function is F.linear and any(isinstance(x, _Linear) for x in operands)
+            if not placed and max((x.numel() for x in operands), default=0) > _SMALL:
                 self.names.add(function.__name__)
         return function(*args, **(kwargs or {}))
