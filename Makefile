@@ -29,7 +29,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: demo chat test check quick kernels wheel gpu-bundle dist sweep bench clean distclean lint rust-test install venv stubs python-test test-processors sglang-test \
-  sglang-hybrids sglang-long sglang-demo sglang-install bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host \
+  sglang-hybrids sglang-long sglang-demo sglang-install bench-core bench-demo bench-trees bench-coupled bench-overlap bench-rows bench-hybrid bench-peers bench-host \
   bench-reference bench-sglang soak mutants mutants-tools
 
 VENV ?= .venv
@@ -162,7 +162,7 @@ $(SGLANG_VENV)/.stamp-oldest: tests/sglang/requirements-0.5.17.txt | $(SGLANG_VE
 	$(SGLANG)/python -m pip --disable-pip-version-check --quiet install --no-deps --target $(SGLANG_VENV)/sglang-0.5.17 -r $<
 	touch $@
 
-bench: bench-core bench-demo bench-trees bench-overlap bench-rows bench-hybrid bench-peers bench-host bench-reference bench-sglang
+bench: bench-core bench-demo bench-trees bench-coupled bench-overlap bench-rows bench-hybrid bench-peers bench-host bench-reference bench-sglang
 
 bench-core: install venv
 	cargo bench --locked
@@ -179,6 +179,9 @@ bench-host: install venv
 
 bench-trees: install venv
 	$(BIN)/python benchmarks/trees.py --json benchmarks/results/trees.json
+
+bench-coupled: install venv
+	$(BIN)/python benchmarks/coupled.py --json benchmarks/results/coupled.json
 
 bench-overlap: install venv
 	$(BIN)/python benchmarks/overlap.py --json benchmarks/results/overlap.json

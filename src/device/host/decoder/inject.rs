@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Scratch, check_len, check_weight, invalid, resized, rows_mut_of, rows_of};
+use super::{Scratch, check_len, check_weight, invalid, multiply, resized};
 use crate::device::host::linear::PackedWeight;
 use crate::device::host::rowwise::{RotateHead, rms_norm};
 use crate::device::host::simd::dispatch;
@@ -108,30 +108,18 @@ impl Injector {
         self.check_inputs(&features, rows, positions, slots, &rotary, &caches)?;
         let (count, hidden, dim) = (positions.len(), self.norm.len(), self.head_dim);
         let wide = self.fc.inputs();
-        let (isa, threads) = (kernels.isa, kernels.threads);
+        let isa = kernels.isa;
         let picked = resized(&mut scratch.gate_up, count * wide);
         for (to, &row) in picked.chunks_exact_mut(wide.max(1)).zip(rows) {
             to.copy_from_slice(features.row(row as usize, 0));
         }
         let x = resized(&mut scratch.x, count * hidden);
-        self.fc.product(
-            isa,
-            threads,
-            rows_of("x", picked, count, wide)?,
-            None,
-            rows_mut_of("out", x, count, hidden)?,
-        )?;
+        multiply(kernels, &self.fc, count, picked, None, x)?;
         let normed = resized(&mut scratch.normed, count * hidden);
         rms_norm(isa, x, &self.norm, self.eps, normed);
         let outputs = self.key_values.outputs();
         let kv = resized(&mut scratch.qkv, count * outputs);
-        self.key_values.product(
-            isa,
-            threads,
-            rows_of("x", normed, count, hidden)?,
-            None,
-            rows_mut_of("out", kv, count, outputs)?,
-        )?;
+        multiply(kernels, &self.key_values, count, normed, None, kv)?;
         let half = self.kv_heads * dim;
         for (layer, ((mut k_cache, mut v_cache), norm)) in caches.into_iter().zip(&self.key_norms).enumerate() {
             for (token, row) in kv.chunks_exact_mut(outputs).enumerate() {

@@ -140,6 +140,27 @@ fn rows_mut_of<'a>(name: &'static str, data: &'a mut [f32], rows: usize, width: 
     RowsMut::from_slice(name, data, Layout::contiguous(rows, 1, width))
 }
 
+/// `out = x W^T + b`, and `+ residual` where there is one, of `rows` rows without gaps.
+fn multiply(
+    kernels: HostKernels,
+    weight: &PackedWeight,
+    rows: usize,
+    x: &[f32],
+    residual: Option<&[f32]>,
+    out: &mut [f32],
+) -> Result<()> {
+    let (inputs, outputs) = (weight.inputs(), weight.outputs());
+    let residual = residual.map(|residual| rows_of("residual", residual, rows, outputs));
+    let out = rows_mut_of("out", out, rows, outputs)?;
+    weight.product(
+        kernels.isa,
+        kernels.threads,
+        rows_of("x", x, rows, inputs)?,
+        residual.transpose()?,
+        out,
+    )
+}
+
 /// `work` on rows of `from` and of `to`, `widths` elements each: a share of them at a time.
 fn by_rows(
     threads: usize,
@@ -348,13 +369,7 @@ impl Layer<'_> {
         let normed = resized(&mut scratch.normed, tokens * hidden);
         let qkv = resized(&mut scratch.qkv, tokens * width);
         norm_rows(kernels, x, &weights.attention_norm, self.eps, normed);
-        weights.qkv.product(
-            isa,
-            threads,
-            rows_of("x", normed, tokens, hidden)?,
-            None,
-            rows_mut_of("out", qkv, tokens, width)?,
-        )?;
+        multiply(kernels, &weights.qkv, tokens, normed, None, qkv)?;
         let rows = (ROWWISE_PART / width).max(1);
         let rotate = |(qkv, positions): (&mut [f32], &[i64])| {
             let turn = Rotate {
@@ -396,13 +411,7 @@ impl Layer<'_> {
             sinks: None,
         };
         attention::run(isa, threads, batch, &shape.attention, tensors)?;
-        weights.out.product(
-            isa,
-            threads,
-            rows_of("x", attended, tokens, attended_width)?,
-            Some(rows_of("residual", x, tokens, hidden)?),
-            rows_mut_of("out", normed, tokens, hidden)?,
-        )
+        multiply(kernels, &weights.out, tokens, attended, Some(x), normed)
     }
 
     /// `x = normed + down(silu(gate) * up)` of `norm(normed)`.
@@ -414,24 +423,12 @@ impl Layer<'_> {
         let normed = resized(&mut scratch.normed, tokens * hidden);
         norm_rows(kernels, normed, &weights.mlp_norm, self.eps, x);
         let gate_up = resized(&mut scratch.gate_up, tokens * 2 * width);
-        weights.gate_up.product(
-            isa,
-            threads,
-            rows_of("x", x, tokens, hidden)?,
-            None,
-            rows_mut_of("out", gate_up, tokens, 2 * width)?,
-        )?;
+        multiply(kernels, &weights.gate_up, tokens, x, None, gate_up)?;
         let inner = resized(&mut scratch.inner, tokens * width);
         by_rows(threads, (2 * width, width), gate_up, inner, |gate_up, inner| {
             dispatch(isa, SwiGlu { gate_up, width, inner });
         });
-        weights.down.product(
-            isa,
-            threads,
-            rows_of("x", inner, tokens, width)?,
-            Some(rows_of("residual", normed, tokens, hidden)?),
-            rows_mut_of("out", x, tokens, hidden)?,
-        )
+        multiply(kernels, &weights.down, tokens, inner, Some(normed), x)
     }
 }
 
