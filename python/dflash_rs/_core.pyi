@@ -285,8 +285,8 @@ class Engine:
     def record(self, request_id: int) -> Record | None:
         """What an unfinished request is given, to be looked at while it runs and afterwards. ``None`` when there is none of that number."""
 
-    def drafting(self, most: int) -> tuple[NDArray[np.float32], int]:
-        """Of the ``most`` oldest requests: the temperatures of those that draft, ``[n]``, and how many do not."""
+    def drafting(self, most: int) -> tuple[NDArray[np.float32], int, int]:
+        """Of the ``most`` oldest requests: the temperatures of those that draft, ``[n]``, how many do not, and how many tokens they have together."""
 
     def is_wanted(self, plan: StepPlan) -> bool:
         """Whether any request that a launched step is for is still there."""
@@ -1082,7 +1082,8 @@ class Planner:
 
     Costs are curves, pairs of packed tokens and time in any one unit: of a target pass, and of a drafter pass with what follows
     from it. Straight between the points, flat before the first, beyond the last as between the last two. With one of them alone
-    target passes take 1, drafter passes nothing. With none there is nothing to weigh: whole blocks, whole trees.
+    target passes take 1, drafter passes nothing. ``context`` is what a token of context adds to a target pass. With none of them there is nothing
+    to weigh: whole blocks, whole trees.
 
     A width is the number of a request's tokens that a step verifies, the anchor counted. How often drafts are accepted, and what the
     drafter's probabilities are worth, is learnt from what is recorded, for a few bands of temperatures.
@@ -1094,14 +1095,22 @@ class Planner:
         *,
         target: list[tuple[float, float]] | None = None,
         draft: list[tuple[float, float]] | None = None,
+        context: float | None = None,
         tree_nodes: int = 0,
     ) -> Planner: ...
     def decide(
-        self, temperatures: NDArray[np.float32], others: int = 0, *, widths: list[int] = [], room: int = 0
+        self,
+        temperatures: NDArray[np.float32],
+        others: int = 0,
+        *,
+        context: int = 0,
+        widths: list[int] = [],
+        room: int = 0,
     ) -> tuple[int, int, bool]:
         """How much to draft in the next step: the largest width, the tokens of the drafter's block, and whether to draft trees.
 
-        ``temperatures`` ``[n]``: those of the requests that could draft; ``others`` tokens run beside them. (1, 1, False) is a plain step.
+        ``temperatures`` ``[n]``: those of the requests that could draft; ``others`` tokens run beside them; ``context`` tokens of context they have together.
+        (1, 1, False) is a plain step.
         ``widths``, rising, are for trees on a device that is not asked between drafting and verifying: one of them is taken, with which the
         step has at most ``room`` tokens, and whole blocks. Elsewhere what is drafted can still be cut by ``admit`` and ``admit_trees``.
         """
@@ -1114,13 +1123,33 @@ class Planner:
         others: int = 0,
         *,
         plan: StepPlan | None = None,
-        drafted: int | None = None,
+        tokens: NDArray[np.int64] | None = None,
     ) -> NDArray[np.int32]:
         """The width of each request, ``[n]``, at most ``most`` ``[n]``: chains are cut where more would not pay.
 
         ``probabilities`` ``[n, depth]``: the drafter's own of what it drafted, where what is no number counts as 0; ``temperatures`` ``[n]``.
-        With the ``plan`` of the step, whose ``draft_rows`` they are, ``record_step`` learns what the probabilities are worth. ``drafted``: rows of
-        the drafter's pass, None where every request had a block of all places.
+        With the ``plan`` of the step, whose ``draft_rows`` they are, ``record_step`` learns what the probabilities are worth; with the drafts'
+        ``tokens`` ``[n, depth]``, too, whether the first that is not verified would have been right.
+        """
+
+    def ask(self, plan: StepPlan, chances: NDArray[np.float32], block: int) -> NDArray[np.int32]:
+        """Which of ``plan.draft_rows`` the drafter is asked for, ``[m]``, for blocks of ``block`` tokens: those whose own texts promise less.
+
+        ``chances`` ``[n, width]``: of what ``Engine.look_up`` found there.
+        """
+
+    def admit_either(
+        self,
+        plan: StepPlan,
+        looked_up: tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]],
+        rows: NDArray[np.int32] | None = None,
+        tokens: NDArray[np.int64] | None = None,
+        probabilities: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Fills a step in with the drafts that pay, of each request those that promise more.
+
+        ``looked_up``: what ``Engine.look_up`` found for this step. ``tokens`` and ``probabilities`` ``[m, depth]``: the drafter's chains for the
+        ``rows`` ``[m]`` that were asked for. Raises ``InvalidArgument`` for rows that do not draft.
         """
 
     def admit_trees(
@@ -1140,21 +1169,24 @@ class Planner:
         Returns tokens and parents ``[n, w]`` and the width of each request ``[n]``.
         """
 
-    def record_step(self, plan: StepPlan, accepted: Accepted, *, only: NDArray[np.bool_] | None = None) -> None:
-        """Books a step: what each request verified and which of it was accepted.
+    def record_step(self, plan: StepPlan, accepted: Accepted) -> None:
+        """Books a step: what each request verified and which of it was accepted."""
 
-        With ``only`` ``[R]``, of those rows of the step: what others verified came from somewhere else.
-        """
-
-    def observe(self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
-        """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
+    def observe(
+        self, target_rows: int, target_time: float, draft_rows: int = 0, draft_time: float = 0.0, *, context: int = 0
+    ) -> None:
+        """What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none). Its requests had
+        ``context`` tokens together.
 
         The costs follow, more slowly up than down; those of rows that were not seen keep their place among the others.
         """
 
+    def observe_step(self, plan: StepPlan, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
+        """``observe`` of a step of the engine; one with tokens of prompts of which no logits are wanted says nothing."""
+
     @property
-    def costs(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]] | None:
-        """Costs in use: the curves of target and drafter. None where there are none."""
+    def costs(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]], float] | None:
+        """Costs in use: the curves of target and drafter, and what a token of context adds. None where there are none."""
 
     def record(
         self,

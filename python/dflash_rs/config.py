@@ -67,12 +67,14 @@ class StepCosts:
     """What a step costs, in seconds or any other one unit: curves over its rows (packed tokens), each as pairs of rows and time.
 
     `target`: a target pass. `draft`: a drafter pass and the injection that follows, over the rows of its blocks. Times are
-    straight between the points, flat before the first, and beyond the last as between the last two. ``LLM(costs=...)`` takes
+    straight between the points, flat before the first, and beyond the last as between the last two. `context`: what a token of context
+    adds to a target pass; the keys and values of a request are read once, however many of its tokens are verified. ``LLM(costs=...)`` takes
     them where measuring anew is not wanted, for example to make the number of steps repeatable.
     """
 
     target: Sequence[tuple[float, float]] = ((0, 1.0),)
     draft: Sequence[tuple[float, float]] = ((0, 0.0),)
+    context: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("target", "draft"):
@@ -82,6 +84,7 @@ class StepCosts:
             except (TypeError, ValueError, OverflowError):
                 raise bad(f"costs.{name}", value, "pairs of rows and time") from None
             object.__setattr__(self, name, points)
+        object.__setattr__(self, "context", real("costs.context", self.context, 0.0, math.inf))
         try:
             self.planner(2)
         except InvalidArgument as error:
@@ -96,7 +99,9 @@ class StepCosts:
 
     def planner(self, block_size: int, tree_nodes: int = 0) -> Planner:
         """A planner that judges by these costs, of trees of up to `tree_nodes` drafts."""
-        return Planner(block_size, target=list(self.target), draft=list(self.draft), tree_nodes=tree_nodes)
+        return Planner(
+            block_size, target=list(self.target), draft=list(self.draft), context=self.context, tree_nodes=tree_nodes
+        )
 
 
 def _time(name: str, value: float) -> float:

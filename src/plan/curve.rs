@@ -78,13 +78,6 @@ impl Curve {
         t0 + (rows - r0) * (t1 - t0) / (r1 - r0)
     }
 
-    /// By how much a time of `rows` is off what the curve says, as a logarithm: 0 where it is what was to be expected. None where one of them
-    /// is no time. A step that took far longer was held up by something else: its excess counts as that of one that took half as long again.
-    fn off(&self, rows: usize, time: f64) -> Option<f64> {
-        let expected = self.at(rows);
-        (time > 0.0 && time.is_finite() && expected > 0.0).then(|| (time / expected).clamp(SHORTEST, LONGEST).ln())
-    }
-
     /// All times become `factor` times as long.
     fn scale(&mut self, factor: f64) {
         self.points.iter_mut().for_each(|point| point.1 *= factor);
@@ -118,11 +111,19 @@ impl Curve {
     }
 }
 
+/// By how much a time is off the one `expected`, as a logarithm: 0 where it is what was to be expected. None where one of them is no time. A step
+/// that took far longer was held up by something else: its excess counts as that of one that took half as long again.
+fn off(expected: f64, time: f64) -> Option<f64> {
+    (time > 0.0 && time.is_finite() && expected > 0.0).then(|| (time / expected).clamp(SHORTEST, LONGEST).ln())
+}
+
 /// Where a step's time goes, in one unit of the caller's choice.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepCost {
     /// A target pass, over the tokens in it.
     pub target: Curve,
+    /// What a token of context adds to it: its keys and values are read once for a request, however many tokens of the request are verified.
+    pub context: f64,
     /// A drafter pass and what follows from it, over the tokens of its blocks.
     pub draft: Curve,
 }
@@ -132,23 +133,32 @@ impl StepCost {
     pub fn passes() -> Self {
         Self {
             target: Curve::flat(1.0),
+            context: 0.0,
             draft: Curve::flat(0.0),
         }
     }
 
-    /// Follows what a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what follows
-    /// from it. Curves that were measured on a busy machine come down, those that were measured without context rise, and what nobody has
-    /// seen lately keeps its place among the others.
-    pub(super) fn follow(&mut self, target: (usize, f64), draft: (usize, f64)) {
+    /// The time of a target pass over `rows` of requests with `context` tokens together.
+    pub fn pass(&self, rows: usize, context: usize) -> f64 {
+        self.target.at(rows) + self.context * context as f64
+    }
+
+    /// Follows what a step took: a target pass over `target.0` rows of requests with `context` tokens together, and, if it drafted, a drafter pass
+    /// over `draft.0` rows with what follows from it. Curves that were measured on a busy machine come down, and what nobody has seen lately keeps
+    /// its place among the others. What is off is off in its parts, the rows' and the context's, as much as each of them is of the whole.
+    pub(super) fn follow(&mut self, target: (usize, f64), context: usize, draft: (usize, f64)) {
         let way = |off: f64| off * if off > 0.0 { UP } else { DOWN };
-        if let Some(off) = self.target.off(target.0, target.1) {
-            let pace = (way(off) * PACE).exp();
-            self.target.bend(target.0, (way(off) * (1.0 - PACE)).exp());
+        let expected = self.pass(target.0, context);
+        if let Some(off) = off(expected, target.1) {
+            let (pace, rest) = ((way(off) * PACE).exp(), way(off) * (1.0 - PACE));
+            let share = self.context * context as f64 / expected;
+            self.target.bend(target.0, (rest * (1.0 - share)).exp());
             self.target.scale(pace);
+            self.context *= pace * (rest * share).exp();
             self.draft.scale(pace);
         }
         if draft.0 > 0
-            && let Some(off) = self.draft.off(draft.0, draft.1)
+            && let Some(off) = off(self.draft.at(draft.0), draft.1)
         {
             self.draft.bend(draft.0, way(off).exp());
         }
@@ -175,10 +185,14 @@ mod tests {
         #[test]
         fn costs_go_towards_what_was_seen_and_stay_curves(
             steps in prop::collection::vec((1usize..9, 0.0f64..2.0), 1..8),
-            seen in prop::collection::vec((1usize..70, 0.01f64..9.0, 0usize..70, 0.01f64..9.0), 1..20),
+            seen in prop::collection::vec((1usize..70, 0.01f64..9.0, 0usize..200, 0usize..70, 0.01f64..9.0), 1..20),
         ) {
             let points = rising(&steps);
-            let mut cost = StepCost { target: Curve::new("target", &points).unwrap(), draft: Curve::new("draft", &points).unwrap() };
+            let mut cost = StepCost {
+                target: Curve::new("target", &points).unwrap(),
+                context: 0.01,
+                draft: Curve::new("draft", &points).unwrap(),
+            };
             let last = points[points.len() - 1].0 as usize;
             let nearer = |before: f64, after: f64, time: f64| {
                 let way = (time / before).ln().clamp(SHORTEST.ln(), LONGEST.ln());
@@ -186,14 +200,15 @@ mod tests {
                 // No further than there, in the same direction, and a good part of the way.
                 gone * way >= 0.0 && gone.abs() <= way.abs() + 1e-9 && (gone.abs() >= 0.04 * way.abs() - 1e-9)
             };
-            for &(rows, time, drafted, drafting) in &seen {
+            for &(rows, time, context, drafted, drafting) in &seen {
                 let before = cost.clone();
-                cost.follow((rows, time), (0, drafting));
+                cost.follow((rows, time), context, (0, drafting));
                 if rows <= last {
-                    prop_assert!(nearer(before.target.at(rows), cost.target.at(rows), time), "{before:?} {rows} {time} {cost:?}");
+                    let (expected, now) = (before.pass(rows, context), cost.pass(rows, context));
+                    prop_assert!(nearer(expected, now, time), "{before:?} {rows} {context} {time} {cost:?}");
                 }
                 let paced = cost.clone();
-                cost.follow((0, f64::NAN), (drafted, drafting));
+                cost.follow((0, f64::NAN), 0, (drafted, drafting));
                 prop_assert_eq!(&paced.target, &cost.target);
                 if drafted == 0 {
                     prop_assert_eq!(&paced, &cost);
@@ -224,6 +239,7 @@ mod tests {
     fn costs() -> StepCost {
         StepCost {
             target: Curve::new("target", &[(1.0, 2.0), (5.0, 3.0), (9.0, 5.0)]).unwrap(),
+            context: 0.0,
             draft: Curve::flat(1.0),
         }
     }
@@ -232,12 +248,12 @@ mod tests {
     fn a_curve_tells_its_points_and_a_time_that_is_none_changes_nothing() {
         let mut cost = costs();
         for time in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            cost.follow((2, time), (2, time));
+            cost.follow((2, time), 0, (2, time));
             assert_eq!(cost, costs());
         }
         // Costs of nothing stay at nothing.
         let mut passes = StepCost::passes();
-        passes.follow((1, 1.0), (1, 1.0));
+        passes.follow((1, 1.0), 0, (1, 1.0));
         assert_eq!(passes, StepCost::passes());
     }
 
@@ -245,7 +261,7 @@ mod tests {
     fn a_time_that_was_seen_changes_those_near_it_and_a_quarter_of_it_all() {
         let mut cost = costs();
         // Twice as fast as it should be.
-        cost.follow((5, 1.5), (0, 0.0));
+        cost.follow((5, 1.5), 0, (0, 0.0));
         let (all, here) = (0.5f64.powf(DOWN * PACE), 0.5f64.powf(DOWN));
         let close = |got: f64, expected: f64| (got - expected).abs() < 1e-9;
         let [first, second, third] = cost.target.points() else {
@@ -258,7 +274,7 @@ mod tests {
         assert!(close(cost.draft.at(7), all));
         // Half way between two points each has half of it; a rise is slower.
         let mut cost = costs();
-        cost.follow((7, 4.0 * LONGEST), (0, 0.0));
+        cost.follow((7, 4.0 * LONGEST), 0, (0, 0.0));
         let (all, half) = (LONGEST.powf(UP * PACE), LONGEST.powf(UP * (1.0 - PACE) / 2.0));
         let [first, second, third] = cost.target.points() else {
             panic!()
@@ -268,7 +284,7 @@ mod tests {
         // time for no less than SHORTEST.
         for (rows, point, time) in [(0, 0, 100.0), (40, 2, 100.0), (0, 0, 1e-9), (9, 2, 1e-9)] {
             let (mut cost, before) = (costs(), costs());
-            cost.follow((rows, time), (0, 0.0));
+            cost.follow((rows, time), 0, (0, 0.0));
             let way = if time > 1.0 {
                 LONGEST.powf(UP)
             } else {
@@ -281,14 +297,38 @@ mod tests {
         }
         // The drafter's times say nothing of the target's.
         let mut cost = costs();
-        cost.follow((0, 0.0), (3, 0.5));
+        cost.follow((0, 0.0), 0, (3, 0.5));
         assert!(cost.target == costs().target && close(cost.draft.at(3), 0.5f64.powf(DOWN)));
+    }
+
+    #[test]
+    fn what_contexts_take_is_not_taken_for_what_rows_take() {
+        // A machine on which a token of context takes a hundredth of a row's time, believed to take half of that.
+        let rows = |rows: usize| 2.0 + 0.5 * rows as f64;
+        let believed = Curve::new("target", &[(1.0, rows(1)), (64.0, rows(64))]).unwrap();
+        let mut cost = StepCost {
+            target: believed,
+            context: 0.0025,
+            draft: Curve::flat(0.0),
+        };
+        let took = |n: usize, context: usize| rows(n) + 0.005 * context as f64;
+        for step in 0..3000 {
+            let (n, context) = [(1, 200), (8, 1600), (12, 1600), (2, 3000), (40, 100)][step % 5];
+            cost.follow((n, took(n, context)), context, (0, 0.0));
+        }
+        for (n, context) in [(1, 200), (8, 1600), (12, 1600), (2, 3000), (40, 100), (20, 800)] {
+            let off = cost.pass(n, context) / took(n, context);
+            assert!((off - 1.0).abs() < 0.03, "{n} {context}: {off} {cost:?}");
+        }
+        // Rows of requests that are there already: their contexts are read in any case.
+        let more = cost.pass(12, 1600) - cost.pass(8, 1600);
+        assert!((more - 2.0).abs() < 0.3, "{more}");
     }
 
     #[test]
     fn fewer_rows_never_take_longer_than_more() {
         let mut cost = costs();
-        (0..200).for_each(|_| cost.follow((1, 4.0), (0, 0.0)));
+        (0..200).for_each(|_| cost.follow((1, 4.0), 0, (0, 0.0)));
         let [first, second, third] = cost.target.points() else {
             panic!()
         };
@@ -296,7 +336,7 @@ mod tests {
             (first.1 - 4.0).abs() < 0.01 && second.1 >= first.1 && third.1 >= second.1,
             "{cost:?}"
         );
-        (0..200).for_each(|_| cost.follow((9, 1.0), (0, 0.0)));
+        (0..200).for_each(|_| cost.follow((9, 1.0), 0, (0, 0.0)));
         let [first, second, third] = cost.target.points() else {
             panic!()
         };

@@ -23,6 +23,9 @@ mod acceptance;
 mod chains;
 mod chances;
 mod curve;
+mod either;
+mod merit;
+mod promises;
 mod trees;
 mod whole_steps;
 
@@ -31,16 +34,20 @@ use std::collections::VecDeque;
 use crate::error::{Error, Result};
 use acceptance::{Acceptance, NodeRates};
 use chances::{BANDS, Exponent, band};
+use merit::{Merit, worth};
+use promises::Kept;
 
 pub use curve::{Curve, StepCost};
+pub use either::Own;
 pub use trees::PlannedTrees;
 pub use whole_steps::WidthPlanner;
 
-/// By how much drafting has to promise more than a plain step. Chances and times scatter, what shares a batch does not end sooner for the tokens
-/// that others gain, and to have drafted too much costs more than to have drafted too little.
-const GAIN: f64 = 1.03;
-/// Every so many steps more is drafted than looked best, and of every request something is verified.
+/// Every so many steps more is drafted than looked best.
 const EXPLORE: u64 = 32;
+/// As long as drafting does not pay then either, twice as many pass until the next time, up to so many.
+const EXPLORE_LEAST: u64 = 256;
+/// A time below this share of what was expected is a surprise.
+const CHEAP: f64 = 0.8;
 /// Longer blocks than this are a mistake.
 const MOST_BLOCK: usize = 4096;
 /// Trees of more drafts than this are a mistake.
@@ -55,6 +62,8 @@ pub struct Batch<'a> {
     pub temperatures: &'a [f32],
     /// Tokens that run beside them.
     pub others: usize,
+    /// Tokens of context that the step's requests have together.
+    pub context: usize,
     /// The widths of trees that a device can verify which is not asked between drafting and verifying, rising. Empty where it is: what is
     /// drafted can then still be cut by [`Planner::admit`].
     pub widths: &'a [usize],
@@ -84,8 +93,12 @@ impl Decision {
 /// What the drafter offers for `n` requests: `k` candidates for each of `depth` places, the likeliest first.
 #[derive(Clone, Copy, Debug)]
 pub struct Offers<'a> {
-    /// `[n, depth, k]` the drafter's own probabilities; one that is no number counts as none.
+    /// `[n, depth, k]` the drafter's own probabilities, or of drafts from a text their chances; one that is no number counts as none.
     pub probabilities: &'a [f32],
+    /// `[n, depth, k]` the drafts. Without, nothing is learnt of the first that is not verified.
+    pub tokens: &'a [i64],
+    /// `[n]` whose drafts are from its own text; empty: all are the drafter's.
+    pub from_text: &'a [bool],
     /// Places.
     pub depth: usize,
     /// Candidates per place.
@@ -96,11 +109,22 @@ pub struct Offers<'a> {
     pub most: &'a [i32],
     /// Tokens that run beside them.
     pub others: usize,
+    /// Tokens of context that the step's requests have together.
+    pub context: usize,
     /// Rows of the drafter's pass, which is spent already; `None`: a block of all places for every request.
     pub drafted: Option<usize>,
     /// Number of the step and its requests `[n]`, by which [`Planner::record_pass`] names them again. Without, nothing is learnt of what
     /// the probabilities are worth.
     pub step: Option<(u64, &'a [u64])>,
+}
+
+/// What a step verifies, of chains out of two sources.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admission {
+    /// `[n, depth]` drafts.
+    pub tokens: Vec<i64>,
+    /// `[n]` tokens of each request, the anchor counted.
+    pub widths: Vec<i32>,
 }
 
 /// What became of the drafts of one request in one step.
@@ -120,6 +144,8 @@ pub struct Pass<'a> {
     pub depth: usize,
     /// The accepted drafts, by their place behind the anchor: 0 is the first of a chain, the best of a tree.
     pub path: &'a [usize],
+    /// The target's token behind them; None where the text ended before it.
+    pub next: Option<i64>,
 }
 
 /// What was admitted in a step, until it is recorded.
@@ -128,13 +154,27 @@ struct Admitted {
     step: u64,
     requests: Vec<u64>,
     depth: usize,
-    // `[n, depth]` of the likeliest candidates.
+    // `[n, depth]` of the likeliest candidates; tokens only where they are known, and nothing is learnt of those from texts.
     probabilities: Vec<f32>,
+    tokens: Vec<i64>,
+    from_text: Vec<bool>,
+    // `[n]` drafts that were offered, and how many of those that are verified are expected to be accepted.
+    offered: Vec<usize>,
+    promised: Vec<f64>,
     // `[n, width]`; empty for chains.
     parents: Vec<i32>,
     width: usize,
     // Records come in the order of the requests: where the last one was found.
     at: usize,
+}
+
+/// How the chances of one request's drafts are told from what was offered.
+#[derive(Clone, Copy, Debug)]
+struct Judge {
+    /// Makes a chance of a probability.
+    exponent: f32,
+    /// What of such promises was kept lately.
+    kept: f32,
 }
 
 /// Decides how much to draft, and how much of it to verify, from costs and from what was accepted so far.
@@ -147,10 +187,14 @@ pub struct Planner {
     acceptance: Vec<Acceptance>,
     nodes: Vec<NodeRates>,
     exponents: Vec<Exponent>,
+    // Of drafts of the drafter, and of those from texts.
+    kept: [Vec<Kept>; 2],
     admitted: VecDeque<Admitted>,
     steps: u64,
-    // Whether the step at hand is one of those that look further.
+    // Whether the step at hand is one of those that look further, when the next one is, and how many are from one to the next.
     exploring: bool,
+    next_look: u64,
+    pause: u64,
 }
 
 impl Planner {
@@ -179,9 +223,12 @@ impl Planner {
             acceptance: vec![Acceptance::new(block - 1); BANDS],
             nodes: vec![NodeRates::new(0); BANDS],
             exponents: vec![Exponent::default(); BANDS],
+            kept: [vec![Kept::default(); BANDS], vec![Kept::default(); BANDS]],
             admitted: VecDeque::new(),
             steps: 0,
             exploring: false,
+            next_look: EXPLORE,
+            pause: EXPLORE,
         })
     }
 
@@ -246,16 +293,25 @@ impl Planner {
             });
         };
         self.steps += 1;
-        self.exploring = self.steps.is_multiple_of(EXPLORE);
+        self.exploring = self.steps >= self.next_look;
+        if self.exploring {
+            self.next_look = self.steps + self.pause;
+        }
         if batch.temperatures.is_empty() || self.block == 1 {
             return Ok(Decision::PLAIN);
         }
         let expected = Expected::of(self, batch.temperatures);
-        Ok(if nodes > 0 {
-            trees::decide(cost, &expected, batch, self.exploring)
-        } else {
-            chains::decide(cost, &expected, batch, self.exploring)
-        })
+        let decide = if nodes > 0 { trees::decide } else { chains::decide };
+        let best = decide(cost, &expected, batch, false);
+        if !self.exploring {
+            return Ok(best);
+        }
+        self.pause = match best {
+            Decision::PLAIN => (2 * self.pause).min(EXPLORE_LEAST),
+            _ => EXPLORE,
+        };
+        self.next_look = self.steps + self.pause;
+        Ok(decide(cost, &expected, batch, true))
     }
 
     /// How many tokens of each request to verify when all of it are chains of the likeliest candidates: `[n]`, the anchor counted. The
@@ -265,10 +321,10 @@ impl Planner {
     /// `Length` naming what does not fit `most`, `InvalidArgument` for places of no drafts, temperatures that are none, or requests of no
     /// tokens.
     pub fn admit(&mut self, offers: &Offers<'_>) -> Result<Vec<i32>> {
-        let exponents = self.begin(offers)?;
-        let exploring = std::mem::take(&mut self.exploring);
-        let widths = chains::admit(self.cost.as_ref(), offers, &exponents, exploring);
-        self.remember(offers, Vec::new(), 0);
+        let judges = self.begin(offers)?;
+        self.exploring = false;
+        let (widths, promised) = chains::admit(self.cost.as_ref(), offers, &judges);
+        self.remember(offers, promised, Vec::new(), 0);
         Ok(widths)
     }
 
@@ -280,15 +336,15 @@ impl Planner {
     pub fn admit_trees(&mut self, offers: &Offers<'_>, anchors: &[i64], tokens: &[i64]) -> Result<PlannedTrees> {
         check_length("anchors", anchors.len(), offers.most.len())?;
         check_length("tokens", tokens.len(), offers.probabilities.len())?;
-        let exponents = self.begin(offers)?;
+        let judges = self.begin(offers)?;
         let exploring = std::mem::take(&mut self.exploring);
-        let trees = trees::admit(self.cost.as_ref(), offers, &exponents, exploring, anchors, tokens);
-        self.remember(offers, trees.parents.clone(), trees.width);
+        let (trees, promised) = trees::admit(self.cost.as_ref(), offers, &judges, exploring, anchors, tokens);
+        self.remember(offers, promised, trees.parents.clone(), trees.width);
         Ok(trees)
     }
 
-    /// Checks an offer, and tells the exponent of each of its requests.
-    fn begin(&mut self, offers: &Offers<'_>) -> Result<Vec<f32>> {
+    /// Checks an offer, and tells how each of its requests is judged.
+    fn begin(&mut self, offers: &Offers<'_>) -> Result<Vec<Judge>> {
         let requests = offers.most.len();
         if offers.depth == 0 || offers.k == 0 {
             return Err(Error::InvalidArgument {
@@ -300,6 +356,12 @@ impl Planner {
         let all = requests * offers.depth * offers.k;
         check_length("probabilities", offers.probabilities.len(), all)?;
         check_length("temperatures", offers.temperatures.len(), requests)?;
+        if !offers.tokens.is_empty() {
+            check_length("tokens", offers.tokens.len(), all)?;
+        }
+        if !offers.from_text.is_empty() {
+            check_length("from_text", offers.from_text.len(), requests)?;
+        }
         if let Some((_, ids)) = offers.step {
             check_length("requests", ids.len(), requests)?;
         }
@@ -311,11 +373,18 @@ impl Planner {
                 expected: "at least 1, the anchor".into(),
             });
         }
-        let exponent = |&temperature: &f32| self.exponents[band(temperature)].get();
-        Ok(offers.temperatures.iter().map(exponent).collect())
+        let judge = |(request, &temperature): (usize, &f32)| {
+            let (band, text) = (band(temperature), offers.is_text(request));
+            Judge {
+                // What is a chance already stays what it is.
+                exponent: if text { 1.0 } else { self.exponents[band].get() },
+                kept: self.kept[usize::from(text)][band].share(),
+            }
+        };
+        Ok(offers.temperatures.iter().enumerate().map(judge).collect())
     }
 
-    fn remember(&mut self, offers: &Offers<'_>, parents: Vec<i32>, width: usize) {
+    fn remember(&mut self, offers: &Offers<'_>, promised: Vec<f64>, parents: Vec<i32>, width: usize) {
         let Some((step, requests)) = offers.step else { return };
         if self.admitted.len() == UNRECORDED {
             self.admitted.pop_front();
@@ -325,6 +394,10 @@ impl Planner {
             requests: requests.into(),
             depth: offers.depth,
             probabilities: offers.probabilities.iter().step_by(offers.k).copied().collect(),
+            tokens: offers.tokens.iter().step_by(offers.k).copied().collect(),
+            from_text: offers.from_text.into(),
+            offered: (0..requests.len()).map(|request| offers.places(request)).collect(),
+            promised,
             parents,
             width,
             at: 0,
@@ -337,22 +410,37 @@ impl Planner {
     /// `AcceptedExceedsDrafted`; nothing is booked then.
     pub fn record_pass(&mut self, pass: &Pass<'_>) -> Result<()> {
         let band = band(pass.temperature);
-        self.acceptance[band].record(pass.depth, pass.path.len())?;
-        if pass.tree {
-            self.nodes[band].record(pass.verified, pass.path);
+        if pass.path.len() > pass.depth {
+            return Err(Error::AcceptedExceedsDrafted {
+                accepted: pass.path.len() as u32,
+                drafted: pass.depth as u32,
+            });
         }
         // Steps are recorded in their order: of those before this one nothing will come.
         while self.admitted.front().is_some_and(|admitted| admitted.step < pass.step) {
             self.admitted.pop_front();
         }
-        let Some(admitted) = self.admitted.front_mut().filter(|first| first.step == pass.step) else {
+        let admitted = self.admitted.front_mut().filter(|first| first.step == pass.step);
+        let found = admitted.and_then(|admitted| Some((admitted.find(pass.request)?, &*admitted)));
+        let text = found.is_some_and(|(row, admitted)| admitted.from_text.get(row) == Some(&true));
+        if let Some((row, admitted)) = found {
+            self.kept[usize::from(text)][band].record(admitted.promised[row], pass.path.len());
+        }
+        // How often the drafter is right is not learnt from what others drafted.
+        if text {
             return Ok(());
+        }
+        let unverified = found.and_then(|(row, admitted)| admitted.unverified(row, pass));
+        let (depth, kept) = match unverified {
+            Some(right) => (pass.depth + 1, pass.path.len() + usize::from(right)),
+            None => (pass.depth, pass.path.len()),
         };
-        let rest = &admitted.requests[admitted.at..];
-        if let Some(further) = rest.iter().position(|&request| request == pass.request) {
-            let row = admitted.at + further;
-            admitted.at = row + 1;
-            admitted.tell(row, pass, &mut self.exponents[band]);
+        self.acceptance[band].record(depth, kept)?;
+        if pass.tree {
+            self.nodes[band].record(pass.verified, pass.path);
+        }
+        if let Some((row, admitted)) = found {
+            admitted.tell(row, pass, unverified, &mut self.exponents[band]);
         }
         Ok(())
     }
@@ -369,21 +457,58 @@ impl Planner {
         Ok(())
     }
 
-    /// What a step took: a target pass over `target.0` rows, and, if it drafted, a drafter pass over `draft.0` rows with what
-    /// follows from it. The costs follow.
-    pub fn observe(&mut self, target: (usize, f64), draft: (usize, f64)) {
-        if let Some(cost) = &mut self.cost {
-            cost.follow(target, draft);
+    /// What a step took: a target pass over `target.0` rows of requests with `context` tokens together, and, if it drafted, a drafter pass over
+    /// `draft.0` rows with what follows from it. The costs follow.
+    pub fn observe(&mut self, target: (usize, f64), context: usize, draft: (usize, f64)) {
+        let Some(cost) = &mut self.cost else { return };
+        // What turns out to be far cheaper than believed is soon looked at again.
+        let (drafting, believed) = (draft.1, cost.draft.at(draft.0));
+        let verifying = target.1 < CHEAP * cost.pass(target.0, context);
+        if draft.0 > 0 && (verifying || drafting < CHEAP * believed) {
+            self.pause = EXPLORE;
+            self.next_look = self.next_look.min(self.steps + EXPLORE);
         }
+        cost.follow(target, context, draft);
+    }
+}
+
+impl Offers<'_> {
+    /// Whether a request's drafts are from its own text.
+    fn is_text(&self, request: usize) -> bool {
+        self.from_text.get(request) == Some(&true)
+    }
+
+    /// Places that a request has drafts for.
+    fn places(&self, request: usize) -> usize {
+        self.depth.min(self.most[request] as usize - 1)
     }
 }
 
 impl Admitted {
-    /// Tells what became of the likeliest candidates that a pass reached.
-    fn tell(&self, row: usize, pass: &Pass<'_>, exponent: &mut Exponent) {
+    /// The row of a request. Every request is found once.
+    fn find(&mut self, request: u64) -> Option<usize> {
+        let further = self.requests[self.at..].iter().position(|&other| other == request)?;
+        self.at += further + 1;
+        Some(self.at - 1)
+    }
+
+    /// Whether the first draft of a chain that was not verified would have been right: the target's next token tells, where all before it were.
+    fn unverified(&self, row: usize, pass: &Pass<'_>) -> Option<bool> {
+        let place = pass.verified;
+        let known = self.parents.is_empty() && pass.path.len() == place && place < self.offered[row];
+        let token = self.tokens.get(row * self.depth + place).filter(|_| known)?;
+        Some(pass.next? == *token)
+    }
+
+    /// Tells what became of the likeliest candidates that a pass reached, and of the first of a chain that was `unverified`.
+    fn tell(&self, row: usize, pass: &Pass<'_>, unverified: Option<bool>, exponent: &mut Exponent) {
         let probabilities = &self.probabilities[row * self.depth..][..self.depth];
         if self.parents.is_empty() {
-            return tell_chain(probabilities, pass.verified, pass.path.len(), exponent);
+            let (seen, right) = match unverified {
+                Some(right) => (pass.verified + 1, pass.path.len() + usize::from(right)),
+                None => (pass.verified, pass.path.len()),
+            };
+            return tell_chain(probabilities, seen, right, exponent);
         }
         let parents = &self.parents[row * self.width..][..self.width];
         let mut node = 0;
@@ -464,59 +589,6 @@ fn sums(terms: impl Iterator<Item = f64>) -> Vec<f64> {
         Some(*sum)
     });
     std::iter::once(0.0).chain(added).collect()
-}
-
-/// How good a step is that gains so many tokens in so much time: tokens per time. Beside others, the tokens of prompts above all, theirs is time that
-/// has to be spent in any case, and any draft would look cheap against it: there a step is as good as the tokens are more than what plain steps
-/// would gain in its time.
-struct Merit {
-    rate: Option<f64>,
-}
-
-impl Merit {
-    fn new(cost: &StepCost, requests: usize, others: usize) -> Self {
-        let rate = (others > 0).then(|| GAIN * requests as f64 / cost.target.at(requests));
-        Self { rate }
-    }
-
-    fn of(&self, tokens: f64, time: f64) -> f64 {
-        match self.rate {
-            None => tokens / time,
-            Some(rate) => tokens - rate * time,
-        }
-    }
-
-    /// Of a plain step, which drafting has to be better than.
-    fn plain(&self, tokens: f64, time: f64) -> f64 {
-        match self.rate {
-            None => GAIN * tokens / time,
-            Some(_) => self.of(tokens, time),
-        }
-    }
-}
-
-/// How many drafts of a line, the likeliest first, to verify: those with which the step is best. Every front of the line is looked at:
-/// where time rises in stairs, what does not pay now may pay further on.
-fn worth(cost: Option<&StepCost>, offers: &Offers<'_>, line: impl ExactSizeIterator<Item = f32>) -> usize {
-    let Some(cost) = cost else { return line.len() };
-    let requests = offers.most.len();
-    let drafting = match offers.drafted.unwrap_or(requests * (offers.depth + 1)) {
-        0 => 0.0,
-        rows => cost.draft.at(rows),
-    };
-    let merit = Merit::new(cost, requests, offers.others);
-    let worth =
-        |tokens: f64, drafts: usize| merit.of(tokens, cost.target.at(requests + offers.others + drafts) + drafting);
-    let mut tokens = requests as f64;
-    let (mut admitted, mut most) = (0, worth(tokens, 0));
-    for (index, chance) in line.enumerate() {
-        tokens += f64::from(chance);
-        let now = worth(tokens, index + 1);
-        if now >= most {
-            (admitted, most) = (index + 1, now);
-        }
-    }
-    admitted
 }
 
 fn check_length(name: &'static str, got: usize, expected: usize) -> Result<()> {

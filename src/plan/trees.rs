@@ -3,7 +3,7 @@
 //! Drafts are taken best first, so what a smaller tree would have verified is always the front of what a larger one did.
 
 use super::chances::chances;
-use super::{Batch, Decision, Expected, Merit, Offers, StepCost, worth};
+use super::{Batch, Decision, Expected, Judge, Merit, Offers, StepCost, worth};
 use crate::draft::{BestFirst, Place};
 
 /// The trees of a step, padded to the largest: parents come before children.
@@ -34,11 +34,11 @@ pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, ex
     let shortest = if unasked { whole } else { 2 };
     // What a block is expected to have accepted, against a whole one.
     let share = |block: usize| expected.chain[block - 1] / expected.chain[whole - 1];
-    let merit = Merit::new(cost, requests, batch.others);
-    let plain = cost.target.at(requests + batch.others);
+    let merit = Merit::new(cost, requests, batch.others, batch.context);
+    let plain = cost.pass(requests + batch.others, batch.context);
     let (mut best, mut most) = ((1, 1), merit.plain(requests as f64, plain));
     for &width in &widths {
-        let verifying = cost.target.at(requests * width + batch.others);
+        let verifying = cost.pass(requests * width + batch.others, batch.context);
         for block in shortest..=whole {
             let tokens = requests as f64 * (1.0 + expected.tree[width - 1] * share(block));
             let now = merit.of(tokens, verifying + cost.draft.at(requests * block));
@@ -77,17 +77,18 @@ struct Taken {
     chance: f32,
 }
 
-/// The trees to verify.
+/// The trees to verify, and how many drafts of each are expected to be accepted.
 pub(super) fn admit(
     cost: Option<&StepCost>,
     offers: &Offers<'_>,
-    exponents: &[f32],
+    judges: &[Judge],
     exploring: bool,
     anchors: &[i64],
     tokens: &[i64],
-) -> PlannedTrees {
-    let taken = best_first(offers, exponents);
-    let worthy = worth(cost, offers, taken.iter().map(|draft| draft.chance));
+) -> (PlannedTrees, Vec<f64>) {
+    let taken = best_first(offers, judges);
+    let chance = |draft: &Taken| draft.chance * judges[draft.place.tree as usize].kept;
+    let worthy = worth(cost, offers, taken.iter().map(chance));
     // A step that explores verifies something of everyone: there is nothing to learn of drafts that are not verified.
     let kept = |(index, draft): &(usize, Taken)| *index < worthy || exploring && draft.node == 1;
     let admitted: Vec<Taken> = taken
@@ -97,9 +98,10 @@ pub(super) fn admit(
         .map(|(_, draft)| draft)
         .collect();
 
-    let mut widths = vec![1; anchors.len()];
+    let (mut widths, mut promised) = (vec![1; anchors.len()], vec![0.0; anchors.len()]);
     for draft in &admitted {
         widths[draft.place.tree as usize] += 1;
+        promised[draft.place.tree as usize] += f64::from(draft.chance);
     }
     let width = widths.iter().max().map_or(0, |&width| width as usize);
     let mut trees = PlannedTrees {
@@ -117,15 +119,15 @@ pub(super) fn admit(
         trees.tokens[at] = tokens[(request * offers.depth + position) * offers.k + place.rank as usize];
         trees.parents[at] = place.parent as i32;
     }
-    trees
+    (trees, promised)
 }
 
 /// The drafts of everyone in one line, as far as each may go.
-fn best_first(offers: &Offers<'_>, exponents: &[f32]) -> Vec<Taken> {
+fn best_first(offers: &Offers<'_>, judges: &[Judge]) -> Vec<Taken> {
     let (depth, k) = (offers.depth, offers.k);
     let mut likely = vec![0.0; offers.probabilities.len()];
     for (place, row) in offers.probabilities.chunks_exact(k).enumerate() {
-        chances(row, exponents[place / depth], &mut likely[place * k..][..k]);
+        chances(row, judges[place / depth].exponent, &mut likely[place * k..][..k]);
     }
     let chance =
         |place: Place| likely[(place.tree as usize * depth + place.depth as usize - 1) * k + place.rank as usize];

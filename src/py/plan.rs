@@ -8,6 +8,7 @@ use super::arrays::{Count, Given, Object, array, shaped};
 use super::engine::{Accepted, StepPlan};
 use super::errors::invalid;
 use crate::plan;
+use crate::step::{self, PlanArrays};
 
 /// Tokens, parents, widths.
 type Trees<'py> = (
@@ -39,14 +40,24 @@ fn temperature(given: Given<f32>) -> PyResult<f32> {
     Err(invalid("temperature", temperature.to_string(), EXPECTED))
 }
 
-/// Number and drafting requests of the step that an offer is for.
-fn step_of(plan: Option<Object<'_, StepPlan>>) -> PyResult<Option<(u64, Vec<u64>)>> {
-    let Some(plan) = plan else { return Ok(None) };
+/// A step: its number, and the requests that draft in it.
+type StepRequests = (u64, Vec<u64>);
+
+/// Number and drafting requests of the step that an offer is for, and the tokens of context of all its requests.
+fn step_of(plan: Option<Object<'_, StepPlan>>) -> PyResult<(Option<StepRequests>, usize)> {
+    let Some(plan) = plan else { return Ok((None, 0)) };
     let plan = plan.of("plan", "a StepPlan, or None")?;
     let plan = plan.get().locked();
     let arrays = plan.arrays();
-    let requests = arrays.draft_rows.iter().map(|&row| arrays.request_ids[row as usize]);
-    Ok(Some((plan.step(), requests.collect())))
+    Ok((Some((plan.step(), drafting(arrays).collect())), context_of(arrays)))
+}
+
+fn drafting(arrays: &PlanArrays) -> impl Iterator<Item = u64> {
+    arrays.draft_rows.iter().map(|&row| arrays.request_ids[row as usize])
+}
+
+fn context_of(arrays: &PlanArrays) -> usize {
+    arrays.context_lens.iter().map(|&tokens| tokens as usize).sum()
 }
 
 fn time(name: &'static str, time: Given<f64>) -> PyResult<f64> {
@@ -58,6 +69,61 @@ fn time(name: &'static str, time: Given<f64>) -> PyResult<f64> {
     Err(invalid(name, time.to_string(), EXPECTED))
 }
 
+/// The rows of a step that draft, as a planner wants to know them.
+struct Drafting {
+    step: u64,
+    requests: Vec<u64>,
+    temperatures: Vec<f32>,
+    most: Vec<i32>,
+    others: usize,
+    context: usize,
+}
+
+impl Drafting {
+    fn of(plan: &step::StepPlan) -> Self {
+        let arrays = plan.arrays();
+        let rows = || arrays.draft_rows.iter().map(|&row| row as usize);
+        let most: Vec<i32> = rows().map(|row| arrays.block_len[row]).collect();
+        Self {
+            step: plan.step(),
+            requests: drafting(arrays).collect(),
+            temperatures: rows().map(|row| arrays.temperatures[row]).collect(),
+            others: arrays.token_ids.len() - most.iter().map(|&most| most as usize).sum::<usize>(),
+            context: context_of(arrays),
+            most,
+        }
+    }
+
+    /// Offers of a chain of `width` places for each.
+    fn offers<'a>(&'a self, probabilities: &'a [f32], tokens: &'a [i64], width: usize) -> plan::Offers<'a> {
+        plan::Offers {
+            probabilities,
+            tokens,
+            from_text: &[],
+            depth: width,
+            k: 1,
+            temperatures: &self.temperatures,
+            most: &self.most,
+            others: self.others,
+            context: self.context,
+            drafted: None,
+            step: Some((self.step, &self.requests)),
+        }
+    }
+
+    /// Where rows of the step stand among those that draft.
+    fn requests_at(&self, plan: &step::StepPlan, rows: &[i32]) -> PyResult<Vec<usize>> {
+        let drafting = &plan.arrays().draft_rows;
+        let at = |row: &i32| {
+            drafting
+                .iter()
+                .position(|other| other == row)
+                .ok_or_else(|| invalid("rows", row.to_string(), "rows of the step that draft"))
+        };
+        rows.iter().map(at).collect()
+    }
+}
+
 /// Chooses how much to draft and to verify, from costs and from what was accepted so far.
 #[pyclass(module = "dflash_rs._core")]
 pub struct Planner(plan::Planner);
@@ -65,18 +131,22 @@ pub struct Planner(plan::Planner);
 #[pymethods]
 impl Planner {
     #[new]
-    #[pyo3(signature = (block_size, *, target=None, draft=None, tree_nodes=Count::ZERO),
-           text_signature = "(block_size, *, target=None, draft=None, tree_nodes=0)")]
+    #[pyo3(signature = (block_size, *, target=None, draft=None, context=None, tree_nodes=Count::ZERO),
+           text_signature = "(block_size, *, target=None, draft=None, context=None, tree_nodes=0)")]
     fn new(
         block_size: Count,
         target: Option<Given<Points>>,
         draft: Option<Given<Points>>,
+        context: Option<Given<f64>>,
         tree_nodes: Count,
     ) -> PyResult<Self> {
-        let cost = match (target, draft) {
-            (None, None) => None,
-            (target, draft) => {
+        let cost = match (target, draft, context) {
+            (None, None, None) => None,
+            (target, draft, context) => {
                 let mut cost = plan::StepCost::passes();
+                if let Some(seconds) = context {
+                    cost.context = time("context", seconds)?;
+                }
                 if let Some(points) = target {
                     cost.target = curve("target", points)?;
                 }
@@ -91,14 +161,15 @@ impl Planner {
     }
 
     /// How much to draft: most tokens of a request, tokens of the drafter's block, whether trees. temperatures f32 `[n]` of those who could
-    /// draft; `others` tokens run beside them; `widths`: those of trees that a device can verify which is not asked between drafting and
+    /// draft; `others` tokens run beside them; `context` tokens of context they have together; `widths`: those of trees that a device can verify which is not asked between drafting and
     /// verifying, and `room` tokens of such a step at most.
-    #[pyo3(signature = (temperatures, others=Count::ZERO, *, widths=Given::new(Vec::new()), room=Count::ZERO),
-           text_signature = "($self, temperatures, others=0, *, widths=[], room=0)")]
+    #[pyo3(signature = (temperatures, others=Count::ZERO, *, context=Count::ZERO, widths=Given::new(Vec::new()), room=Count::ZERO),
+           text_signature = "($self, temperatures, others=0, *, context=0, widths=[], room=0)")]
     fn decide(
         &mut self,
         temperatures: &Bound<'_, PyAny>,
         others: Count,
+        context: Count,
         widths: Given<Vec<usize>>,
         room: Count,
     ) -> PyResult<(usize, usize, bool)> {
@@ -113,6 +184,7 @@ impl Planner {
         let plan::Decision { width, block, trees } = self.0.decide(&plan::Batch {
             temperatures: temperatures.as_slice()?,
             others: rows("others", others)?,
+            context: rows("context", context)?,
             widths: &widths,
             room: rows("room", room)?,
         })?;
@@ -120,9 +192,10 @@ impl Planner {
     }
 
     /// Tokens of each request to verify, the anchor counted, i32 `[n]`. probabilities f32 `[n, depth]`: the drafter's own; temperatures f32
-    /// `[n]`; most i32 `[n]`: tokens of each request at most. With the `plan` of the step it is learnt what the probabilities are worth.
-    #[pyo3(signature = (probabilities, temperatures, most, others=Count::ZERO, *, plan=None, drafted=None),
-           text_signature = "($self, probabilities, temperatures, most, others=0, *, plan=None, drafted=None)")]
+    /// `[n]`; most i32 `[n]`: tokens of each request at most. With the `plan` of the step it is learnt what the probabilities are worth, with the
+    /// drafts' `tokens` i64 `[n, depth]` also of the first that is not verified.
+    #[pyo3(signature = (probabilities, temperatures, most, others=Count::ZERO, *, plan=None, tokens=None),
+           text_signature = "($self, probabilities, temperatures, most, others=0, *, plan=None, tokens=None)")]
     #[allow(clippy::too_many_arguments)] // arrays, one each
     fn admit<'py>(
         &mut self,
@@ -132,24 +205,128 @@ impl Planner {
         most: &Bound<'py, PyAny>,
         others: Count,
         plan: Option<Object<'py, StepPlan>>,
-        drafted: Option<Count>,
+        tokens: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let probabilities = array::<f32, Ix2>("probabilities", probabilities, "[n, depth]")?;
         let temperatures = array::<f32, Ix1>("temperatures", temperatures, "[n]")?;
         let most = array::<i32, Ix1>("most", most, "[n]")?;
         same_rows(probabilities.shape()[0], temperatures.shape(), most.shape())?;
-        let step = step_of(plan)?;
+        let tokens = tokens
+            .map(|given| array::<i64, Ix2>("tokens", given, "[n, depth]"))
+            .transpose()?;
+        if let Some(tokens) = &tokens {
+            shaped(
+                "tokens",
+                tokens.shape(),
+                probabilities.shape(),
+                "[n, depth], that of probabilities",
+            )?;
+        }
+        let (step, context) = step_of(plan)?;
         let widths = self.0.admit(&plan::Offers {
             probabilities: probabilities.as_slice()?,
+            tokens: tokens.as_ref().map_or(Ok(&[][..]), |tokens| tokens.as_slice())?,
+            from_text: &[],
             depth: probabilities.shape()[1],
             k: 1,
             temperatures: temperatures.as_slice()?,
             most: most.as_slice()?,
             others: rows("others", others)?,
-            drafted: drafted.map(|drafted| rows("drafted", drafted)).transpose()?,
+            context,
+            drafted: None,
             step: step.as_ref().map(|(step, requests)| (*step, &requests[..])),
         })?;
         Ok(PyArray1::from_vec(py, widths))
+    }
+
+    /// Which rows of a step the drafter is asked for, i32 `[m]` out of `plan.draft_rows`, for blocks of `block` tokens: those whose own texts promise
+    /// less, by `chances` f32 `[n, width]` of what was found there (`Engine.look_up`).
+    fn ask<'py>(
+        &mut self,
+        py: Python<'py>,
+        plan: Object<'py, StepPlan>,
+        chances: &Bound<'py, PyAny>,
+        block: Count,
+    ) -> PyResult<Bound<'py, PyArray1<i32>>> {
+        let plan = plan.of("plan", "a StepPlan")?;
+        let chances = array::<f32, Ix2>("chances", chances, "[n, width]")?;
+        let block: usize = block.count("block")?;
+        if block == 0 {
+            return Err(invalid("block", block.to_string(), "at least 1, the anchor"));
+        }
+        let plan = plan.get().locked();
+        let step = Drafting::of(&plan);
+        shaped(
+            "chances",
+            &chances.shape()[..1],
+            &[step.most.len()],
+            "[n, width], one row per row that drafts",
+        )?;
+        let asked = self
+            .0
+            .ask(&step.offers(chances.as_slice()?, &[], chances.shape()[1]), block)?;
+        let rows = &plan.arrays().draft_rows;
+        Ok(PyArray1::from_iter(py, asked.iter().map(|&request| rows[request])))
+    }
+
+    /// Fills a step in with the drafts that pay, of each request those that promise more: `looked_up`, what `Engine.look_up` found, or the drafter's
+    /// chains, `tokens` i64 and `probabilities` f32 `[m, depth]`, for the `rows` that were asked for, i32 `[m]`.
+    #[pyo3(signature = (plan, looked_up, rows=None, tokens=None, probabilities=None),
+           text_signature = "($self, plan, looked_up, rows=None, tokens=None, probabilities=None)")]
+    fn admit_either<'py>(
+        &mut self,
+        plan: Object<'py, StepPlan>,
+        looked_up: (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>),
+        rows: Option<&Bound<'py, PyAny>>,
+        tokens: Option<&Bound<'py, PyAny>>,
+        probabilities: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<()> {
+        let plan = plan.of("plan", "a StepPlan")?;
+        let texts = array::<i64, Ix2>("looked_up", &looked_up.0, "tokens [n, width]")?;
+        let chances = array::<f32, Ix2>("looked_up", &looked_up.1, "chances [n, width]")?;
+        let found = array::<i32, Ix1>("looked_up", &looked_up.2, "drafts found [n]")?;
+        let mut plan = plan.get().locked();
+        let step = Drafting::of(&plan);
+        let (n, width) = (step.most.len(), texts.shape()[1]);
+        for (shape, expected) in [
+            (texts.shape(), &[n, width][..]),
+            (chances.shape(), &[n, width]),
+            (found.shape(), &[n]),
+        ] {
+            shaped("looked_up", shape, expected, "what was found for this step")?;
+        }
+        let rows = rows.map(|given| array::<i32, Ix1>("rows", given, "[m]")).transpose()?;
+        let tokens = tokens
+            .map(|given| array::<i64, Ix2>("tokens", given, "[m, depth]"))
+            .transpose()?;
+        let probabilities = probabilities
+            .map(|given| array::<f32, Ix2>("probabilities", given, "[m, depth]"))
+            .transpose()?;
+        let asked = rows.as_ref().map_or(Ok(&[][..]), |rows| rows.as_slice())?;
+        let depth = tokens.as_ref().map_or(0, |tokens| tokens.shape()[1]);
+        for (name, shape) in [
+            ("tokens", tokens.as_ref().map(|given| given.shape())),
+            ("probabilities", probabilities.as_ref().map(|given| given.shape())),
+        ] {
+            shaped(
+                name,
+                shape.unwrap_or(&[0, 0]),
+                &[asked.len(), depth],
+                "[m, depth], a row for each of rows",
+            )?;
+        }
+        let requests = step.requests_at(&plan, asked)?;
+        let mut offers = step.offers(chances.as_slice()?, texts.as_slice()?, width);
+        offers.drafted = Some(asked.len() * (depth + 1));
+        let own = plan::Own {
+            requests: &requests,
+            tokens: tokens.as_ref().map_or(Ok(&[][..]), |tokens| tokens.as_slice())?,
+            probabilities: probabilities.as_ref().map_or(Ok(&[][..]), |given| given.as_slice())?,
+            depth,
+        };
+        let admitted = self.0.admit_either(&offers, found.as_slice()?, &own)?;
+        plan.set_drafts(&admitted.tokens, width)?;
+        Ok(plan.narrow(&admitted.widths)?)
     }
 
     /// The trees to verify, for `StepPlan.set_trees`: tokens, parents, widths. anchors i64 `[n]`; tokens i64 and probabilities f32
@@ -186,14 +363,17 @@ impl Planner {
             "[n], as many requests as anchors",
         )?;
         same_rows(tokens.shape()[0], temperatures.shape(), most.shape())?;
-        let step = step_of(plan)?;
+        let (step, context) = step_of(plan)?;
         let offers = plan::Offers {
             probabilities: probabilities.as_slice()?,
+            tokens: &[],
+            from_text: &[],
             depth: tokens.shape()[1],
             k: tokens.shape()[2],
             temperatures: temperatures.as_slice()?,
             most: most.as_slice()?,
             others: rows("others", others)?,
+            context,
             drafted: None,
             step: step.as_ref().map(|(step, requests)| (*step, &requests[..])),
         };
@@ -206,27 +386,12 @@ impl Planner {
         ))
     }
 
-    /// Books a step: what each request verified and which of it was accepted. With `only`, bool `[R]`, of those rows of the step: what
-    /// others verified came from somewhere else.
-    #[pyo3(signature = (plan, accepted, *, only=None), text_signature = "($self, plan, accepted, *, only=None)")]
-    fn record_step(
-        &mut self,
-        plan: Object<'_, StepPlan>,
-        accepted: Object<'_, Accepted>,
-        only: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
+    /// Books a step: what each request verified and which of it was accepted.
+    fn record_step(&mut self, plan: Object<'_, StepPlan>, accepted: Object<'_, Accepted>) -> PyResult<()> {
         let (plan, accepted) = (plan.of("plan", "a StepPlan")?, accepted.of("accepted", "an Accepted")?);
         let plan = plan.get().locked();
-        let only = only.map(|only| array::<bool, Ix1>("only", only, "[R]")).transpose()?;
-        if let Some(only) = &only {
-            shaped("only", only.shape(), &[plan.arrays().row_ids.len()], "[R]")?;
-        }
-        let only = only.as_ref().map(|only| only.as_slice()).transpose()?;
         let mut outcome = Ok(());
-        accepted.get().each_pass(&plan, |row, pass| {
-            if !only.is_none_or(|only| only[row]) {
-                return;
-            }
+        accepted.get().each_pass(&plan, |pass| {
             let booked = self.0.record_pass(pass);
             outcome = outcome.clone().and(booked);
         });
@@ -234,27 +399,56 @@ impl Planner {
         Ok(outcome?)
     }
 
-    /// What a step took: rows and time of its target pass, and of its drafter pass with what follows from it (0 rows: none).
-    #[pyo3(signature = (target_rows, target_time, draft_rows=Count::ZERO, draft_time=Given::new(0.0)),
-           text_signature = "($self, target_rows, target_time, draft_rows=0, draft_time=0.0)")]
+    /// What a step took: rows and time of its target pass, whose requests had `context` tokens together, and of its drafter pass with what follows
+    /// from it (0 rows: none).
+    #[pyo3(signature = (target_rows, target_time, draft_rows=Count::ZERO, draft_time=Given::new(0.0), *, context=Count::ZERO),
+           text_signature = "($self, target_rows, target_time, draft_rows=0, draft_time=0.0, *, context=0)")]
     fn observe(
         &mut self,
         target_rows: Count,
         target_time: Given<f64>,
         draft_rows: Count,
         draft_time: Given<f64>,
+        context: Count,
     ) -> PyResult<()> {
         let target = (rows("target_rows", target_rows)?, time("target_time", target_time)?);
         let draft = (rows("draft_rows", draft_rows)?, time("draft_time", draft_time)?);
-        self.0.observe(target, draft);
+        self.0.observe(target, rows("context", context)?, draft);
         Ok(())
     }
 
-    /// Costs in use: the curves of target and drafter; None where whole blocks are drafted.
+    /// The same of a step of the engine, `target_time` being that of its pass and of what is drawn from it. A step with tokens of prompts, of which no
+    /// logits are wanted, says nothing.
+    #[pyo3(signature = (plan, target_time, draft_rows=Count::ZERO, draft_time=Given::new(0.0)),
+           text_signature = "($self, plan, target_time, draft_rows=0, draft_time=0.0)")]
+    fn observe_step(
+        &mut self,
+        plan: Object<'_, StepPlan>,
+        target_time: Given<f64>,
+        draft_rows: Count,
+        draft_time: Given<f64>,
+    ) -> PyResult<()> {
+        let plan = plan.of("plan", "a StepPlan")?;
+        let target_time = time("target_time", target_time)?;
+        let draft = (rows("draft_rows", draft_rows)?, time("draft_time", draft_time)?);
+        let plan = plan.get().locked();
+        let arrays = plan.arrays();
+        let rows = arrays.token_ids.len();
+        if arrays.logit_rows.len() == rows {
+            self.0.observe((rows, target_time), context_of(arrays), draft);
+        }
+        Ok(())
+    }
+
+    /// Costs in use: the curves of target and drafter, and what a token of context adds; None where whole blocks are drafted.
     #[getter]
-    fn costs(&self) -> Option<(Points, Points)> {
+    fn costs(&self) -> Option<(Points, Points, f64)> {
         let cost = self.0.cost()?;
-        Some((cost.target.points().to_vec(), cost.draft.points().to_vec()))
+        Some((
+            cost.target.points().to_vec(),
+            cost.draft.points().to_vec(),
+            cost.context,
+        ))
     }
 
     /// Books one request's chain: `drafted` drafts verified, `accepted` of them kept, and f32 `[>= drafted]` the drafter's probabilities of

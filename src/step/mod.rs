@@ -223,20 +223,21 @@ impl Engine {
             .map(|request| request.record.clone())
     }
 
-    /// Of the `most` oldest requests: the temperatures of those that draft, and how many do not.
-    pub fn drafting(&self, most: usize) -> (Vec<f32>, usize) {
+    /// Of the `most` oldest requests: the temperatures of those that draft, how many do not, and how many tokens they have together.
+    pub fn drafting(&self, most: usize) -> (Vec<f32>, usize, usize) {
         let running = self.scheduler.running().map(|running| &running.request);
         let oldest = running.chain(self.scheduler.waiting()).take(most);
-        let mut others = 0;
+        let (mut others, mut context) = (0, 0);
         let mut temperatures = Vec::with_capacity(self.scheduler.num_running());
         for request in oldest {
+            context += request.tokens.len();
             if request.params.drafts() {
                 temperatures.push(request.params.sampling.temperature);
             } else {
                 others += 1;
             }
         }
-        (temperatures, others)
+        (temperatures, others, context)
     }
 
     /// Whether any request that a launched step is for is still there.

@@ -596,7 +596,8 @@ def test_the_planner_weighs_rows_against_tokens():
     sure, unsure = [0.9] * 7, [0.9, 0.05] + [0.9] * 5
     widths = dear.admit(np.array([sure, unsure], np.float32), hot[:2], most[:2])
     assert widths.dtype == np.int32 and widths[0] > 4 and widths[1] == 2
-    assert dear.costs == ([(0.0, 1.0), (10.0, 2.0)], [(0.0, 0.0)])
+    assert dear.costs == ([(0.0, 1.0), (10.0, 2.0)], [(0.0, 0.0)], 0.0)
+    assert Planner(8, context=0.25).costs == ([(0.0, 1.0)], [(0.0, 0.0)], 0.25)
     for _ in range(60):
         dear.observe(10, 1.5, 8, 9.0)
     (_, empty), (_, full) = dear.costs[0]
@@ -616,6 +617,7 @@ def test_the_planner_weighs_rows_against_tokens():
         ({"target": []}, "target: got no points"),
         ({"draft": [(0, 1.0), (4, 0.5)]}, r"draft: got \(4, 0.5\), expected times"),
         ({"draft": [(4, 1.0), (4, 1.0)]}, r"draft: got \(4, 1\), expected rows"),
+        ({"context": -1.0}, "context: got -1, expected a finite time"),
     ):
         with pytest.raises(InvalidArgument, match=f"^{message}"):
             Planner(8, **options)

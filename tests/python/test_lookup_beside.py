@@ -233,41 +233,96 @@ class _Watched:
     def __getattr__(self, name):
         return getattr(self._planner, name)
 
-    def observe(self, *what):
+    def observe_step(self, *what):
         self._observed.append(what)
 
 
-def test_what_drafting_took_is_what_the_drafter_took():
-    planner = _core.Planner(8, target=[(1, 1.0), (65, 29.8)], draft=[(1, 2.0), (64, 2.0)])
+def _second_step(engine, block: int = 5):
+    """A core and a step of it whose request's text ends as it did before: 2 was followed by 1."""
+    core = engine._loop.core
+    core.add([1, 2, 1, 2], {"max_tokens": 12, "temperature": 1.0})
+    core.commit(plan := core.plan(), core.accept_sampled(plan, np.array([1], dtype=np.int64)))
+    return core, core.plan(block)
+
+
+def test_time_that_was_not_spent_on_a_drafter_does_not_make_up_for_more_rows():
     chances = np.full((1, 7), 0.8, dtype=np.float32)
-    temperatures, most = np.zeros(1, dtype=np.float32), np.array([8], dtype=np.int32)
-    whole = planner.admit(chances, temperatures, most)
-    assert planner.admit(chances, temperatures, most, drafted=8) == whole
-    # Time that was not spent does not make up for more rows.
-    assert planner.admit(chances, temperatures, most, drafted=0) < whole
-    with pytest.raises(InvalidArgument, match="drafted: got -1"):
-        planner.admit(chances, temperatures, most, drafted=-1)
+    names, found = np.arange(7)[None], np.array([7], dtype=np.int32)
+    widths = []
+    for asked in (False, True):
+        with toys(Teller()) as engine:
+            _, step = _second_step(engine, 8)
+            planner = _core.Planner(8, target=[(1, 1.0), (65, 29.8)], draft=[(1, 2.0), (64, 2.0)])
+            if asked:
+                nothing = np.zeros_like(chances)
+                planner.admit_either(step, (names, nothing, np.zeros_like(found)), step.draft_rows, names, chances)
+            else:
+                planner.admit_either(step, (names, chances, found))
+            widths.append(int(step.block_len[0]))
+    assert widths[1] > widths[0] > 1
 
 
-def test_of_which_rows_a_planner_learns_is_checked():
+def test_a_planner_fills_in_the_drafts_that_promise_more():
     with toys(Teller()) as engine:
-        core = engine._loop.core
-        core.add([1, 2, 1, 2], {"max_tokens": 12, "temperature": 1.0})
-        core.commit(plan := core.plan(), core.accept_sampled(plan, np.array([1], dtype=np.int64)))
-        now = core.plan()
-        tokens, _, found = core.look_up(now, 4)
-        now.narrow(found + 1)
-        now.set_drafts(tokens)
-        accepted = core.accept_sampled(now, np.full(int(now.block_len[0]), 40, dtype=np.int64))
+        core, step = _second_step(engine)
+        planner = _core.Planner(8, target=[(1, 1.0), (9, 1.1)], draft=[(1, 0.1)])
+        tokens, chances, found = core.look_up(step, 5)
+        assert tokens[0, 0] == 2 and found[0] == 4
+        assert planner.ask(step, chances, 1).size == 0
+        assert planner.ask(step, np.zeros_like(chances), 3).tolist() == step.draft_rows.tolist() == [0]
+        assert planner.ask(step, np.ones_like(chances), 3).size == 0
+        own = np.array([[40, 41]]), np.array([[0.99, 0.98]], dtype=np.float32)
+        planner.admit_either(step, (tokens, np.full_like(chances, 0.1), found), step.draft_rows, *own)
+        assert step.token_ids.tolist() == [1, 40, 41]
+        # The next token tells of them, and nothing of a text.
+        before = planner.acceptance(1.0)
+        planner.record_step(step, core.accept_sampled(step, np.array([40, 7, 7])))
+        after = planner.acceptance(1.0)
+        assert after[0] > before[0] and after[1] < before[1]
+
+
+def test_of_drafts_from_a_text_nothing_is_learnt_of_the_drafter():
+    with toys(Teller()) as engine:
+        core, step = _second_step(engine)
+        planner = _core.Planner(8, target=[(1, 1.0), (9, 1.1)], draft=[(1, 0.1)])
+        planner.admit_either(step, core.look_up(step, 5))
+        assert step.token_ids.tolist() == [1, 2, 1, 2, 1]
+        before = planner.acceptance(1.0), planner.exponent(1.0)
+        planner.record_step(step, core.accept_sampled(step, np.full(5, 40)))
+        assert (planner.acceptance(1.0), planner.exponent(1.0)) == before
+
+
+def test_what_is_offered_for_a_step_is_checked_before_the_step_is_touched():
+    with toys(Teller()) as engine:
+        core, step = _second_step(engine)
         planner = engine._loop.policy.planner
-        for wrong, message in (
-            (np.ones(2, dtype=bool), r"only: got shape \[2\], expected shape \[1\]"),
-            (np.ones(1, dtype=np.int64), "only: got .*int64"),
+        looked_up = tokens, chances, found = core.look_up(step, 5)
+        rows, own = step.draft_rows, (np.zeros((1, 2), dtype=np.int64), np.zeros((1, 2), dtype=np.float32))
+        before = step.token_ids.tolist()
+        for call, message in (
+            (lambda: planner.ask(step, chances, 0), "block: got 0, expected at least 1"),
+            (lambda: planner.ask(step, np.repeat(chances, 2, 0), 3), r"chances: got shape \[2\], expected shape \[1\]"),
+            (lambda: planner.ask(None, chances, 3), "plan: got None"),
+            (lambda: planner.admit_either(step, (tokens, chances[:, :2], found)), "looked_up: got shape"),
+            (lambda: planner.admit_either(step, (tokens, chances, found[:0])), "looked_up: got shape"),
+            (lambda: planner.admit_either(step, (tokens, tokens, found)), "looked_up: got .*int64"),
+            (
+                lambda: planner.admit_either(step, looked_up, rows),
+                r"tokens: got shape \[0, 0\], expected shape \[1, 0\]",
+            ),
+            (lambda: planner.admit_either(step, looked_up, rows, own[0]), "probabilities: got shape"),
+            (
+                lambda: planner.admit_either(step, looked_up, rows + 1, *own),
+                "rows: got 1, expected rows of the step that draft",
+            ),
+            (lambda: planner.admit_either(step, looked_up, rows, own[0], own[1][:, :1]), "probabilities: got shape"),
         ):
             with pytest.raises(InvalidArgument, match=message):
-                planner.record_step(now, accepted, only=wrong)
-        before = planner.acceptance(1.0)
-        planner.record_step(now, accepted, only=np.zeros(1, dtype=bool))
-        assert planner.acceptance(1.0) == before
-        planner.record_step(now, accepted, only=np.ones(1, dtype=bool))
-        assert planner.acceptance(1.0)[0] < before[0]
+                call()
+        assert step.token_ids.tolist() == before
+        with pytest.raises(InvalidArgument, match="tokens: got shape"):
+            planner.admit(own[1], np.zeros(1, dtype=np.float32), np.array([3], dtype=np.int32), tokens=own[0][:, :1])
+        with pytest.raises(InvalidArgument, match="context: got -1"):
+            planner.observe(1, 1.0, context=-1)
+        with pytest.raises(InvalidArgument, match="target_time: got -1"):
+            planner.observe_step(step, -1.0)

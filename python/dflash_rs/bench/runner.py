@@ -333,7 +333,7 @@ def block_cost(llm: Any, block_size: int, requests: int) -> float | None:
     costs = None if loop is None else loop.policy.planner.costs
     if costs is None:
         return None
-    target, draft = (np.asarray(points, float).T for points in costs)
+    target, draft = (np.asarray(points, float).T for points in costs[:2])
     plain = float(np.interp(requests, *target))
     rows = requests * block_size
     return (float(np.interp(rows, *target)) + float(np.interp(rows, *draft))) / plain if plain > 0 else None

@@ -23,13 +23,15 @@ _PATIENCE_S = 1.0
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 # Requests that draft a whole block each.
 _REQUESTS = (1, 4, 8)
+# Tokens of context with which one row is timed beside a row without: enough to be seen beside the weights.
+_CONTEXT = 256
 
 
 def measure(target: TargetModel, draft: Drafter, block_size: int, requests: int = 1) -> StepCosts:
     """Times passes of both models over numbers of rows, on empty context; `requests` may run at a time.
 
     Uses the first slots of the caches, which hold nothing yet. A target with state is given blocks that follow on a token, half of the last
-    ones kept, as steps give them to it.
+    ones kept, as steps give them to it; its context is taken to cost nothing.
     """
     slots = target.num_slots
     rows = [n for n in _ROWS if n <= slots]
@@ -37,23 +39,33 @@ def measure(target: TargetModel, draft: Drafter, block_size: int, requests: int 
         # A token of context before each block.
         rows = [n for n in rows if -(-n // block_size) <= requests and -(-n // block_size) * (block_size + 1) <= slots]
     verify_rows = partial(_verify if target.state is None else partial(_fold_and_verify, block=block_size), target)
+    context = 0 if target.state is not None else min(_CONTEXT, slots - 1, target.max_context - 1)
+    passes: list[Callable[[], Any]] = [partial(verify_rows, n) for n in rows]
+    if context > 0:
+        # Memory that nobody wrote to yet is read faster than any other.
+        for begin in range(0, context, rows[-1]):
+            _verify(target, min(rows[-1], context - begin), begin)
+        passes.append(partial(_verify, target, 1, context))
+
+    def context_cost(times: list[float]) -> float:
+        return max(0.0, times[len(rows)] - times[0]) / context if context > 0 else 0.0
+
     if draft.from_text:
-        times = _fastest([partial(verify_rows, n) for n in rows])
-        return StepCosts(rising(zip(rows, times, strict=True)))
+        times = _fastest(passes)
+        return StepCosts(rising(zip(rows, times[: len(rows)], strict=True)), context=context_cost(times))
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
     features = None
     if draft.taps:
         features = torch.zeros(1, len(draft.taps) * target.hidden_size, dtype=target.dtype, device=target.device)
     first = np.zeros(1, dtype=np.int64)
-    passes: list[Callable[[], Any]] = [partial(verify_rows, n) for n in rows]
     passes += [partial(_propose, draft, n, size) for n, size in blocks]
     told = {"token_ids": first, "before": first - 1} if draft.reads_tokens else {}
     passes.append(lambda: draft.inject(features, first, first, **told))
     times = _fastest(passes)
-    verify, propose, inject = times[: len(rows)], times[len(rows) : -1], times[-1]
+    verify, propose, inject = times[: len(rows)], times[-1 - len(blocks) : -1], times[-1]
     # Every pass that drafts is followed by an injection.
     drafting = sorted((n * size, time + inject) for (n, size), time in zip(blocks, propose, strict=True))
-    return StepCosts(rising(zip(rows, verify, strict=True)), rising(drafting))
+    return StepCosts(rising(zip(rows, verify, strict=True)), rising(drafting), context_cost(times))
 
 
 def rising(points) -> tuple[tuple[int, float], ...]:
@@ -72,18 +84,18 @@ def _tokens(target: TargetModel, rows: int) -> np.ndarray:
     return np.arange(1, rows + 1) * 7919 % target.vocab_size
 
 
-def _verify(target: TargetModel, rows: int) -> None:
+def _verify(target: TargetModel, rows: int, context: int = 0) -> None:
     index = np.arange(rows)
     batch = StepBatch.from_arrays(
         token_ids=_tokens(target, rows),
-        positions=index,
-        slots=index,
+        positions=context + index,
+        slots=context + index,
         query_starts=np.array([0, rows]),
-        context_lens=np.array([0]),
+        context_lens=np.array([context]),
         page_table=np.zeros((1, 1), dtype=np.int32),
         row_ids=np.array([0]),
         logit_rows=index,
-        page_size=rows,
+        page_size=context + rows,
         device=target.device,
     )
     target.forward(batch)

@@ -70,12 +70,12 @@ class HostBackend:
             self.policy.admit(step, *self._ask(step, rows))
             return
         looked_up = self.core.look_up(plan, self.policy.look_up)
-        asked = self.policy.ask(step, looked_up[1])
+        rows = self.policy.ask(step, looked_up[1])
         drafted = None
-        if asked.any():
-            tokens, probabilities = self._ask(step, rows[asked])
-            drafted = tokens[:, :, 0], probabilities[:, :, 0]
-        self.policy.admit_either(step, looked_up, asked, drafted)
+        if rows.size:
+            tokens, probabilities = self._ask(step, rows)
+            drafted = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
+        self.policy.admit_either(step, looked_up, rows, drafted)
 
     def _ask(self, step: Step, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The drafter's candidates for rows of a step, and their probabilities, [n, block - 1, k]; for rows that sample those that the target's own

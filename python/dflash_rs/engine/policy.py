@@ -49,8 +49,7 @@ class Policy:
         self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
         self._from_text, self._block, self.look_up = from_text, block_size, look_up
-        # Rows of the step at hand whose drafts are the drafter's, bool [R], where others look up; and rows of the drafter's pass.
-        self._drafters: np.ndarray | None = None
+        # Rows of the drafter's pass in the step at hand.
         self._asked_rows = 0
         self._widths = [] if asks_host or not tree_nodes else widths
         self.planner = (
@@ -61,8 +60,10 @@ class Policy:
 
     def decide(self) -> Decision:
         """For the next step of whoever runs."""
-        temperatures, others = self.core.drafting(self._max_running)
-        decided = self.planner.decide(temperatures, others, widths=self._widths, room=self._max_batch_tokens)
+        temperatures, others, context = self.core.drafting(self._max_running)
+        decided = self.planner.decide(
+            temperatures, others, context=context, widths=self._widths, room=self._max_batch_tokens
+        )
         if self._from_text:
             return Decision(self._block, self._block, False)
         row, block, trees = decided
@@ -74,7 +75,7 @@ class Policy:
 
     def shape(self, plan: Any, decision: Decision) -> Step:
         """What the planned step is to do."""
-        self._drafters, self._asked_rows = None, 0
+        self._asked_rows = 0
         *_, drafting, _, longest, prompts = plan.outline
         # Prompts take their share of a step: what drafts beside them drafts chains.
         trees = bool(decision.trees and drafting and not prompts)
@@ -88,48 +89,25 @@ class Policy:
     # ---- between drafting and verifying --------------------------------------------------------------------------
 
     def ask(self, step: Step, chances: np.ndarray) -> np.ndarray:
-        """For which of the rows that may draft the drafter is asked, bool [n], beside drafts that were looked up, with `chances` float32 [n, D] of
-        each when all before it are right, 0 where there is none."""
-        rows = step.plan.draft_rows
-        temperatures, most = step.plan.temperatures[rows].tolist(), step.plan.block_len[rows]
-        if step.block < 2:
-            asked = np.zeros(rows.size, dtype=bool)
-        else:
-            known = {t: self.planner.acceptance(t)[: step.block - 1] for t in set(temperatures)}
-            expected = _within(np.array([known[t] for t in temperatures]), most)
-            asked = _promised(chances) < _promised(expected)
-        self._asked_rows = int(asked.sum()) * step.block
-        return asked
+        """Which rows of the step the drafter is asked for, int32 [m], beside drafts that were looked up, with `chances` float32 [n, D] of each when all
+        before it are right, 0 where there is none."""
+        rows = self.planner.ask(step.plan, chances, step.block)
+        self._asked_rows = rows.size * step.block
+        return rows
 
     def admit_either(
         self,
         step: Step,
         looked_up: tuple[np.ndarray, np.ndarray, np.ndarray],
-        asked: np.ndarray,
+        rows: np.ndarray,
         drafted: tuple[np.ndarray, np.ndarray] | None,
     ) -> None:
         """Fills in what pays of the drafts that promise more. `looked_up`: tokens int64 [n, D], chances float32 [n, D], and how many there are,
-        int32 [n]; `drafted`: the drafter's chains and probabilities [m, B-1] for the m rows that were `asked`, None where none was."""
-        plan = step.plan
-        tokens, chances, found = looked_up
-        temperatures = plan.temperatures[plan.draft_rows]
-        exponents = {t: self.planner.exponent(t) for t in set(temperatures.tolist())}
-        exponent = np.array([exponents[t] for t in temperatures.tolist()], dtype=np.float32)[:, None]
-        # The planner makes chances of what a drafter says; what is a chance already is told in the drafter's words.
-        probabilities = chances ** (1 / exponent)
-        self._drafters = np.zeros(plan.row_ids.size, dtype=bool)
-        if drafted is not None:
-            chains, its = drafted
-            width = min(chains.shape[1], tokens.shape[1])
-            rows = np.flatnonzero(asked)
-            own = _within(its ** exponent[rows], plan.block_len[plan.draft_rows[rows]])
-            better = _promised(own) >= _promised(chances[rows])
-            rows = rows[better]
-            tokens[rows, :width], probabilities[rows] = chains[better, :width], 0
-            probabilities[rows, :width] = its[better, :width]
-            found[rows] = width
-            self._drafters[plan.draft_rows[rows]] = True
-        self.admit(step, tokens[:, :, None], probabilities[:, :, None], found)
+        int32 [n]; `drafted`: the drafter's chains and probabilities [m, B-1] for the `rows` that were asked, None where none was."""
+        if drafted is None:
+            self.planner.admit_either(step.plan, looked_up)
+        else:
+            self.planner.admit_either(step.plan, looked_up, rows, *drafted)
 
     def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, found: np.ndarray | None = None) -> None:
         """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`. `found` int32 [n]: how many places have any
@@ -146,32 +124,21 @@ class Policy:
             return
         first, its = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
         plan.set_drafts(first)
-        drafted = self._asked_rows if self.look_up else None
-        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan, drafted=drafted))
+        plan.narrow(self.planner.admit(its, temperatures, most, others, plan=plan, tokens=first))
 
     # ---- after a step --------------------------------------------------------------------------------------------
 
     def learn(self, step: Step, accepted: Any) -> None:
         """Remembers what was accepted."""
         if step.drafted_rows:
-            self.planner.record_step(step.plan, accepted, only=self._drafters if self.look_up else None)
+            self.planner.record_step(step.plan, accepted)
 
     def observe(self, step: Step, times: StageTimes, injected_steps: int) -> None:
         """Sees what a step took, which wrote draft KV for so many before it drafted: each has its share of that."""
-        plan, took = step.plan, times.step
-        # A prefill computes fewer logits than rows.
-        if self._observes and plan.logit_rows.size == plan.token_ids.size:
-            asked = self._asked_rows if self.look_up else step.drafted_rows
-            drafted = asked if step.inject else 0
-            injecting = took["inject"] / max(1, injected_steps)
-            self.planner.observe(plan.token_ids.size, took["verify"], drafted, took["draft"] + injecting)
-
-
-def _within(chances: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Chances [n, D] of drafts for rows of `most` tokens [n], the anchor counted: 0 where there is no room for one."""
-    return np.where(np.arange(chances.shape[1]) < most[:, None] - 1, chances, 0)
-
-
-def _promised(chances: np.ndarray) -> np.ndarray:
-    """How many drafts of each chain will be accepted on average, [n], by the chances [n, D] of each when all before it were."""
-    return np.cumprod(chances, axis=1).sum(axis=1)
+        if not self._observes:
+            return
+        took, asked = times.step, self._asked_rows if self.look_up else step.drafted_rows
+        drafted = asked if step.inject else 0
+        drafting = took["draft"] + took["inject"] / max(1, injected_steps)
+        # To draw a token from its logits is a row's cost like any other.
+        self.planner.observe_step(step.plan, took["verify"] + took["accept"], drafted, drafting)

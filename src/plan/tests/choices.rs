@@ -20,7 +20,7 @@ proptest! {
             })
             .collect();
         let target = Curve::new("target", &points).unwrap();
-        let mut planner = Planner::new(8, Some(StepCost { target, draft: line(0.1, 0.5) })).unwrap();
+        let mut planner = Planner::new(8, Some(StepCost { target, context: 0.0, draft: line(0.1, 0.5) })).unwrap();
         let keep = drafts(&mut planner, &p, 3, others).unwrap();
         let (got, best) = (goodput(&planner, &p, 3, others, &keep), best_by_trying(&planner, &p, 3, others));
         prop_assert!(as_good(got, best), "{} against {}", got, best);
@@ -41,7 +41,7 @@ proptest! {
                 (rows as f64, time)
             })
             .collect();
-        let cost = StepCost { target: Curve::new("target", &points).unwrap(), draft: line(0.1, drafter) };
+        let cost = StepCost { target: Curve::new("target", &points).unwrap(), context: 0.0, draft: line(0.1, drafter) };
         let mut planner = Planner::new(8, Some(cost.clone())).unwrap();
         for (accepted, at) in seen {
             planner.record([0.0, 0.7, 1.0][at], 7, accepted, &[]).unwrap();
@@ -55,7 +55,7 @@ proptest! {
             let tokens: f64 = temperatures.iter().map(of).sum();
             let drafter = if block > 1 { cost.draft.at(requests * block) } else { 0.0 };
             let goodput = merit(&cost, requests, others, tokens, cost.target.at(requests * block + others) + drafter);
-            if block == 1 && others == 0 { 1.03 * goodput } else { goodput }
+            bar(block > 1, others) * goodput
         };
         let most = (1..=8).map(goodput).fold(f64::MIN, f64::max);
         let near = |block: usize| as_good(goodput(block), most);
@@ -79,7 +79,7 @@ proptest! {
                 (rows as f64, time)
             })
             .collect();
-        let cost = StepCost { target: Curve::new("target", &points).unwrap(), draft: line(0.1, drafter) };
+        let cost = StepCost { target: Curve::new("target", &points).unwrap(), context: 0.0, draft: line(0.1, drafter) };
         let mut planner = Planner::new(5, Some(cost.clone())).unwrap().with_trees(nodes).unwrap();
         for (path, depth, at) in &seen {
             let path: Vec<usize> = path.iter().copied().take(*depth).collect();
@@ -94,7 +94,7 @@ proptest! {
         let goodput = |width: usize, block: usize| {
             if width == 1 {
                 let plain = merit(&cost, requests, others, requests as f64, cost.target.at(requests + others));
-                return if others == 0 { 1.03 * plain } else { plain };
+                return bar(false, others) * plain;
             }
             let gained = mean(&|t| (0..width - 1).map(|node| planner.node_rate(t, node)).sum());
             let tokens = requests as f64 * (1.0 + gained * chain(block) / chain(5));
@@ -102,7 +102,7 @@ proptest! {
             merit(&cost, requests, others, tokens, time)
         };
         let widths: Vec<usize> = widths.into_iter().collect();
-        let batch = Batch { temperatures: &temperatures, others, widths: &widths, room };
+        let batch = Batch { temperatures: &temperatures, others, context: 0, widths: &widths, room };
         let Decision { width, block, trees } = planner.clone().decide(&batch).unwrap();
         prop_assert_eq!(trees, width > 1);
         let pairs: Vec<(usize, usize)> = if widths.is_empty() {
@@ -157,7 +157,7 @@ proptest! {
                 rows += nodes.len();
             }
             let cost = planner.cost().unwrap();
-            merit(cost, 3, others, gained, cost.target.at(rows) + cost.draft.at(15))
+            bar(grown.width > 1, others) * merit(cost, 3, others, gained, cost.target.at(rows) + cost.draft.at(15))
         };
         let grown = grow(&mut planner, &p, &[7, 3, 21], others);
         let ours = goodput(&planner, &grown);
@@ -187,7 +187,7 @@ fn without_costs_blocks_and_trees_are_whole_whatever_happened() {
     let mut wooded = Planner::new(8, None).unwrap().with_trees(11).unwrap();
     for _ in 0..100 {
         planner.record(0.0, 7, 0, &[0.9; 7]).unwrap();
-        planner.observe((8, 1.0), (8, 1.0));
+        planner.observe((8, 1.0), 0, (8, 1.0));
     }
     assert_eq!(planner.cost(), None);
     for requests in [0, 1, 64] {
@@ -195,6 +195,7 @@ fn without_costs_blocks_and_trees_are_whole_whatever_happened() {
         let batch = Batch {
             temperatures: &vec![0.0; requests],
             others: 2,
+            context: 0,
             widths: &[2, 3],
             room: 5,
         };
@@ -224,11 +225,14 @@ fn no_request_verifies_more_than_it_may() {
     let mut planner = Planner::new(8, Some(StepCost::passes())).unwrap();
     let mut offers = Offers {
         probabilities: &[0.9; 9],
+        tokens: &[],
+        from_text: &[],
         depth: 3,
         k: 1,
         temperatures: &[0.0; 3],
         most: &[1, 3, 9],
         others: 0,
+        context: 0,
         drafted: None,
         step: None,
     };
@@ -247,26 +251,45 @@ fn a_drafter_that_is_never_right_is_left_alone_but_for_a_look_now_and_then() {
     for _ in 0..100 {
         planner.record(1.0, 7, 0, &[]).unwrap();
     }
-    let blocks: Vec<usize> = (0..2 * EXPLORE).map(|_| block(&mut planner, 1, 0)).collect();
-    assert_eq!(blocks.iter().filter(|&&b| b == 8).count(), 2);
-    assert_eq!(blocks.iter().filter(|&&b| b == 1).count(), blocks.len() - 2);
+    // Ever more rarely: after 32 steps, 64 more, 128 more, and every 256 from then on.
+    let blocks: Vec<usize> = (0..1000).map(|_| block(&mut planner, 1, 0)).collect();
+    let looks: Vec<usize> = (0..1000).filter(|&step| blocks[step] == 8).collect();
+    assert_eq!(looks, [31, 95, 223, 479, 735, 991]);
+    assert_eq!(blocks.iter().filter(|&&b| b == 1).count(), 994);
+    // As often as ever where drafting pays after all.
+    for _ in 0..400 {
+        planner.record(1.0, 7, 7, &[]).unwrap();
+    }
+    assert!((0..1000).all(|_| block(&mut planner, 1, 0) == 8));
+    (0..1500).for_each(|_| planner.record(1.0, 7, 0, &[]).unwrap());
+    let looks = (0..EXPLORE).filter(|_| block(&mut planner, 1, 0) == 8).count();
+    assert_eq!(looks, 1);
 }
 
 #[test]
-fn a_look_verifies_something_of_everyone_and_only_then() {
-    let mut planner = chains(2.0);
-    let unlikely = [0.1, 0.9, 0.2, 0.3];
-    for step in 1..=2 * EXPLORE {
-        block(&mut planner, 2, 0);
-        let looks = step % EXPLORE == 0;
-        let expected = if looks { [1, 1] } else { [0, 0] };
-        assert_eq!(drafts(&mut planner, &unlikely, 2, 0).unwrap(), expected, "{step}");
-        assert_eq!(
-            drafts(&mut planner, &unlikely, 2, 0).unwrap(),
-            [0, 0],
-            "a look is one look"
-        );
-    }
+fn a_drafter_that_is_far_cheaper_than_believed_is_soon_looked_at_again() {
+    let looks = |took: f64| {
+        let mut planner = chains(0.05);
+        (0..400).for_each(|_| planner.record(1.0, 7, 0, &[]).unwrap());
+        let mut looks = 0;
+        for _ in 0..1000 {
+            let block = block(&mut planner, 1, 0);
+            let cost = planner.cost().unwrap().clone();
+            let drafting = if block > 1 { cost.draft.at(8) * took } else { 0.0 };
+            planner.observe(
+                (block, cost.target.at(block)),
+                0,
+                (if block > 1 { 8 } else { 0 }, drafting),
+            );
+            looks += usize::from(block > 1);
+        }
+        looks
+    };
+    assert_eq!((looks(1.0), looks(0.85), looks(0.75)), (6, 6, 31));
+}
+
+#[test]
+fn a_look_at_trees_verifies_something_of_everyone_and_only_then() {
     let mut planner = trees(5.0, 9);
     let unlikely = [0.1f32, 0.05, 0.01].repeat(8);
     for step in 1..=EXPLORE {
@@ -311,7 +334,7 @@ fn drafted(believed: StepCost, machine: &StepCost, kept: usize) -> f64 {
         } else {
             (0, 0.0)
         };
-        planner.observe((rows, machine.target.at(rows) * slow), drafting);
+        planner.observe((rows, machine.target.at(rows) * slow), 0, drafting);
         if rows > 2 {
             (0..2).for_each(|_| planner.record(1.0, 1, usize::from(step * 7 % 10 < kept), &[]).unwrap());
         }
@@ -323,6 +346,7 @@ fn drafted(believed: StepCost, machine: &StepCost, kept: usize) -> f64 {
 fn machine(plain: f64, wide: f64, draft: f64) -> StepCost {
     StepCost {
         target: Curve::new("target", &[(2.0, plain), (4.0, wide)]).unwrap(),
+        context: 0.0,
         draft: Curve::flat(draft),
     }
 }
@@ -352,15 +376,15 @@ fn a_step_without_drafts_says_nothing_of_the_drafter_and_without_costs_nothing_i
     let mut planner = chains(0.5);
     assert_eq!(planner.block_size(), 8);
     let before = planner.cost().unwrap().clone();
-    planner.observe((4, 0.5), (0, 0.01));
+    planner.observe((4, 0.5), 0, (0, 0.01));
     let after = planner.cost().unwrap().clone();
     assert!(after.target.at(4) < before.target.at(4) && after.target.at(4) > 0.5);
     let paced = after.draft.at(1) / before.draft.at(1);
     assert!(paced < 1.0 && (after.draft.at(9) / before.draft.at(9) - paced).abs() < 1e-9);
-    planner.observe((0, 0.0), (1, 0.02));
+    planner.observe((0, 0.0), 0, (1, 0.02));
     assert!(planner.cost().unwrap().draft.at(1) < after.draft.at(1) && planner.cost().unwrap().target == after.target);
     let mut free = Planner::new(8, None).unwrap();
-    free.observe((4, 0.5), (4, 0.5));
+    free.observe((4, 0.5), 0, (4, 0.5));
     assert_eq!(free.cost(), None);
 }
 
@@ -404,6 +428,7 @@ fn what_costs_nothing_until_a_step_is_filled_up() {
     let target = Curve::new("target", &[(4.0, 1.0), (5.0, 10.0), (6.0, 10.0)]).unwrap();
     let cost = StepCost {
         target,
+        context: 0.0,
         draft: Curve::flat(0.0),
     };
     // Four rows cost what one does, the fifth ten times as much.
@@ -436,6 +461,7 @@ fn the_number_of_drafts_follows_what_trees_gained_and_what_rows_cost() {
         let decision = planner.decide(&Batch {
             temperatures: &[1.0],
             others: 0,
+            context: 0,
             widths,
             room,
         });
@@ -457,11 +483,12 @@ fn every_so_often_more_is_drafted_than_pays() {
     let device = |widths| Batch {
         temperatures: &[1.0; 2],
         others: 0,
+        context: 0,
         widths,
         room: 1000,
     };
     let mut dear = trees(50.0, 9);
-    let looks = (0..64)
+    let looks = (0..100)
         .filter(|_| dear.decide(&device(&widths)).unwrap().width == 2)
         .count();
     assert_eq!(looks, 2);
@@ -480,11 +507,14 @@ fn what_does_not_fit_is_refused_by_name() {
     let mut planner = chains(0.5);
     let good = Offers {
         probabilities: &[0.5; 4],
+        tokens: &[],
+        from_text: &[],
         depth: 2,
         k: 1,
         temperatures: &[0.0; 2],
         most: &[3; 2],
         others: 0,
+        context: 0,
         drafted: None,
         step: Some((1, &[7, 8])),
     };
@@ -492,6 +522,8 @@ fn what_does_not_fit_is_refused_by_name() {
         (
             Offers {
                 probabilities: &[0.5; 3],
+                tokens: &[],
+                from_text: &[],
                 ..good
             },
             "probabilities: got 3 elements, expected 4",
@@ -545,6 +577,7 @@ fn what_does_not_fit_is_refused_by_name() {
 
     let free = StepCost {
         target: Curve::flat(0.0),
+        context: 0.0,
         draft: Curve::flat(0.0),
     };
     let error = Planner::new(4, Some(free)).unwrap_err().to_string();

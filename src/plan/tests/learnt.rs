@@ -6,11 +6,14 @@ use super::*;
 fn offer(step: u64, requests: &[u64]) -> Offers<'_> {
     Offers {
         probabilities: &[0.5, 0.3, 0.9, 0.05, 0.5, 0.2, 0.9, 0.02],
+        tokens: &[],
+        from_text: &[],
         depth: 2,
         k: 2,
         temperatures: &[0.0, 1.0],
         most: &[5, 5],
         others: 0,
+        context: 0,
         drafted: None,
         step: Some((step, requests)),
     }
@@ -44,6 +47,7 @@ fn what_probabilities_are_worth_is_learnt_from_the_drafts_of_chains_that_were_re
         verified: 2,
         depth: 2,
         path,
+        next: None,
     };
     planner.record_pass(&pass(7, 0.0, &[0])).unwrap();
     assert_eq!(exponents(&mut planner), told(&[(0.5, true), (0.9, false)], &[]));
@@ -79,6 +83,7 @@ fn of_trees_it_is_learnt_from_the_likeliest_child_of_every_node_that_was_reached
         verified: 4,
         depth: 2,
         path,
+        next: None,
     };
     // The rival and its child; the likeliest and nothing more.
     planner.record_pass(&pass(7, 0.0, &[2, 3])).unwrap();
@@ -91,11 +96,14 @@ fn of_trees_it_is_learnt_from_the_likeliest_child_of_every_node_that_was_reached
 fn every_request_of_a_step_is_told_of_its_own_drafts_once() {
     let three = |step| Offers {
         probabilities: &[0.5, 0.9, 0.25, 0.75, 0.125, 0.6],
+        tokens: &[],
+        from_text: &[],
         depth: 2,
         k: 1,
         temperatures: &[1.0; 3],
         most: &[5; 3],
         others: 0,
+        context: 0,
         drafted: None,
         step: Some((step, &[7, 8, 9])),
     };
@@ -107,6 +115,7 @@ fn every_request_of_a_step_is_told_of_its_own_drafts_once() {
         verified: 2,
         depth: 2,
         path: &[0],
+        next: None,
     };
     let drafts = [
         (0.5, true),
@@ -144,11 +153,14 @@ fn of_every_request_its_own_tree_says_what_was_reached() {
     let mut planner = Planner::new(8, None).unwrap().with_trees(4).unwrap();
     let offers = Offers {
         probabilities: &[0.9, 0.05, 0.9, 0.05, 0.5, 0.45, 0.2, 0.1],
+        tokens: &[],
+        from_text: &[],
         depth: 2,
         k: 2,
         temperatures: &[1.0; 2],
         most: &[5; 2],
         others: 0,
+        context: 0,
         drafted: None,
         step: Some((1, &[7, 8])),
     };
@@ -171,6 +183,7 @@ fn twice_as_many_drafts_are_asked_for_as_pay_out_of_a_block_that_reaches_them() 
     let planner = |drafter: f64| {
         let cost = StepCost {
             target: line(1.0, 0.05),
+            context: 0.0,
             draft: line(0.1, drafter),
         };
         let mut planner = Planner::new(5, Some(cost)).unwrap().with_trees(12).unwrap();
@@ -212,6 +225,7 @@ fn records_of_steps_and_requests_that_were_not_admitted_say_nothing_of_probabili
         verified: 2,
         depth: 2,
         path: &[],
+        next: None,
     };
     let mut planner = Planner::new(8, None).unwrap();
     planner
@@ -254,7 +268,7 @@ impl World {
 
     /// Mean tokens per time over `steps` steps of four requests with this temperature. `fixed`: an exponent that nothing is learnt of.
     fn run(&mut self, steps: u64, fixed: Option<f32>) -> f64 {
-        let mut planner = chains(0.12);
+        let mut planner = chains(0.06);
         let (mut tokens, mut time) = (0.0, 0.0);
         let (requests, temperatures) = ([1, 2, 3, 4], [0.7; 4]);
         for step in 0..steps {
@@ -266,38 +280,36 @@ impl World {
             if drafts > 0 {
                 let said: Vec<f32> = (0..4 * drafts).map(|_| self.random().sqrt() as f32).collect();
                 let given: Vec<f32> = said.iter().map(|p| p.powf(fixed.unwrap_or(1.0))).collect();
+                let right: Vec<bool> = said
+                    .iter()
+                    .map(|&p| self.random() < (self.truth)(f64::from(p)))
+                    .collect();
+                let names: Vec<i64> = (0..4 * drafts as i64).collect();
                 let widths = planner
                     .admit(&Offers {
-                        probabilities: &given,
-                        depth: drafts,
-                        k: 1,
-                        temperatures: &temperatures,
-                        most: &[8; 4],
-                        others: 0,
-                        drafted: None,
+                        tokens: &names,
                         step: fixed.is_none().then_some((step, &requests)),
+                        ..chain_offers(&given, drafts, &temperatures, &[8; 4])
                     })
                     .unwrap();
                 for request in 0..4 {
                     let verified = widths[request] as usize - 1;
-                    let said = &said[request * drafts..][..verified];
-                    let path: Vec<usize> = (0..verified)
-                        .take_while(|&at| self.random() < (self.truth)(f64::from(said[at])))
-                        .collect();
+                    let (row, right) = (request * drafts, &right[request * drafts..][..drafts]);
+                    let path: Vec<usize> = (0..verified).take_while(|&at| right[at]).collect();
+                    let agrees = right.get(path.len()) == Some(&true);
                     rows += verified;
                     tokens += path.len() as f64;
-                    if verified > 0 {
-                        let pass = Pass {
-                            step,
-                            request: requests[request],
-                            temperature: 0.7,
-                            tree: false,
-                            verified,
-                            depth: verified,
-                            path: &path,
-                        };
-                        planner.record_pass(&pass).unwrap();
-                    }
+                    let pass = Pass {
+                        step,
+                        request: requests[request],
+                        temperature: 0.7,
+                        tree: false,
+                        verified,
+                        depth: verified,
+                        path: &path,
+                        next: Some(if agrees { names[row + path.len()] } else { -1 }),
+                    };
+                    planner.record_pass(&pass).unwrap();
                 }
                 time += cost.draft.at(4 * decision.block);
             }

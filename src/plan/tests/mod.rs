@@ -1,6 +1,8 @@
-//! The planner as a whole: both calls, chains and trees (`choices`), and what is learnt between them (`learnt`).
+//! The planner as a whole: both calls, chains and trees (`choices`), a drafter beside texts (`either`), and what is learnt
+//! between them (`learnt`).
 
 mod choices;
+mod either;
 mod learnt;
 
 use super::*;
@@ -15,6 +17,7 @@ fn line(fixed: f64, row: f64) -> Curve {
 fn chains(row: f64) -> Planner {
     let cost = StepCost {
         target: line(1.0, row),
+        context: 0.0,
         draft: line(0.1, row / 3.0),
     };
     Planner::new(8, Some(cost)).unwrap()
@@ -23,6 +26,7 @@ fn chains(row: f64) -> Planner {
 fn trees(row: f64, nodes: usize) -> Planner {
     let cost = StepCost {
         target: line(1.0, row),
+        context: 0.0,
         draft: line(0.1, row / 4.0),
     };
     Planner::new(5, Some(cost)).unwrap().with_trees(nodes).unwrap()
@@ -33,6 +37,7 @@ fn drafting(temperatures: &[f32], others: usize) -> Batch<'_> {
     Batch {
         temperatures,
         others,
+        context: 0,
         widths: &[],
         room: 0,
     }
@@ -44,23 +49,33 @@ fn block(planner: &mut Planner, requests: usize, others: usize) -> usize {
     decision.block
 }
 
+/// Chains of `depth` places for requests at these temperatures, of so many tokens at most, and nothing else in their step.
+fn chain_offers<'a>(probabilities: &'a [f32], depth: usize, temperatures: &'a [f32], most: &'a [i32]) -> Offers<'a> {
+    Offers {
+        probabilities,
+        tokens: &[],
+        from_text: &[],
+        depth,
+        k: 1,
+        temperatures,
+        most,
+        others: 0,
+        context: 0,
+        drafted: None,
+        step: None,
+    }
+}
+
 /// Drafts that each request verifies of chains, and what it takes at temperature 1 with an exponent that is 1 still.
 fn drafts(planner: &mut Planner, probabilities: &[f32], depth: usize, others: usize) -> Result<Vec<usize>> {
     let requests = probabilities.len() / depth.max(1);
     let widths = planner.admit(&Offers {
-        probabilities,
-        depth,
-        k: 1,
-        temperatures: &vec![1.0; requests],
-        most: &vec![100; requests],
         others,
-        drafted: None,
-        step: None,
+        ..chain_offers(probabilities, depth, &vec![1.0; requests], &vec![100; requests])
     })?;
     Ok(widths.iter().map(|&width| width as usize - 1).collect())
 }
 
-/// Expected tokens over time when request `r` verifies `keep[r]` drafts.
 /// What a step is to be judged by, written out.
 fn merit(cost: &StepCost, requests: usize, others: usize, tokens: f64, time: f64) -> f64 {
     if others == 0 {
@@ -69,11 +84,17 @@ fn merit(cost: &StepCost, requests: usize, others: usize, tokens: f64, time: f64
     tokens - 1.03 * requests as f64 / cost.target.at(requests) * time
 }
 
+/// What a plain step counts for, beside what it is: drafting has to promise more.
+fn bar(drafted: bool, others: usize) -> f64 {
+    if drafted || others > 0 { 1.0 } else { 1.03 }
+}
+
 /// Whether something is as good as the best of all.
 fn as_good(ours: f64, best: f64) -> bool {
     ours >= best - 1e-5 * (1.0 + best.abs())
 }
 
+/// How good a step is in which request `r` verifies `keep[r]` drafts.
 fn goodput(planner: &Planner, p: &[f32], depth: usize, others: usize, keep: &[usize]) -> f64 {
     let (mut tokens, mut rows) = (0.0, others);
     for (p, &keep) in p.chunks_exact(depth).zip(keep) {
@@ -87,7 +108,8 @@ fn goodput(planner: &Planner, p: &[f32], depth: usize, others: usize, keep: &[us
     }
     let cost = planner.cost().unwrap();
     let time = cost.target.at(rows) + cost.draft.at(keep.len() * (depth + 1));
-    merit(cost, keep.len(), others, tokens, time)
+    let drafted = keep.iter().any(|&drafts| drafts > 0);
+    bar(drafted, others) * merit(cost, keep.len(), others, tokens, time)
 }
 
 /// Every way to keep prefixes, by hand.
@@ -121,15 +143,11 @@ fn tokens(n: usize) -> Vec<i64> {
 
 /// What `offered` gives as trees, with so many tokens for each request at most.
 fn grow(planner: &mut Planner, probabilities: &[f32], most: &[i32], others: usize) -> PlannedTrees {
+    let temperatures = vec![1.0; most.len()];
     let offers = Offers {
-        probabilities,
-        depth: 4,
         k: 3,
-        temperatures: &vec![1.0; most.len()],
-        most,
         others,
-        drafted: None,
-        step: None,
+        ..chain_offers(probabilities, 4, &temperatures, most)
     };
     let anchors: Vec<i64> = (1..=most.len() as i64).collect();
     planner.admit_trees(&offers, &anchors, &tokens(most.len())).unwrap()
@@ -153,5 +171,6 @@ fn tree_pass(verified: usize, depth: usize, path: &[usize]) -> Pass<'_> {
         verified,
         depth,
         path,
+        next: None,
     }
 }

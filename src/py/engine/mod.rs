@@ -230,11 +230,11 @@ impl Engine {
         Ok(record.map(|record| Record { record }))
     }
 
-    /// Of the `most` oldest requests: the temperatures of those that draft, f32 `[n]`, and how many do not.
-    fn drafting<'py>(&self, py: Python<'py>, most: Count) -> PyResult<(Bound<'py, PyArray1<f32>>, usize)> {
+    /// Of the `most` oldest requests: the temperatures of those that draft, f32 `[n]`, how many do not, and how many tokens they have together.
+    fn drafting<'py>(&self, py: Python<'py>, most: Count) -> PyResult<(Bound<'py, PyArray1<f32>>, usize, usize)> {
         let most = most.count("most")?;
-        let (temperatures, others) = self.with(py, |engine| engine.drafting(most));
-        Ok((PyArray1::from_vec(py, temperatures), others))
+        let (temperatures, others, context) = self.with(py, |engine| engine.drafting(most));
+        Ok((PyArray1::from_vec(py, temperatures), others, context))
     }
 
     /// Whether any request that a launched step is for is still there.

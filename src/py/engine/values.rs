@@ -15,19 +15,20 @@ use crate::py::errors::{invalid, parent_ids, token_ids};
 use crate::step;
 
 impl Accepted {
-    /// What became of the drafts of every row that followed some: the row's number, and its pass.
-    pub(in crate::py) fn each_pass(&self, plan: &step::StepPlan, mut each: impl FnMut(usize, &Pass<'_>)) {
+    /// What became of every row that decodes, with drafts or without.
+    pub(in crate::py) fn each_pass(&self, plan: &step::StepPlan, mut each: impl FnMut(&Pass<'_>)) {
         let (layout, kept) = (plan.arrays(), self.accepted.arrays());
         let mut path = Vec::new();
         for (row, &temperature) in layout.temperatures.iter().enumerate().take(kept.accepted.len()) {
             let verified = layout.block_len[row] as usize - 1;
-            if layout.is_prefill[row] || verified == 0 || kept.token_starts[row] == kept.token_starts[row + 1] {
+            if layout.is_prefill[row] || kept.token_starts[row] == kept.token_starts[row + 1] {
                 continue;
             }
             let rows = &kept.commit_rows[kept.commit_starts[row] as usize..kept.commit_starts[row + 1] as usize];
             let anchor = i64::from(layout.query_starts[row]);
             path.clear();
             path.extend(rows.iter().skip(1).map(|at| (at - anchor - 1) as usize));
+            let tokens = &kept.tokens[kept.token_starts[row] as usize..kept.token_starts[row + 1] as usize];
             let pass = Pass {
                 step: plan.step(),
                 request: layout.request_ids[row],
@@ -36,8 +37,9 @@ impl Accepted {
                 verified,
                 depth: plan.drafted(row) as usize,
                 path: &path,
+                next: tokens.get(path.len()).copied(),
             };
-            each(row, &pass);
+            each(&pass);
         }
     }
 }
