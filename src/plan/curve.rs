@@ -280,6 +280,17 @@ mod tests {
             panic!()
         };
         assert!(close(first.1, 2.0 * all) && close(second.1, 3.0 * all * half) && close(third.1, 5.0 * all * half));
+        // What is the context's is the context's: half of what was expected here.
+        let mut cost = StepCost {
+            context: 0.01,
+            ..costs()
+        };
+        cost.follow((5, 3.0), 300, (0, 0.0));
+        let (all, half) = (0.5f64.powf(DOWN * PACE), 0.5f64.powf(DOWN * (1.0 - PACE) / 2.0));
+        assert!(
+            close(cost.target.points()[1].1, 3.0 * all * half) && close(cost.context, 0.01 * all * half),
+            "{cost:?}"
+        );
         // Before the first point and behind the last one it is that point's; what takes too long counts for no more than LONGEST, what takes no
         // time for no less than SHORTEST.
         for (rows, point, time) in [(0, 0, 100.0), (40, 2, 100.0), (0, 0, 1e-9), (9, 2, 1e-9)] {

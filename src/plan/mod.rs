@@ -294,9 +294,6 @@ impl Planner {
         };
         self.steps += 1;
         self.exploring = self.steps >= self.next_look;
-        if self.exploring {
-            self.next_look = self.steps + self.pause;
-        }
         if batch.temperatures.is_empty() || self.block == 1 {
             return Ok(Decision::PLAIN);
         }

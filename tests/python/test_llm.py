@@ -720,7 +720,7 @@ def test_what_steps_take_corrects_costs_that_were_measured_in_a_busy_moment(monk
     monkeypatch.setattr(build, "measure", lambda *_: StepCosts.lines(1e-9, 1e6, 1e6, 1e6))
     with LLM(device="cpu", lookup=False) as engine:
         engine.generate(PROMPTS[:2], SamplingParams(max_tokens=64, ignore_eos=True))
-        target, draft = engine._loop.policy.planner.costs
+        target, draft, _ = engine._loop.policy.planner.costs
         assert max(time for _, time in target) < 1e6 and max(time for _, time in draft) < 1e6
 
 
@@ -728,7 +728,7 @@ def test_costs_of_the_users_own_stay_as_they_are():
     own = StepCosts.lines(1e-9, 1.0, 1.0, 1.0)
     with LLM(device="cpu", costs=own) as engine:
         engine.generate(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
-        assert engine._loop.policy.planner.costs == ([(0.0, 1e-9), (1.0, 1e-9 + 1.0)], [(0.0, 1.0), (1.0, 2.0)])
+        assert engine._loop.policy.planner.costs == ([(0.0, 1e-9), (1.0, 1e-9 + 1.0)], [(0.0, 1.0), (1.0, 2.0)], 0.0)
 
 
 def changed(folder, part: str, change) -> str:

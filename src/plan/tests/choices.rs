@@ -268,7 +268,7 @@ fn a_drafter_that_is_never_right_is_left_alone_but_for_a_look_now_and_then() {
 
 #[test]
 fn a_drafter_that_is_far_cheaper_than_believed_is_soon_looked_at_again() {
-    let looks = |took: f64| {
+    let looks = |verified: f64, took: f64| {
         let mut planner = chains(0.05);
         (0..400).for_each(|_| planner.record(1.0, 7, 0, &[]).unwrap());
         let mut looks = 0;
@@ -276,8 +276,9 @@ fn a_drafter_that_is_far_cheaper_than_believed_is_soon_looked_at_again() {
             let block = block(&mut planner, 1, 0);
             let cost = planner.cost().unwrap().clone();
             let drafting = if block > 1 { cost.draft.at(8) * took } else { 0.0 };
+            let verified = if block > 1 { verified } else { 1.0 };
             planner.observe(
-                (block, cost.target.at(block)),
+                (block, cost.target.at(block) * verified),
                 0,
                 (if block > 1 { 8 } else { 0 }, drafting),
             );
@@ -285,7 +286,8 @@ fn a_drafter_that_is_far_cheaper_than_believed_is_soon_looked_at_again() {
         }
         looks
     };
-    assert_eq!((looks(1.0), looks(0.85), looks(0.75)), (6, 6, 31));
+    assert_eq!((looks(1.0, 1.0), looks(1.0, 0.85), looks(1.0, 0.75)), (6, 6, 31));
+    assert_eq!((looks(0.85, 1.0), looks(0.75, 1.0)), (6, 31));
 }
 
 #[test]

@@ -541,6 +541,7 @@ fn a_tree_learns_apart_and_is_taken_for_a_chain_until_then() {
         let error = WidthPlanner::with_tree(&[1, 9], depth).unwrap_err().to_string();
         assert!(error.starts_with("tree_depth: got"), "{error}");
     }
+    assert!(WidthPlanner::with_tree(&[1, 9], 8).is_ok(), "a chain is a tree");
 }
 
 #[test]
