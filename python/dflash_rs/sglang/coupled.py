@@ -9,7 +9,8 @@ draw favour by the drafter's probabilities, instead of what is likeliest. The te
 
 A draft for place ``i`` of a block looks at the numbers of place ``i`` alone, or at those before it, too. So whether a place is reached at all says nothing of the
 numbers that its token is drawn with, and the law of the text is the target's even where a place that was not reached is drawn with others later. A tree would
-not have that: what it holds of one place hangs on how good the candidates of the next ones are. Trees are coupled only where numbers are those of a seed.
+not have that: what it holds of one place hangs on how good the candidates of the next ones are. Trees are coupled only where numbers are those of a seed, and
+those along a lattice are not, which gained nothing.
 """
 
 from __future__ import annotations
@@ -106,28 +107,34 @@ class Drawn:
 
     def draft(self, hidden: Tensor, lm_head: Any, group: Any, positions: Tensor) -> Tensor:
         """See ``Seeded.draft``; of a head that is whole on this rank."""
-        return self._draws.drafts(head_logits(hidden, lm_head)[0], self._params, positions, SHARPER)
+        logits, _ = head_logits(hidden, lm_head)
+        # The kernel knows no other half-precision.
+        logits = logits.to(torch.float32) if logits.dtype == torch.float16 else logits
+        return self._draws.drafts(logits, self._params, positions, SHARPER)
 
 
 class Couplings:
-    """Of the batches of a worker. `vocab`: columns that SGLang numbers; `draws`: what draws without seeds, None where that is SGLang's sampler."""
+    """Of the batches of a worker. `vocab`: columns of SGLang's seeded draws, None where it draws in a way that is not known here; `draws`: what draws without
+    seeds, None where that is SGLang's sampler; `dtype`: of the target's logits."""
 
-    def __init__(self, vocab: int, draws: Draws | None):
-        self._vocab, self._draws = vocab, draws
+    def __init__(self, vocab: int | None, draws: Draws | None, dtype: torch.dtype):
+        self._vocab, self._draws, self._dtype = vocab, draws, dtype
         # The objects are kept, because another one may get the address of one that is gone.
         self._params: list[Any] = []
         self._seeded: Seeded | None = None
 
     def of(self, info: Any, reqs: Sequence[Any], chains_of_logits: bool) -> Seeded | Drawn | None:
-        """Of a batch with SGLang's sampling info `info`; None where nothing is known of its numbers. `chains_of_logits`: whether chains are drafted, each draft by
-        logits of its own, with all of the vocabulary on this rank."""
+        """Of a batch with SGLang's sampling info `info`; None where no number is known before it is drawn with. `chains_of_logits`: whether chains are drafted,
+        each draft by logits of its own, with all of the vocabulary on this rank."""
         if info.is_all_greedy:
             return None
         params = [req.sampling_params for req in reqs]
         if info.sampling_seed is None:
-            known = self._draws is not None and chains_of_logits and self._draws.serves(params, torch.float32)
-            return Drawn(self._draws, params) if known else None
+            if self._draws is None or not chains_of_logits or not self._draws.serves(params, self._dtype):
+                return None
+            return Drawn(self._draws, params)
         if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params)):
-            known = any(knows_columns(p) for p in params)
-            self._seeded, self._params = Seeded(info, params, self._vocab) if known else None, params
+            self._seeded, self._params = None, params
+            if self._vocab is not None and any(knows_columns(p) for p in params):
+                self._seeded = Seeded(info, params, self._vocab)
         return self._seeded

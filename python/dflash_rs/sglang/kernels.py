@@ -29,8 +29,8 @@ class Draws:
     makes probabilities of them, sorts or renormalises them, and draws.
 
     The law is that of SGLang's sampler, the draws are others. A request's noise is keyed by a seed that nobody knows and the position, so that a place that is
-    drawn again, after a draft before it was rejected, is drawn with the same noise, which nothing depends on that was kept. Drafts that are drawn with it, see
-    ``coupled``, change nothing of that.
+    drawn again, after a draft before it was rejected, is drawn with the same noise, which nothing depends on that was kept. Drafts may be drawn with
+    it, too: see ``coupled``.
     """
 
     def __init__(self, device: torch.device, joint: bool):
@@ -57,15 +57,18 @@ class Draws:
         ``[R, B]``, positions int64 ``[R * B]``. Returns int64 ``[R * B]``."""
         self._lay_out(params)
         if self._rows is None:
-            self._rows = self._laid_out(1.0)
+            asked = [_asked(p, seed) for p, seed in zip(self._params, self._seeds)]
+            self._rows = cuda.sampling_rows(asked, self.device)
         return self._drawn(logits, self._rows, block.reshape(-1), positions, block.shape)
 
     def drafts(self, logits: Tensor, params: Sequence[Any], positions: Tensor, sharper: float) -> Tensor:
         """Draws from a drafter's logits float32 or bfloat16 ``[R * P, V]``, `sharper` than they are, with the noise of the target's draws behind the tokens at
-        `positions` i64 ``[R, P]``. Returns int64 ``[R * P]``."""
+        `positions` i64 ``[R, P]``. Filters are left out: no fewer drafts are accepted without them. Returns int64 ``[R * P]``."""
         self._lay_out(params)
         if self._drafting is None:
-            self._drafting = self._laid_out(sharper)
+            warm = [max(p.temperature / sharper, _LEAST_TEMPERATURE) if p.top_k > 1 else 0.0 for p in self._params]
+            asked = [{"seed": seed, "temperature": t} for seed, t in zip(self._seeds, warm)]
+            self._drafting = cuda.sampling_rows(asked, self.device)
         flat = positions.reshape(-1)
         # Nothing is asked of the tokens themselves.
         return self._drawn(logits, self._drafting, flat, flat, positions.shape)
@@ -92,19 +95,14 @@ class Draws:
             self._rows = self._drafting = None
             self._seeds, self._params = torch.randint(2**62, (len(params),)).tolist(), list(params)
 
-    def _laid_out(self, sharper: float) -> cuda.SamplingRows:
-        asked = [_asked(p, seed, sharper) for p, seed in zip(self._params, self._seeds)]
-        return cuda.sampling_rows(asked, self.device)
 
-
-def _asked(params: Any, seed: int, sharper: float) -> dict[str, Any]:
-    """A request's filters in the words of `dflash_rs.cuda.sampling_rows`, for logits that count so much more than they say; what is left of its options has
-    changed its logits."""
+def _asked(params: Any, seed: int) -> dict[str, Any]:
+    """A request's filters in the words of `dflash_rs.cuda.sampling_rows`; what is left of its options has changed its logits."""
     if params.top_k <= 1:
         return {"seed": seed, "temperature": 0.0}
     return {
         "seed": seed,
-        "temperature": max(params.temperature / sharper, _LEAST_TEMPERATURE),
+        "temperature": params.temperature,
         "top_k": 0 if params.top_k >= TOP_K_ALL else params.top_k,
         "top_p": params.top_p,
         "min_p": params.min_p,

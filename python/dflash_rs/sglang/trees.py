@@ -278,7 +278,8 @@ class Step:
             tokens, log_probs = candidates(hidden, lm_head, group, best)
         else:
             found = candidates(hidden, lm_head, group, self.coupled.candidates)
-            tokens, log_probs = self.coupled.reordered(*found, self._positions(rows), best)
+            positions = self.worker._draft_block_positions_buf[:rows, :-1]
+            tokens, log_probs = self.coupled.reordered(*found, positions, best)
         shape = (rows, -1, tokens.shape[-1])
         anchors = self.worker._draft_block_ids_buf[:rows, 0].to(torch.int64)
         self.tree = Tree.build(anchors, tokens.view(shape), log_probs.view(shape), self.drafts, kernels=self.kernels)
@@ -287,14 +288,8 @@ class Step:
     def draft_along(self, anchors: Tensor, tokens: Tensor, scores: Tensor) -> Tensor:
         """Trees out of a DFlash 2's lattice: candidates i64 ``[R, B - 1, k]`` and their scores behind each other ``[R, B - 1, k, k]``. Returns the
         first candidate of every place, i64 ``[R, B - 1]``."""
-        if self.coupled is not None:
-            scores = self.coupled.along(tokens, scores, self._positions(len(anchors)))
         self.tree = Tree.along(anchors.to(torch.int64), tokens, likelihoods(scores), self.drafts)
         return tokens[:, :, 0]
-
-    def _positions(self, rows: int) -> Tensor:
-        """Of the tokens before the places of a block, i64 ``[R, B - 1]``."""
-        return self.worker._draft_block_positions_buf[:rows, :-1]
 
     def verify(self, told: Any, batch: Any, table: Tensor) -> None:
         """Has SGLang's pass verify the trees instead of the chain it was `told` of; `table` are the KV slots of SGLang's requests."""

@@ -268,8 +268,10 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if not self.options.coupled or self._info.is_all_greedy or not compat.installed().drafts_in_place(self):
             return None
         if self._couplings is None:
-            vocab = int(self.model_runner.model_config.vocab_size)
-            self._couplings = Couplings(vocab, self.targets.draws)
+            runner = self.model_runner
+            known = compat.installed().joint_filters(runner.sampler) is not None
+            vocab = int(runner.model_config.vocab_size) if known else None
+            self._couplings = Couplings(vocab, self.targets.draws, runner.dtype)
         alone = compat.installed().tensor_parallel_group().world_size == 1
         chains_of_logits = alone and not tree and not compat.installed().selects(self)
         return self._couplings.of(self._info, self._reqs, chains_of_logits)
