@@ -20,6 +20,8 @@ host_cuda.emulate()
 
 from filtered_law import distance, law  # noqa: E402
 
+from dflash_rs import verify  # noqa: E402
+from dflash_rs.sglang.coupled import Drawn  # noqa: E402
 from dflash_rs.sglang.kernels import TOP_K_ALL, Draws  # noqa: E402
 from dflash_rs.sglang.sampling import TargetSampler  # noqa: E402
 
@@ -110,6 +112,55 @@ class Batch:
         return tokens
 
 
+def coupled(early: int) -> tuple[float, float]:
+    """The law of texts whose drafts see the numbers of verification: how far off, and drafts accepted of a step. `early`: places by which drafts see numbers
+    too soon, which is to be noticed: whether a place is reached then hangs on the numbers that its token is drawn with.
+
+    Every token's law hangs on the one before it; the drafter has a blurred one for each place, by the anchor. After every other step the batch changes, and
+    with it the numbers of what was not reached.
+    """
+    kinds, rows, places, steps = 8, 40, 4, 480
+    table = torch.randn((kinds, kinds), generator=torch.Generator().manual_seed(5)) * 1.5
+    laws = torch.softmax(table.double(), -1)
+    # Of the tokens that follow the anchor in 1, 2, ... steps.
+    blurred = torch.stack([torch.linalg.matrix_power(laws, n + 1) for n in range(places - 1)], 1).log().float()
+    params = [asked() for _ in range(rows)]
+    draws = Draws(torch.device("cpu"), True)
+    batch = Batch(params, draws)
+    batch.sampler.vocab = kinds
+    anchors, starts = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 5)
+    seen: Counter[tuple[int, int]] = Counter()
+    accepted = 0
+    for step in range(steps):
+        if step % 2:
+            # Objects of their own: other requests, as far as the kernel is told.
+            batch.reqs = [SimpleNamespace(sampling_params=asked(), custom_logit_processor=None) for _ in params]
+        now = [req.sampling_params for req in batch.reqs]
+        positions = starts[:, None] + torch.arange(places - 1) + early
+        head = SimpleNamespace(weight=torch.eye(kinds))
+        drafts = Drawn(draws, now).draft(blurred[anchors].flatten(0, 1), head, None, positions).view(rows, -1)
+        block = torch.cat([anchors[:, None], drafts], 1)
+        drawn = batch.sampler.targets(
+            table[block].flatten(0, 1), batch.info, batch.reqs, torch.arange(rows), block, starts, False
+        )
+        lengths, bonus = map(torch.from_numpy, verify.walk(drafts.numpy(), drawn.numpy()))
+        for before, text, length in zip(anchors.tolist(), drawn.tolist(), lengths.tolist()):
+            gained = [before, *text[: length + 1]]
+            seen.update(zip(gained, gained[1:]))
+        accepted += int(lengths.sum())
+        anchors, starts = bonus, starts + lengths + 1
+    reached = Counter()
+    for (before, _), count in seen.items():
+        reached[before] += count
+    draws_in_all = sum(seen.values())
+    expected = {
+        (before, token): reached[before] / draws_in_all * float(laws[before, token])
+        for before in range(kinds)
+        for token in range(kinds)
+    }
+    return distance(seen, expected), accepted / (rows * steps)
+
+
 def main() -> None:
     torch.manual_seed(7)
     logits = torch.randn(VOCAB) * 2
@@ -161,6 +212,7 @@ def main() -> None:
         with Operations() as counted:
             batch.sampler.targets(rows, batch.info, batch.reqs, slots, block, starts, False)
         found["operations"][name] = counted.operations
+    found["coupled"] = [*coupled(0), coupled(1)[0]]
     print(json.dumps(found))
 
 

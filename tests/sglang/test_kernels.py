@@ -87,6 +87,9 @@ def test_unseeded_draws_by_the_kernel_follow_the_law_of_sglangs_sampler(driver):
         assert of["calls"][0] == 0 < of["calls"][1] and of["untouched"], (name, of)
     operations = found.pop("operations")
     assert operations["ours"] <= 4 < operations["theirs"], operations
+    # Drafts see the numbers that their tokens are drawn with.
+    law, accepted, wrong = found.pop("coupled")
+    assert law < 5 < 12 < wrong and accepted > 1, (law, wrong, accepted)
     assert all(found.values()), found
 
 

@@ -296,6 +296,7 @@ def test_options_come_inline_or_from_a_file(tmp_path) -> None:
         ('{"alarm_tau": "high"}', "alarm_tau: got 'high', expected a finite number"),
         ('{"alarm_passes": 0}', "alarm_passes: got 0, expected an integer of at least 1"),
         ('{"metrics": 1}', "metrics: got 1, expected true or false"),
+        ('{"coupled": "no"}', "coupled: got 'no', expected true or false"),
         ('{"max_drafts": -1}', "max_drafts: got -1, expected an integer of at least 0"),
         ('{"max_drafts": true}', "max_drafts: got True, expected an integer"),
         ('{"max_draft_context": "long"}', "max_draft_context: got 'long', expected an integer of at least 0"),

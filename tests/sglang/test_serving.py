@@ -92,8 +92,8 @@ def test_texts_that_run_to_the_end_of_the_context_leave_their_neighbours_alone(l
         assert server.flush_is_clean()
 
 
-def test_a_dflash_2_drafts_its_likeliest_path(reference: dict, logs, tmp_path) -> None:
-    names = ["greedy", "all penalties", "seed, top_k"]
+def test_a_dflash_2_drafts_its_best_path(reference: dict, logs, tmp_path) -> None:
+    names = ["greedy", "all penalties", "seed", "seed, top_k"]
     options = speculative(**SEEDED) | {"speculative_draft_model_path": str(second(tmp_path, 0.001))}
     with Server(logs / "second.log", env=widths(False), **options) as server:
         answers = []

@@ -37,6 +37,7 @@ class Options:
     - `max_drafts`: most drafts of a request that are accepted in one pass, where the request does not say it itself; 0 decodes plainly, None does not
       limit.
     - `max_draft_context`: requests whose prompt and output are longer than this many tokens draft nothing more; None does not limit.
+    - `coupled`: draft for requests that sample by the random numbers that their tokens will be drawn with; false drafts the likeliest.
     - `probe`: when the server warms up, answer a few built-in prompts and say in the log what the drafter is worth here.
     - `allow_untested_sglang`: run on an SGLang version that the tests have not seen, if its seams look right.
     """
@@ -50,6 +51,7 @@ class Options:
     tree_nodes: int = 0
     max_drafts: int | None = None
     max_draft_context: int | None = None
+    coupled: bool = True
     probe: bool = True
     allow_untested_sglang: bool = False
 
@@ -67,7 +69,7 @@ class Options:
         nodes = self.tree_nodes
         if isinstance(nodes, bool) or not isinstance(nodes, int) or not 0 <= nodes <= MOST_NODES:
             raise _bad("tree_nodes", nodes, f"an integer of at least 0 and at most {MOST_NODES}")
-        for name in ("metrics", "kernels", "probe", "allow_untested_sglang"):
+        for name in ("metrics", "kernels", "coupled", "probe", "allow_untested_sglang"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
         if not isinstance(self.adaptive, bool) and self.adaptive not in (None, "cycle"):

@@ -29,7 +29,8 @@ class Draws:
     makes probabilities of them, sorts or renormalises them, and draws.
 
     The law is that of SGLang's sampler, the draws are others. A request's noise is keyed by a seed that nobody knows and the position, so that a place that is
-    drawn again, after a draft before it was rejected, is drawn with the same noise, which nothing depends on that was kept.
+    drawn again, after a draft before it was rejected, is drawn with the same noise, which nothing depends on that was kept. Drafts may be drawn with
+    it, too: see ``coupled``.
     """
 
     def __init__(self, device: torch.device, joint: bool):
@@ -37,9 +38,10 @@ class Draws:
         self.device, self._joint = device, joint
         # Who is in the batch that was laid out last. The objects are kept, because another one may get the address of one that is gone.
         self._params: list[Any] = []
+        self._seeds: list[int] = []
         self._rows: cuda.SamplingRows | None = None
-        self._shape = (0, 0)
-        self._starts = torch.zeros(1, dtype=torch.int32, device=device)
+        self._drafting: cuda.SamplingRows | None = None
+        self._starts: dict[tuple[int, int], Tensor] = {}
 
     def serves(self, params: Sequence[Any], dtype: torch.dtype) -> bool:
         """Whether requests with these sampling parameters are drawn by the law of SGLang's sampler, from logits of this type."""
@@ -53,29 +55,45 @@ class Draws:
     def __call__(self, logits: Tensor, params: Sequence[Any], block: Tensor, positions: Tensor) -> Tensor:
         """logits float32 or bfloat16 ``[R * B, V]``, masked and adjusted; `params` SGLang's sampling parameters of each request; block int64
         ``[R, B]``, positions int64 ``[R * B]``. Returns int64 ``[R * B]``."""
-        rows, places = block.shape
-        if (
-            self._rows is None
-            or len(params) != len(self._params)
-            or any(a is not b for a, b in zip(params, self._params))
-        ):
-            self._rows, self._params = self._laid_out(params), list(params)
-        if self._shape != (rows, places):
-            self._shape = (rows, places)
-            self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * places
+        self._lay_out(params)
+        if self._rows is None:
+            asked = [_asked(p, seed) for p, seed in zip(self._params, self._seeds)]
+            self._rows = cuda.sampling_rows(asked, self.device)
+        return self._drawn(logits, self._rows, block.reshape(-1), positions, block.shape)
+
+    def drafts(self, logits: Tensor, params: Sequence[Any], positions: Tensor, sharper: float) -> Tensor:
+        """Draws from a drafter's logits float32 or bfloat16 ``[R * P, V]``, `sharper` than they are, with the noise of the target's draws behind the tokens at
+        `positions` i64 ``[R, P]``. Filters are left out: no fewer drafts are accepted without them. Returns int64 ``[R * P]``."""
+        self._lay_out(params)
+        if self._drafting is None:
+            warm = [max(p.temperature / sharper, _LEAST_TEMPERATURE) if p.top_k > 1 else 0.0 for p in self._params]
+            asked = [{"seed": seed, "temperature": t} for seed, t in zip(self._seeds, warm)]
+            self._drafting = cuda.sampling_rows(asked, self.device)
+        flat = positions.reshape(-1)
+        # Nothing is asked of the tokens themselves.
+        return self._drawn(logits, self._drafting, flat, flat, positions.shape)
+
+    def _drawn(
+        self, logits: Tensor, asked: cuda.SamplingRows, tokens: Tensor, positions: Tensor, shape: Sequence[int]
+    ) -> Tensor:
+        rows, places = shape
+        if (rows, places) not in self._starts:
+            self._starts[rows, places] = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * places
         drawn = cuda.sample_rows(
             logits.contiguous(),
-            self._rows,
-            query_starts=self._starts,
-            token_ids=block.reshape(-1),
+            asked,
+            query_starts=self._starts[rows, places],
+            token_ids=tokens,
             positions=positions,
         )
         # A row in which no token is possible has none.
         return drawn.tokens.clamp_(min=0)
 
-    def _laid_out(self, params: Sequence[Any]) -> cuda.SamplingRows:
-        seeds = torch.randint(2**62, (len(params),)).tolist()
-        return cuda.sampling_rows([_asked(p, seed) for p, seed in zip(params, seeds)], self.device)
+    def _lay_out(self, params: Sequence[Any]) -> None:
+        """The batch is that of these requests; another one gets other seeds."""
+        if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params)):
+            self._rows = self._drafting = None
+            self._seeds, self._params = torch.randint(2**62, (len(params),)).tolist(), list(params)
 
 
 def _asked(params: Any, seed: int) -> dict[str, Any]:

@@ -12,17 +12,22 @@ request needs slots for all nodes while it is verified, and gains at most a bloc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dflash_rs import DraftTree, cuda
 
+if TYPE_CHECKING:
+    from dflash_rs.sglang.coupled import Seeded
+
 # Candidates for each place of the block; deeper ones are hardly ever among the likeliest prefixes.
 MOST_CANDIDATES = 16
 # Rows of logits over the vocabulary that are there at a time.
 ROWS = 256
+# Types of a head's weights that are no packed ones.
+_DENSE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tree:
@@ -162,28 +167,61 @@ def links(parents: Tensor) -> tuple[Tensor, Tensor]:
 def candidates(hidden: Tensor, lm_head: Any, group: Any, best: int) -> tuple[Tensor, Tensor]:
     """The `best` tokens by the head's logits of the drafter's `hidden` ``[n, H]``, the likeliest first: tokens i64 and log-probabilities f32
     ``[n, best]``. Where the ranks of `group` have a part of the vocabulary each, every rank gets the same."""
-    parts = [_candidates(part, lm_head, group, best) for part in hidden.split(ROWS)]
-    return torch.cat([tokens for tokens, _ in parts]), torch.cat([log_probs for _, log_probs in parts])
+    parts = [_best_of(part, lm_head, group, best, True) for part in hidden.split(ROWS)]
+    tokens, values, totals = (torch.cat(whole) for whole in zip(*parts))
+    log_probs, order = _plain_numbers(values - totals).sort(dim=-1, descending=True, stable=True)
+    return tokens.gather(-1, order), log_probs
 
 
-def _candidates(hidden: Tensor, lm_head: Any, group: Any, best: int) -> tuple[Tensor, Tensor]:
+def best_of(hidden: Tensor, lm_head: Any, group: Any, best: int) -> tuple[Tensor, Tensor]:
+    """As `candidates`, with their logits f32 instead of log-probabilities."""
+    parts = [_best_of(part, lm_head, group, best, False)[:2] for part in hidden.split(ROWS)]
+    tokens, values = parts[0] if len(parts) == 1 else (torch.cat(whole) for whole in zip(*parts))
+    return tokens, values
+
+
+def likelihoods(sums: Tensor) -> Tensor:
+    """Logarithms of the shares that ``softmax`` makes of `sums` ``[..., k]``, f32."""
+    return _plain_numbers(sums.to(torch.float32).log_softmax(-1))
+
+
+def is_plain(lm_head: Any) -> bool:
+    """Whether logits of this head are a product with one matrix, neither quantized nor with tokens that an adapter has added."""
+    weight, shard = getattr(lm_head, "weight", None), getattr(lm_head, "shard_indices", None)
+    return weight is not None and weight.dtype in _DENSE and not (shard is not None and int(shard.num_added_elements))
+
+
+def head_logits(hidden: Tensor, lm_head: Any) -> tuple[Tensor, int]:
+    """Logits ``[n, V]`` of `hidden` ``[n, H]`` for the vocabulary's tokens that this rank has, in the head's type, and which token is the first."""
     weight, shard = lm_head.weight, getattr(lm_head, "shard_indices", None)
     start = 0
     if shard is not None:
         weight, start = weight[: int(shard.num_org_elements)], int(shard.org_vocab_start_index)
-    logits = torch.matmul(hidden.to(weight.dtype), weight.T).to(torch.float32)
-    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    return torch.matmul(hidden.to(weight.dtype), weight.T), start
+
+
+def _best_of(
+    hidden: Tensor, lm_head: Any, group: Any, best: int, totalled: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, logits f32 ``[n, best]`` and, if they are to be `totalled`, the logarithm of the whole vocabulary's sum ``[n, 1]``."""
+    logits, start = head_logits(hidden, lm_head)
+    total = torch.logsumexp(logits.to(torch.float32), dim=-1, keepdim=True) if totalled else None
     values, tokens = logits.topk(min(best, logits.shape[-1]), dim=-1)
-    tokens = tokens + start
+    values = values.to(torch.float32)
+    if start:
+        tokens += start
     if group is not None and group.world_size > 1:
-        values, tokens, total = (group.all_gather(x.contiguous(), dim=-1) for x in (values, tokens, total))
-        total = torch.logsumexp(total, dim=-1, keepdim=True)
+        values, tokens = (group.all_gather(x.contiguous(), dim=-1) for x in (values, tokens))
+        if total is not None:
+            total = torch.logsumexp(group.all_gather(total.contiguous(), dim=-1), dim=-1, keepdim=True)
         values, order = values.topk(min(best, values.shape[-1]), dim=-1)
         tokens = tokens.gather(-1, order)
-    # What is no number is the least likely; rounding must not lift a certain token above 0.
-    log_probs = torch.nan_to_num(values - total, nan=-1e30, neginf=-1e30).clamp(max=0.0)
-    log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    return tokens.gather(-1, order), log_probs
+    return tokens, values, total
+
+
+def _plain_numbers(log_probs: Tensor) -> Tensor:
+    """What is no number is the least likely; rounding must not lift a certain token above 0."""
+    return torch.nan_to_num(log_probs, nan=-1e30, neginf=-1e30).clamp(max=0.0)
 
 
 class Recorded:
@@ -210,6 +248,7 @@ class Step:
     - `passes`: puts the target's attention backend and graphs for all nodes in place; its argument is how many entries their mask has.
     - `move`: moves the KV of a path, see ``kernels.PathKv``.
     - `kernels`: whether trees are built by the kernel of this package.
+    - `coupled`: the target's random numbers, where a request samples and they are known; see there.
     """
 
     def __init__(
@@ -220,9 +259,10 @@ class Step:
         passes: Callable[[int], None],
         move: Callable[..., None],
         kernels: bool,
+        coupled: Seeded | None = None,
     ):
         self.worker, self.target, self.drafts, self.passes, self.move = worker, target, drafts, passes, move
-        self.kernels = kernels
+        self.kernels, self.coupled = kernels, coupled
         self.tree: Tree | None = None
         # Slots of all nodes, where the anchors stand, and rows of the requests.
         self.places: tuple[Tensor, Tensor, Tensor] | None = None
@@ -232,9 +272,14 @@ class Step:
         self.tree = self.places = self.target.result = None
 
     def draft(self, hidden: Tensor, lm_head: Any, group: Any) -> Tensor:
-        """Trees out of the drafter's `hidden` ``[R * (B - 1), H]``; returns the likeliest token of every place, i64 ``[R * (B - 1)]``."""
-        rows = hidden.shape[0] // (self.worker.block_size - 1)
-        tokens, log_probs = candidates(hidden, lm_head, group, min(self.drafts, MOST_CANDIDATES))
+        """Trees out of the drafter's `hidden` ``[R * (B - 1), H]``; returns the best token of every place, i64 ``[R * (B - 1)]``."""
+        rows, best = hidden.shape[0] // (self.worker.block_size - 1), min(self.drafts, MOST_CANDIDATES)
+        if self.coupled is None:
+            tokens, log_probs = candidates(hidden, lm_head, group, best)
+        else:
+            found = candidates(hidden, lm_head, group, self.coupled.candidates)
+            positions = self.worker._draft_block_positions_buf[:rows, :-1]
+            tokens, log_probs = self.coupled.reordered(*found, positions, best)
         shape = (rows, -1, tokens.shape[-1])
         anchors = self.worker._draft_block_ids_buf[:rows, 0].to(torch.int64)
         self.tree = Tree.build(anchors, tokens.view(shape), log_probs.view(shape), self.drafts, kernels=self.kernels)
@@ -243,8 +288,7 @@ class Step:
     def draft_along(self, anchors: Tensor, tokens: Tensor, scores: Tensor) -> Tensor:
         """Trees out of a DFlash 2's lattice: candidates i64 ``[R, B - 1, k]`` and their scores behind each other ``[R, B - 1, k, k]``. Returns the
         first candidate of every place, i64 ``[R, B - 1]``."""
-        log_probs = torch.nan_to_num(scores.to(torch.float32).log_softmax(-1), nan=-1e30, neginf=-1e30)
-        self.tree = Tree.along(anchors.to(torch.int64), tokens, log_probs, self.drafts)
+        self.tree = Tree.along(anchors.to(torch.int64), tokens, likelihoods(scores), self.drafts)
         return tokens[:, :, 0]
 
     def verify(self, told: Any, batch: Any, table: Tensor) -> None:

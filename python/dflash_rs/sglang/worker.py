@@ -5,6 +5,7 @@ A step, in SGLang's order; ours are the lines marked *::
     room for the block          planning.DraftInput.prepare_for_decode   *
     how wide this step is       widths.Widths, shapes.Shapes             *
     draft, verify               DFlashWorkerV2.forward_batch_generation
+    what a sampler is drafted   coupled.Couplings, by the target's numbers   *
     grammar mask                the same, behind SGLang's barrier
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
     walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
@@ -19,20 +20,23 @@ apply them in another order, and without penalties.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, plain, planning, states
+from dflash_rs.sglang.coupled import Couplings, Drawn, Seeded
 from dflash_rs.sglang.deferred import Deferred
 from dflash_rs.sglang.kernels import ContextKv, Draws, PathKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
 from dflash_rs.sglang.sampling import TargetSampler, bare, put
 from dflash_rs.sglang.shapes import PASSES, SHAPED, Shapes
-from dflash_rs.sglang.trees import Recorded, Step
+from dflash_rs.sglang.trees import Recorded, Step, is_plain
 from dflash_rs.sglang.widths import Widths, over
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,9 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._has_kernels = False
         compat.installed().follow_all_drafts(self)
         self._targets: TargetSampler | None = None
+        self._couplings: Couplings | None = None
+        # The target's random numbers of the running step, where drafts are to share them.
+        self._coupled: Seeded | Drawn | None = None
         # The requests of the running call, their rows of the request pool and their sampling parameters.
         self._reqs: list[Any] = []
         self._slots: torch.Tensor | None = None
@@ -256,6 +263,33 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             self._targets = TargetSampler(runner.sampler, rows, vocab, self.device, self._draws(runner.sampler))
         return self._targets
 
+    def _coupling(self, tree: bool) -> Seeded | Drawn | None:
+        """The target's random numbers of the step that begins, where its drafts are to share them; `tree`: whether it drafts one."""
+        if not self.options.coupled or self._info.is_all_greedy or not compat.installed().drafts_in_place(self):
+            return None
+        if self._couplings is None:
+            runner = self.model_runner
+            known = compat.installed().joint_filters(runner.sampler) is not None
+            vocab = int(runner.model_config.vocab_size) if known else None
+            self._couplings = Couplings(vocab, self.targets.draws, runner.dtype)
+        alone = compat.installed().tensor_parallel_group().world_size == 1
+        chains_of_logits = alone and not tree and not compat.installed().selects(self)
+        return self._couplings.of(self._info, self._reqs, chains_of_logits)
+
+    @contextlib.contextmanager
+    def _drafting(self, how: Seeded | Drawn | None) -> Iterator[None]:
+        """Within the context drafts share these random numbers."""
+        if how is None:
+            yield
+            return
+        # The sampler in the drafter's graph knows of none.
+        sampler: Any = vars(self)["_draft_sampler"]
+        self._coupled, self._draft_sampler = how, None
+        try:
+            yield
+        finally:
+            self._coupled, self._draft_sampler = None, sampler
+
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One step. Arguments and result are those of SGLang's worker."""
         if batch.forward_mode.is_idle() or batch.sampling_info is None:
@@ -283,7 +317,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                     if width == 1:
                         result = plain.step(self, batch, *args, **kwargs)
                     else:
-                        result = super().forward_batch_generation(batch, *args, **kwargs)
+                        with self._drafting(None if prefill else self._coupling(tree=False)):
+                            result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             batch.sampling_info = given
             self._reqs, self._slots, self._info = [], None, None
@@ -309,7 +344,9 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         recorded = Recorded(target)
         # The shape of the block, left at the end, puts the target's pass back that the trees' own comes in place of.
         with self._shapes.of(self._block):
-            step = Step(self, recorded, self._nodes - 1, self._put_tree_pass, self._path_kv, self._has_kernels)
+            numbers = self._coupling(tree=True)
+            assert not isinstance(numbers, Drawn)
+            step = Step(self, recorded, self._nodes - 1, self._put_tree_pass, self._path_kv, self._has_kernels, numbers)
             # The sampler in the drafter's graph draws a chain.
             sampler: Any = vars(self)["_draft_sampler"]
             self._draft_sampler = None
@@ -323,17 +360,21 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
 
     def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states: Any, lm_head: Any, **kwargs: Any) -> Any:
         # The drafts of a block, from the drafter's last hidden states.
-        if self._tree is None:
+        group = compat.installed().drafter_group()
+        if self._tree is not None:
+            return self._tree.draft(hidden_states, lm_head, group)
+        if self._coupled is None or not is_plain(lm_head):
             return super()._greedy_sample_from_vocab_parallel_head(
                 hidden_states=hidden_states, lm_head=lm_head, **kwargs
             )
-        return self._tree.draft(hidden_states, lm_head, compat.installed().drafter_group())
+        positions = self._draft_block_positions_buf[: hidden_states.shape[0] // (int(self.block_size) - 1), :-1]
+        return self._coupled.draft(hidden_states, lm_head, group, positions)
 
     def _propose_selector_block(
         self, *, draft_logits_output: Any, bs: int, lm_head: Any, anchor_token_ids: Any, sampling_info: Any
     ) -> Any:
         # The same of a DFlash 2.
-        if self._tree is None:
+        if self._tree is None and self._coupled is None:
             return super()._propose_selector_block(
                 draft_logits_output=draft_logits_output,
                 bs=bs,
@@ -342,8 +383,12 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 sampling_info=sampling_info,
             )
         hidden = draft_logits_output.hidden_states
-        lattice = compat.installed().lattice(self, hidden, anchor_token_ids, lm_head)
-        return self._tree.draft_along(anchor_token_ids, *lattice)
+        tokens, scores = compat.installed().lattice(self, hidden, anchor_token_ids, lm_head)
+        if self._tree is not None:
+            return self._tree.draft_along(anchor_token_ids, tokens, scores)
+        assert isinstance(self._coupled, Seeded)
+        sums = self._coupled.along(tokens, scores, self._draft_block_positions_buf[:bs, :-1])
+        return compat.installed().best_path(self, tokens, sums)
 
     def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
         # The sampling info that SGLang passes is the bare one.

@@ -79,7 +79,7 @@ def problems() -> list[str]:
             return found
         worker = here.worker_class()
         here.draft_input_class()
-        from sglang.srt.layers.sampler import Sampler
+        from sglang.srt.layers import sampler
     except ImportError as error:
         return [f"sglang {have}: its DFLASH worker cannot be imported ({error})"]
     for name, expected in seams.METHODS.items():
@@ -90,8 +90,10 @@ def problems() -> list[str]:
         missing = [p for p in expected if p not in inspect.signature(method).parameters]
         if missing:
             found.append(f"DFlashWorkerV2.{name}: no parameter {', '.join(missing)}")
-    if not hasattr(Sampler, "_preprocess_logits"):
+    if not hasattr(sampler.Sampler, "_preprocess_logits"):
         found.append("Sampler._preprocess_logits: not there")
+    if not hasattr(sampler, "murmur_hash32"):
+        found.append("sampler.murmur_hash32: not there")
     return found
 
 

@@ -173,6 +173,10 @@ class Seams(ABC):
         ``[R, B - 1, k, k]``; `hidden` is what its pass over a block has left, `anchors` ``[R]``."""
 
     @abstractmethod
+    def best_path(self, worker: Any, tokens: Any, scores: Any) -> Any:
+        """The path i64 ``[R, B - 1]`` along a `lattice` that takes the best candidate behind the one before."""
+
+    @abstractmethod
     def masks_captured(self) -> contextlib.AbstractContextManager[None]:
         """CUDA graphs that are captured within the context read a mask of who attends to whom."""
 
@@ -262,6 +266,10 @@ class Seams(ABC):
         """Whether the worker's drafter is a DFlash 2, whose candidates depend on those before them."""
         return getattr(worker, "selector", None) is not None
 
+    def drafts_in_place(self, worker: Any) -> bool:
+        """Whether the worker's drafter drafts where `METHODS` has it draft, which some kinds do not that not every version knows."""
+        return getattr(worker, "lilicorr", None) is None and not getattr(worker, "_is_domino", False)
+
     def drafter_group(self) -> Any:
         """The ranks that have a part of the head each, where SGLang's step draws the drafts."""
         from sglang.srt.runtime_context import get_parallel
@@ -280,6 +288,13 @@ class Seams(ABC):
     def sanitized(self, sampler: Any, logits: Any, info: Any) -> Any:
         """Logits ``[rows, V]`` as the sampler reads them, which may take numbers out that are none."""
         return sampler._preprocess_logits(logits, info)
+
+    def hashed(self, seeds: Any, positions: Any, columns: Any) -> Any:
+        """The words that SGLang makes the numbers of a seeded draw of, u32 ``[n, C]``: `seeds` u64 ``[n]``, `positions` ``[n]`` of the tokens before the one
+        that is drawn, `columns` ``[C]``."""
+        from sglang.srt.layers import sampler
+
+        return sampler.murmur_hash32(seeds, positions, columns)
 
     def simulates_acceptance(self) -> bool:
         """Whether SGLANG_SIMULATE_ACC_LEN asks for made-up accept lengths, for measuring; the text is then meaningless."""

@@ -76,6 +76,10 @@ class Version(Seams):
 
         return get_parallel().attn_dp_size > 1
 
+    def drafter_group(self) -> Any:
+        """The drafter's ranks are the target's."""
+        return self.tensor_parallel_group()
+
     def same_on_all_ranks(self, worker: Any, tokens: Any, drawn: bool) -> Any:
         """It has no such setting."""
         return tokens
@@ -130,6 +134,10 @@ class Version(Seams):
 
     def lattice(self, worker: Any, hidden: Any, anchors: Any, lm_head: Any) -> tuple[Any, Any]:
         """Never: see `no_trees`."""
+        raise NotImplementedError
+
+    def best_path(self, worker: Any, tokens: Any, scores: Any) -> Any:
+        """Never: none of its drafters selects."""
         raise NotImplementedError
 
     def masks_captured(self) -> contextlib.AbstractContextManager[None]:

@@ -328,6 +328,18 @@ class Version(Seams):
             anchor_token_ids=anchors,
         )
 
+    def best_path(self, worker: Any, tokens: Any, scores: Any) -> Any:
+        """See ``Seams``."""
+        rows, places = tokens.shape[:2]
+        path, _ = worker.selector.sample_path(
+            candidate_ids=tokens,
+            scores=scores,
+            uniforms=scores.new_zeros(rows, places),
+            temperatures=scores.new_ones(rows),
+            greedy_mask=scores.new_ones(rows).bool(),
+        )
+        return path.view(rows, places)
+
     @contextlib.contextmanager
     def masks_captured(self) -> Iterator[None]:
         """Its capture asks by the backend's name whether there is a mask."""
