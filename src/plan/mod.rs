@@ -13,13 +13,15 @@
 //! the time that it adds. What is verified never changes the text: every token is the target's own draw.
 //!
 //! Nothing here is fitted to a pair of models. Step times are curves that come from measuring (`curve`). How often drafts are accepted is
-//! learnt by position and by place in a tree (`acceptance`), and what the drafter's own probabilities are worth by what became of
-//! them (`chances`): for a few bands of temperatures, because a drafter guesses greedy choices better than draws. Without costs there is
-//! nothing to weigh: whole blocks and whole trees, by the same calls.
+//! learnt by position and by place in a tree (`acceptance`), what the drafter's own probabilities are worth by what became of
+//! them (`chances`), and what of the promises was kept on which drafts were verified (`promises`): for a few bands of temperatures, because a
+//! drafter guesses greedy choices better than draws. Without costs there is nothing to weigh: whole blocks and whole trees, by the same calls.
+//! Where a request's own text has drafts, too, it takes those that promise more (`either`).
 //!
 //! An engine whose steps cannot be timed in parts chooses one width for a whole batch instead (`whole_steps`).
 
 mod acceptance;
+mod admitted;
 mod chains;
 mod chances;
 mod curve;
@@ -33,6 +35,7 @@ use std::collections::VecDeque;
 
 use crate::error::{Error, Result};
 use acceptance::{Acceptance, NodeRates};
+use admitted::{Admitted, tell_chain};
 use chances::{BANDS, Exponent, band};
 use merit::{Merit, worth};
 use promises::Kept;
@@ -146,26 +149,6 @@ pub struct Pass<'a> {
     pub path: &'a [usize],
     /// The target's token behind them; None where the text ended before it.
     pub next: Option<i64>,
-}
-
-/// What was admitted in a step, until it is recorded.
-#[derive(Clone, Debug)]
-struct Admitted {
-    step: u64,
-    requests: Vec<u64>,
-    depth: usize,
-    // `[n, depth]` of the likeliest candidates; tokens only where they are known, and nothing is learnt of those from texts.
-    probabilities: Vec<f32>,
-    tokens: Vec<i64>,
-    from_text: Vec<bool>,
-    // `[n]` drafts that were offered, and how many of those that are verified are expected to be accepted.
-    offered: Vec<usize>,
-    promised: Vec<f64>,
-    // `[n, width]`; empty for chains.
-    parents: Vec<i32>,
-    width: usize,
-    // Records come in the order of the requests: where the last one was found.
-    at: usize,
 }
 
 /// How the chances of one request's drafts are told from what was offered.
@@ -478,50 +461,6 @@ impl Offers<'_> {
     /// Places that a request has drafts for.
     fn places(&self, request: usize) -> usize {
         self.depth.min(self.most[request] as usize - 1)
-    }
-}
-
-impl Admitted {
-    /// The row of a request. Every request is found once.
-    fn find(&mut self, request: u64) -> Option<usize> {
-        let further = self.requests[self.at..].iter().position(|&other| other == request)?;
-        self.at += further + 1;
-        Some(self.at - 1)
-    }
-
-    /// Whether the first draft of a chain that was not verified would have been right: the target's next token tells, where all before it were.
-    fn unverified(&self, row: usize, pass: &Pass<'_>) -> Option<bool> {
-        let place = pass.verified;
-        let known = self.parents.is_empty() && pass.path.len() == place && place < self.offered[row];
-        let token = self.tokens.get(row * self.depth + place).filter(|_| known)?;
-        Some(pass.next? == *token)
-    }
-
-    /// Tells what became of the likeliest candidates that a pass reached, and of the first of a chain that was `unverified`.
-    fn tell(&self, row: usize, pass: &Pass<'_>, unverified: Option<bool>, exponent: &mut Exponent) {
-        let probabilities = &self.probabilities[row * self.depth..][..self.depth];
-        if self.parents.is_empty() {
-            let (seen, right) = match unverified {
-                Some(right) => (pass.verified + 1, pass.path.len() + usize::from(right)),
-                None => (pass.verified, pass.path.len()),
-            };
-            return tell_chain(probabilities, seen, right, exponent);
-        }
-        let parents = &self.parents[row * self.width..][..self.width];
-        let mut node = 0;
-        for (depth, &probability) in probabilities.iter().enumerate().take(pass.path.len() + 1) {
-            // The likeliest child is admitted before its rivals.
-            if let Some(likeliest) = parents.iter().position(|&parent| parent == node) {
-                exponent.record(probability, pass.path.get(depth) == Some(&(likeliest - 1)));
-            }
-            node = pass.path.get(depth).map_or(0, |&draft| draft as i32 + 1);
-        }
-    }
-}
-
-fn tell_chain(probabilities: &[f32], drafted: usize, accepted: usize, exponent: &mut Exponent) {
-    for (at, &probability) in probabilities.iter().enumerate().take(drafted.min(accepted + 1)) {
-        exponent.record(probability, at < accepted);
     }
 }
 

@@ -153,7 +153,7 @@ fn what_texts_drafted_says_nothing_of_the_drafter_but_of_what_texts_promise() {
 /// what was admitted first, and what is at the end.
 fn after_broken_promises(planner: &mut Planner, offers: &Offers<'_>) -> [Vec<i32>; 2] {
     let tree = planner.tree_nodes() > 0;
-    let mut admit = |planner: &mut Planner, step| {
+    let admit = |planner: &mut Planner, step| {
         let offers = Offers {
             step: Some((step, &[7, 8])),
             drafted: Some(0),
@@ -267,7 +267,8 @@ fn the_next_token_tells_whether_the_first_draft_that_was_not_verified_was_right(
             .for_each(|&(drafted, accepted)| rates.record(drafted, accepted).unwrap());
         [rates.at(0), rates.at(1)]
     };
-    let cases: [(Pass<'_>, &[(f32, bool)], &[(usize, usize)]); 6] = [
+    type Case<'a> = (Pass<'a>, &'a [(f32, bool)], &'a [(usize, usize)]);
+    let cases: [Case<'_>; 6] = [
         // Nothing was verified, and the target's token is the draft; another one; nobody knows.
         (pass(8, 1.0, 0, &[], 20), &[(0.5, true)], &[(1, 1)]),
         (pass(8, 1.0, 0, &[], 10), &[(0.5, false)], &[(1, 0)]),
