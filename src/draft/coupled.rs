@@ -19,6 +19,11 @@ use crate::rng::{Domain, Stream, ln};
 /// 1.7 this had the most drafts accepted with the bundled pair and with SmolLM2, at temperatures 0.7 and 1.
 const SHARPER: f32 = 1.3;
 
+/// The temperature at which a drafter's logits are drawn to give what [`couple`] has first of all candidates, for a draw at `temperature`.
+pub fn drafted_at(temperature: f32) -> f32 {
+    temperature / SHARPER
+}
+
 /// The target's numbers for one place.
 #[derive(Clone, Copy, Debug)]
 pub struct Draw {
