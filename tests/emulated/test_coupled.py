@@ -22,7 +22,7 @@ from dflash_rs.engine.device import drafting  # noqa: E402
 
 pytestmark = pytest.mark.pair
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-HOT = [SamplingParams(temperature=1.0, seed=2**63 + seed, max_tokens=40, ignore_eos=True) for seed in range(4)]
+HOT = [SamplingParams(temperature=1.0, seed=2**63 + seed, max_tokens=32, ignore_eos=True) for seed in range(4)]
 
 
 def a_part(folder):
@@ -87,7 +87,7 @@ def test_more_drafts_of_hot_requests_are_right_and_their_text_is_the_same(exact,
             assert tokens(made.generate(PROMPTS, HOT)) == plain
             now = made.stats()
             shares.append((now["accepted"] - before["accepted"]) / (now["passes"] - before["passes"]))
-    assert shares[0] > 1.3 * shares[1], shares
+    assert shares[0] > 1.5 * shares[1], shares
 
 
 def test_greedy_batches_draft_as_if_there_were_no_draws(exact):  # noqa: F811
