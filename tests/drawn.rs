@@ -1,5 +1,6 @@
 //! Rows that a device drew, and layouts of steps at the edges: trees of several words, drafts at both ends of the vocabulary.
 
+use dflash_rs::device::cuda::params::SamplingRow;
 use dflash_rs::draft::DraftTree;
 use dflash_rs::error::Error;
 use dflash_rs::schedule::{Config, Finish, Params};
@@ -466,6 +467,45 @@ fn the_history_of_a_penalised_row_is_its_distinct_tokens_in_order() {
     assert_eq!(spans.collect::<Vec<_>>(), [(0, 2), (2, 2), (2, 7)]);
     assert_eq!(arrays.history_tokens, [0, 1, 0, 2, 3, 4, 5]);
     assert_eq!(arrays.history_counts, [0, 2, 1, 0, 1, 0, 0]);
+}
+
+#[test]
+fn drafts_of_a_row_are_drawn_with_its_numbers_and_nothing_else_that_it_asks_for() {
+    let sampled = Params {
+        sampling: Sampling {
+            temperature: 2.6,
+            seed: 1 << 63,
+            top_k: 3,
+            min_p: 0.1,
+            presence_penalty: 0.5,
+            logit_bias: vec![(TokenId(2), 1.0)],
+            ..Sampling::default()
+        },
+        ..greedy(None)
+    };
+    let mut engine = started(1, vec![greedy(None), sampled]);
+    let plan = engine.plan(1).unwrap().unwrap();
+    let sampling = engine.device_sampling(&plan).unwrap();
+    assert!(sampling.samples && sampling.filters);
+    let plain = sampling.of_drafts(None);
+    assert_eq!(
+        (plain.temperature, plain.top_p, plain.repetition_penalty),
+        (0.0, 1.0, 1.0)
+    );
+    assert_eq!(
+        (sampling.of_drafts(Some(0)), sampling.of_drafts(Some(2))),
+        (plain, plain)
+    );
+    let expected = SamplingRow {
+        seed: 1 << 63,
+        temperature: 2.0,
+        ..plain
+    };
+    assert_eq!(sampling.of_drafts(Some(1)), expected);
+
+    let mut engine = started(1, vec![greedy(None); 2]);
+    let plan = engine.plan(1).unwrap().unwrap();
+    assert!(!engine.device_sampling(&plan).unwrap().samples);
 }
 
 #[test]

@@ -370,11 +370,13 @@ class Engine:
         draft_rows64: NDArray[np.int64],
         anchors: NDArray[np.int64],
         sampling: NDArray[np.uint8],
+        draft_sampling: NDArray[np.uint8],
         pages: NDArray[np.int32],
     ) -> tuple[bool, int]:
         """Writes a launched step, padded to ``bucket`` rows, into arrays that go to a device with room for ``r`` rows: ``[r + 1]`` each, but
-        ``draft_rows`` and ``draft_rows64`` ``[r]``, ``sampling`` ``[r, DeviceSampling.ROW_BYTES]`` and ``pages``
-        ``[r + 1, width of page_table]``.
+        ``draft_rows`` and ``draft_rows64`` ``[r]``, ``sampling`` and ``draft_sampling`` ``[r, DeviceSampling.ROW_BYTES]`` and ``pages``
+        ``[r + 1, width of page_table]``. ``draft_sampling`` says how the drafts of each of ``draft_rows`` are drawn, with the random numbers of the
+        row's own draws; it is written where any row samples.
 
         Gives whether only the device knows where some row starts or with which token, and the most keys of a row, of which one whose start
         is unknown may have ``uncertain`` more than the host counts on.
@@ -617,6 +619,10 @@ class DeviceSampling:
     @property
     def filters(self) -> bool:
         """Whether any row leaves part of its vocabulary out (top_k, top_p, min_p)."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether any row draws at random, at a temperature above 0."""
 
     @property
     def scores(self) -> bool:

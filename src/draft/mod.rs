@@ -17,6 +17,6 @@ mod tree;
 
 pub(crate) use best_first::{BestFirst, Place};
 pub use build::{ChildSource, TopK, top_k};
-pub use coupled::{Draw, couple};
+pub use coupled::{Draw, couple, drafted_at};
 pub use lookup::{Guess, Lookup, LookupRates};
 pub use tree::{DraftTree, NO_NODE};

@@ -182,7 +182,7 @@ macro_rules! sampling_arrays {
         impl DeviceSampling {
             /// Bytes of a row.
             #[classattr]
-            const ROW_BYTES: usize = size_of::<SamplingRow>();
+            pub(super) const ROW_BYTES: usize = size_of::<SamplingRow>();
 
             /// u8 `[R * ROW_BYTES]`: `SamplingRow` of cuda/params.h.
             #[getter]
@@ -202,6 +202,12 @@ macro_rules! sampling_arrays {
             #[getter]
             fn filters(&self) -> bool {
                 self.sampling.filters
+            }
+
+            /// Whether any row draws at random.
+            #[getter]
+            fn samples(&self) -> bool {
+                self.sampling.samples
             }
 
             /// Whether any row's tokens are scored.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::values::{SamplingArrays, Shared};
 use super::{Engine, StepPlan, closed};
 use crate::device::cuda::params::SamplingRow;
+use crate::draft::drafted_at;
 use crate::error::Result;
 use crate::schedule::Work;
 use crate::verify::{History, Params, Sampling};
@@ -42,6 +43,8 @@ pub struct DeviceSampling {
     arrays: SamplingArrays,
     /// Whether any row leaves part of its vocabulary out.
     pub filters: bool,
+    /// Whether any row draws at random: its drafts are then drawn with the same numbers.
+    pub samples: bool,
     /// Whether any row's tokens are scored.
     pub scores: bool,
     /// How many of the likeliest tokens are named, of the row that wants most.
@@ -56,6 +59,7 @@ impl DeviceSampling {
         Self {
             arrays: shared.sampling_arrays(),
             filters: false,
+            samples: false,
             scores: false,
             alternatives: 0,
             unresolved: false,
@@ -68,10 +72,22 @@ impl DeviceSampling {
         &self.arrays
     }
 
+    /// How drafts for row `row` are drawn from a drafter's logits: with the random numbers of the row's own draws, see [`crate::draft::couple`], and
+    /// nothing else that it asks for. The likeliest for a row that is greedy, and for None.
+    pub fn of_drafts(&self, row: Option<usize>) -> SamplingRow {
+        let asked = row.and_then(|row| self.arrays.rows.get(row));
+        SamplingRow::from(&Sampling {
+            seed: asked.map_or(0, |row| row.seed),
+            temperature: asked.map_or(0.0, |row| drafted_at(row.temperature)),
+            ..Sampling::default()
+        })
+    }
+
     /// Appends a row, as [`SamplingArrays::push`] does.
     pub fn push(&mut self, params: &Params, history: &History) {
         self.arrays.push(&params.sampling, history);
         self.filters |= params.sampling.filters();
+        self.samples |= params.sampling.temperature > 0.0;
         self.scores |= params.scores();
         self.alternatives = self.alternatives.max(params.alternatives());
     }

@@ -488,19 +488,24 @@ fn compare_with_host(numbers: &mut Numbers, cases: usize, most_context: usize, e
 }
 
 /// Splits that are whole groups and others, up to three.
-fn long_case(numbers: &mut Numbers, dims: &[usize]) -> Case {
-    let mut case = Case::of_keys(numbers, dims, 1500, 4, &[500, 512, 513, 1024, 1025, 1499]);
+const GROUPS: [usize; 6] = [500, 512, 513, 1024, 1025, 1499];
+
+/// Requests of so many keys, in splits of 64.
+fn long_case(numbers: &mut Numbers, dims: &[usize], keys: &[usize]) -> Case {
+    let most = *keys.iter().max().unwrap();
+    let mut case = Case::of_keys(numbers, dims, most + 1, 4, keys);
     case.split_keys = 64;
     case.num_splits = case.splits().max(1);
     case
 }
 
-fn merged_alike(numbers: &mut Numbers, dims: &[usize], cases: usize, emulated: bool) {
-    for _ in 0..share(cases) {
-        let mut case = long_case(numbers, dims);
+fn merged_alike(numbers: &mut Numbers, dims: &[usize], keys: &[usize], mut cases: usize, emulated: bool) {
+    while cases > 0 {
+        let mut case = long_case(numbers, dims, keys);
         if case.tokens() == 0 {
             continue;
         }
+        cases -= 1;
         let tensors = Tensors::new(numbers, &case);
         case.clusters = false;
         let expected = on_device(&case, &tensors, false);
@@ -523,12 +528,17 @@ fn merged_alike(numbers: &mut Numbers, dims: &[usize], cases: usize, emulated: b
 
 #[test]
 fn splits_merged_on_the_chip_have_the_bits_of_splits_merged_in_memory() {
-    merged_alike(&mut Numbers(14), &[64, 128, 256], 12, false);
+    merged_alike(&mut Numbers(14), &[64, 128, 256], &GROUPS, share(12), false);
 }
 
 #[test]
 fn a_cluster_of_the_kernels_themselves_merges_its_splits_to_the_same_bits() {
-    merged_alike(&mut Numbers(15), &[64], 2, true);
+    merged_alike(&mut Numbers(15), &[64], &GROUPS, share(2), true);
+}
+
+#[test]
+fn groups_of_a_cluster_that_are_more_than_are_loaded_at_once_are_merged_to_the_same_bits() {
+    merged_alike(&mut Numbers(18), &[64], &[64 * 64 + 1], 1, false);
 }
 
 fn wide_alike(numbers: &mut Numbers, mut cases: usize, emulated: bool) {

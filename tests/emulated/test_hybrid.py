@@ -70,7 +70,7 @@ class KnowingThere:
     def block(self, token_ids, positions, limit, attention, size):
         return positions.view(-1, size)[:, :1], positions.new_zeros(positions.shape[0] // size, size - 1, 1)
 
-    def choose(self, hidden, logits, anchors):
+    def choose(self, hidden, logits, anchors, draw=None):
         at, last = hidden[:, 0], self.texts.shape[1] - 1
         known = self.texts.index_select(1, at.clamp(max=last)) == anchors
         texts = self.texts.index_select(0, known.int().argmax(0))

@@ -8,6 +8,7 @@ import reference
 import torch
 
 from dflash_rs import DraftTree, _core, cuda
+from dflash_rs.engine.device import drafting
 
 
 def poisoned(*shape, dtype, device):
@@ -313,6 +314,31 @@ def test_rows_draw_alone_what_they_draw_among_many(gpu, rng, dtype):
     assert alone.status.tolist() == [0] * n
     assert torch.equal(many.tokens, alone.tokens.repeat(copies))
     assert torch.equal(many.logprobs, alone.logprobs.repeat(copies))
+
+
+class Drawing:
+    """A drafter on a device that has chains drawn."""
+
+    def choose(self, hidden, logits, anchors, draw):
+        return draw(logits)
+
+
+@pytest.mark.parametrize("block", [2, 8])
+def test_chains_are_drawn_for_the_places_behind_their_tokens(gpu, rng, block):
+    vocab, contexts, heats, seeds = 50257, np.array([30, 0, 100]), [0.7, 0.0, 1.2], [3, 4, 2**63 + 5]
+    logits = (torch.randn(3, block - 1, vocab) * 3).bfloat16()
+    positions = (contexts[:, None] + np.arange(block)).reshape(-1)
+    starts, anchors, ids, there = to(
+        gpu, np.arange(4, dtype=np.int32) * block, contexts, rng.integers(0, vocab, positions.size), positions
+    )
+    asked = cuda.sampling_rows([{"temperature": heat, "seed": seed} for heat, seed in zip(heats, seeds)], gpu)
+    blocks = drafting.Blocks(starts, anchors, ids, there, logits.to(gpu), logits.to(gpu))
+    drafts = drafting.chains(Drawing(), blocks, asked.rows)
+    for r in range(3):
+        places = (contexts[r] + 1 + np.arange(block - 1)).astype(np.uint64)
+        same = np.full(block - 1, seeds[r], dtype=np.uint64)
+        tokens, _ = _core.sample_rows(logits[r].float().numpy(), places, same, {"temperature": heats[r]})
+        assert drafts[r].tolist() == tokens.tolist()
 
 
 def test_rows_that_cannot_be_drawn_say_so(gpu):

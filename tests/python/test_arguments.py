@@ -230,6 +230,7 @@ def stages():
     )
     arrays = dict.fromkeys(ones, np.zeros(2, I32)) | dict.fromkeys(("table_rows", "anchors"), np.zeros(2, I64))
     arrays |= dict(draft_rows=np.zeros(1, I32), draft_rows64=np.zeros(1, I64), sampling=np.zeros((1, 64), np.uint8))
+    arrays |= dict(draft_sampling=np.zeros((1, 64), np.uint8))
     good = dict(
         plan=plan, wanted=core.device_sampling(plan), bucket=1, uncertain=0, pages=np.zeros((2, width), I32)
     ) | {name: array.copy() for name, array in arrays.items()}

@@ -10,6 +10,8 @@ Both are of the block alone: context, caches and injection are a DFlash's.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -179,9 +181,14 @@ class DFlash2Runtime(Runtime):
         tokens, log_probs = self.select(hidden, logits, anchors, k)
         return tokens, log_probs.exp()
 
-    def choose(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
-        """The likeliest path, int64 [n, size - 1]."""
-        return self.select(hidden, logits, anchors, 1)[0][:, :, 0]
+    def choose(
+        self, hidden: Tensor, logits: Tensor, anchors: Tensor, draw: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The likeliest path, or what `draw` makes of the candidates beside it, int64 [n, size - 1]."""
+        if draw is None:
+            return self.select(hidden, logits, anchors, 1)[0][:, :, 0]
+        tokens, log_probs = self.select(hidden, logits, anchors, self.config.most_candidates)
+        return draw(log_probs.new_full(logits.shape, -math.inf).scatter_(-1, tokens, log_probs))
 
     def branch(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates beside the likeliest path, with their log-probabilities."""

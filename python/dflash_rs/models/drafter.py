@@ -12,6 +12,7 @@ repeatable, and the same for a request whoever drafts beside it, or a text would
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,8 +41,11 @@ class DeviceDrafter(Protocol):
         """The pass over n blocks of `size` tokens, anchors first: token_ids and positions int64 [n * size], below `limit`; `attention` is the
         step's, which knows the context. Gives hidden states [n, size - 1, H] and logits [n, size - 1, V] of the places behind the anchors."""
 
-    def choose(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
-        """The likeliest chains, int64 [n, size - 1], of what `block` gave for `anchors` int64 [n]."""
+    def choose(
+        self, hidden: Tensor, logits: Tensor, anchors: Tensor, draw: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Chains int64 [n, size - 1] of what `block` gave for `anchors` int64 [n]: the likeliest, or what `draw` makes of logits [n, size - 1, V] of
+        all of the target's vocabulary, -inf where a token is not proposed."""
 
     def branch(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """The `branches` likeliest tokens int64 [n, size - 1, k] of every place, falling, and their log-probabilities float32: what trees are

@@ -10,6 +10,7 @@ the whole vocabulary, so an engine that does not know the file drafts with all o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Proposals:
     def __init__(self, lm_head: nn.Module, tokens: Tensor | None):
         self.head, self.tokens = lm_head, tokens
         self._on_host: np.ndarray | None = None
+        self._all = 0
         if tokens is None:
             return
         if type(lm_head) is not nn.Linear:
@@ -39,12 +41,18 @@ class Proposals:
                 f"draft_vocab: the target's head is a {type(lm_head).__name__}, expected a Linear to take rows of"
             )
         self.tokens = tokens.to(lm_head.weight.device)
-        self._on_host = tokens.cpu().numpy()
+        self._on_host, self._all = tokens.cpu().numpy(), lm_head.out_features
         self.head = rows_of(lm_head, self.tokens)
 
     def named(self, picked: Tensor) -> Tensor:
         """Tokens int64 of what a choice among the logits gave, of any shape."""
         return picked if self.tokens is None else self.tokens.take(picked)
+
+    def among_all(self, logits: Tensor) -> Tensor:
+        """Logits [..., N] of the head among those of all of the vocabulary, -inf for a token that is not proposed."""
+        if self.tokens is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self._all), -math.inf).index_copy_(-1, self.tokens, logits)
 
     def named_on_host(self, picked: np.ndarray) -> np.ndarray:
         """The same of a host array."""

@@ -344,11 +344,12 @@ impl Engine {
 
     /// Writes a launched step, padded to `bucket` rows, into the arrays that go to a device. For `r` rows: query_starts, start_known,
     /// anchor_known, context_lens, valid_from i32 `[r + 1]`, table_rows, anchors i64 `[r + 1]`, draft_rows i32 and draft_rows64 i64 `[r]`,
-    /// sampling u8 `[r, ROW_BYTES]`, pages i32 `[r + 1, width of page_table]`.
+    /// sampling u8 `[r, ROW_BYTES]`, pages i32 `[r + 1, width of page_table]`, and draft_sampling u8 `[r, ROW_BYTES]`: how the drafts of each of
+    /// `draft_rows` are drawn, written where any row samples.
     /// Gives whether only the device knows where some row starts or with which token, and the most keys of a row, of which one whose start is
     /// unknown may have `uncertain` more than the host counts on.
     #[pyo3(signature = (plan, wanted, bucket, uncertain, *, query_starts, start_known, anchor_known, table_rows, context_lens, valid_from, draft_rows,
-        draft_rows64, anchors, sampling, pages))]
+        draft_rows64, anchors, sampling, draft_sampling, pages))]
     #[allow(clippy::too_many_arguments, reason = "arrays by keyword, as the device has them")]
     fn fill_inputs<'py>(
         &self,
@@ -367,12 +368,14 @@ impl Engine {
         draft_rows64: &Bound<'py, PyAny>,
         anchors: &Bound<'py, PyAny>,
         sampling: &Bound<'py, PyAny>,
+        draft_sampling: &Bound<'py, PyAny>,
         pages: &Bound<'py, PyAny>,
     ) -> PyResult<(bool, usize)> {
         let plan = plan_given(plan)?;
         let plan = plan.get();
         let wanted = wanted.of("wanted", "a DeviceSampling")?;
-        let rows = bytes(&wanted.get().sampling.arrays().rows);
+        let wanted = &wanted.get().sampling;
+        let rows = bytes(&wanted.arrays().rows);
         let (bucket, uncertain) = (bucket.count("bucket")?, uncertain.count::<u32>("uncertain")? as usize);
         let mut sampling = array_mut::<u8>("sampling", sampling)?;
         let room = slice(&mut sampling)?;
@@ -381,6 +384,21 @@ impl Engine {
         }
         room[..rows.len()].copy_from_slice(rows);
         room[rows.len()..].fill(0);
+        let mut draft_sampling = array_mut::<u8>("draft_sampling", draft_sampling)?;
+        let drafted = slice(&mut draft_sampling)?;
+        shaped(
+            "draft_sampling",
+            &[drafted.len()],
+            &[room.len()],
+            "bytes, as many as sampling",
+        )?;
+        if wanted.samples {
+            let plan = locked(&plan.plan);
+            let mut drafting = plan.arrays().draft_rows.iter().map(|&row| row as usize);
+            for place in drafted.chunks_exact_mut(DeviceSampling::ROW_BYTES) {
+                place.copy_from_slice(bytes(&[wanted.of_drafts(drafting.next())]));
+            }
+        }
         let mut query_starts = array_mut::<i32>("query_starts", query_starts)?;
         let mut start_known = array_mut::<i32>("start_known", start_known)?;
         let mut anchor_known = array_mut::<i32>("anchor_known", anchor_known)?;

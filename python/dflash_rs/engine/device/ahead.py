@@ -62,7 +62,8 @@ def run(backend: DeviceBackend, shape: Shape, room: int) -> None:
     keys, trees = splits * cuda.SPLIT_KEYS, backend.tree_nodes > 0 and block > 1
     if backend.draft is not None and block > 1:
         before = backend.num_graphs
-        backend.draft_graph(requests, block, keys, backend.block_size if trees else None)
+        # Who filters samples: with every shape of a batch come both ways of drafting for it.
+        backend.draft_graph(requests, block, keys, backend.block_size if trees else None, filters and not trees)
         room -= backend.num_graphs - before
     if room > 0 and backend.target_in_graph:
         backend.verify_graph(requests, block, keys, Wanted(filters, False, 0, backend.draft is not None, trees))

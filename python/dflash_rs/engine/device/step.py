@@ -1,6 +1,6 @@
 """A step of the engine that stays on the GPU: one copy up, two graphs, one copy down.
 
-    plan ──> upload ──> [ prepare, drafter, argmax ] ──> [ prepare, target, draw, accept, inject ] ──> download ──> walk, commit
+    plan ──> upload ──> [ prepare, drafter, choose ] ──> [ prepare, target, draw, accept, inject ] ──> download ──> walk, commit
     host                  drafting graph                   verifying graph                              the only wait
 
 Between upload and download the host is asked for nothing: anchors, drafts, drawn tokens, what was accepted and where its draft KV
@@ -9,7 +9,8 @@ start where that one left it (`_catch_up`); host arrays have two copies for it. 
 longest block) and captured in a CUDA graph per bucket; a step with chunks of prompts differs every time and runs the same functions
 without a graph.
 
-Drafting a tree, the drafting graph ends with its nodes instead of an argmax, and the verifying one moves the KV of the accepted path
+Chains are the drafter's likeliest tokens; in a step with a request that samples another graph draws them, by the numbers that the target's tokens
+will be drawn with (`drafting`). Drafting a tree, the drafting graph ends with its nodes, and the verifying one moves the KV of the accepted path
 to where it belongs. Trees have one size per step: which of it a request gets is the drafter's to say, and nobody asks it.
 
 States of recurrent layers stay on the device, too, at their addresses: a row's slot is data, and by how many kept tokens its state has to move
@@ -44,6 +45,7 @@ from ..backend import Step
 from ..constraints import Constraint, Edited
 from ..costs import rising
 from ..timing import StageTimes, stage
+from . import drafting
 from .arena import Arena
 from .aside import Aside
 from .graphs import Graphs
@@ -155,6 +157,8 @@ class DeviceBackend:
                 "draft_rows64": ((r,), np.int64),
                 "anchors": ((r + 1,), np.int64),
                 "sampling": ((r, cuda.SAMPLING_ROW_BYTES), np.uint8),
+                # In the order of `draft_rows`.
+                "draft_sampling": ((r, cuda.SAMPLING_ROW_BYTES), np.uint8),
                 "pages": ((r + 1, core.page_table.shape[1]), np.int32),
             },
         )
@@ -214,7 +218,7 @@ class DeviceBackend:
             raise DflashError(
                 "a step was launched ahead although its draws count tokens that are not known; this is a defect"
             )
-        batch, _, _, drafting, longest, block, prompts = plan.outline
+        batch, _, _, drafted, longest, block, prompts = plan.outline
         bucket = batch if prompts else _bucket(batch, self.rows)
         self._in.turn()
         unknown, max_keys = self.core.fill_inputs(plan, sampling, bucket, self._uncertain, **self._in.host)
@@ -229,8 +233,10 @@ class DeviceBackend:
         tree_block = step.block if step.trees else None
         if tree_block is not None:
             self._fill_nodes(plan, bucket, longest)
-        if drafting:
-            self.draft_graph(_bucket(drafting, self.rows), block, max_keys, tree_block)
+        if drafted:
+            # Trees are made of what is likely.
+            coupled = sampling.samples and not step.trees
+            self.draft_graph(_bucket(drafted, self.rows), block, max_keys, tree_block, coupled)
         wanted = Wanted(
             sampling.filters,
             sampling.scores,
@@ -241,7 +247,7 @@ class DeviceBackend:
         best = None
         aside = None
         if self.constrained and not self.constrained.keys().isdisjoint(plan.request_ids.tolist()):
-            aside = Aside(self, plan, block if drafting else 0, step.trees)
+            aside = Aside(self, plan, block if drafted else 0, step.trees)
         if prompts:
             best = self._mixed(plan, self._drafts(max(block, 1)), longest, max_keys, wanted, aside)
         elif wanted.best or aside is not None:
@@ -289,9 +295,9 @@ class DeviceBackend:
             launched.out,
             launched.tops,
         )
-        batch, _, rows, drafting, *_ = plan.outline
+        batch, _, rows, drafted, *_ = plan.outline
         drafts = None
-        if drafting and not launched.told:
+        if drafted and not launched.told:
             chains = out["drafts"][: (self.rows + 1) * (block - 1)].reshape(self.rows + 1, block - 1)
             if wanted.trees:
                 self._set_trees(plan, chains, out["parents"][: (self.rows + 1) * block].reshape(self.rows + 1, block))
@@ -324,18 +330,27 @@ class DeviceBackend:
         anchors = plan.token_ids[plan.query_starts[rows]]
         plan.set_trees(np.concatenate((anchors[:, None], drafts[rows]), axis=1), parents[rows], plan.block_len[rows])
 
-    def draft_graph(self, requests: int, row: int, max_keys: int, tree_block: int | None = None) -> None:
-        """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`."""
+    def draft_graph(
+        self, requests: int, row: int, max_keys: int, tree_block: int | None = None, coupled: bool = False
+    ) -> None:
+        """Drafts for rows of `row` tokens: blocks of so many, or trees of so many nodes out of blocks of `tree_block`. `coupled` chains are drawn as
+        `draft_sampling` says."""
         splits, block = _splits(max_keys), tree_block or row
 
         def work() -> None:
-            rows = self._draft_rows(requests, block, splits * cuda.SPLIT_KEYS)
+            inputs, draft, keys = self._in.device, self._drafter, splits * cuda.SPLIT_KEYS
+            rows64 = inputs["draft_rows64"][:requests]
+            blocks = drafting.run(draft, inputs, requests, block, self.page_size, self.limit, keys)
             if tree_block is None:
-                self._pick_chains(requests, block, *rows)
-            else:
-                self._grow_trees(requests, row, *rows)
+                asked = inputs["draft_sampling"][:requests] if coupled else None
+                self._drafts(block).index_copy_(0, rows64, drafting.chains(draft, blocks, asked))
+                return
+            trees = drafting.trees(draft, blocks, row)
+            self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
+            for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
+                room.index_copy_(0, rows64, values)
 
-        self._run(("draft", requests, row, tree_block, splits), work)
+        self._run(("draft", requests, row, tree_block, splits, coupled), work)
 
     def verify_graph(self, requests: int, block: int, max_keys: int, wanted: Wanted) -> None:
         splits = _splits(max_keys)
@@ -396,43 +411,6 @@ class DeviceBackend:
         lens, anchors = inputs["context_lens"], inputs["anchors"]
         lens.copy_(torch.where(inputs["start_known"] > 0, lens, self._lens.index_select(0, rows)))
         anchors.copy_(torch.where(inputs["anchor_known"] > 0, anchors, self._anchors.index_select(0, rows)))
-
-    def _draft_rows(self, requests: int, block: int, max_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The drafter's pass over blocks of `requests` rows, padding included: hidden states [requests, block - 1, H], logits
-        [requests, block - 1, V], and the anchors int64 [requests]."""
-        inputs, draft = self._in.device, self._drafter
-        rows = inputs["draft_rows"][:requests]
-        starts = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * block
-        lens, anchors = (inputs[name].index_select(0, rows) for name in ("context_lens", "anchors"))
-        table = cuda.PageTable(inputs["pages"], rows, self.page_size)
-        token_ids, positions = (torch.empty(requests * block, dtype=torch.int64, device=self.device) for _ in range(2))
-        cuda.prepare_block(
-            query_starts=starts, context_lens=lens, anchors=anchors, table=table,
-            token_ids=token_ids, positions=positions, mask_token=draft.mask_token_id,
-        )  # fmt: skip
-        attention = CudaAttention(
-            query_starts=starts,
-            context_lens=lens,
-            table=table,
-            max_block_len=block,
-            max_keys=max_keys,
-            valid_from=inputs["valid_from"].index_select(0, rows),
-        )
-        return *draft.block(token_ids, positions, self.limit, attention, block), anchors
-
-    def _pick_chains(self, requests: int, block: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
-        """The likeliest chains, into `_drafts(block)`."""
-        rows64 = self._in.device["draft_rows64"][:requests]
-        self._drafts(block).index_copy_(0, rows64, self._drafter.choose(hidden, logits, anchors))
-
-    def _grow_trees(self, requests: int, row: int, hidden: Tensor, logits: Tensor, anchors: Tensor) -> None:
-        """The likeliest trees of `row` nodes each, into `_drafts(row)` and `_trees(row)`."""
-        rows64 = self._in.device["draft_rows64"][:requests]
-        tokens, chances = self._drafter.branch(hidden, logits, anchors)
-        trees = cuda.tree_build(anchors, tokens, chances, row - 1)
-        self._drafts(row).index_copy_(0, rows64, trees.tokens[:, 1:])
-        for room, values in zip(self._trees(row), (trees.parents, trees.depths, trees.masks.view(torch.int64))):
-            room.index_copy_(0, rows64, values)
 
     def _trees(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of trees of `row` nodes: parents and depths int32 [rows + 1, row], masks int64 [rows + 1, row, words]."""
@@ -554,7 +532,7 @@ class DeviceBackend:
             (n, self.tree_nodes + 1) for n in (1, 4, 16, 64) if n <= self.rows and self.tree_nodes >= self.block_size
         ]
         shapes = sorted({*shapes, *trees}, key=lambda shape: shape[0] * shape[1])
-        target, drafting = [], []
+        target, drafts = [], []
         for requests, block in shapes:
             self.make_up(requests, block)
             passes = [
@@ -564,15 +542,15 @@ class DeviceBackend:
             plain = self._time(passes[0])
             target.append((requests * block, plain))
             if 1 < block <= self.block_size:
-                drafts = partial(self.draft_graph, requests, block, 1)
-                both = self._time(lambda first=drafts, then=passes[1]: [work() for work in (first, then)])
-                drafting.append((requests * block, max(both - plain, 0.0)))
-        return StepCosts(rising(target), rising(drafting))
+                first = partial(self.draft_graph, requests, block, 1)
+                both = self._time(lambda first=first, then=passes[1]: [work() for work in (first, then)])
+                drafts.append((requests * block, max(both - plain, 0.0)))
+        return StepCosts(rising(target), rising(drafts))
 
     def make_up(self, requests: int, block: int) -> None:
         """Uploads a step of empty requests of `block` tokens each, all on page 0."""
         host = self._in.host
-        for name in ("context_lens", "valid_from", "anchors", "sampling", "pages"):
+        for name in ("context_lens", "valid_from", "anchors", "sampling", "draft_sampling", "pages"):
             host[name][:] = np.zeros((), dtype=host[name].dtype)
         host["draft_rows"][:] = host["draft_rows64"][:] = np.arange(self.rows)
         host["table_rows"][:] = np.arange(self.rows + 1)

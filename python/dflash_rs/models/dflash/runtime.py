@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -213,8 +214,12 @@ class Runtime:
         """See `DeviceDrafter`, likewise below."""
         self.rotary.rows(limit, self.device)
 
-    def choose(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
-        """The likeliest chains, int64 [n, size - 1]."""
+    def choose(
+        self, hidden: Tensor, logits: Tensor, anchors: Tensor, draw: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The likeliest chains, or those that `draw` makes, int64 [n, size - 1]."""
+        if draw is not None:
+            return draw(self.proposals.among_all(logits))
         return self.proposals.named(logits.argmax(dim=-1))
 
     def branch(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
