@@ -571,6 +571,41 @@ fn a_step_without_draft_context_says_so_to_the_next() {
 }
 
 #[test]
+fn while_the_drafter_rests_steps_owe_it_nothing_and_prompts_take_what_the_cache_has() {
+    let mut engine = Engine::new(config(4, 4, 60), None).unwrap();
+    let ask = |engine: &mut Engine| {
+        let params = Params {
+            max_tokens: 4,
+            ..Params::default()
+        };
+        engine.add((0..9).map(TokenId).collect(), params).unwrap()
+    };
+    engine.let_drafter_rest(true);
+    ask(&mut engine);
+    // Its context begins anew with what comes after it is woken.
+    for (rests, owed, valid_from) in [(true, false, 0), (true, false, 9), (false, true, 10), (false, true, 10)] {
+        engine.let_drafter_rest(rests);
+        let mut plan = engine.plan(1).unwrap().unwrap();
+        assert_eq!((plan.drafts(), plan.arrays().draft_valid_from[0]), (owed, valid_from));
+        let accepted = engine.accept_sampled(&plan, &[1], &[]).unwrap();
+        engine.commit(&mut plan, &accepted, owed).unwrap();
+    }
+    assert!(!engine.has_work());
+    // The cache has two pages of the prompt without draft K/V: nothing is computed again for a drafter that rests.
+    for (rests, start) in [(true, 8), (false, 0)] {
+        engine.let_drafter_rest(rests);
+        let id = ask(&mut engine);
+        let plan = engine.plan(4).unwrap().unwrap();
+        assert_eq!(
+            (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]),
+            (start, start)
+        );
+        drop(plan);
+        engine.abort(id).unwrap();
+    }
+}
+
+#[test]
 fn prompts_are_taken_in_pieces_beside_decoding_rows() {
     let mut engine = Engine::new(
         Config {

@@ -288,6 +288,9 @@ class Engine:
     def drafting(self, most: int) -> tuple[NDArray[np.float32], int, int]:
         """Of the ``most`` oldest requests: the temperatures of those that draft, ``[n]``, how many do not, and how many tokens they have together."""
 
+    def let_drafter_rest(self, rests: bool) -> None:
+        """While the drafter rests, steps owe it no K/V (``StepPlan.drafts`` is false): its context begins anew where it is woken."""
+
     def is_wanted(self, plan: StepPlan) -> bool:
         """Whether any request that a launched step is for is still there."""
 
@@ -1189,6 +1192,10 @@ class Planner:
 
     def observe_step(self, plan: StepPlan, target_time: float, draft_rows: int = 0, draft_time: float = 0.0) -> None:
         """``observe`` of a step of the engine; one with tokens of prompts of which no logits are wanted says nothing."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether the drafter will not be asked for a while: the last two looks at what it drafts did not pay, and the next is more than 32 steps off."""
 
     @property
     def costs(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]], float] | None:

@@ -49,6 +49,9 @@ pub use whole_steps::WidthPlanner;
 const EXPLORE: u64 = 32;
 /// As long as drafting does not pay then either, twice as many pass until the next time, up to so many.
 const EXPLORE_LEAST: u64 = 256;
+/// Pauses of so many steps and more are long enough to let the drafter rest, until so many steps before the next look, which its context grows over.
+const REST: u64 = 4 * EXPLORE;
+const WAKE: u64 = 32;
 /// A time below this share of what was expected is a surprise.
 const CHEAP: f64 = 0.8;
 /// Longer blocks than this are a mistake.
@@ -259,6 +262,12 @@ impl Planner {
     /// The exponent that makes a chance of acceptance of the drafter's probability, for requests at this temperature.
     pub fn exponent(&mut self, temperature: f32) -> f32 {
         self.exponents[band(temperature)].get()
+    }
+
+    /// Whether the drafter will not be asked for a while, unless other requests come: the last looks at what it drafts did not pay. What it would need to
+    /// go on from need not be kept meanwhile.
+    pub fn rests(&self) -> bool {
+        self.pause >= REST && self.next_look > self.steps + WAKE
     }
 
     /// How much to draft in the next step.

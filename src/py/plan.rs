@@ -440,6 +440,12 @@ impl Planner {
         Ok(())
     }
 
+    /// Whether the drafter will not be asked for a while.
+    #[getter]
+    fn rests(&self) -> bool {
+        self.0.rests()
+    }
+
     /// Costs in use: the curves of target and drafter, and what a token of context adds; None where whole blocks are drafted.
     #[getter]
     fn costs(&self) -> Option<(Points, Points, f64)> {

@@ -38,6 +38,7 @@ pub struct Scheduler {
     /// Rows of running requests, oldest request first.
     order: Vec<SlotId>,
     retractions: u64,
+    drafter_rests: bool,
 }
 
 impl Scheduler {
@@ -66,8 +67,20 @@ impl Scheduler {
             rows: (0..rows).map(|_| None).collect(),
             order: Vec::with_capacity(config.max_running),
             retractions: 0,
+            drafter_rests: false,
             config,
         })
+    }
+
+    /// Whether requests that draft are let in, and taken through steps, like those that do not: they owe the drafter no K/V, and what is in the cache
+    /// is good for them without.
+    pub fn let_drafter_rest(&mut self, rests: bool) {
+        self.drafter_rests = rests;
+    }
+
+    /// Whether a request's tokens are owed to the drafter.
+    pub fn owes_drafter(&self, request: &Request) -> bool {
+        request.params.drafts() && !self.drafter_rests
     }
 
     /// The sizes.
@@ -262,10 +275,8 @@ impl Scheduler {
             return Ok(None);
         };
         // A page for each row that runs already, or the newcomer would have to give way at the next page boundary.
-        let Some(admitted) = self
-            .kv
-            .admit(&request.tokens, self.order.len(), request.params.drafts())?
-        else {
+        let owes = self.owes_drafter(request);
+        let Some(admitted) = self.kv.admit(&request.tokens, self.order.len(), owes)? else {
             return Ok(None);
         };
         let Some(mut request) = self.waiting.pop_front() else {

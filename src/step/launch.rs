@@ -44,7 +44,7 @@ impl Engine {
         let drafts = rows
             .iter()
             .filter_map(|row| self.scheduler.tenant(row))
-            .any(|running| running.request.params.drafts());
+            .any(|running| self.scheduler.owes_drafter(&running.request));
         let step = self.next_step;
         self.next_step += 1;
         self.in_flight.push_back(Flight { step, rows });

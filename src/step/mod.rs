@@ -240,6 +240,12 @@ impl Engine {
         (temperatures, others, context)
     }
 
+    /// While the drafter rests, steps owe it nothing ([`StepPlan::drafts`] is false): its context ends where it began to rest, and grows again from
+    /// where it is woken. It may draft all the same, from what it has.
+    pub fn let_drafter_rest(&mut self, rests: bool) {
+        self.scheduler.let_drafter_rest(rests);
+    }
+
     /// Whether any request that a launched step is for is still there.
     pub fn is_wanted(&self, plan: &StepPlan) -> bool {
         let flight = self.in_flight.iter().find(|flight| flight.step == plan.step());

@@ -109,9 +109,36 @@ def test_a_drafter_finds_the_context_it_would_have_found(monkeypatch: pytest.Mon
     at_once = run(monkeypatch, 1)
     later = run(monkeypatch, deferred.STEPS)
     assert later[0] == at_once[0] and later[2] == at_once[2] > 120
-    assert len(later[1]) == len(at_once[1]) > 4
+    assert len(later[1]) == len(at_once[1]) > 2
     for (tokens, chances), (expected, likely) in zip(later[1], at_once[1], strict=True):
         assert tokens == expected
         # More rows share a product.
         np.testing.assert_allclose(chances, likely, rtol=1e-4, atol=1e-6)
     assert later[3] < at_once[3] / 8, (later[2:], at_once[2:])
+
+
+def test_a_drafter_that_does_not_pay_rests_and_wakes_before_it_is_looked_at_again() -> None:
+    params = dict(max_tokens=260, temperature=0.7, seed=3, ignore_eos=True)
+    with dflash_rs.LLM(draft=None, max_running=2) as plain:
+        expected = [out.token_ids for out in plain.generate(PROMPTS[:2], params)]
+    with dflash_rs.LLM(costs=DEAR, lookup=False, max_running=2, overlap=False) as llm:
+        backend, added, asked = llm._loop.backend, [], []
+        add, candidates = backend._deferred.add, backend.draft.candidates
+
+        def told(features, rows, **named):
+            added.extend([llm._loop.steps] * rows.size)
+            add(features, rows, **named)
+
+        def propose(anchors, lengths, *given, valid_from, **named):
+            asked.append((llm._loop.steps, (lengths - valid_from).tolist()))
+            return candidates(anchors, lengths, *given, valid_from=valid_from, **named)
+
+        backend._deferred.add, backend.draft.candidates = told, propose
+        assert [out.token_ids for out in llm.generate(PROMPTS[:2], params)] == expected
+    # After 32, 96 and 224 steps; the third finds what was written for it since the drafter was woken, no less and no more.
+    looks = [step for step, _ in asked]
+    assert looks == [31, 95, 223], asked
+    steps = np.array(added)
+    assert not ((steps > 95) & (steps < 191)).any() and (steps >= 191).any() and not (steps > 223).any()
+    written = np.count_nonzero((steps >= 191) & (steps < 223))
+    assert sum(asked[2][1]) == written >= 64 and max(asked[2][1]) < 60 < min(asked[1][1])

@@ -49,6 +49,7 @@ class Policy:
         self.core, self.costs, self._observes = core, costs, observes
         self._max_running, self._max_batch_tokens = max_running, max_batch_tokens
         self._from_text, self._block, self.look_up = from_text, block_size, look_up
+        self._asks_host = asks_host
         # Rows of the drafter's pass in the step at hand.
         self._asked_rows = 0
         self._widths = [] if asks_host or not tree_nodes else widths
@@ -67,6 +68,9 @@ class Policy:
         if self._from_text:
             return Decision(self._block, self._block, False)
         row, block, trees = decided
+        if self._asks_host:
+            # On a device to owe the drafter nothing would be another graph.
+            self.core.let_drafter_rest(block == 1 and self.planner.rests)
         if self.look_up:
             # As long as there is room for everyone's; a quarter of a step is the prompts'.
             requests = max(1, len(temperatures))

@@ -267,6 +267,30 @@ fn a_drafter_that_is_never_right_is_left_alone_but_for_a_look_now_and_then() {
 }
 
 #[test]
+fn a_drafter_that_did_not_pay_twice_rests_until_its_context_has_to_grow_for_the_next_look() {
+    let mut planner = chains(0.05);
+    (0..400).for_each(|_| planner.record(1.0, 7, 0, &[]).unwrap());
+    let rested: Vec<bool> = (0..500)
+        .map(|_| {
+            block(&mut planner, 1, 0);
+            planner.rests()
+        })
+        .collect();
+    // Looks are at 31, 95, 223 and 479: it rests after the second one, and is awake for the 32 steps before a look.
+    let expected = |step: usize| (95..191).contains(&step) || (223..447).contains(&step) || step >= 479;
+    for (step, &rests) in rested.iter().enumerate() {
+        assert_eq!(rests, expected(step), "{step}");
+    }
+    // One whose drafts pay at the next look does not.
+    (0..400).for_each(|_| planner.record(1.0, 7, 7, &[]).unwrap());
+    (0..300).for_each(|_| assert_eq!(block(&mut planner, 1, 0), 8));
+    assert!(!planner.rests());
+    let mut whole = Planner::new(8, None).unwrap();
+    (0..500).for_each(|_| assert_eq!(block(&mut whole, 1, 0), 8));
+    assert!(!whole.rests(), "without costs there are no looks");
+}
+
+#[test]
 fn a_drafter_that_is_far_cheaper_than_believed_is_soon_looked_at_again() {
     let looks = |verified: f64, took: f64| {
         let mut planner = chains(0.05);

@@ -237,6 +237,13 @@ impl Engine {
         Ok((PyArray1::from_vec(py, temperatures), others, context))
     }
 
+    /// While the drafter rests, steps owe it no K/V (`StepPlan.drafts` is false): its context begins anew where it is woken.
+    fn let_drafter_rest(&self, py: Python<'_>, rests: Flag) -> PyResult<()> {
+        let rests = rests.of("rests")?;
+        self.with(py, |engine| engine.let_drafter_rest(rests));
+        Ok(())
+    }
+
     /// Whether any request that a launched step is for is still there.
     fn is_wanted<'py>(&self, py: Python<'py>, plan: Object<'py, StepPlan>) -> PyResult<bool> {
         let plan = plan_given(plan)?;
