@@ -1,9 +1,10 @@
-//! The planner as a whole: both calls, chains and trees (`choices`), a drafter beside texts (`either`), and what is learnt
-//! between them (`learnt`).
+//! The planner as a whole: both calls, chains and trees (`choices`), a drafter beside texts (`either`), what is learnt
+//! between them (`learnt`), and looks at what does not pay (`looks`).
 
 mod choices;
 mod either;
 mod learnt;
+mod looks;
 
 use super::*;
 use crate::draft::{DraftTree, TopK};
