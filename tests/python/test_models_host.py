@@ -8,10 +8,12 @@ from test_models_draft import VARIANTS
 
 from dflash_rs import _core
 from dflash_rs.attention import step_attention
+from dflash_rs.engine import costs as step_costs
 from dflash_rs.engine.costs import measure, rising
 from dflash_rs.errors import InvalidArgument
 from dflash_rs.models.drafter import FINAL
 from dflash_rs.models.fused import addresses
+from dflash_rs.models.lookup import LookUp
 from dflash_rs.models.target import TargetModel
 
 LENGTHS = [1, 23, 9]
@@ -203,6 +205,41 @@ def test_costs_are_measured_over_tokens_that_differ():
     target.forward = lambda batch: (seen.append(batch.token_ids.tolist()), forward(batch))[1]
     measure(target, draft, 6)
     assert all(len(set(tokens)) == len(tokens) for tokens in seen) and max(map(len, seen)) == 64
+
+
+def test_what_context_costs_is_measured_behind_tokens_that_were_written_unless_that_takes_long(monkeypatch):
+    target = TargetModel(qwen3_target())
+    target.alloc_kv(300)
+    forward, seen, written = target.forward, [], []
+    target.forward = lambda batch: (seen.append((batch.positions.tolist(), batch.slots.tolist())), forward(batch))[1]
+
+    def told(times):
+        answers = iter(times)
+
+        def fastest(passes):
+            if len(passes) == 2:
+                written[:] = [slot for _, slots in seen for slot in slots]
+                seen.clear()
+                for run in passes:
+                    run()
+            return next(answers)
+
+        return fastest
+
+    rows = [1e-3] * 7
+    monkeypatch.setattr(step_costs, "_fastest", told([rows, [2.0, 2.5]]))
+    costs = measure(target, LookUp(), 6)
+    # One row, and one row behind as many tokens as it may see.
+    tokens = min(256, target.max_context - 1)
+    assert [positions for positions, _ in seen] == [[0], [tokens]] == [slots for _, slots in seen]
+    assert written == list(range(tokens))
+    assert costs.context == 0.5 / tokens and costs.planner(6).costs[2] == costs.context
+    # A pass over more of them that takes no longer costs nothing; one that would take long is not tried.
+    monkeypatch.setattr(step_costs, "_fastest", told([rows, [2.0, 1.5]]))
+    assert measure(target, LookUp(), 6).context == 0
+    seen.clear()
+    monkeypatch.setattr(step_costs, "_fastest", told([[60.0] * 7]))
+    assert measure(target, LookUp(), 6).context == 0 and not seen
 
 
 def test_a_cache_of_a_few_slots_is_measured_as_far_as_it_goes():

@@ -39,20 +39,10 @@ def measure(target: TargetModel, draft: Drafter, block_size: int, requests: int 
         # A token of context before each block.
         rows = [n for n in rows if -(-n // block_size) <= requests and -(-n // block_size) * (block_size + 1) <= slots]
     verify_rows = partial(_verify if target.state is None else partial(_fold_and_verify, block=block_size), target)
-    context = 0 if target.state is not None else min(_CONTEXT, slots - 1, target.max_context - 1)
     passes: list[Callable[[], Any]] = [partial(verify_rows, n) for n in rows]
-    if context > 0:
-        # Memory that nobody wrote to yet is read faster than any other.
-        for begin in range(0, context, rows[-1]):
-            _verify(target, min(rows[-1], context - begin), begin)
-        passes.append(partial(_verify, target, 1, context))
-
-    def context_cost(times: list[float]) -> float:
-        return max(0.0, times[len(rows)] - times[0]) / context if context > 0 else 0.0
-
     if draft.from_text:
         times = _fastest(passes)
-        return StepCosts(rising(zip(rows, times[: len(rows)], strict=True)), context=context_cost(times))
+        return StepCosts(rising(zip(rows, times, strict=True)), context=_context_cost(target, rows[-1], times[-1]))
     blocks = sorted({(1, 2), (1, (block_size + 2) // 2), *((n, block_size) for n in _REQUESTS)})
     features = None
     if draft.taps:
@@ -62,10 +52,24 @@ def measure(target: TargetModel, draft: Drafter, block_size: int, requests: int 
     told = {"token_ids": first, "before": first - 1} if draft.reads_tokens else {}
     passes.append(lambda: draft.inject(features, first, first, **told))
     times = _fastest(passes)
-    verify, propose, inject = times[: len(rows)], times[-1 - len(blocks) : -1], times[-1]
+    verify, propose, inject = times[: len(rows)], times[len(rows) : -1], times[-1]
     # Every pass that drafts is followed by an injection.
     drafting = sorted((n * size, time + inject) for (n, size), time in zip(blocks, propose, strict=True))
-    return StepCosts(rising(zip(rows, verify, strict=True)), rising(drafting), context_cost(times))
+    context = _context_cost(target, rows[-1], verify[-1])
+    return StepCosts(rising(zip(rows, verify, strict=True)), rising(drafting), context)
+
+
+def _context_cost(target: TargetModel, rows: int, taken: float) -> float:
+    """What a token of context adds to a pass, in seconds: of one row behind some tokens, against one without. 0 where it would take too long to
+    write those, `rows` in `taken` seconds: beside so large a target they weigh little."""
+    tokens = min(_CONTEXT, target.num_slots - 1, target.max_context - 1)
+    if target.state is not None or tokens < 1 or taken * tokens / rows > _PATIENCE_S:
+        return 0.0
+    # Memory that nobody wrote to yet is read faster than any other.
+    for begin in range(0, tokens, rows):
+        _verify(target, min(rows, tokens - begin), begin)
+    without, behind = _fastest([partial(_verify, target, 1), partial(_verify, target, 1, tokens)])
+    return max(0.0, behind - without) / tokens
 
 
 def rising(points) -> tuple[tuple[int, float], ...]:
