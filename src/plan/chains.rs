@@ -34,18 +34,24 @@ pub(super) fn decide(cost: &StepCost, expected: &Expected, batch: &Batch<'_>, ex
 }
 
 /// Tokens that each request verifies, the anchor counted, and how many of its drafts are expected to be accepted.
-pub(super) fn admit(cost: Option<&StepCost>, offers: &Offers<'_>, judges: &[Judge]) -> (Vec<i32>, Vec<f64>) {
+pub(super) fn admit(
+    cost: Option<&StepCost>,
+    offers: &Offers<'_>,
+    judges: &[Judge],
+    exploring: bool,
+) -> (Vec<i32>, Vec<f64>) {
     struct Draft {
         /// As things were promised, and as far as such promises are kept.
         promised: f32,
         chance: f32,
         request: usize,
+        position: usize,
     }
     let mut line = Vec::with_capacity(offers.most.len() * offers.depth);
     let rows = offers.probabilities.chunks_exact(offers.depth * offers.k);
     for (request, (row, judge)) in rows.zip(judges).enumerate() {
         let mut promised = 1.0;
-        for place in row.chunks_exact(offers.k).take(offers.places(request)) {
+        for (position, place) in row.chunks_exact(offers.k).enumerate().take(offers.places(request)) {
             let mut likeliest = [0.0];
             chances(&place[..1], judge.exponent, &mut likeliest);
             promised *= likeliest[0];
@@ -53,6 +59,7 @@ pub(super) fn admit(cost: Option<&StepCost>, offers: &Offers<'_>, judges: &[Judg
                 promised,
                 chance: promised * judge.kept,
                 request,
+                position,
             });
         }
     }
@@ -60,9 +67,12 @@ pub(super) fn admit(cost: Option<&StepCost>, offers: &Offers<'_>, judges: &[Judg
     line.sort_by(|a, b| b.chance.total_cmp(&a.chance));
     let admitted = worth(cost, offers, line.iter().map(|draft| draft.chance));
     let (mut widths, mut promised) = (vec![1; offers.most.len()], vec![0.0; offers.most.len()]);
-    for draft in &line[..admitted] {
-        widths[draft.request] += 1;
-        promised[draft.request] += f64::from(draft.promised);
+    for (index, draft) in line.iter().enumerate() {
+        // A step that explores verifies something of everyone: what more rows take is seen in no other way.
+        if index < admitted || exploring && draft.position == 0 {
+            widths[draft.request] += 1;
+            promised[draft.request] += f64::from(draft.promised);
+        }
     }
     (widths, promised)
 }

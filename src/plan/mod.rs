@@ -52,6 +52,9 @@ const EXPLORE_LEAST: u64 = 256;
 /// Pauses of so many steps and more are long enough to let the drafter rest, until so many steps before the next look, which its context grows over.
 const REST: u64 = 4 * EXPLORE;
 const WAKE: u64 = 32;
+/// As often as this a step that would have drafts is a plain one where steps are timed: what drafting is weighed against must not be what plain steps
+/// took long ago.
+const PLAINLY: u64 = 64;
 /// A time below this share of what was expected is a surprise.
 const CHEAP: f64 = 0.8;
 /// Longer blocks than this are a mistake.
@@ -181,6 +184,10 @@ pub struct Planner {
     exploring: bool,
     next_look: u64,
     pause: u64,
+    // Requests of the step at hand, and whether it is to be plain; steps since one was, None as long as none was timed.
+    running: usize,
+    plainly: bool,
+    since_plain: Option<u64>,
 }
 
 impl Planner {
@@ -215,6 +222,9 @@ impl Planner {
             exploring: false,
             next_look: EXPLORE,
             pause: EXPLORE,
+            running: 0,
+            plainly: false,
+            since_plain: None,
         })
     }
 
@@ -286,6 +296,12 @@ impl Planner {
         };
         self.steps += 1;
         self.exploring = self.steps >= self.next_look;
+        self.running = batch.temperatures.len() + batch.others;
+        self.plainly = self.since_plain.is_some_and(|steps| steps >= PLAINLY) && !self.exploring;
+        if self.plainly {
+            self.since_plain = Some(0);
+            return Ok(Decision::PLAIN);
+        }
         if batch.temperatures.is_empty() || self.block == 1 {
             return Ok(Decision::PLAIN);
         }
@@ -311,8 +327,10 @@ impl Planner {
     /// tokens.
     pub fn admit(&mut self, offers: &Offers<'_>) -> Result<Vec<i32>> {
         let judges = self.begin(offers)?;
-        self.exploring = false;
-        let (widths, promised) = chains::admit(self.cost.as_ref(), offers, &judges);
+        let exploring = std::mem::take(&mut self.exploring);
+        let ones = vec![1; offers.most.len()];
+        let now = self.for_now(offers, &ones);
+        let (widths, promised) = chains::admit(self.cost.as_ref(), &now, &judges, exploring);
         self.remember(offers, promised, Vec::new(), 0);
         Ok(widths)
     }
@@ -327,7 +345,9 @@ impl Planner {
         check_length("tokens", tokens.len(), offers.probabilities.len())?;
         let judges = self.begin(offers)?;
         let exploring = std::mem::take(&mut self.exploring);
-        let (trees, promised) = trees::admit(self.cost.as_ref(), offers, &judges, exploring, anchors, tokens);
+        let ones = vec![1; offers.most.len()];
+        let now = self.for_now(offers, &ones);
+        let (trees, promised) = trees::admit(self.cost.as_ref(), &now, &judges, exploring, anchors, tokens);
         self.remember(offers, promised, trees.parents.clone(), trees.width);
         Ok(trees)
     }
@@ -371,6 +391,12 @@ impl Planner {
             }
         };
         Ok(offers.temperatures.iter().enumerate().map(judge).collect())
+    }
+
+    /// What of an offer may be taken: in a step that is to be plain the anchors alone, `ones`.
+    fn for_now<'a>(&self, offers: &Offers<'a>, ones: &'a [i32]) -> Offers<'a> {
+        let most = if self.plainly { ones } else { offers.most };
+        Offers { most, ..*offers }
     }
 
     fn remember(&mut self, offers: &Offers<'_>, promised: Vec<f64>, parents: Vec<i32>, width: usize) {
@@ -450,6 +476,11 @@ impl Planner {
     /// `draft.0` rows with what follows from it. The costs follow.
     pub fn observe(&mut self, target: (usize, f64), context: usize, draft: (usize, f64)) {
         let Some(cost) = &mut self.cost else { return };
+        self.since_plain = if target.0 <= self.running {
+            Some(0)
+        } else {
+            Some(self.since_plain.map_or(0, |steps| steps + 1))
+        };
         // What turns out to be far cheaper than believed is soon looked at again.
         let (drafting, believed) = (draft.1, cost.draft.at(draft.0));
         let verifying = target.1 < CHEAP * cost.pass(target.0, context);

@@ -72,7 +72,20 @@ fn a_drafter_that_is_far_cheaper_than_believed_is_soon_looked_at_again() {
 }
 
 #[test]
-fn a_look_at_trees_verifies_something_of_everyone_and_only_then() {
+fn a_look_verifies_something_of_everyone_and_only_then() {
+    let mut planner = chains(2.0);
+    let unlikely = [0.1, 0.9, 0.2, 0.3];
+    for step in 1..=3 * EXPLORE {
+        block(&mut planner, 2, 0);
+        let looks = step == EXPLORE || step == 3 * EXPLORE;
+        let expected = if looks { [1, 1] } else { [0, 0] };
+        assert_eq!(drafts(&mut planner, &unlikely, 2, 0).unwrap(), expected, "{step}");
+        assert_eq!(
+            drafts(&mut planner, &unlikely, 2, 0).unwrap(),
+            [0, 0],
+            "a look is one look"
+        );
+    }
     let mut planner = trees(5.0, 9);
     let unlikely = [0.1f32, 0.05, 0.01].repeat(8);
     for step in 1..=EXPLORE {
@@ -105,4 +118,58 @@ fn every_so_often_more_is_drafted_than_pays() {
         let sizes: Vec<_> = (0..32).map(|_| planner.decide(&device(some)).unwrap().width).collect();
         assert_eq!((sizes[0], sizes[31]), (3, expected));
     }
+}
+
+/// What a planner that drafts decides and admits over some steps on a machine of its own costs, in which a plain step comes to take `plain` times as
+/// long: blocks, and drafts of the two requests.
+fn on_a_machine(plain: f64, steps: u64, timed: bool) -> (Planner, Vec<usize>, Vec<usize>) {
+    let machine = StepCost {
+        target: Curve::new("target", &[(2.0, 1.1), (4.0, 1.2), (8.0, 1.4), (16.0, 1.8)]).unwrap(),
+        context: 0.0,
+        draft: line(0.1, 0.02),
+    };
+    let mut planner = Planner::new(8, Some(machine.clone())).unwrap();
+    (0..400).for_each(|_| planner.record(1.0, 7, 3, &[]).unwrap());
+    let (mut blocks, mut verified) = (Vec::new(), Vec::new());
+    for _ in 0..steps {
+        let block = block(&mut planner, 2, 0);
+        let widths = drafts(&mut planner, &[0.9, 0.8, 0.9, 0.8], 2, 0).unwrap();
+        let rows = 2 + widths.iter().sum::<usize>();
+        let time = if rows == 2 { plain } else { 1.0 } * machine.target.at(rows);
+        let drafting = if block > 1 { 2 * block } else { 0 };
+        if timed {
+            planner.observe((rows, time), 0, (drafting, machine.draft.at(drafting)));
+        }
+        blocks.push(block);
+        verified.push(rows - 2);
+    }
+    (planner, blocks, verified)
+}
+
+#[test]
+fn now_and_then_a_step_that_would_have_drafts_is_a_plain_one() {
+    // Every 64 steps, but for looks, which come every 32: neither the drafter nor what was offered has a part in it.
+    let (_, blocks, verified) = on_a_machine(1.0, 400, true);
+    let plain: Vec<usize> = (0..400).filter(|&step| verified[step] == 0).collect();
+    assert!(plain.iter().all(|&step| blocks[step] == 1) && blocks.iter().filter(|&&b| b == 1).count() == plain.len());
+    assert_eq!(plain.len(), 6, "{plain:?}");
+    assert!(
+        plain.windows(2).all(|pair| (64..=67).contains(&(pair[1] - pair[0]))),
+        "{plain:?}"
+    );
+    // Where nobody tells what steps take there is nothing to learn from it.
+    let (_, blocks, verified) = on_a_machine(1.0, 400, false);
+    assert!(blocks.iter().all(|&block| block > 1) && verified.iter().all(|&drafts| drafts > 0));
+}
+
+#[test]
+fn what_plain_steps_take_by_now_is_not_forgotten_over_drafting() {
+    // They have become three times as fast, which only they can show: drafting no longer pays.
+    let (planner, _, verified) = on_a_machine(1.0 / 3.0, 2500, true);
+    let cost = planner.cost().unwrap();
+    assert!(
+        verified[2000..].iter().filter(|&&drafts| drafts > 0).count() < 20,
+        "{:?}",
+        cost.target
+    );
 }
