@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 from fake_llm import FakeLLM
 
-from dflash_rs.bench import report
+from dflash_rs.bench import report, runner
 from dflash_rs.bench.runner import Plan, compare, first_difference, run_demo
 from dflash_rs.bench.workloads import Prompt, Setting, parse_prompts, read_prompts
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -66,6 +67,21 @@ def test_a_changed_token_is_reported_with_its_place_and_logit_gap():
     assert (one.prompt, one.source, one.position, one.other_token) == (1, "b.py", 4, 63)
     assert one.logit_gap == pytest.approx((one.plain_token - 63) / 1000)
     assert any("prompt 2 (b.py) differs at token 4" in line for line in report.remarks(rows))
+
+
+def test_a_speed_up_is_the_median_of_the_repeats_own(monkeypatch):
+    # A machine that gets faster and slower: drafting doubles the speed in every repeat but one.
+    seconds = {False: iter([4.0, 1.0, 2.0]), True: iter([2.0, 2.0, 1.0])}
+    once = runner.timed
+
+    def timed(llm, prompts, params, draft):
+        done = once(llm, prompts, params, draft)
+        return dataclasses.replace(done, seconds=next(seconds[draft]))
+
+    monkeypatch.setattr(runner, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(runner, "timed", timed)
+    rows, _ = demo(Plan((GREEDY,), repeat=3, max_tokens=4))
+    assert (rows[0].speedup, rows[1].speedup) == (1.0, 2.0) and rows[1].tokens_per_s == rows[0].tokens_per_s
 
 
 def test_an_unfinished_request_fails_the_benchmark():

@@ -162,7 +162,7 @@ def run_reference(
                         seed=None,
                         tokens_per_s=median[mode],
                         tau=sum(max(len(one) - 1, 0) for one in ids) / steps if steps else 0.0,
-                        speedup=median[mode] / median[PLAIN],
+                        speedup=statistics.median(a / b for a, b in zip(rates[mode], rates[PLAIN], strict=True)),
                         identical_to_plain=not divergences,
                         identical=f"{len(prompts) - len(divergences)}/{len(prompts)}",
                         repeated_4gram_share=statistics.fmean(repeated_ngram_share(one) for one in ids),

@@ -4,7 +4,8 @@ Promises:
 - An arm is never compared with a number from another run: plain and drafted decoding share one engine, one set of prompts and
   one process, and take turns (the order flips every repeat), so that a machine that slows down slows both.
 - Every pass over the prompts is one `generate` call; tokens/s counts all output tokens over the whole call, prefill
-  and scheduling included. Reported is the median over the repeats.
+  and scheduling included. Reported is the median over the repeats; a speed-up is the median of those of the single repeats, whose passes
+  follow each other.
 - Nothing is timed before a warm-up of every arm.
 - The texts are compared token by token. A difference is reported with its place and, where the engine can tell,
   the gap between the two tokens' logits: a gap at rounding level is rounding, anything else is a bug.
@@ -287,7 +288,6 @@ def _measure(
 
     plain_ids = [list(output.token_ids) for output in passes[PLAIN][0].outputs]
     rates = {mode: [one.tokens / one.seconds for one in runs] for mode, runs in passes.items()}
-    plain_rate = statistics.median(rates[PLAIN])
     gap = logit_gap(llm, prompt_ids, plain_ids)
     block_size = getattr(llm, "block_size", 8) or 8
     result = []
@@ -309,7 +309,7 @@ def _measure(
             temperature=setting.temperature,
             seed=setting.seed,
             tokens_per_s=rate,
-            speedup=rate / plain_rate,
+            speedup=statistics.median(one / plain for one, plain in zip(rates[mode], rates[PLAIN], strict=True)),
             identical_to_plain=not divergences,
             identical=f"{len(prompts) - len(divergences)}/{len(prompts)}",
             repeated_4gram_share=statistics.fmean(repeated_ngram_share(tokens) for tokens in ids),
