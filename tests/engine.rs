@@ -559,29 +559,31 @@ fn a_step_without_draft_context_says_so_to_the_next() {
             draft,
             ..Params::default()
         };
-        let id = engine.add((0..10).map(TokenId).collect(), params).unwrap();
-        let plan = engine.plan(4).unwrap().unwrap();
-        assert_eq!(
-            (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]),
-            (start, start)
-        );
-        drop(plan);
-        engine.abort(id).unwrap();
+        let prompt = (0..10).map(TokenId).collect();
+        assert_eq!(where_it_starts(&mut engine, prompt, params), (start, start));
     }
+}
+
+/// The context that a request is let in with, and where that of its drafter begins.
+fn where_it_starts(engine: &mut Engine, prompt: Vec<TokenId>, params: Params) -> (i32, i32) {
+    let id = engine.add(prompt, params).unwrap();
+    let plan = engine.plan(4).unwrap().unwrap();
+    let found = (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]);
+    drop(plan);
+    engine.abort(id).unwrap();
+    found
 }
 
 #[test]
 fn while_the_drafter_rests_steps_owe_it_nothing_and_prompts_take_what_the_cache_has() {
     let mut engine = Engine::new(config(4, 4, 60), None).unwrap();
-    let ask = |engine: &mut Engine| {
-        let params = Params {
-            max_tokens: 4,
-            ..Params::default()
-        };
-        engine.add((0..9).map(TokenId).collect(), params).unwrap()
+    let prompt: Vec<TokenId> = (0..9).map(TokenId).collect();
+    let params = Params {
+        max_tokens: 4,
+        ..Params::default()
     };
     engine.let_drafter_rest(true);
-    ask(&mut engine);
+    engine.add(prompt.clone(), params.clone()).unwrap();
     // Its context begins anew with what comes after it is woken.
     for (rests, owed, valid_from) in [(true, false, 0), (true, false, 9), (false, true, 10), (false, true, 10)] {
         engine.let_drafter_rest(rests);
@@ -594,14 +596,10 @@ fn while_the_drafter_rests_steps_owe_it_nothing_and_prompts_take_what_the_cache_
     // The cache has two pages of the prompt without draft K/V: nothing is computed again for a drafter that rests.
     for (rests, start) in [(true, 8), (false, 0)] {
         engine.let_drafter_rest(rests);
-        let id = ask(&mut engine);
-        let plan = engine.plan(4).unwrap().unwrap();
         assert_eq!(
-            (plan.arrays().context_lens[0], plan.arrays().draft_valid_from[0]),
+            where_it_starts(&mut engine, prompt.clone(), params.clone()),
             (start, start)
         );
-        drop(plan);
-        engine.abort(id).unwrap();
     }
 }
 

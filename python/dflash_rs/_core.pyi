@@ -1151,14 +1151,12 @@ class Planner:
         self,
         plan: StepPlan,
         looked_up: tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]],
-        rows: NDArray[np.int32] | None = None,
-        tokens: NDArray[np.int64] | None = None,
-        probabilities: NDArray[np.float32] | None = None,
+        own: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]] | None = None,
     ) -> None:
         """Fills a step in with the drafts that pay, of each request those that promise more.
 
-        ``looked_up``: what ``Engine.look_up`` found for this step. ``tokens`` and ``probabilities`` ``[m, depth]``: the drafter's chains for the
-        ``rows`` ``[m]`` that were asked for. Raises ``InvalidArgument`` for rows that do not draft.
+        ``looked_up``: what ``Engine.look_up`` found for this step. ``own``: the rows ``[m]`` that the drafter was asked for, and its chains, tokens
+        and probabilities ``[m, depth]``. Raises ``InvalidArgument`` for rows that do not draft.
         """
 
     def admit_trees(

@@ -31,22 +31,22 @@ impl Admitted {
         Some(self.at - 1)
     }
 
-    /// Whether the first draft of a chain that was not verified would have been right: the target's next token tells, where all before it were.
-    pub fn unverified(&self, row: usize, pass: &Pass<'_>) -> Option<bool> {
-        let place = pass.verified;
-        let known = self.parents.is_empty() && pass.path.len() == place && place < self.offered[row];
-        let token = self.tokens.get(row * self.depth + place).filter(|_| known)?;
-        Some(pass.next? == *token)
+    /// Of how many positions of a pass it is known whether the drafter was right, and at how many it was. Those that were verified; and of a chain
+    /// the first that was not, where all before it were right: the target's next token tells.
+    pub fn known(&self, row: usize, pass: &Pass<'_>) -> (usize, usize) {
+        let (place, right) = (pass.verified, pass.path.len());
+        let open = self.parents.is_empty() && right == place && place < self.offered[row];
+        match (self.tokens.get(row * self.depth + place), pass.next) {
+            (Some(&draft), Some(next)) if open => (place + 1, right + usize::from(draft == next)),
+            _ => (pass.depth, right),
+        }
     }
 
-    /// Tells what became of the likeliest candidates that a pass reached, and of the first of a chain that was `unverified`.
-    pub fn tell(&self, row: usize, pass: &Pass<'_>, unverified: Option<bool>, exponent: &mut Exponent) {
+    /// Tells what became of the likeliest candidates that a pass reached.
+    pub fn tell(&self, row: usize, pass: &Pass<'_>, exponent: &mut Exponent) {
         let probabilities = &self.probabilities[row * self.depth..][..self.depth];
         if self.parents.is_empty() {
-            let (seen, right) = match unverified {
-                Some(right) => (pass.verified + 1, pass.path.len() + usize::from(right)),
-                None => (pass.verified, pass.path.len()),
-            };
+            let (seen, right) = self.known(row, pass);
             return tell_chain(probabilities, seen, right, exponent);
         }
         let parents = &self.parents[row * self.width..][..self.width];

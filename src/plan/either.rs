@@ -7,10 +7,10 @@
 
 use super::chances::{band, chances};
 use super::{Admission, Offers, Planner, check_length};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// A drafter's chains for some of a step's requests, of `depth` places each.
-#[derive(Clone, Copy, Debug)]
+/// A drafter's chains for some of a step's requests, of `depth` places each; none for nobody.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Own<'a> {
     /// `[m]` for which of them, rising.
     pub requests: &'a [usize],
@@ -33,9 +33,7 @@ impl Planner {
         let asked = |&request: &usize| {
             let band = band(texts.temperatures[request]);
             let places = (texts.most[request] as usize).min(block) - 1;
-            let drafter = promised(self.acceptance[band].chances().take(places));
-            let text = promised(chain(texts, request).map(f64::from));
-            text * f64::from(self.kept[1][band].share()) < drafter
+            self.text_promises(texts, request) < promised(self.acceptance[band].chances().take(places))
         };
         Ok((0..texts.most.len()).filter(asked).collect())
     }
@@ -44,12 +42,19 @@ impl Planner {
     /// was asked for.
     ///
     /// # Errors
-    /// As [`Self::admit`]; `Length` naming what of `own` or `found` does not fit.
+    /// As [`Self::admit`]; `Length` naming what of `own` or `found` does not fit, `InvalidArgument` for requests of `own` that are none.
     pub fn admit_either(&mut self, texts: &Offers<'_>, found: &[i32], own: &Own<'_>) -> Result<Admission> {
         let requests = texts.most.len();
         check_length("found", found.len(), requests)?;
         check_length("own", own.tokens.len(), own.requests.len() * own.depth)?;
         check_length("own", own.probabilities.len(), own.tokens.len())?;
+        if let Some(none) = own.requests.iter().find(|&&request| request >= requests) {
+            return Err(Error::InvalidArgument {
+                name: "own",
+                got: format!("request {none}"),
+                expected: format!("below {requests}"),
+            });
+        }
         let mut tokens = texts.tokens.to_vec();
         check_length("tokens", tokens.len(), texts.probabilities.len())?;
         let judges = self.begin(&Offers {
@@ -69,8 +74,7 @@ impl Planner {
                 f64::from(chance[0])
             };
             let drafter = promised(probabilities.iter().take(room(request)).map(own_chance)) * f64::from(judge.kept);
-            let text = promised(chain(texts, request).map(f64::from));
-            if drafter < text * f64::from(self.kept[1][band(texts.temperatures[request])].share()) {
+            if drafter < self.text_promises(texts, request) {
                 continue;
             }
             let row = request * texts.depth;
@@ -91,13 +95,13 @@ impl Planner {
         })?;
         Ok(Admission { tokens, widths })
     }
-}
 
-/// Chances of a request's drafts, each when all before it are right.
-fn chain<'a>(texts: &Offers<'a>, request: usize) -> impl Iterator<Item = f32> + use<'a> {
-    texts.probabilities[request * texts.depth..][..texts.depth]
-        .iter()
-        .copied()
+    /// How many drafts of a request's text will be accepted in the mean, by their chances and by what of such promises was kept.
+    fn text_promises(&self, texts: &Offers<'_>, request: usize) -> f64 {
+        let chances = &texts.probabilities[request * texts.depth..][..texts.depth];
+        let kept = self.kept[1][band(texts.temperatures[request])].share();
+        promised(chances.iter().map(|&chance| f64::from(chance))) * f64::from(kept)
+    }
 }
 
 /// Drafts of a chain that will be accepted in the mean.

@@ -445,17 +445,16 @@ impl Planner {
         if text {
             return Ok(());
         }
-        let unverified = found.and_then(|(row, admitted)| admitted.unverified(row, pass));
-        let (depth, kept) = match unverified {
-            Some(right) => (pass.depth + 1, pass.path.len() + usize::from(right)),
+        let (depth, right) = match found {
+            Some((row, admitted)) => admitted.known(row, pass),
             None => (pass.depth, pass.path.len()),
         };
-        self.acceptance[band].record(depth, kept)?;
+        self.acceptance[band].record(depth, right)?;
         if pass.tree {
             self.nodes[band].record(pass.verified, pass.path);
         }
         if let Some((row, admitted)) = found {
-            admitted.tell(row, pass, unverified, &mut self.exponents[band]);
+            admitted.tell(row, pass, &mut self.exponents[band]);
         }
         Ok(())
     }

@@ -118,7 +118,7 @@ impl Drafting {
             drafting
                 .iter()
                 .position(|other| other == row)
-                .ok_or_else(|| invalid("rows", row.to_string(), "rows of the step that draft"))
+                .ok_or_else(|| invalid("own", format!("row {row}"), "rows of the step that draft"))
         };
         rows.iter().map(at).collect()
     }
@@ -269,17 +269,14 @@ impl Planner {
         Ok(PyArray1::from_iter(py, asked.iter().map(|&request| rows[request])))
     }
 
-    /// Fills a step in with the drafts that pay, of each request those that promise more: `looked_up`, what `Engine.look_up` found, or the drafter's
-    /// chains, `tokens` i64 and `probabilities` f32 `[m, depth]`, for the `rows` that were asked for, i32 `[m]`.
-    #[pyo3(signature = (plan, looked_up, rows=None, tokens=None, probabilities=None),
-           text_signature = "($self, plan, looked_up, rows=None, tokens=None, probabilities=None)")]
+    /// Fills a step in with the drafts that pay, of each request those that promise more: `looked_up`, what `Engine.look_up` found, or its `own`
+    /// drafter's chains: the rows that were asked for, i32 `[m]`, their tokens i64 and probabilities f32 `[m, depth]`.
+    #[pyo3(signature = (plan, looked_up, own=None), text_signature = "($self, plan, looked_up, own=None)")]
     fn admit_either<'py>(
         &mut self,
         plan: Object<'py, StepPlan>,
         looked_up: (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>),
-        rows: Option<&Bound<'py, PyAny>>,
-        tokens: Option<&Bound<'py, PyAny>>,
-        probabilities: Option<&Bound<'py, PyAny>>,
+        own: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)>,
     ) -> PyResult<()> {
         let plan = plan.of("plan", "a StepPlan")?;
         let texts = array::<i64, Ix2>("looked_up", &looked_up.0, "tokens [n, width]")?;
@@ -295,36 +292,28 @@ impl Planner {
         ] {
             shaped("looked_up", shape, expected, "what was found for this step")?;
         }
-        let rows = rows.map(|given| array::<i32, Ix1>("rows", given, "[m]")).transpose()?;
-        let tokens = tokens
-            .map(|given| array::<i64, Ix2>("tokens", given, "[m, depth]"))
-            .transpose()?;
-        let probabilities = probabilities
-            .map(|given| array::<f32, Ix2>("probabilities", given, "[m, depth]"))
-            .transpose()?;
-        let asked = rows.as_ref().map_or(Ok(&[][..]), |rows| rows.as_slice())?;
-        let depth = tokens.as_ref().map_or(0, |tokens| tokens.shape()[1]);
-        for (name, shape) in [
-            ("tokens", tokens.as_ref().map(|given| given.shape())),
-            ("probabilities", probabilities.as_ref().map(|given| given.shape())),
-        ] {
-            shaped(
-                name,
-                shape.unwrap_or(&[0, 0]),
-                &[asked.len(), depth],
-                "[m, depth], a row for each of rows",
-            )?;
-        }
-        let requests = step.requests_at(&plan, asked)?;
         let mut offers = step.offers(chances.as_slice()?, texts.as_slice()?, width);
-        offers.drafted = Some(asked.len() * (depth + 1));
-        let own = plan::Own {
-            requests: &requests,
-            tokens: tokens.as_ref().map_or(Ok(&[][..]), |tokens| tokens.as_slice())?,
-            probabilities: probabilities.as_ref().map_or(Ok(&[][..]), |given| given.as_slice())?,
-            depth,
+        offers.drafted = Some(0);
+        let admitted = match own {
+            None => self.0.admit_either(&offers, found.as_slice()?, &plan::Own::default())?,
+            Some((rows, tokens, probabilities)) => {
+                let rows = array::<i32, Ix1>("own", &rows, "rows [m]")?;
+                let tokens = array::<i64, Ix2>("own", &tokens, "tokens [m, depth]")?;
+                let probabilities = array::<f32, Ix2>("own", &probabilities, "probabilities [m, depth]")?;
+                let (rows, depth) = (rows.as_slice()?, tokens.shape()[1]);
+                for shape in [tokens.shape(), probabilities.shape()] {
+                    shaped("own", shape, &[rows.len(), depth], "[m, depth], a chain for each row")?;
+                }
+                offers.drafted = Some(rows.len() * (depth + 1));
+                let own = plan::Own {
+                    requests: &step.requests_at(&plan, rows)?,
+                    tokens: tokens.as_slice()?,
+                    probabilities: probabilities.as_slice()?,
+                    depth,
+                };
+                self.0.admit_either(&offers, found.as_slice()?, &own)?
+            }
         };
-        let admitted = self.0.admit_either(&offers, found.as_slice()?, &own)?;
         plan.set_drafts(&admitted.tokens, width)?;
         Ok(plan.narrow(&admitted.widths)?)
     }

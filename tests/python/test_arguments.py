@@ -137,14 +137,14 @@ def bookkeeping():
     yield pool.release, dict(pages=[]), ("pages",), ("page",)
     yield pool.owners, dict(page=0), ("page",), ()
     yield PagePool, {}, ("num_pages",), ()
-    good = dict(block_size=4, target=costs, draft=costs, tree_nodes=2)
+    good = dict(block_size=4, target=costs, draft=costs, context=0.1, tree_nodes=2)
     yield Planner, good, tuple(good), ()
     planner = Planner(4, tree_nodes=3)
-    good = dict(temperatures=np.ones(1, F32), others=0, widths=[2, 4], room=9)
+    good = dict(temperatures=np.ones(1, F32), others=0, context=3, widths=[2, 4], room=9)
     yield planner.decide, good, tuple(good), ()
     rows = dict(temperatures=np.ones(1, F32), most=np.ones(1, I32), others=0, plan=None)
-    good = dict(probabilities=np.full((1, 2), 0.5, F32)) | rows
-    yield planner.admit, good, tuple(good), ("temperatures", "most")
+    good = dict(probabilities=np.full((1, 2), 0.5, F32), tokens=np.zeros((1, 2), I64)) | rows
+    yield planner.admit, good, tuple(good), ("tokens", "temperatures", "most")
     good = (
         dict(anchors=np.zeros(1, I64), tokens=np.zeros((1, 2, 3), I64), probabilities=np.full((1, 2, 3), 0.5, F32))
         | rows
@@ -156,7 +156,7 @@ def bookkeeping():
     yield planner.record_step, good, tuple(good), ("plan",)
     yield planner.acceptance, {}, ("temperature",), ()
     yield planner.exponent, {}, ("temperature",), ()
-    good = dict(target_rows=1, target_time=1.0, draft_rows=1, draft_time=0.5)
+    good = dict(target_rows=1, target_time=1.0, draft_rows=1, draft_time=0.5, context=3)
     yield planner.observe, good, tuple(good), ()
     widths = WidthPlanner([1, 4])
     yield WidthPlanner, {}, ("widths",), ()
@@ -167,7 +167,7 @@ def bookkeeping():
     rooms = dict(committed=np.zeros(0, I64), allocated=np.zeros(0, I32), next=np.zeros(0, I32))
     good = dict(requests=[], ahead=1, page_size=1, **rooms)
     yield serving.plan_decode, good, tuple(good), ("committed", "allocated", "next")
-    yield StepCosts, {}, ("target", "draft"), ()
+    yield StepCosts, {}, ("target", "draft", "context"), ()
     yield (
         StepCosts.lines,
         dict(fixed=1.0, row=0.1, draft_fixed=0.1, draft_row=0.1),

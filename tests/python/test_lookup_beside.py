@@ -255,7 +255,7 @@ def test_time_that_was_not_spent_on_a_drafter_does_not_make_up_for_more_rows():
             planner = _core.Planner(8, target=[(1, 1.0), (65, 29.8)], draft=[(1, 2.0), (64, 2.0)])
             if asked:
                 nothing = np.zeros_like(chances)
-                planner.admit_either(step, (names, nothing, np.zeros_like(found)), step.draft_rows, names, chances)
+                planner.admit_either(step, (names, nothing, np.zeros_like(found)), (step.draft_rows, names, chances))
             else:
                 planner.admit_either(step, (names, chances, found))
             widths.append(int(step.block_len[0]))
@@ -272,7 +272,7 @@ def test_a_planner_fills_in_the_drafts_that_promise_more():
         assert planner.ask(step, np.zeros_like(chances), 3).tolist() == step.draft_rows.tolist() == [0]
         assert planner.ask(step, np.ones_like(chances), 3).size == 0
         own = np.array([[40, 41]]), np.array([[0.99, 0.98]], dtype=np.float32)
-        planner.admit_either(step, (tokens, np.full_like(chances, 0.1), found), step.draft_rows, *own)
+        planner.admit_either(step, (tokens, np.full_like(chances, 0.1), found), (step.draft_rows, *own))
         assert step.token_ids.tolist() == [1, 40, 41]
         # The next token tells of them, and nothing of a text.
         before = planner.acceptance(1.0)
@@ -306,16 +306,16 @@ def test_what_is_offered_for_a_step_is_checked_before_the_step_is_touched():
             (lambda: planner.admit_either(step, (tokens, chances[:, :2], found)), "looked_up: got shape"),
             (lambda: planner.admit_either(step, (tokens, chances, found[:0])), "looked_up: got shape"),
             (lambda: planner.admit_either(step, (tokens, tokens, found)), "looked_up: got .*int64"),
+            (lambda: planner.admit_either(step, looked_up, (rows, own[0], own[1][:, :1])), "own: got shape"),
             (
-                lambda: planner.admit_either(step, looked_up, rows),
-                r"tokens: got shape \[0, 0\], expected shape \[1, 0\]",
+                lambda: planner.admit_either(step, looked_up, (rows[:0], *own)),
+                r"own: got shape \[1, 2\], expected shape \[0, 2\]",
             ),
-            (lambda: planner.admit_either(step, looked_up, rows, own[0]), "probabilities: got shape"),
+            (lambda: planner.admit_either(step, looked_up, (rows, own[1], own[1])), "own: got .*float32"),
             (
-                lambda: planner.admit_either(step, looked_up, rows + 1, *own),
-                "rows: got 1, expected rows of the step that draft",
+                lambda: planner.admit_either(step, looked_up, (rows + 1, *own)),
+                "own: got row 1, expected rows of the step that draft",
             ),
-            (lambda: planner.admit_either(step, looked_up, rows, own[0], own[1][:, :1]), "probabilities: got shape"),
         ):
             with pytest.raises(InvalidArgument, match=message):
                 call()

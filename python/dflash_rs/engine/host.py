@@ -70,12 +70,11 @@ class HostBackend:
             self.policy.admit(step, *self._ask(step, rows))
             return
         looked_up = self.core.look_up(plan, self.policy.look_up)
-        rows = self.policy.ask(step, looked_up[1])
-        drafted = None
-        if rows.size:
-            tokens, probabilities = self._ask(step, rows)
-            drafted = np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
-        self.policy.admit_either(step, looked_up, rows, drafted)
+        asked, own = self.policy.ask(step, looked_up[1]), None
+        if asked.size:
+            tokens, probabilities = self._ask(step, asked)
+            own = asked, np.ascontiguousarray(tokens[:, :, 0]), np.ascontiguousarray(probabilities[:, :, 0])
+        self.policy.admit_either(step, looked_up, own)
 
     def _ask(self, step: Step, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The drafter's candidates for rows of a step, and their probabilities, [n, block - 1, k]; for rows that sample those that the target's own

@@ -103,15 +103,11 @@ class Policy:
         self,
         step: Step,
         looked_up: tuple[np.ndarray, np.ndarray, np.ndarray],
-        rows: np.ndarray,
-        drafted: tuple[np.ndarray, np.ndarray] | None,
+        own: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
     ) -> None:
         """Fills in what pays of the drafts that promise more. `looked_up`: tokens int64 [n, D], chances float32 [n, D], and how many there are,
-        int32 [n]; `drafted`: the drafter's chains and probabilities [m, B-1] for the `rows` that were asked, None where none was."""
-        if drafted is None:
-            self.planner.admit_either(step.plan, looked_up)
-        else:
-            self.planner.admit_either(step.plan, looked_up, rows, *drafted)
+        int32 [n]; `own`: the rows that the drafter was asked for, int32 [m], its chains and their probabilities [m, B-1], None where there are none."""
+        self.planner.admit_either(step.plan, looked_up, own)
 
     def admit(self, step: Step, tokens: np.ndarray, probabilities: np.ndarray, found: np.ndarray | None = None) -> None:
         """Fills in the drafts that pay, out of the drafter's candidates: see `Drafter.candidates`. `found` int32 [n]: how many places have any

@@ -25,15 +25,6 @@ fn own<'a>(requests: &'a [usize], tokens: &'a [i64], probabilities: &'a [f32]) -
     }
 }
 
-fn nobody() -> Own<'static> {
-    Own {
-        requests: &[],
-        tokens: &[],
-        probabilities: &[],
-        depth: 0,
-    }
-}
-
 fn pass(request: u64, temperature: f32, verified: usize, path: &[usize], next: i64) -> Pass<'_> {
     Pass {
         step: STEP,
@@ -86,12 +77,12 @@ fn every_request_gets_the_drafts_that_promise_more() {
     assert_eq!(admitted.tokens, [50, 51, 0, 20, 0, 0]);
     // Those that were not asked keep what was found; nobody verifies what is not there, or more than there is room for.
     let admitted = chains(0.0)
-        .admit_either(&texts(&CHANCES, &[2, 16]), &[2, 1], &nobody())
+        .admit_either(&texts(&CHANCES, &[2, 16]), &[2, 1], &Own::default())
         .unwrap();
     assert_eq!(admitted.tokens, [10, 11, 0, 20, 0, 0]);
     assert_eq!(admitted.widths, [2, 2]);
     let nothing = chains(0.0)
-        .admit_either(&texts(&[0.0; 6], &[16, 16]), &[0, 0], &nobody())
+        .admit_either(&texts(&[0.0; 6], &[16, 16]), &[0, 0], &Own::default())
         .unwrap();
     assert_eq!(nothing.widths, [1, 1]);
     // Longer chains than there are places for are cut.
@@ -361,6 +352,11 @@ fn what_does_not_fit_is_refused_by_name() {
     assert_eq!(refused(&good, &[2, 1], &short), "own: got 1 elements, expected 2");
     let short = own(&[1], &[60, 61], &[0.9]);
     assert_eq!(refused(&good, &[2, 1], &short), "own: got 1 elements, expected 2");
+    let stranger = own(&[2], &[60, 61], &[0.9, 0.9]);
+    assert_eq!(
+        refused(&good, &[2, 1], &stranger),
+        "own: got request 2, expected below 2"
+    );
     let nameless = Offers { tokens: &[], ..good };
     assert_eq!(refused(&nameless, &[2, 1], &fine), "tokens: got 0 elements, expected 6");
     let error = planner.admit(&Offers { tokens: &[1], ..good }).unwrap_err().to_string();
