@@ -20,6 +20,8 @@ BRANCHES = 4
 # Candidates per place from which a request that samples is drafted one, see `src/draft/coupled.rs`. Of what they gain with the bundled pair at
 # temperature 1, half as many lost a sixth and a quarter as many a third.
 CANDIDATES = 64
+# How much more a drafter's preferences count there than they say, as in the core: for whoever couples drafts to numbers that are not the core's.
+SHARPER = 1.3
 # CUDA graphs that an engine keeps. Shapes come in powers of two, so a workload settles on far fewer; what this bounds is memory where shapes keep
 # changing.
 MOST_GRAPHS = 256

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dflash_rs import LLM, SamplingParams, _core, verify
+from dflash_rs.config import SHARPER
 from dflash_rs.errors import InvalidArgument
 from dflash_rs.models.dflash.model import DFlashDraft
 
@@ -29,7 +30,7 @@ def test_drafts_are_the_candidates_that_the_targets_numbers_favour():
         for place in range(3):
             numbers = verify.gumbel(int(call["seeds"][row]), int(call["positions"][row]) + place, 500)
             candidates = call["tokens"][row, place]
-            sums = 1.3 * np.log(call["probabilities"][row, place]) / call["temperatures"][row] + numbers[candidates]
+            sums = SHARPER * np.log(call["probabilities"][row, place]) / call["temperatures"][row] + numbers[candidates]
             order = np.argsort(-sums)[:4]
             assert np.array_equal(tokens[row, place], candidates[order])
             expected = np.exp(sums - sums.max()) / np.exp(sums - sums.max()).sum()

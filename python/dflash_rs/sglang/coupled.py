@@ -21,15 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dflash_rs.config import CANDIDATES, SHARPER
 from dflash_rs.sglang import compat
 from dflash_rs.sglang.trees import best_of, head_logits, likelihoods
 
 if TYPE_CHECKING:
     from dflash_rs.sglang.kernels import Draws
 
-# How much more a drafter's preferences count than they say, and candidates for each place: as in the core, where both were measured.
-SHARPER = 1.3
-CANDIDATES = 64
 # Rows whose numbers are there for the whole vocabulary at a time.
 _ROWS = 256
 
