@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,15 @@ class Server:
                 return self.process.poll() is None
             time.sleep(0.2)
         return False
+
+
+@contextlib.contextmanager
+def side_by_side(started: Mapping[Any, Server]) -> Iterator[None]:
+    """Within the context all of these servers, which were started, answer; they end together."""
+    try:
+        for server in started.values():
+            server.wait()
+        yield
+    finally:
+        for server in started.values():
+            server.close()

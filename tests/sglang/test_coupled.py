@@ -13,7 +13,7 @@ import cases
 import pytest
 import torch
 from cases import tokens
-from servers import Server, speculative
+from servers import Server, side_by_side, speculative
 from sglang.srt.layers import sampler as their_sampler
 from sglang_host.kernels import murmur_hash32
 
@@ -183,13 +183,8 @@ def pair(logs) -> Iterator[dict[bool, Server]]:
         on: Server(logs / f"coupled-{on}.log", env={"DFLASH_RS_CONFIG": json.dumps(given | {"coupled": on})}, **options)
         for on in (True, False)
     }
-    try:
-        for server in started.values():
-            server.wait()
+    with side_by_side(started):
         yield started
-    finally:
-        for server in started.values():
-            server.close()
 
 
 @pytest.mark.parametrize("chains", [True, False], ids=["chains", "chains and trees"])

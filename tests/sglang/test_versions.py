@@ -13,7 +13,7 @@ from typing import Any
 import cases
 import pytest
 from cases import flat, tokens
-from servers import TARGET, Server, environment, speculative, widths
+from servers import TARGET, Server, environment, side_by_side, speculative, widths
 
 VERSION = "0.5.17"
 ENV = {
@@ -51,13 +51,8 @@ def servers(logs: Path) -> Iterator[dict[str, Server]]:
         "plain": Server(logs / "oldest-plain.log", env=ENV, disable_overlap_schedule=True, **common),
         "ours": Server(logs / "oldest-ours.log", env=ENV | widths("cycle"), **speculative(**common)),
     }
-    try:
-        for server in started.values():
-            server.wait()
+    with side_by_side(started):
         yield started
-    finally:
-        for server in started.values():
-            server.close()
 
 
 def both(servers: dict[str, Server], bodies: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import cases
 import pytest
-from servers import Server, speculative, widths
+from servers import Server, side_by_side, speculative, widths
 
 LONG = {"temperature": 0, "max_new_tokens": 96, "ignore_eos": True}
 
@@ -23,13 +23,8 @@ def servers(logs) -> Iterator[dict[str, Server]]:
         "whole": Server(logs / "widths-whole.log", env=widths(False), **options),
         "turns": Server(logs / "widths-turns.log", env=widths("cycle", 1, 8), **options),
     }
-    try:
-        for server in started.values():
-            server.wait()
+    with side_by_side(started):
         yield started
-    finally:
-        for server in started.values():
-            server.close()
 
 
 class Counts:
