@@ -22,8 +22,11 @@ from dflash_rs.train.vocabulary import Columns, Narrowed
 SOME = torch.tensor([3, 4, 7, 20, 21, 40, 66, 90])
 
 
+SECOND = {"conv_kernel_size": 4, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 5}
+
+
 def drafter(kind: str):
-    return random_mtp() if kind == "mtp" else random_draft()
+    return random_mtp() if kind == "mtp" else random_draft(**(SECOND if kind == "dflash 2" else {}))
 
 
 def candidates(draft, size=5, k=4, *, told=12, in_torch=False):
@@ -60,13 +63,13 @@ def test_candidates_are_the_likeliest_of_the_part(kind):
         np.testing.assert_allclose(narrowed[r, 0], [p / share for _, p in inside[:4]], rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dflash", "mtp"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash 2", "mtp"])
 def test_a_chain_goes_on_from_the_tokens_of_the_part(kind):
     """Every place of a longer block, not the first alone: an MTP head is fed with what it proposed."""
     draft = bound(drafter(kind))
     everything, whole = candidates(draft, k=1)
     # All but one that is not drafted anyway, so that columns behind it are of other tokens than their numbers; a DFlash never drafts its mask.
-    spare = MASK if kind == "dflash" else next(t for t in range(VOCAB) if t not in everything)
+    spare = MASK if kind != "mtp" else next(t for t in range(VOCAB) if t not in everything)
     assert everything.max() > spare
     draft.vocabulary = torch.tensor([t for t in range(VOCAB) if t != spare])
     tokens, chances = candidates(draft, k=1)
@@ -74,10 +77,11 @@ def test_a_chain_goes_on_from_the_tokens_of_the_part(kind):
     assert (chances >= whole * (1 - 1e-5)).all() and np.allclose(chances, whole, rtol=0.1)
 
 
-def test_the_text_is_the_targets_own_whatever_is_proposed():
+@pytest.mark.parametrize("kind", ["dflash", "dflash 2"])
+def test_the_text_is_the_targets_own_whatever_is_proposed(kind):
     target = TargetModel(qwen3_target())
     plain, _ = greedy_loop(target, None, [5, 6, 7, 8], 24, 4, 6)
-    draft = random_draft().bind_target(target.embedding, target.lm_head)
+    draft = drafter(kind).bind_target(target.embedding, target.lm_head)
     draft.vocabulary = SOME
     text, drafts = greedy_loop(target, draft, [5, 6, 7, 8], 24, 4, 6)
     assert text == plain
@@ -134,11 +138,13 @@ def test_a_wrong_file_is_named(tmp_path, content, message):
             read(tmp_path)
 
 
-def test_a_second_dflash_selects_among_all_tokens(tmp_path):
-    save_draft(random_draft(conv_kernel_size=4, conv_group_size=8, selector_rank=6, selector_top_k=5), tmp_path)
-    (tmp_path / proposals.FILE).write_text("[3, 4]")
-    with pytest.raises(CheckpointError, match="its selector is of all of it"):
+def test_a_second_dflash_proposes_at_least_what_it_selects_among(tmp_path):
+    save_draft(random_draft(**SECOND), tmp_path)
+    (tmp_path / proposals.FILE).write_text("[3, 4, 5, 6]")
+    with pytest.raises(CheckpointError, match="got 4 tokens, expected at least 5, the drafter's selector_top_k"):
         load_draft(tmp_path)
+    (tmp_path / proposals.FILE).write_text("[3, 4, 5, 6, 9]")
+    assert load_draft(tmp_path).vocabulary.tolist() == [3, 4, 5, 6, 9]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from dflash_rs import InvalidArgument, SamplingParams  # noqa: E402
 from dflash_rs.models.dflash import DFlashDraft  # noqa: E402
-from dflash_rs.train import chats, responses  # noqa: E402
+from dflash_rs.train import chats, losses, responses  # noqa: E402
 from dflash_rs.train import drafter as drafter_training  # noqa: E402
 from dflash_rs.train.common import Group  # noqa: E402
 from dflash_rs.train.documents import Documents, Rows, Text, rows_of  # noqa: E402
@@ -358,11 +358,11 @@ def test_tokens_that_the_target_did_not_write_are_not_learnt(pair):
 @pytest.mark.parametrize("soft", [0.0, 0.6, 1.0])
 def test_the_loss_in_groups_of_rows_has_the_gradient_of_the_whole(pair, monkeypatch, soft):
     draft, teacher, _ = pair
-    monkeypatch.setattr(drafter_training, "_ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(losses, "_ROWS_AT_A_TIME", 3)
     torch.manual_seed(1)
     hidden, before = torch.randn(8, 32, requires_grad=True), torch.randn(8, 32)
     truth, weight = torch.randint(2, 64, (8,)), torch.rand(8)
-    loss, right = drafter_training.head_loss(teacher, hidden, drafter_training.Labelled(before, truth, weight), soft)
+    loss, likeliest = losses.head_loss(teacher, hidden, losses.Labelled(before, truth, weight), soft, k=3)
     (2 * loss).backward()
     got, hidden.grad = hidden.grad, None
     logs = teacher.logits(hidden).log_softmax(-1)
@@ -371,7 +371,11 @@ def test_the_loss_in_groups_of_rows_has_the_gradient_of_the_whole(pair, monkeypa
     (2 * (per_slot * weight).sum()).backward()
     assert float(loss) == pytest.approx(float((per_slot * weight).sum()), rel=1e-5)
     torch.testing.assert_close(got, torch.nan_to_num(hidden.grad), rtol=1e-4, atol=1e-6)
-    assert (right == (logs.argmax(-1) == truth)).all()
+    values, picked = logs.topk(3)
+    assert (likeliest.picked == picked).all()
+    torch.testing.assert_close(likeliest.logits.log_softmax(-1), values.log_softmax(-1))
+    label = soft * law + (1 - soft) * torch.nn.functional.one_hot(truth, 64)
+    torch.testing.assert_close(likeliest.label, label.gather(1, picked))
 
 
 def test_a_target_with_memory_of_what_came_before_has_one_document_a_row():

@@ -26,6 +26,7 @@ from .dflash.layers import DraftLayer
 from .dflash.model import DFlashDraft
 from .dflash.runtime import Runtime
 from .fused import FusedLayer
+from .proposals import Proposals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,25 +105,32 @@ class Selector(nn.Module):
         self.successor_codebook = nn.Parameter(torch.zeros(c.vocab_size, c.selector_rank))
         self.hidden_projection = nn.Linear(c.hidden_size, c.selector_rank, bias=False)
 
-    def forward(self, hidden: Tensor, logits: Tensor, anchors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Walks blocks greedily: hidden [n, B-1, H] and logits [n, B-1, V] of the drafted rows, anchors int64 [n]. Gives the k best
-        candidates of every position, the chosen one first, int64 [n, B-1, k], and their log-probabilities float32, given the tokens
-        chosen before; what is no candidate counts with its logit."""
-        unary, tokens = logits.topk(self.top_k, dim=-1)
+    def scores(self, state: Tensor, last: Tensor, tokens: Tensor, unary: Tensor) -> Tensor:
+        """Of candidates `tokens` int64 [n, K] with logits `unary` [n, K] behind the tokens `last` int64 [n], float32 [n, K]; state [n, R]: what
+        `hidden_projection` made of their rows."""
+        key = F.embedding(last, self.predecessor_codebook) * state
+        return (unary + (F.embedding(tokens, self.successor_codebook) @ key[..., None])[..., 0]).float()
+
+    def forward(
+        self, hidden: Tensor, logits: Tensor, anchors: Tensor, k: int, proposals: Proposals | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Walks blocks greedily: hidden [n, B-1, H] and logits [n, B-1, V] of the drafted rows, of `proposals` or of all tokens; anchors int64
+        [n]. Gives the k best candidates of every position, the chosen one first, int64 [n, B-1, k], and their log-probabilities float32, given
+        the tokens chosen before; what is no candidate counts with its logit."""
+        unary, picked = logits.topk(self.top_k, dim=-1)
+        tokens = picked if proposals is None else proposals.named(picked)
         everyone, top = logits.float().logsumexp(dim=-1), unary.float().logsumexp(dim=-1)
         others = everyone + torch.log1p(-(top - everyone).exp().clamp(max=1 - 1e-6))
         state, last = self.hidden_projection(hidden), anchors
-        picked, scored = [], []
+        found, scored = [], []
         for position in range(hidden.shape[1]):
-            key = self.predecessor_codebook[last] * state[:, position]
-            among = self.successor_codebook[tokens[:, position]]
-            scores = (unary[:, position] + (among @ key[..., None])[..., 0]).float()
+            scores = self.scores(state[:, position], last, tokens[:, position], unary[:, position])
             best = scores.topk(k, dim=-1)
             chosen = tokens[:, position].gather(-1, best.indices)
             last = chosen[:, 0]
-            picked.append(chosen)
+            found.append(chosen)
             scored.append(best.values - torch.logaddexp(scores.logsumexp(dim=-1), others[:, position])[:, None])
-        return torch.stack(picked, dim=1), torch.stack(scored, dim=1)
+        return torch.stack(found, dim=1), torch.stack(scored, dim=1)
 
 
 class DFlash2Layer(DraftLayer):
@@ -188,7 +196,8 @@ class DFlash2Runtime(Runtime):
         if draw is None:
             return self.select(hidden, logits, anchors, 1)[0][:, :, 0]
         tokens, log_probs = self.select(hidden, logits, anchors, self.config.most_candidates)
-        return draw(log_probs.new_full(logits.shape, -math.inf).scatter_(-1, tokens, log_probs))
+        width = self.proposals.size or logits.shape[-1]
+        return draw(log_probs.new_full((*logits.shape[:-1], width), -math.inf).scatter_(-1, tokens, log_probs))
 
     def branch(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates beside the likeliest path, with their log-probabilities."""
@@ -198,7 +207,7 @@ class DFlash2Runtime(Runtime):
         """What `Selector` picks: tokens int64 and log-probabilities float32 [n, size - 1, k]."""
         if k > self.selector.top_k:
             raise InvalidArgument(f"k: got {k}, expected at most {self.selector.top_k}, the drafter's selector_top_k")
-        return self.selector(hidden, logits, anchors, k)
+        return self.selector(hidden, logits, anchors, k, self.proposals)
 
 
 class DFlash2Draft(DFlashDraft):

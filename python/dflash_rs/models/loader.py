@@ -443,9 +443,10 @@ def describe_draft(path: str | Path, target=None) -> tuple[Path, DraftConfig | M
 def _proposed(path: Path, config: DraftConfig | MtpConfig) -> Tensor | None:
     """The part of the vocabulary that the drafter in this folder proposes; None for all of it."""
     found = proposals.read(path, config.vocab_size, getattr(config, "mask_token_id", None))
-    if found is not None and isinstance(config, DFlash2Config):
+    least = config.selector_top_k if isinstance(config, DFlash2Config) else 0
+    if found is not None and len(found) < least:
         raise CheckpointError(
-            f"{path / proposals.FILE}: got a part of the vocabulary for a DFlash 2 drafter, expected none: its selector is of all of it"
+            f"{path / proposals.FILE}: got {len(found)} tokens, expected at least {least}, the drafter's selector_top_k"
         )
     return found
 

@@ -54,6 +54,11 @@ class Proposals:
             return logits
         return logits.new_full((*logits.shape[:-1], self._all), -math.inf).index_copy_(-1, self.tokens, logits)
 
+    @property
+    def size(self) -> int | None:
+        """Tokens of the vocabulary that these are a part of; None where they are all of it."""
+        return None if self.tokens is None else self._all
+
     def named_on_host(self, picked: np.ndarray) -> np.ndarray:
         """The same of a host array."""
         return picked if self._on_host is None else self._on_host[picked]

@@ -28,24 +28,37 @@ from . import responses
 from .common import Group, Limit, Optimizers, Progress, cosine, finite, pick_device, resumed, save_checkpoint, smooth
 from .documents import Documents, Rows, Text, rows_of
 from .features import StoredFeatures
+from .losses import slots_loss
 from .settings import DrafterTraining, MtpTraining
 from .vocabulary import Columns, Narrowed
 from .warm_start import base_layers, warm_start
 
+# Of a DFlash 2: kernels of channels, and rows of tokens. They are learnt number by number.
+_NOT_MATRICES = ("base_kernel", "codebook")
 # Rows per category that a report on held-out texts looks at.
 _HELD_OUT_ROWS = 6
 
 
 def draft_config(target_config, settings: DrafterTraining):
     """The drafter's shape: the target's own widths, `num_layers` full-attention layers, MLPs as wide as what a token of the target goes
-    through unless `intermediate_size` says otherwise."""
+    through unless `intermediate_size` says otherwise. A DFlash 2's with a `selector_rank`."""
     from ..models.dflash import DraftConfig
+    from ..models.dflash2 import DFlash2Config
 
+    kind: type[DraftConfig] = DraftConfig
+    own: dict[str, Any] = {}
+    if settings.selector_rank:
+        kind, own = DFlash2Config, {name: getattr(settings, name) for name in DFlash2Config.own_fields}
+        if target_config.hidden_size % settings.conv_group_size:
+            raise ValueError(
+                f"conv_group_size: got {settings.conv_group_size}, expected a divisor of the target's hidden_size {target_config.hidden_size}"
+            )
     rope = dict(getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0})
     # A drafter rotates whole heads, by one position.
     for name in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         rope.pop(name, None)
-    return DraftConfig(
+    return kind(
+        **own,
         hidden_size=target_config.hidden_size,
         num_hidden_layers=settings.num_layers,
         num_attention_heads=target_config.num_attention_heads,
@@ -119,9 +132,9 @@ class Teacher:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the target's head, the mask token excluded: it is an input, never a prediction."""
-        return self._without_mask(self.scores(hidden).float(), -math.inf)
+        return self.without_mask(self.scores(hidden).float(), -math.inf)
 
-    def _without_mask(self, scores: torch.Tensor, value: float) -> torch.Tensor:
+    def without_mask(self, scores: torch.Tensor, value: float) -> torch.Tensor:
         """Overwrites what `scores` say of the mask token, if there is one."""
         if self.mask is not None and self.columns is None:
             scores[..., self.mask] = value
@@ -129,7 +142,7 @@ class Teacher:
 
     def law(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's own probabilities, float32, the mask token excluded."""
-        scores = self._without_mask(self.scores(hidden), -math.inf)
+        scores = self.without_mask(self.scores(hidden), -math.inf)
         return scores.softmax(-1, dtype=torch.float32)
 
     def keeps_documents_apart(self, device: torch.device) -> bool:
@@ -141,75 +154,6 @@ class Teacher:
         _, alone = self(tokens[:, size:])
         difference = (together[:, size:].float() - alone.float()).norm() / alone.float().norm()
         return bool(difference < 2e-2)
-
-
-# Rows whose logits exist at a time: a few hundred rows of a large vocabulary are a few hundred megabytes.
-_ROWS_AT_A_TIME = 256
-
-
-class Labelled(NamedTuple):
-    """What n slots should predict: the target's hidden states there [n, H], the tokens that came [n], and what a slot weighs [n]."""
-
-    before: torch.Tensor
-    truth: torch.Tensor
-    weight: torch.Tensor
-
-
-def head_loss(
-    teacher: Teacher, hidden: torch.Tensor, labelled: Labelled, soft: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the slots' weighted losses, differentiable in `hidden` [n, H], and whether each slot's likeliest token came, bool [n].
-
-    Logits of all slots never exist at once, forward or backward: the head is frozen, so the gradient of every group of rows is taken while
-    its logits are there. `soft` is the weight of the target's own law as label, the rest is on the token.
-    """
-    loss = torch.zeros((), device=hidden.device)
-    gradient, right = torch.zeros_like(hidden), torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    for begin in range(0, len(hidden), _ROWS_AT_A_TIME):
-        span = slice(begin, begin + _ROWS_AT_A_TIME)
-        before, truth, weight = (part[span] for part in labelled)
-        leaf = hidden[span].detach().requires_grad_(hidden.requires_grad)
-        with torch.set_grad_enabled(hidden.requires_grad):
-            scores = teacher.scores(leaf)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            # As few passes over rows of a whole vocabulary as there can be: on a CPU they take longer than the products.
-            logits = teacher._without_mask(scores.float(), -math.inf)
-            largest = logits.max(-1)
-            probabilities = logits.softmax(-1)
-            total = largest.values - probabilities.gather(1, largest.indices[:, None])[:, 0].log()
-            likeliest = largest.indices if teacher.columns is None else logits[:, : teacher.columns.proposed].argmax(-1)
-            right[span] = likeliest == truth
-            teacher._without_mask(logits, 0.0)
-            if soft > 0:
-                label = teacher.law(before)
-                if soft < 1:
-                    label.mul_(soft).scatter_add_(1, truth[:, None], torch.full_like(total, 1 - soft)[:, None])
-                probabilities.sub_(label)
-                expected = label.mul_(logits).sum(-1)
-            else:
-                expected = logits.gather(1, truth[:, None])[:, 0]
-                probabilities.scatter_add_(
-                    1, truth[:, None], -torch.ones_like(truth, dtype=probabilities.dtype)[:, None]
-                )
-            loss += ((total - expected) * weight).sum()
-        if hidden.requires_grad:
-            slope = probabilities.mul_(weight[:, None]).to(scores.dtype)
-            (gradient[span],) = torch.autograd.grad(scores, leaf, slope)
-    return _WithGradient.apply(hidden, loss, gradient), right
-
-
-class _WithGradient(torch.autograd.Function):
-    """A number whose gradient is known already."""
-
-    @staticmethod
-    def forward(ctx, hidden, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, slope):
-        (gradient,) = ctx.saved_tensors
-        return gradient * slope, None, None
 
 
 class Batch(NamedTuple):
@@ -237,50 +181,13 @@ class Batch(NamedTuple):
 
 
 def block_loss(draft, teacher: Teacher, batch: Batch, settings: DrafterTraining):
-    """Weighted loss of all blocks of a batch and the mean accepted length they would have had on the true text.
-
-    Slot k weighs ``exp(-(k-1)/gamma)``, and nothing where the document is over or the token is not the target's own; normalised.
-    """
+    """Weighted loss of all blocks of a batch and the mean accepted length they would have had on the true text; see `losses.slots_loss`."""
     from ..models.dflash.training import training_hidden
 
     tokens, anchors, block = batch.tokens, batch.anchors, batch.block
     features, last = teacher.of(batch)
     hidden = training_hidden(draft, features, tokens, anchors, block, batch.document, batch.position)[:, :, 1:]
-    return slots_loss(hidden, last, teacher, batch, settings)
-
-
-def slots_loss(
-    hidden: torch.Tensor, last: torch.Tensor, teacher: Teacher, batch: Batch, settings: DrafterTraining | MtpTraining
-):
-    """The loss of `block_loss` for whoever predicts blocks: hidden [b, A, block - 1, H] of the slots behind the anchors, and `last` [b, S, H]
-    what the target's head reads."""
-    tokens, anchors, block = batch.tokens, batch.anchors, batch.block
-    length = tokens.shape[1]
-    where = anchors[..., None] + torch.arange(1, block, device=tokens.device)  # [b, A, B-1]
-    flat = where.clamp(max=length - 1).flatten(1)
-
-    def at(values: torch.Tensor) -> torch.Tensor:
-        return values.gather(1, flat).view_as(where)
-
-    document = batch.document.gather(1, anchors)[..., None]
-    counts = (where < length) & (at(batch.document) == document) & (document >= 0) & at(batch.own)
-    # A slot behind one that does not count is never reached.
-    counts = counts.int().cumprod(-1).bool()
-    whole = counts.all(-1)
-    truth = at(tokens)
-    if teacher.columns is not None:
-        # Nor is one behind a token that is not proposed: the draft ends there whatever is learnt.
-        truth = teacher.columns.of(truth)
-        counts = (counts & (truth >= 0)).int().cumprod(-1).bool()
-    weights = torch.exp(-torch.arange(block - 1, device=tokens.device) / settings.gamma) * counts
-    before = last.gather(1, (flat - 1)[..., None].expand(-1, -1, last.shape[-1]))
-    chosen = counts.flatten()
-    labelled = Labelled(before.flatten(0, 1)[chosen], truth.flatten()[chosen], weights.flatten()[chosen])
-    loss, right = head_loss(teacher, hidden.flatten(0, 2)[chosen], labelled, settings.soft_labels)
-    with torch.no_grad():
-        hits = torch.zeros_like(chosen).masked_scatter(chosen, right).view_as(where)
-        accepted = hits.int().cumprod(-1).sum(-1)[whole].float()
-    return loss / weights.sum().clamp(min=1e-9), 1 + float(accepted.mean()) if len(accepted) else math.nan
+    return slots_loss(hidden, last, teacher, batch, settings, getattr(draft, "candidate_selector", None))
 
 
 def _batches(
@@ -383,8 +290,10 @@ def shard(target, group: Group) -> None:
 def _begin(target, settings: DrafterTraining, sample: torch.Tensor):
     """A drafter to begin with."""
     from ..models.dflash import DFlashDraft
+    from ..models.dflash2 import DFlash2Draft
 
-    draft = DFlashDraft(draft_config(target.config.get_text_config(), settings))
+    kind = DFlash2Draft if settings.selector_rank else DFlashDraft
+    draft = kind(draft_config(target.config.get_text_config(), settings))
     warm_start(draft, target, sample)
     return draft
 
@@ -491,9 +400,20 @@ def _bind(draft, target, settings: DrafterTraining | MtpTraining, where: torch.d
     from ..models.loader import load_draft
 
     if settings.init_from:
+        other = load_draft(settings.init_from)
         with readable(settings.init_from, "init_from"):
-            draft.load_state_dict(load_draft(settings.init_from).state_dict())
+            _go_on_from(draft, other)
     draft.to(where).bind_target(target.get_input_embeddings(), target.get_output_embeddings())
+
+
+def _go_on_from(draft, other) -> None:
+    """Takes another drafter's weights over; a DFlash 2 those of a DFlash, too, and what is its own stays as it begins."""
+    if not issubclass(type(draft), type(other)):
+        kind = draft.config.architecture
+        raise ValueError(
+            f"init_from: got a {other.config.architecture}, expected a {kind}, which is what is trained here"
+        )
+    draft.load_state_dict(draft.state_dict() | other.state_dict())
 
 
 def _narrow(
@@ -515,7 +435,7 @@ def _narrow(
 
 def _resumed(draft, settings: DrafterTraining | MtpTraining, path: Path) -> tuple[Optimizers, int, list[dict]]:
     """Optimisers, steps done and history of the run whose checkpoint is at `path`, or of one that begins."""
-    optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=())
+    optimizers = Optimizers(draft, settings.lr, settings.weight_decay, matrices_outside=_NOT_MATRICES)
     state = resumed(path, settings)
     if state is None:
         return optimizers, 0, []

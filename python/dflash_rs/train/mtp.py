@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from . import drafter
-from .drafter import Batch, Teacher, base_layers, slots_loss
+from .drafter import Batch, Teacher, base_layers
+from .losses import slots_loss
 from .settings import MtpTraining
 
 
@@ -70,7 +71,7 @@ def begin(target, settings: MtpTraining, sample: torch.Tensor):
 
 def head_loss(draft, teacher: Teacher, batch: Batch, settings: MtpTraining) -> tuple[torch.Tensor, float]:
     """Weighted loss of all unrollings of a batch and the mean accepted length they would have had on the true text; see
-    `drafter.block_loss`."""
+    `losses.slots_loss`."""
     from ..models.mtp import unrolled_hidden
 
     _, last = teacher.of(batch)

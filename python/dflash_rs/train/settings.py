@@ -158,7 +158,8 @@ def _numbers(name: str, text: str, kind: type[_Number]) -> list[_Number]:
 @dataclass(frozen=True)
 class DrafterTraining:
     """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens. Of `draft_vocab`, the number
-    of tokens that it will propose (0 for all), see `vocabulary.py`."""
+    of tokens that it will propose (0 for all), see `vocabulary.py`. With a `selector_rank`, it is a DFlash 2, whose shape the settings behind it
+    tell, too: see `models.dflash2.DFlash2Config`."""
 
     taps: str = "1,3,5,7,8"
     num_layers: int = 2
@@ -180,6 +181,10 @@ class DrafterTraining:
     intermediate_size: int = 0
     draft_vocab: int = 0
     sampled_vocab: int = 2048
+    selector_rank: int = 0
+    selector_top_k: int = 16
+    conv_kernel_size: int = 2
+    conv_group_size: int = 64
 
     @property
     def tap_ids(self) -> tuple[int, ...]:
@@ -207,6 +212,21 @@ class DrafterTraining:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
         if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
             raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
+        self._check_selector(vocab_size)
+
+    def _check_selector(self, vocab_size: int) -> None:
+        if self.selector_rank < 0:
+            raise ValueError(f"selector_rank: got {self.selector_rank}, expected 0 for a DFlash, or at least 1")
+        if not self.selector_rank:
+            return
+        proposed = self.draft_vocab or vocab_size - 1
+        if not 2 <= self.selector_top_k <= proposed:
+            raise ValueError(
+                f"selector_top_k: got {self.selector_top_k}, expected 2..{proposed}, the tokens that are proposed"
+            )
+        for name in ("conv_kernel_size", "conv_group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,19 @@ def warm_start(draft, target, sample: Tensor) -> None:
         torch.eye(width).repeat(1, taps) / taps + 0.02 / math.sqrt(width) * torch.randn(width, width * taps)
     )
     draft.hidden_norm.weight.copy_(scale_of(layers[-1].input_layernorm))
+    if (selector := getattr(draft, "candidate_selector", None)) is not None:
+        _selector(selector, target.get_input_embeddings().weight)
+
+
+def _selector(selector, embedding: Tensor) -> None:
+    """Tells a DFlash 2's selector tokens apart by where the target's embedding puts them, along the directions in which it has most to say; it begins
+    by preferring none."""
+    rows = embedding.detach().float()
+    rank = selector.predecessor_codebook.shape[1]
+    _, directions = torch.linalg.eigh(rows.T @ rows)
+    along = rows @ directions[:, -rank:]
+    size = along.square().mean(0).sqrt().clamp(min=1e-12)
+    selector.predecessor_codebook[: len(rows), : along.shape[1]] = (along / size)[: len(selector.predecessor_codebook)]
 
 
 def scale_of(norm: nn.Module) -> Tensor:
