@@ -1012,6 +1012,8 @@ class HostDecoder:
         window: int | None = None,
         query_norm: NDArray[np.float32] | None = None,
         key_norm: NDArray[np.float32] | None = None,
+        attention_conv: HostConv | None = None,
+        mlp_conv: HostConv | None = None,
     ) -> None:
         """Appends a layer. ``qkv`` stacks queries, keys, values; ``gate_up`` gate and up. ``mask``: ``causal`` or ``block``."""
 
@@ -1047,11 +1049,32 @@ class HostDecoder:
         never: int | None = None,
         k: int = 1,
         threads: int = 1,
+        selector: HostSelector | None = None,
+        codebooks: tuple[tuple[tuple[int, int, int], int], tuple[tuple[int, int, int], int]] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The ``k`` likeliest tokens of rows 1.. of every block of ``block`` tokens, ``[n, block - 1, k]``, and their probabilities, falling.
 
-        ``never`` is a token that is not proposed, the mask.
+        ``never`` is a token that is not proposed, the mask. With a ``selector`` and its ``codebooks`` ``[V, rank]`` (of the token before, of a
+        candidate), the likeliest along the path that it takes; both then come with their number of rows, like ``embedding``.
         """
+
+@final
+class HostConv:
+    """The two convolutions around a sublayer of a DFlash 2, over the tokens of a block, for ``HostDecoder.add_layer``.
+
+    ``base`` ``[2 * taps * hidden]``: of what goes in, then of what comes out, the own token first. ``deltas``: ``[2 * taps * groups, hidden]``.
+    """
+
+    def __new__(cls, base: NDArray[np.float32], deltas: PackedWeight, taps: int) -> HostConv: ...
+
+@final
+class HostSelector:
+    """What chooses the drafts of a DFlash 2 among the ``top_k`` likeliest of every place, for ``HostDecoder.draft``.
+
+    ``projection`` ``[rank, hidden]``; ``names``: tokens of the head's rows, where it is of a part of the vocabulary.
+    """
+
+    def __new__(cls, projection: PackedWeight, top_k: int, names: NDArray[np.int64] | None = None) -> HostSelector: ...
 
 @final
 class HostInjector:

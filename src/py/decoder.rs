@@ -13,7 +13,8 @@ use super::host::{AttentionBatch, Checked, PackedWeight, Pointer, contiguous, ma
 use crate::device::AttentionParams;
 use crate::device::host::batch::checked_slots;
 use crate::device::host::decoder::{
-    Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Outputs, Scratch, Taps, candidates,
+    BlockConv, Codebooks, Decoder, DecoderInputs, Guess, Head, Injector, LayerShape, LayerWeights, Outputs, Scratch,
+    Selector, Taps, candidates,
 };
 use crate::device::host::{self, HostKernels, Isa, Layout, RowsMut};
 use crate::error::Error;
@@ -48,12 +49,20 @@ type Caches = Vec<(Pointer, Pointer)>;
 type Table = (Pointer, usize);
 /// The same, checked.
 type CacheRows<'a> = Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>;
+/// A selector and what it reads.
+type Path<'a> = (&'a Selector, Codebooks<'a>);
 /// Tokens and their probabilities.
 type Drafts<'py> = (Bound<'py, PyArray3<i64>>, Bound<'py, PyArray3<f32>>);
 
 impl Kind for Caches {
     fn expected() -> String {
         format!("a list of pairs for K and V, each {}", Pointer::expected())
+    }
+}
+
+impl Kind for (Table, Table) {
+    fn expected() -> String {
+        format!("a pair, each {}", Table::expected())
     }
 }
 
@@ -87,6 +96,67 @@ fn kernels(threads: usize) -> PyResult<HostKernels> {
     Ok(HostKernels::new()?.with_threads(threads))
 }
 
+/// The two convolutions around a sublayer of a DFlash 2.
+#[pyclass(frozen, module = "dflash_rs._core")]
+pub struct HostConv(BlockConv);
+
+impl Kind for HostConv {
+    fn expected() -> String {
+        "a HostConv".into()
+    }
+}
+
+#[pymethods]
+impl HostConv {
+    #[new]
+    fn new(base: &Bound<'_, PyAny>, deltas: Object<'_, PackedWeight>, taps: Given<usize>) -> PyResult<Self> {
+        named!(deltas, taps);
+        Ok(Self(BlockConv {
+            base: floats("base", base)?,
+            deltas: deltas.get().weight.clone(),
+            taps,
+        }))
+    }
+}
+
+/// What chooses the drafts of a DFlash 2.
+#[pyclass(frozen, module = "dflash_rs._core")]
+pub struct HostSelector(Selector);
+
+impl Kind for HostSelector {
+    fn expected() -> String {
+        "a HostSelector".into()
+    }
+}
+
+#[pymethods]
+impl HostSelector {
+    #[new]
+    #[pyo3(signature = (projection, top_k, names=None))]
+    fn new(
+        projection: Object<'_, PackedWeight>,
+        top_k: Given<usize>,
+        names: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        named!(projection, top_k);
+        let names = names.map(|names| integers("names", names)).transpose()?;
+        let names = names.map(|names| {
+            let names = contiguous("names", &names)?.iter();
+            // A negative one is beyond every vocabulary.
+            Ok::<_, PyErr>(
+                names
+                    .map(|&token| usize::try_from(token).unwrap_or(usize::MAX))
+                    .collect(),
+            )
+        });
+        Ok(Self(Selector {
+            projection: projection.get().weight.clone(),
+            top_k,
+            names: names.transpose()?,
+        }))
+    }
+}
+
 /// Decoder layers and a head whose passes run in one call on the host, in f32.
 #[pyclass(module = "dflash_rs._core")]
 pub struct HostDecoder {
@@ -113,7 +183,7 @@ impl HostDecoder {
 
     /// Appends a layer.
     #[pyo3(signature = (*, attention_norm, qkv, out, mlp_norm, gate_up, down, heads, kv_heads, head_dim, scale, mask, window=None,
-                        query_norm=None, key_norm=None))]
+                        query_norm=None, key_norm=None, attention_conv=None, mlp_conv=None))]
     #[allow(clippy::too_many_arguments, reason = "the weights of a layer, by keyword")]
     fn add_layer(
         &mut self,
@@ -131,8 +201,33 @@ impl HostDecoder {
         window: Option<Given<usize>>,
         query_norm: Option<&Bound<'_, PyAny>>,
         key_norm: Option<&Bound<'_, PyAny>>,
+        attention_conv: Option<Object<'_, HostConv>>,
+        mlp_conv: Option<Object<'_, HostConv>>,
     ) -> PyResult<()> {
-        named!(qkv, out, gate_up, down, heads, kv_heads, head_dim, scale, window);
+        named!(
+            qkv,
+            out,
+            gate_up,
+            down,
+            heads,
+            kv_heads,
+            head_dim,
+            scale,
+            window,
+            attention_conv,
+            mlp_conv
+        );
+        let convs = match (attention_conv, mlp_conv) {
+            (Some(attention), Some(mlp)) => Some((attention.get().0.clone(), mlp.get().0.clone())),
+            (None, None) => None,
+            _ => {
+                return Err(unknown(
+                    "mlp_conv",
+                    "one of attention_conv and mlp_conv",
+                    "both or neither",
+                ));
+            }
+        };
         let head_norms = match (query_norm, key_norm) {
             (Some(queries), Some(keys)) => Some((floats("query_norm", queries)?, floats("key_norm", keys)?)),
             (None, None) => None,
@@ -146,6 +241,7 @@ impl HostDecoder {
             mlp_norm: floats("mlp_norm", mlp_norm)?,
             gate_up: gate_up.get().weight.clone(),
             down: down.get().weight.clone(),
+            convs,
         };
         let attention = AttentionParams {
             scale,
@@ -197,7 +293,7 @@ impl HostDecoder {
             self.decoder.hidden(),
         )?;
         features.alone(&[&logits])?;
-        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
+        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches, 1)?;
         let taps = Taps {
             layers: &layers,
             features: features.rows_mut(),
@@ -218,9 +314,10 @@ impl HostDecoder {
     }
 
     /// The `k` likeliest tokens `[n, block - 1, k]` and their probabilities: rows 1.. of every block of `block` tokens. Where a row has
-    /// fewer, the rest has probability 0.
-    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=Given::new(1), threads=Given::new(1)),
-           text_signature = "($self, batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1)")]
+    /// fewer, the rest has probability 0. With a selector and its two codebooks, those beside the path that it takes.
+    #[pyo3(signature = (batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=Given::new(1), threads=Given::new(1),
+                        selector=None, codebooks=None),
+           text_signature = "($self, batch, token_ids, positions, embedding, rotary, caches, block, never=None, k=1, threads=1, selector=None, codebooks=None)")]
     #[allow(clippy::too_many_arguments, reason = "one crossing per pass")]
     fn draft<'py>(
         &self,
@@ -235,8 +332,12 @@ impl HostDecoder {
         never: Option<Given<usize>>,
         k: Given<usize>,
         threads: Given<usize>,
+        selector: Option<Object<'_, HostSelector>>,
+        codebooks: Option<Given<(Table, Table)>>,
     ) -> PyResult<Drafts<'py>> {
-        named!(batch, embedding, rotary, caches, block, never, k, threads);
+        named!(
+            batch, embedding, rotary, caches, block, never, k, threads, selector, codebooks
+        );
         let (token_ids, positions) = (integers("token_ids", token_ids)?, integers("positions", positions)?);
         let batch = &batch.get().0;
         if !(2..=MOST_BLOCK).contains(&block) || !batch.tokens().is_multiple_of(block) {
@@ -248,9 +349,15 @@ impl HostDecoder {
             return Err(unknown("k", &k.to_string(), &format!("1..{vocabulary}")));
         }
         let kernels = kernels(threads)?;
-        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches)?;
-        let guesses =
-            py.detach(|| with_scratch(|scratch| self.guesses(kernels, batch, inputs, (block, never, k), scratch)))?;
+        let inputs = self.inputs(batch, &token_ids, &positions, embedding, rotary, &caches, block)?;
+        let path = match (&selector, codebooks) {
+            (Some(selector), Some(books)) => Some(self.path(&selector.get().0, books)?),
+            (None, None) => None,
+            _ => return Err(unknown("codebooks", "one of selector and codebooks", "both or neither")),
+        };
+        let guesses = py.detach(|| {
+            with_scratch(|scratch| self.guesses(kernels, batch, inputs, (never, k), path.as_ref(), scratch))
+        })?;
         let shape = [batch.tokens() / block, block - 1, k];
         let tokens: Vec<i64> = guesses.iter().map(|guess| guess.token as i64).collect();
         let probabilities: Vec<f32> = guesses.iter().map(|guess| guess.probability).collect();
@@ -268,6 +375,7 @@ impl HostDecoder {
         embedding: Table,
         rotary: Table,
         caches: &Caches,
+        block: usize,
     ) -> PyResult<DecoderInputs<'a>> {
         let shapes = self.decoder.cache_shapes();
         let head_dim = shapes.first().map_or(0, |&(_, dim)| dim);
@@ -279,7 +387,19 @@ impl HostDecoder {
             embedding: vocabulary.rows(),
             rotary: angles.rows(),
             caches: caches_mut(caches, batch.num_slots(), &shapes)?,
+            block,
         })
+    }
+
+    /// A selector with its codebooks, which fit this head.
+    fn path<'a>(&self, selector: &'a Selector, (predecessor, successor): (Table, Table)) -> PyResult<Path<'a>> {
+        let rank = selector.projection.outputs();
+        let books = Codebooks {
+            predecessor: Checked::new("predecessor", predecessor.0, predecessor.1, 1, rank)?.rows(),
+            successor: Checked::new("successor", successor.0, successor.1, 1, rank)?.rows(),
+        };
+        selector.check(self.head.weight.outputs(), self.decoder.hidden(), &books)?;
+        Ok((selector, books))
     }
 
     fn guesses(
@@ -287,10 +407,12 @@ impl HostDecoder {
         kernels: HostKernels,
         batch: &host::AttentionBatch,
         inputs: DecoderInputs<'_>,
-        (block, never, k): (usize, Option<usize>, usize),
+        (never, k): (Option<usize>, usize),
+        path: Option<&Path<'_>>,
         scratch: &mut Scratch,
     ) -> Result<Vec<Guess>, Error> {
-        let tokens = batch.tokens();
+        let (tokens, block) = (batch.tokens(), inputs.block);
+        let anchors: Vec<i64> = inputs.tokens.iter().copied().step_by(block).collect();
         let mut none = [];
         let features = RowsMut::from_slice("features", &mut none, Layout::contiguous(0, 0, self.decoder.hidden()))?;
         let mut taps = Taps { layers: &[], features };
@@ -298,16 +420,20 @@ impl HostDecoder {
         let rows: Vec<i64> = (0..tokens as i64).filter(|row| row % block as i64 != 0).collect();
         let mut logits = self.head.logits(kernels, &rows, tokens, scratch)?;
         let isa = Isa::chosen()?;
-        let mut guesses = Vec::with_capacity(rows.len() * k);
+        let each = path.map_or(k, |(selector, _)| selector.top_k);
+        let mut guesses = Vec::with_capacity(rows.len() * each);
         for (row, logits) in logits.chunks_exact_mut(self.head.weight.outputs()).enumerate() {
-            candidates(isa, logits, never, k, &mut guesses);
+            candidates(isa, logits, never, each, &mut guesses);
             let none = Guess {
                 token: 0,
                 probability: 0.0,
             };
-            guesses.resize((row + 1) * k, none);
+            guesses.resize((row + 1) * each, none);
         }
-        Ok(guesses)
+        match path {
+            Some((selector, books)) => selector.walk(kernels, books, &guesses, &anchors, block, k, scratch),
+            None => Ok(guesses),
+        }
     }
 }
 

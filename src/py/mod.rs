@@ -34,7 +34,7 @@ mod _core {
         cuda_prepare_block, cuda_probe, cuda_sample_rows, cuda_sample_scratch, cuda_tree_build, cuda_tree_top_k,
     };
     #[pymodule_export]
-    use super::decoder::{HostDecoder, HostInjector};
+    use super::decoder::{HostConv, HostDecoder, HostInjector, HostSelector};
     #[pymodule_export]
     use super::delta::{DeltaRule, cuda_delta_rule};
     #[pymodule_export]

@@ -37,7 +37,7 @@ def filled(variant: str, page_size: int, *, host: bool, threads: int = 1):
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "scaled" not in v and not v.startswith("second")])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "scaled" not in v])
 def test_drafts_and_context_equal_those_of_torch(variant, page_size):
     (ours, pages), (theirs, _) = (filled(variant, page_size, host=host) for host in (True, False))
     assert ours.runtime.run is not None
@@ -51,6 +51,35 @@ def test_drafts_and_context_equal_those_of_torch(variant, page_size):
     assert np.array_equal(drafts, drafts_torch)
     np.testing.assert_allclose(sure, sure_torch, rtol=2e-3)
     assert drafts.dtype == np.int64 and sure.dtype == np.float32 and sure.shape == (3, 5)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_candidates_beside_a_selectors_path_equal_those_of_torch(part):
+    def run(host: bool):
+        draft, pages = filled("second", 16, host=True)
+        draft.vocabulary = torch.arange(1, VOCAB, 2) if part else None
+        draft.alloc_kv(pages.num_slots)
+        if not host:
+            draft.runtime.run = None
+        return draft.candidates([4, 50, 96], LENGTHS, pages.table, page_size=16, valid_from=LENGTHS, k=4)
+
+    (ours, chances), (theirs, chances_torch) = run(True), run(False)
+    assert np.array_equal(ours, theirs) and (not part or (ours % 2 == 1).all())
+    np.testing.assert_allclose(chances, chances_torch, rtol=2e-3)
+
+
+def test_what_a_selector_does_not_fit_is_named():
+    draft, pages = filled("second", 16, host=True)
+    selector, books = draft.runtime.selecting
+
+    def asked(*chosen):
+        with pytest.raises(InvalidArgument) as refused:
+            draft.runtime.selecting = chosen
+            best(draft, [4, 50, 96], LENGTHS, pages.table, page_size=16)
+        return str(refused.value)
+
+    assert "codebooks: got one of selector and codebooks, expected both or neither" in asked(selector, ())
+    assert "successor: got 7, expected at least the 97 rows of the head" in asked(selector, (books[0], books[1][:7]))
 
 
 def test_a_drafter_that_scales_or_caps_its_logits_stays_in_torch():

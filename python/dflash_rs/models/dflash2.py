@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _core
 from ..config import BRANCHES, CANDIDATES
 from ..errors import InvalidArgument
 from .dflash.config import DraftConfig
@@ -26,6 +27,7 @@ from .dflash.layers import DraftLayer
 from .dflash.model import DFlashDraft
 from .dflash.runtime import Runtime
 from .fused import FusedLayer
+from .linear import PackedLinear
 from .proposals import Proposals
 
 
@@ -158,6 +160,22 @@ class ConvLayer(FusedLayer):
     def __init__(self, layer: DFlash2Layer, **options):
         super().__init__(layer, **options)
         self._attention_conv, self._mlp_conv = layer.attention_conv, layer.mlp_conv
+        self._deltas = [PackedLinear([conv.kernel_projection], share=False) for conv in self._convs()]
+
+    def _convs(self) -> tuple[BlockConv, BlockConv]:
+        return self._attention_conv, self._mlp_conv
+
+    def products(self) -> list[PackedLinear]:
+        """All of this layer's weights that are multiplied by."""
+        return [*super().products(), *self._deltas]
+
+    def convolutions(self) -> tuple[_core.HostConv, _core.HostConv] | None:
+        """For the extension."""
+        attention, mlp = (
+            _core.HostConv(conv.base_kernel.detach().flatten().numpy(), deltas.packed_host, conv.taps)
+            for conv, deltas in zip(self._convs(), self._deltas, strict=True)
+        )
+        return attention, mlp
 
     # Only the drafter of its own kind calls it, which knows the size.
     def __call__(  # type: ignore[override]
@@ -174,11 +192,20 @@ class DFlash2Runtime(Runtime):
     """A DFlash's runtime with convolutions in its layers and a selector behind its head."""
 
     layer_type = ConvLayer
-    in_one_call = False
 
     def __init__(self, draft: DFlash2Draft, embedding: nn.Module, lm_head: nn.Module, num_slots: int):
         super().__init__(draft, embedding, lm_head, num_slots)
         self.selector = draft.candidate_selector
+        if self.run is not None:
+            self.selecting = self._on_host()
+
+    def _on_host(self) -> tuple[_core.HostSelector, tuple[Tensor, Tensor]]:
+        """What chooses in the extension, and the codebooks that it reads."""
+        own = self.selector
+        projection = PackedLinear([own.hidden_projection], share=False).packed_host
+        names = None if self.proposals.tokens is None else self.proposals.tokens.numpy()
+        books = own.predecessor_codebook.detach(), own.successor_codebook.detach()
+        return _core.HostSelector(projection, own.top_k, names), books
 
     def through(self, layer, x: Tensor, cos: Tensor, sin: Tensor, attention, caches, size: int) -> Tensor:
         """x [n * size, H] of blocks of `size` tokens through one layer."""

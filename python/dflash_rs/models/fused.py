@@ -106,6 +106,14 @@ class FusedLayer:
         gate_up = self.gate_up(torch.rms_norm(x, self.hidden, self.norm2, self.eps))
         return self.down.plus(self.swiglu(gate_up), x)
 
+    def products(self) -> list[PackedLinear]:
+        """All of this layer's weights that are multiplied by."""
+        return [self.qkv, self.out, self.gate_up, self.down]
+
+    def convolutions(self) -> tuple[_core.HostConv, _core.HostConv] | None:
+        """Those around attention and MLP for the extension, of a layer that has some."""
+        return None
+
     def attend(self, normed: Tensor, cos: Tensor, sin: Tensor, attention, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """normed [T, H] -> [T, heads * head_dim], before the output projection."""
         qkv = self.qkv(normed).view(-1, self._split + self.kv_heads, self.head_dim)
@@ -148,6 +156,7 @@ class HostRun:
         self.embedding, self.rotary, self._outputs = embedding, rotary, head.outputs
         self._decoder = _core.HostDecoder(norm.numpy(), head.packed_host, layers[0].eps)
         for layer in layers:
+            attention_conv, mlp_conv = layer.convolutions() or (None, None)
             self._decoder.add_layer(
                 attention_norm=layer.norm1.numpy(),
                 qkv=layer.qkv.packed_host,
@@ -163,23 +172,39 @@ class HostRun:
                 window=layer.window,
                 query_norm=None if layer.q_norm is None else layer.q_norm.numpy(),
                 key_norm=None if layer.k_norm is None else layer.k_norm.numpy(),
+                attention_conv=attention_conv,
+                mlp_conv=mlp_conv,
             )
 
     @classmethod
     def build(cls, layers, norm, head, embedding, rotary, *, host_kernel: bool) -> HostRun | None:
         """The run, or None where it does not apply: another device or type, weights too large for a second copy."""
-        products = [p for layer in layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        products = [p for layer in layers for p in layer.products()]
         if not host_kernel or embedding.dtype != torch.float32 or not isinstance(head, PackedLinear):
             return None
         if any(product.host is None for product in (*products, head)):
             return None
         return cls(layers, norm, head, embedding, rotary)
 
-    def draft(self, positions, tokens, limit: int, attention, caches, block: int, never: int | None, k: int):
-        """The k likeliest tokens int64 [n, block-1, k] and their probabilities float32; positions and tokens int64 [n * block], host."""
+    def draft(
+        self,
+        positions,
+        tokens,
+        limit: int,
+        attention,
+        caches,
+        block: int,
+        never: int | None,
+        k: int,
+        selector=None,
+        codebooks=(),
+    ):
+        """The k likeliest tokens int64 [n, block-1, k] and their probabilities float32; positions and tokens int64 [n * block], host. With a
+        selector and its codebooks [V, rank], those along its path."""
+        books = tuple(((book.data_ptr(), book.stride(0), book.shape[1]), book.shape[0]) for book in codebooks) or None
         return self._decoder.draft(
             attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never, k,
-            threads.of_the_extension(),
+            threads.of_the_extension(), selector, books,
         )  # fmt: skip
 
     def forward(

@@ -30,9 +30,8 @@ class Runtime:
     are passes in one call of the extension, None where torch runs the drafter.
     """
 
-    # What another kind of DFlash replaces: its layers, and whether the extension's one-call pass knows them.
+    # What another kind of DFlash replaces: its layers.
     layer_type: type[FusedLayer] = FusedLayer
-    in_one_call = True
 
     def __init__(self, draft: DFlashDraft, embedding: nn.Module, lm_head: nn.Module, num_slots: int):
         c = self.config = draft.config
@@ -87,7 +86,9 @@ class Runtime:
             self.injection = cuda.KvCaches(keys, values), torch.cat((cos, sin), dim=-1).contiguous()
         plain = c.input_embedding_scale == 1.0 and c.output_multiplier == 1.0 and c.final_logit_softcapping is None
         self.run = self.injector = None
-        if plain and self.in_one_call:
+        # What chooses among a block's candidates in the extension, and the codebooks that it reads; nothing of a DFlash.
+        self.selecting: tuple = (None, ())
+        if plain:
             self.run = HostRun.build(
                 self.layers,
                 self.norm,
@@ -183,7 +184,9 @@ class Runtime:
                 page_table=page_table, row_ids=row_ids, page_size=page_size, valid_from=valid_from, ancestors=None,
             )  # fmt: skip
             never = None if self.never is None or self.never >= self.head.outputs else self.never
-            picked, chances = self.run.draft(positions, tokens.reshape(-1), limit, blocks, self.caches, size, never, k)
+            picked, chances = self.run.draft(
+                positions, tokens.reshape(-1), limit, blocks, self.caches, size, never, k, *self.selecting
+            )
             return self.proposals.named_on_host(picked), chances
         batch = StepBatch.from_arrays(
             token_ids=tokens.reshape(-1),

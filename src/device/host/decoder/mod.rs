@@ -14,6 +14,7 @@
 
 mod head;
 mod inject;
+mod second;
 
 use std::sync::Arc;
 
@@ -28,6 +29,7 @@ use crate::error::{Error, Result, indices};
 
 pub use head::{Head, Outputs};
 pub use inject::Injector;
+pub use second::{BlockConv, Codebooks, Selector};
 
 /// Elements of what is done to one row at a time that are worth a helper.
 const ROWWISE_PART: usize = 1 << 13;
@@ -49,6 +51,8 @@ pub struct LayerWeights {
     pub gate_up: Arc<PackedWeight>,
     /// `[H, I]`.
     pub down: Arc<PackedWeight>,
+    /// Around attention and around the MLP, if the model has them.
+    pub convs: Option<(BlockConv, BlockConv)>,
 }
 
 /// How a layer attends.
@@ -85,6 +89,8 @@ pub struct DecoderInputs<'a> {
     pub rotary: Rows<'a, f32>,
     /// `[num_slots, Hkv, D]` keys and values, per layer.
     pub caches: Vec<(RowsMut<'a, f32>, RowsMut<'a, f32>)>,
+    /// Tokens of a block, which convolutions look at; 1 where there are none.
+    pub block: usize,
 }
 
 /// Buffers of a pass, kept between calls: `x` is the residual stream, `[T, H]`.
@@ -97,6 +103,7 @@ pub struct Scratch {
     attended: Vec<f32>,
     gate_up: Vec<f32>,
     inner: Vec<f32>,
+    deltas: Vec<f32>,
 }
 
 fn invalid<T>(name: &'static str, got: impl ToString, expected: impl Into<String>) -> Result<T> {
@@ -246,6 +253,9 @@ impl Decoder {
             check_len("query_norm", queries.len(), head_dim)?;
             check_len("key_norm", keys.len(), head_dim)?;
         }
+        for conv in weights.convs.iter().flat_map(|(attention, mlp)| [attention, mlp]) {
+            conv.check(self.hidden)?;
+        }
         self.layers.push((weights, shape));
         Ok(())
     }
@@ -288,6 +298,7 @@ impl Decoder {
                 eps: self.eps,
                 rotary: &inputs.rotary,
                 positions: inputs.positions,
+                block: inputs.block,
             };
             // The residual stream moves to `normed` and back: a product may not write what it reads.
             layer.attend(kernels, batch, caches, scratch)?;
@@ -317,6 +328,9 @@ impl Decoder {
         check_len("token_ids", inputs.tokens.len(), tokens)?;
         check_len("positions", inputs.positions.len(), tokens)?;
         check_len("caches", inputs.caches.len(), self.layers.len())?;
+        if inputs.block == 0 || !tokens.is_multiple_of(inputs.block) {
+            return invalid("block", inputs.block, format!("a divisor of the {tokens} tokens"));
+        }
         let (embedding, rotary) = (inputs.embedding.layout(), inputs.rotary.layout());
         if (embedding.heads, embedding.dim) != (1, self.hidden) {
             return invalid(
@@ -348,10 +362,11 @@ struct Layer<'a> {
     eps: f32,
     rotary: &'a Rows<'a, f32>,
     positions: &'a [i64],
+    block: usize,
 }
 
 impl Layer<'_> {
-    /// `normed = x + out(attention(norm(x)))`.
+    /// `normed = x + out(attention(norm(x)))`, between convolutions where there are some.
     fn attend(
         &self,
         kernels: HostKernels,
@@ -369,6 +384,8 @@ impl Layer<'_> {
         let normed = resized(&mut scratch.normed, tokens * hidden);
         let qkv = resized(&mut scratch.qkv, tokens * width);
         norm_rows(kernels, x, &weights.attention_norm, self.eps, normed);
+        let conv = weights.convs.as_ref().map(|(attention, _)| attention);
+        self.enter(kernels, conv, normed, &mut scratch.deltas)?;
         multiply(kernels, &weights.qkv, tokens, normed, None, qkv)?;
         let rows = (ROWWISE_PART / width).max(1);
         let rotate = |(qkv, positions): (&mut [f32], &[i64])| {
@@ -411,10 +428,46 @@ impl Layer<'_> {
             sinks: None,
         };
         attention::run(isa, threads, batch, &shape.attention, tensors)?;
-        multiply(kernels, &weights.out, tokens, attended, Some(x), normed)
+        self.leave(kernels, conv, (&weights.out, attended), &scratch.deltas, x, normed)
     }
 
-    /// `x = normed + down(silu(gate) * up)` of `norm(normed)`.
+    /// What goes into a sublayer, in place.
+    fn enter(
+        &self,
+        kernels: HostKernels,
+        conv: Option<&BlockConv>,
+        x: &mut [f32],
+        deltas: &mut Vec<f32>,
+    ) -> Result<()> {
+        let Some(conv) = conv else { return Ok(()) };
+        conv.look(kernels, self.positions.len(), x, deltas)?;
+        conv.over(0, self.block, deltas, x);
+        Ok(())
+    }
+
+    /// `out = residual + ` what comes out of a sublayer: its last product, through the convolution if there is one.
+    fn leave(
+        &self,
+        kernels: HostKernels,
+        conv: Option<&BlockConv>,
+        (weight, given): (&PackedWeight, &[f32]),
+        deltas: &[f32],
+        residual: &[f32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let tokens = self.positions.len();
+        let Some(conv) = conv else {
+            return multiply(kernels, weight, tokens, given, Some(residual), out);
+        };
+        multiply(kernels, weight, tokens, given, None, out)?;
+        conv.over(1, self.block, deltas, out);
+        for (out, residual) in out.iter_mut().zip(residual) {
+            *out += residual;
+        }
+        Ok(())
+    }
+
+    /// `x = normed + down(silu(gate) * up)` of `norm(normed)`, likewise.
     fn feed_forward(&self, kernels: HostKernels, scratch: &mut Scratch) -> Result<()> {
         let Self { weights, hidden, .. } = *self;
         let (isa, threads, tokens) = (kernels.isa, kernels.threads, self.positions.len());
@@ -422,13 +475,15 @@ impl Layer<'_> {
         let x = resized(&mut scratch.x, tokens * hidden);
         let normed = resized(&mut scratch.normed, tokens * hidden);
         norm_rows(kernels, normed, &weights.mlp_norm, self.eps, x);
+        let conv = weights.convs.as_ref().map(|(_, mlp)| mlp);
+        self.enter(kernels, conv, x, &mut scratch.deltas)?;
         let gate_up = resized(&mut scratch.gate_up, tokens * 2 * width);
         multiply(kernels, &weights.gate_up, tokens, x, None, gate_up)?;
         let inner = resized(&mut scratch.inner, tokens * width);
         by_rows(threads, (2 * width, width), gate_up, inner, |gate_up, inner| {
             dispatch(isa, SwiGlu { gate_up, width, inner });
         });
-        multiply(kernels, &weights.down, tokens, inner, Some(normed), x)
+        self.leave(kernels, conv, (&weights.down, inner), &scratch.deltas, normed, x)
     }
 }
 
