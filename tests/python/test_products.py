@@ -136,12 +136,12 @@ def differing(target: TargetModel) -> int:
     return found
 
 
-# Gemma 4 attends with heads of 512 elements, which is torch's to do.
-# In float32 SiLU, sigmoid and softplus of torch hang on an element's place where widths are as small as here.
+# Attention is torch's with heads of 512 elements, as Gemma 4 has them, and with keys and values of two widths, as DeepSeek and Kimi do; in bfloat16
+# these are too small for it to show.
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [(kind, torch.bfloat16) for kind in sorted({*HYBRIDS, *LAYERS, *LLAMA_SHAPED} - {"gemma4"})]
-    + [(kind, torch.float32) for kind in LLAMA_SHAPED],
+    + [(kind, torch.float32) for kind in sorted({*HYBRIDS, *LAYERS, *LLAMA_SHAPED} - {"gemma4", "deepseek", "kimi"})],
 )
 def test_rows_of_a_target_have_the_same_bits_in_any_company(kind, dtype):
     target = target_of(kind, dtype)

@@ -128,7 +128,9 @@ class MixerState:
         if step is None or room is None or not self._inside:
             raise DflashError("state: recurrent layers ran outside of a pass or without room for their states")
         fed, rest = mixer.feed(hidden[0])
-        out, ends = mixer.run(room, step.spans, fed)
+        # A token's operations have the same shapes wherever its state moves on, in a pass or between passes: torch's own, nothing around them.
+        with torch._C.DisableTorchFunction():
+            out, ends = mixer.run(room, step.spans, fed)
         if ends:
             step.ends[index] = ends
         if not self._told and hidden.device.type == "cpu" and not bool(torch.isfinite(out).all()):
