@@ -78,6 +78,13 @@ def build(kind: str, seed: int = 0, **options):
     return randomise(made, seed).eval()
 
 
+def keep_wrongly(state, keep, rows, counts, wrong) -> None:
+    """`keep` of a `MixerState` for `wrong` tokens in place of `counts`, without its noticing where the states do not stand."""
+    lengths = state._lengths[rows] + counts
+    keep(rows, wrong.astype(np.int32))
+    state.pretend(rows, lengths)
+
+
 class Knowing(Oracle):
     """Drafts from texts that it was told; of four drafts one is wrong, or every one (`wrong="all"`), or the last of a block (`wrong="last"`),
     or none."""

@@ -109,7 +109,9 @@ def test_within_padded_a_row_has_the_same_bits_in_any_company(name, dtype):
         with Padded() as padded:
             together = function(rows)
             assert padded.needed == (dtype in _HANGING[LISTED[name][0]])
-            assert all(same(torch.cat([function(part) for part in rows.split(count)]), together) for count in (1, 3, 50))
+            assert all(
+                same(torch.cat([function(part) for part in rows.split(count)]), together) for count in (1, 3, 50)
+            )
             # With gaps between rows, between elements, and rows that stand upright.
             assert same(function(wide[:, :width]), together)
             assert same(function(rows.repeat_interleave(2, 1)[:, ::2]), together)
