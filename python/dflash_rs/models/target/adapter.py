@@ -190,8 +190,12 @@ class TargetModel:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV one token takes over all layers."""
-        per_head = (layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.kv_layers.values())
-        return sum(per_head) * self.dtype.itemsize
+        return sum(kv.kv_heads * sum(self._widths(kv)) for kv in self.kv_layers.values()) * self.dtype.itemsize
+
+    def _widths(self, kv: LayerKV) -> tuple[int, int]:
+        """Those of keys and values in the cache: equal ones for the kernel of the host, which has one width for both."""
+        wide = max(kv.key_dim, kv.value_dim)
+        return (wide, wide) if self.kernel else (kv.key_dim, kv.value_dim)
 
     def _place_experts(self, check: Check | None) -> HostExperts | None:
         """Layers of experts that run in the extension; None where none does, or where that is not the model's own forward."""
@@ -312,13 +316,13 @@ class TargetModel:
         if num_slots < 1:
             raise InvalidArgument(f"num_slots: got {num_slots}, expected at least 1")
         self.num_slots = num_slots
-        self.caches = {
-            index: (
-                torch.zeros(num_slots, kv.kv_heads, kv.key_dim, dtype=self.dtype, device=self.device),
-                torch.zeros(num_slots, kv.kv_heads, kv.value_dim, dtype=self.dtype, device=self.device),
+        self.caches = {}
+        for index, kv in self.kv_layers.items():
+            keys, values = (
+                torch.zeros(num_slots, kv.kv_heads, dim, dtype=self.dtype, device=self.device)
+                for dim in self._widths(kv)
             )
-            for index, kv in self.kv_layers.items()
-        }
+            self.caches[index] = keys, values
 
     def free(self) -> None:
         """Gives the KV back."""
