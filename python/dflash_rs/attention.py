@@ -304,7 +304,7 @@ def kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_
     widened, see `widened`."""
     if cuda.available(device):
         return dtype == torch.bfloat16 and key_dim == value_dim and key_dim in cuda.HEAD_DIMS
-    return device.type == "cpu" and dtype in _DTYPES and max(key_dim, value_dim) <= 256
+    return device.type == "cpu" and dtype in _DTYPES and max(key_dim, value_dim) <= 512
 
 
 def widened(x: Tensor, dim: int) -> Tensor:

@@ -136,8 +136,7 @@ def differing(target: TargetModel) -> int:
     return found
 
 
-# Gemma 4 attends with heads of 512 elements, which is torch's to do.
-@pytest.mark.parametrize("kind", sorted({*HYBRIDS, *LAYERS, *LLAMA_SHAPED} - {"gemma4"}))
+@pytest.mark.parametrize("kind", sorted({*HYBRIDS, *LAYERS, *LLAMA_SHAPED}))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_target_have_the_same_bits_in_any_company(kind, dtype):
     target = target_of(kind, dtype)
