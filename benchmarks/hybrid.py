@@ -163,11 +163,13 @@ def measure(llm: LLM, rounds: int, threads: list[int]) -> list[dict[str, Any]]:
             try:
                 for one in PASSES:
                     requests, _, kept = one
-                    index = np.arange(requests, dtype=np.int32)
+                    index, ones = np.arange(requests, dtype=np.int32), np.ones(requests, dtype=np.int32)
+                    target.state.pretend(index, ones)
                     target.forward(before[one])
                     target.state.keep(index, np.full(requests, kept, dtype=np.int32))
+                    target.state.pretend(index, ones)
                     found = clock.take(partial(target.forward, batches[one]))
-                    target.state.keep(index, np.full(requests, 1, dtype=np.int32))
+                    target.state.keep(index, ones)
                     if turn:
                         taken[way, count, one].append(found)
             finally:

@@ -350,7 +350,7 @@ fn any_mask() -> impl Strategy<Value = Mask> {
 
 fn any_shape() -> impl Strategy<Value = Shape> {
     let heads = prop_oneof![Just((1, 1)), Just((4, 2)), Just((3, 1)), Just((4, 4)), Just((10, 2))];
-    let dim = prop_oneof![Just(16), Just(64), Just(40), Just(80), Just(7), Just(128), Just(256)];
+    let dim = prop_oneof![15 => prop::sample::select(vec![16, 64, 40, 80, 7, 128, 256]), 1 => Just(512)];
     let page = prop_oneof![Just(1), Just(16), Just(64), Just(5)];
     let softcap = prop_oneof![3 => Just(None), 1 => Just(Some(0.7)), 1 => Just(Some(30.0))];
     (heads, dim, page, softcap, prop::bool::weighted(0.3)).prop_map(

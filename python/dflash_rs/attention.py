@@ -300,12 +300,16 @@ def _address(rows: Tensor) -> tuple[int, int, int]:
 
 
 def kernel_serves(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
-    """Whether a kernel of the extension attends over such a cache; the reference does otherwise."""
-    if key_dim != value_dim:
-        return False
+    """Whether a kernel of the extension attends with such keys and values; the reference does otherwise. On a CPU the narrower ones have to be
+    widened, see `widened`."""
     if cuda.available(device):
-        return dtype == torch.bfloat16 and key_dim in cuda.HEAD_DIMS
-    return device.type == "cpu" and dtype in _DTYPES and key_dim <= 256
+        return dtype == torch.bfloat16 and key_dim == value_dim and key_dim in cuda.HEAD_DIMS
+    return device.type == "cpu" and dtype in _DTYPES and max(key_dim, value_dim) <= 512
+
+
+def widened(x: Tensor, dim: int) -> Tensor:
+    """[..., d] with zeros behind, up to `dim`: they add nothing to a score, and what attention gives ends with as many more of them."""
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
 
 
 def step_attention(

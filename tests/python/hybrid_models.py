@@ -69,13 +69,20 @@ _MADE = {
 KINDS, OTHERS = ("dense", "experts", "next"), ("olmo", "kimi", "lfm2", "bamba", "falcon")
 
 
-def build(kind: str, seed: int = 0):
-    """A tiny model of transformers with random weights."""
+def build(kind: str, seed: int = 0, **options):
+    """A tiny model of transformers with random weights; `options` of its configuration."""
     import transformers
 
     config, model, more = _MADE[kind]
-    made = getattr(transformers, model)(getattr(transformers, config)(**_TEXT | more))
+    made = getattr(transformers, model)(getattr(transformers, config)(**_TEXT | more | options))
     return randomise(made, seed).eval()
+
+
+def keep_wrongly(state, keep, rows, counts, wrong) -> None:
+    """`keep` of a `MixerState` for `wrong` tokens in place of `counts`, without its noticing where the states do not stand."""
+    lengths = state._lengths[rows] + counts
+    keep(rows, wrong.astype(np.int32))
+    state.pretend(rows, lengths)
 
 
 class Knowing(Oracle):

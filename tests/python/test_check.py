@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from hybrid_models import build
+from hybrid_models import build, keep_wrongly
 from models_helpers import VOCAB, qwen3_target
 from toy_models import LookUp
 
@@ -53,7 +53,7 @@ def test_a_state_that_keeps_a_rejected_draft_is_found(monkeypatch):
 
     def one_more(rows, counts):
         lengths = [target.state._pass.by_row[row].end - target.state._pass.by_row[row].start for row in rows.tolist()]
-        keep(rows, np.minimum(counts + 1, np.array(lengths, dtype=np.int32)))
+        keep_wrongly(target.state, keep, rows, counts, np.minimum(counts + 1, lengths))
 
     monkeypatch.setattr(target.state, "keep", one_more)
     results = {result.name: result for result in battery(target).run()}

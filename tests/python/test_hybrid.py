@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from hybrid_models import CONTEXT, KINDS, OTHERS, Knowing, build
+from hybrid_models import CONTEXT, KINDS, OTHERS, Knowing, build, keep_wrongly
 from models_helpers import VOCAB, Pages
 
 from dflash_rs import LLM, SamplingParams
@@ -178,22 +178,28 @@ def test_a_broken_state_is_seen(monkeypatch, fault):
 
         def too_many(rows, counts):
             spans = state._pass.by_row
-            keep(rows, np.array([spans[row].end - spans[row].start for row in rows.tolist()], dtype=np.int32))
+            wrong = np.array([spans[row].end - spans[row].start for row in rows.tolist()])
+            keep_wrongly(state, keep, rows, counts, wrong)
 
         monkeypatch.setattr(state, "keep", too_many)
     elif fault == "keep one too few":
 
         def too_few(rows, counts):
-            keep(rows, np.array([c - (1 < c <= draft.block_size) for c in counts.tolist()], dtype=np.int32))
+            wrong = np.array([c - (1 < c <= draft.block_size) for c in counts.tolist()])
+            keep_wrongly(state, keep, rows, counts, wrong)
 
         monkeypatch.setattr(state, "keep", too_few)
     elif fault == "no restore":
-        monkeypatch.setattr(state, "restore", lambda rows, checkpoints: None)
+
+        def nothing(rows, checkpoints):
+            state.pretend(rows, state._lengths[state._rows + checkpoints])
+
+        monkeypatch.setattr(state, "restore", nothing)
     else:
         for mixer in state.mixers.values():
             monkeypatch.setattr(mixer, "run", broken(mixer, fault))
         if fault == "run on":
-            monkeypatch.setattr(state, "keep", lambda rows, counts: None)
+            monkeypatch.setattr(state, "keep", lambda rows, counts: state.pretend(rows, state._lengths[rows] + counts))
     with engine(made, draft, max_batch_tokens=64) as llm:
         outputs = [llm.generate(PROMPTS, PARAMS["greedy"]) for _ in range(2)]
     texts = [[output.token_ids for output in some] for some in outputs]
@@ -387,10 +393,23 @@ def test_what_recurrent_layers_cannot_do_is_refused_by_name():
     with pytest.raises(InvalidArgument, match="counts: got 4 for row 1, expected 5: of more than 4 tokens all or none"):
         made.state.keep(np.array([1]), np.array([4]))
     made.state.keep(np.array([0, 1]), np.array([1, 5]))
+    # A text has to go on where its state stands, and one that goes on from a page has to bring a state along.
+    with pytest.raises(DflashError, match="got 2 tokens before those of row 0, expected 1, which its state stands for"):
+        made.forward(pages.batch([(0, 2, [3])]))
     with pytest.raises(DflashError, match="row 0 had no part in the last pass"):
         made.state.keep(np.array([0]), np.array([1]))
     made.free()
     made.state.free()
+
+
+def test_a_prefix_that_is_hit_without_its_state_is_refused_by_name(monkeypatch):
+    with engine(TargetModel(build("dense"))) as llm:
+        llm.generate([PROMPTS[5]], PARAMS["greedy"])
+        monkeypatch.setattr(llm._target.state, "restore", lambda rows, checkpoints: None)
+        with pytest.raises(
+            DflashError, match=r"got \d+ tokens before those of row 0, expected \d+, .* or a checkpoint to go on from"
+        ):
+            llm.generate([PROMPTS[5]], PARAMS["greedy"])
 
 
 def test_a_layer_that_is_not_known_is_refused_by_name():

@@ -136,13 +136,8 @@ def differing(target: TargetModel) -> int:
     return found
 
 
-# Gemma 4 attends with heads of 512 elements, which is torch's to do.
-# In float32 SiLU, sigmoid and softplus of torch hang on an element's place where widths are as small as here.
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [(kind, torch.bfloat16) for kind in sorted({*HYBRIDS, *LAYERS, *LLAMA_SHAPED} - {"gemma4"})]
-    + [(kind, torch.float32) for kind in LLAMA_SHAPED],
-)
+@pytest.mark.parametrize("kind", sorted({*HYBRIDS, *LAYERS, *LLAMA_SHAPED}))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_target_have_the_same_bits_in_any_company(kind, dtype):
     target = target_of(kind, dtype)
     assert (target.path == "fused") == (kind in LLAMA_SHAPED)

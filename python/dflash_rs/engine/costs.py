@@ -102,6 +102,8 @@ def _verify(target: TargetModel, rows: int, context: int = 0) -> None:
         page_size=context + rows,
         device=target.device,
     )
+    if target.state is not None:
+        target.state.pretend(batch.row_ids, batch.context_lens)
     target.forward(batch)
 
 
@@ -124,6 +126,7 @@ def _fold_and_verify(target: TargetModel, rows: int, *, block: int) -> None:
         page_size=page,
         device=target.device,
     )
+    target.state.pretend(batch.row_ids, batch.context_lens)
     target.forward(batch)
     target.state.keep(index.astype(np.int32), ((lengths + 1) // 2).astype(np.int32))
 

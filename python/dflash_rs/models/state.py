@@ -64,6 +64,10 @@ class TargetState(Protocol):
     def free(self) -> None:
         """Gives that room back."""
 
+    def pretend(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Takes the rows' states, whatever they are, for those of texts of `lengths` tokens: for passes whose time alone is wanted. Elsewhere
+        a row has to go on where its state stands."""
+
     def restore(self, rows: np.ndarray, checkpoints: np.ndarray) -> None:
         """Copies checkpoints into the rows' slots, before the rows' first pass."""
 

@@ -44,6 +44,8 @@ class MixerState:
         self.bytes_per_token = sum(_bytes(mixer.fed) for mixer in mixers.values())
         self._rows = 0
         self._rooms: dict[int, Room] = {}
+        # Tokens that the state of each slot stands for, what is pending included.
+        self._lengths = np.zeros(0, dtype=np.int64)
         self._pass: _Pass | None = None
         self._inside = False
         self._told = False
@@ -75,22 +77,26 @@ class MixerState:
             kept = [torch.zeros(rows, block, *shape, dtype=dtype, device=self._device) for shape, dtype in mixer.fed]
             rooms[index] = Room(pieces, kept, pending[at])
         self._rows, self._rooms, self._pending = rows, rooms, pending
+        self._lengths = np.zeros(rows + checkpoints, dtype=np.int64)
 
     def free(self) -> None:
         self._rows, self._rooms, self._pass = 0, {}, None
         if self._there is not None:
             self._there.free()
 
+    def pretend(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        self._lengths[rows] = lengths
+
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
         """Within it, a pass of row 0 has a state of its own."""
-        kept = self._rows, self._rooms, self._pass, getattr(self, "_pending", None)
+        kept = self._rows, self._rooms, self._pass, self._lengths, getattr(self, "_pending", None)
         try:
             self._rooms = {}
             self.alloc(1, 0, 1)
             yield
         finally:
-            self._rows, self._rooms, self._pass, self._pending = kept
+            self._rows, self._rooms, self._pass, self._lengths, self._pending = kept
 
     # ---- a pass --------------------------------------------------------------------------------------------------
 
@@ -114,6 +120,14 @@ class MixerState:
         by_row = {span.row: span for span in spans}
         if len(by_row) != len(spans):
             raise InvalidArgument("row_ids: got a row twice in one pass, expected each at most once")
+        for row, context in zip(rows, batch.context_lens.tolist(), strict=True):
+            if context == 0:
+                self._lengths[row] = 0
+            elif context != self._lengths[row]:
+                raise DflashError(
+                    f"state: got {context} tokens before those of row {row}, expected {self._lengths[row]}, which its state stands for, or a "
+                    "checkpoint to go on from"
+                )
         self._pass, self._inside = _Pass(spans, by_row, {}), True
         try:
             yield
@@ -128,7 +142,9 @@ class MixerState:
         if step is None or room is None or not self._inside:
             raise DflashError("state: recurrent layers ran outside of a pass or without room for their states")
         fed, rest = mixer.feed(hidden[0])
-        out, ends = mixer.run(room, step.spans, fed)
+        # A token's operations have the same shapes wherever its state moves on, in a pass or between passes: torch's own, nothing around them.
+        with torch._C.DisableTorchFunction():
+            out, ends = mixer.run(room, step.spans, fed)
         if ends:
             step.ends[index] = ends
         if not self._told and hidden.device.type == "cpu" and not bool(torch.isfinite(out).all()):
@@ -149,6 +165,7 @@ class MixerState:
 
     def restore(self, rows: np.ndarray, checkpoints: np.ndarray) -> None:
         for row, checkpoint in zip(rows.tolist(), checkpoints.tolist(), strict=True):
+            self._lengths[row] = self._lengths[self._rows + checkpoint]
             for room in self._rooms.values():
                 slots = [piece[row] for piece in room.pieces]
                 copies = [piece[self._rows + checkpoint] for piece in room.pieces]
@@ -157,6 +174,7 @@ class MixerState:
     def save(self, rows: np.ndarray, counts: np.ndarray, checkpoints: np.ndarray) -> None:
         for row, count, checkpoint in zip(rows.tolist(), counts.tolist(), checkpoints.tolist(), strict=True):
             span = self._span(row, count)
+            self._lengths[self._rows + checkpoint] = self._lengths[row] + count
             for index, room in self._rooms.items():
                 copies = [piece[self._rows + checkpoint] for piece in room.pieces]
                 if span.end - span.start > room.block:
@@ -168,6 +186,7 @@ class MixerState:
     def keep(self, rows: np.ndarray, counts: np.ndarray) -> None:
         for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
             span = self._span(row, count)
+            self._lengths[row] += count
             for index, room in self._rooms.items():
                 if span.end - span.start > room.block:
                     torch._foreach_copy_([piece[row] for piece in room.pieces], self._ends(index, row))

@@ -38,6 +38,7 @@ from .experts import HostExperts, run_unaligned_one_by_one
 from .fused import FusedModel
 from .layerwise import LayerwiseModel
 from .load import check_finite, read_model
+from .pointwise import Padded
 from .probe import ATTENTION_NAME, STEP, LayerKV, Recorder, Step, check_architecture, named, probing, register
 
 
@@ -79,6 +80,7 @@ class TargetModel:
         self.experts: HostExperts | None = None
         # Whether torch is left with what lies between products, see `threads`.
         self.handed_over = False
+        self._padded: Padded | None = None
         run_unaligned_one_by_one(model)
         with torch.inference_mode():
             with named(model, "its own forward on a few tokens"):
@@ -188,8 +190,12 @@ class TargetModel:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV one token takes over all layers."""
-        per_head = (layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.kv_layers.values())
-        return sum(per_head) * self.dtype.itemsize
+        return sum(kv.kv_heads * sum(self._widths(kv)) for kv in self.kv_layers.values()) * self.dtype.itemsize
+
+    def _widths(self, kv: LayerKV) -> tuple[int, int]:
+        """Those of keys and values in the cache: equal ones for the kernel of the host, which has one width for both."""
+        wide = max(kv.key_dim, kv.value_dim)
+        return (wide, wide) if self.kernel else (kv.key_dim, kv.value_dim)
 
     def _place_experts(self, check: Check | None) -> HostExperts | None:
         """Layers of experts that run in the extension; None where none does, or where that is not the model's own forward."""
@@ -202,13 +208,16 @@ class TargetModel:
         return experts if experts.layers else None
 
     def _place_products(self, check: Check | None) -> None:
-        """Has the modules' products be the extension's, and learns whether all of them are."""
+        """Has the modules' products be the extension's, and learns whether all of them are and whether functions between them hang on places."""
         products.place(self.model)
+        padded = self._padded = Padded()
         if check is None:
             return
         with products.Others() as others:
             check.compare(self, "products in the extension")
         self.handed_over = self.kernel and not others.names
+        if not padded.needed:
+            self._padded = None
 
     def _find_layers(self, attention: dict[int, nn.Module]) -> nn.ModuleList:
         """The list whose i-th entry holds the module that attended as layer i, if one did: a tower for pictures may be as deep."""
@@ -307,13 +316,13 @@ class TargetModel:
         if num_slots < 1:
             raise InvalidArgument(f"num_slots: got {num_slots}, expected at least 1")
         self.num_slots = num_slots
-        self.caches = {
-            index: (
-                torch.zeros(num_slots, kv.kv_heads, kv.key_dim, dtype=self.dtype, device=self.device),
-                torch.zeros(num_slots, kv.kv_heads, kv.value_dim, dtype=self.dtype, device=self.device),
+        self.caches = {}
+        for index, kv in self.kv_layers.items():
+            keys, values = (
+                torch.zeros(num_slots, kv.kv_heads, dim, dtype=self.dtype, device=self.device)
+                for dim in self._widths(kv)
             )
-            for index, kv in self.kv_layers.items()
-        }
+            self.caches[index] = keys, values
 
     def free(self) -> None:
         """Gives the KV back."""
@@ -356,7 +365,7 @@ class TargetModel:
     ) -> tuple[Tensor, Tensor | None]:
         """The pass of `forward` over tensors on the device, in inference mode: token_ids and positions int64 [T], positions below
         `limit`; logit_rows int64 [N] (every row when None)."""
-        with threads.handed_over(self.handed_over):
+        with threads.handed_over(self.handed_over), self._padded or contextlib.nullcontext():
             if (path := self._fused or self._layers) is not None:
                 return path.forward(token_ids, positions, limit, attention, self.caches, self.taps, logit_rows)
             output = self.model(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention import widened
 from ...errors import UnsupportedModel
 from .. import checkpoint
 from ..hybrid import known_layers
@@ -169,10 +170,21 @@ class Step:
             name = type(module).__name__
             raise UnsupportedModel(f"{name}: attention gets a mask that the model made itself, expected none")
         k_cache, v_cache = self.caches[index]
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))
-        return self.attention.attend(
-            *rows, k_cache, v_cache, scale=scale, causal=True, window=self.windows[index], softcap=softcap, sinks=sinks
-        )[None]
+        width = v.shape[-1]
+        q, k, v = (widened(x[0].transpose(0, 1), c.shape[-1]) for x, c in ((q, k_cache), (k, k_cache), (v, v_cache)))
+        found = self.attention.attend(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            scale=scale,
+            causal=True,
+            window=self.windows[index],
+            softcap=softcap,
+            sinks=sinks,
+        )
+        return found[None] if found.shape[-1] == width else found[None, ..., :width].contiguous()
 
 
 def registered_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

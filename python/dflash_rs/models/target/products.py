@@ -8,9 +8,6 @@ copy of any, and gives a row the same bits in any company and with any number of
 A module's code stays as it is, whatever it is: the weights are what has it multiplied elsewhere. `Weight` is a parameter that takes
 `F.linear` to the extension, be it called by an `nn.Linear`, by a router with a weight of its own, or for one of many experts, and in float32, too,
 where a router widens its weight first. Everything else that is done with it is torch's.
-
-GELU is the one activation whose bits torch has hang on an element's place among the others in bfloat16 (its vectors and what is left over
-of them round differently): modules that are one compute it from operations that do not.
 """
 
 from __future__ import annotations
@@ -85,21 +82,8 @@ class Weight(_Linear, nn.Parameter):
     packed: _core.PackedWeight | None = None
 
 
-def _gelu(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (0.5 * wide * (1 + torch.erf(wide * 0.5**0.5))).to(x.dtype)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (0.5 * wide * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide * wide * wide)))).to(x.dtype)
-
-
-_ACTIVATIONS = {"GELUActivation": _gelu, "GELUTanh": _gelu_tanh}
-
-
 def place(model: nn.Module) -> None:
-    """Has the products of all of a model's weights on a CPU be the extension's, and its GELUs of bfloat16 the same for every row.
+    """Has the products of all of a model's weights on a CPU be the extension's.
 
     Embeddings stay plain parameters, and share their memory with a head that is tied to them.
     """
@@ -107,8 +91,6 @@ def place(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
-        if type(module).__module__ == "transformers.activations" and type(module).__name__ in _ACTIVATIONS:
-            module.forward = _ACTIVATIONS[type(module).__name__]  # type: ignore[method-assign]
         for name, weight in module._parameters.items():
             if type(weight) is not nn.Parameter or weight.dtype not in DTYPES or weight.device.type != "cpu":
                 continue

@@ -36,7 +36,7 @@ const TILE_SCORES: usize = 1 << 16;
 /// Multiply-adds that are worth another thread; starting one costs some 20 microseconds.
 const WORK_PER_THREAD: usize = 1 << 22;
 /// Largest supported head.
-const MAX_HEAD_DIM: usize = 256;
+const MAX_HEAD_DIM: usize = 512;
 
 pub(super) fn run<E: Element>(
     isa: Isa,
