@@ -472,6 +472,19 @@ def test_training_on_what_is_not_there_is_one_line_and_exit_code_2(words, tmp_pa
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--out", "--store-features"])
+def test_a_folder_of_a_training_that_cannot_be_made_is_named_at_once(option, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"--out": tmp_path / "out"} | {option: tmp_path / "file" / "out"}
+    words = [word for place in places.items() for word in map(str, place)]
+    here = str(tmp_path)
+    assert cli.main(["train", "drafter", "--target", here, "--responses", here, *words]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"dflash-rs: error: {option}: got {tmp_path / 'file' / 'out'}, expected a folder, or where one can be made; {tmp_path / 'file'} is none\n"
+    )
+
+
 def test_a_file_of_prompts_that_begins_with_a_bracket_is_text_unless_it_is_json(tmp_path):
     from dflash_rs.bench.workloads import read_prompts
 

@@ -166,6 +166,55 @@ def test_responses_continue_their_prompts_and_depend_on_the_seed_only(data, targ
         replace(settings, temperatures="0,1").check()
 
 
+def test_a_folder_of_responses_holds_those_of_one_target_and_one_source(data, target, own, tmp_path):
+    settings = responses.ResponseSettings(sequences=8, seq_len=32, min_prompt=4, max_prompt=8, batch_size=4)
+    with pytest.raises(ValueError, match=f"target was {target}, now it is .*other"):
+        responses.generate(tmp_path / "other", responses.from_corpus(data), own, settings)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "import os"}\n')
+    with pytest.raises(
+        ValueError, match="source was corpus train.npy, sha256 .{12}, now it is prompts prompts.jsonl, sha256"
+    ):
+        responses.generate(target, responses.from_file(prompts), own, settings)
+    # A folder that was begun before settings told of target and source goes on.
+    old = json.loads((own / "settings.json").read_text())
+    del old["target"], old["source"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "settings.json").write_text(json.dumps(old))
+    assert responses.generate(target, responses.from_corpus(data), tmp_path / "old", settings) == 0
+    (tmp_path / "old" / "settings.json").write_text("{x")
+    with pytest.raises(ValueError, match="settings.json is damaged"):
+        responses.generate(target, responses.from_corpus(data), tmp_path / "old", settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "told"),
+    [
+        ({"openings": "nofile"}, {}, "openings: nofile cannot be read"),
+        ({"seq_len": 4096}, {}, "seq_len: got 4096, expected at most 128, the target's own limit"),
+        ({}, {"device": "foo"}, "device: got 'foo'"),
+        ({}, {"dtype": "bar"}, "dtype: got 'bar'"),
+    ],
+)
+def test_what_cannot_be_written_leaves_a_folder_as_it_was(data, target, own, tmp_path, settings, options, told):
+    usual = responses.ResponseSettings(sequences=8, seq_len=32, min_prompt=4, max_prompt=8, batch_size=4)
+    with pytest.raises(ValueError, match=told):
+        responses.generate(target, responses.from_corpus(data), tmp_path / "new", replace(usual, **settings), **options)
+    assert not (tmp_path / "new").exists()
+    if options:  # though nothing is left to be written
+        with pytest.raises(ValueError, match=told):
+            responses.generate(target, responses.from_corpus(data), own, usual, **options)
+
+
+def test_prompts_that_give_no_text_are_told(target, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": "import os" * 40}) + "\n" + json.dumps({"text": "def"}) + "\n")
+    settings = responses.ResponseSettings(sequences=4, seq_len=32, min_prompt=4, max_prompt=8, batch_size=4)
+    responses.generate(target, responses.from_file(prompts), tmp_path / "out", settings)
+    assert "2 of 4 gave no text: a prompt that leaves no room" in capsys.readouterr().err
+    assert len(responses.load(tmp_path / "out")) == 2
+
+
 def _writes_first(path: Path, value: dict, go, found) -> None:
     go.wait()
     found.put(write_first(path, value))
@@ -198,7 +247,18 @@ def test_of_processes_that_start_at_once_one_says_what_a_folder_holds(tmp_path, 
     [
         ({"taps": "0,a"}, "taps: got '0,a', expected whole numbers"),
         ({"train_block_sizes": ","}, "train_block_sizes: got ',', expected whole numbers"),
-        ({"train_block_sizes": "1"}, "train_block_sizes: got 1, expected at least 2 each"),
+        ({"train_block_sizes": "1"}, r"train_block_sizes: got 1, expected 2\.\.4 each"),
+        ({"train_block_sizes": "4,5"}, r"train_block_sizes: got 4,5, expected 2\.\.4 each"),
+        ({"taps": "1,2,1"}, "taps: got 1,2,1, expected every layer once"),
+        ({"num_layers": 0}, r"num_layers: got 0, expected 1\.\.4"),
+        ({"num_layers": 5}, r"num_layers: got 5, expected 1\.\.4"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"batch_size": -1}, "batch_size: got -1, expected at least 1"),
+        ({"anchors": 0}, "anchors: got 0, expected at least 1"),
+        ({"gamma": 0.0}, "gamma: got 0.0, expected a finite number above 0"),
+        ({"seq_len": 4}, "seq_len: got 4, expected more than block_size 4"),
+        ({"soft_labels": 1.5}, r"soft_labels: got 1.5, expected a share in \[0, 1\]"),
+        ({"warmup": -0.1}, "warmup: got -0.1"),
         ({"block_size": 1}, "block_size: got 1, expected at least 2"),
         ({"lr": -1.0}, "lr: got -1.0, expected a finite number above 0"),
         ({"lr": float("nan")}, "lr: got nan"),

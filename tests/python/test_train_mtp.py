@@ -145,7 +145,7 @@ def test_documents_in_one_row_do_not_see_each_other(target):  # noqa: F811
         ({"block_size": 1}, "block_size: got 1"),
         ({"anchors": 0}, "anchors: got 0"),
         ({"gamma": 0.0}, "gamma: got 0.0"),
-        ({"soft_labels": 1.5}, "expected shares"),
+        ({"soft_labels": 1.5}, "soft_labels: got 1.5, expected a share"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(change, message):

@@ -201,7 +201,10 @@ class HostRun:
     ):
         """The k likeliest tokens int64 [n, block-1, k] and their probabilities float32; positions and tokens int64 [n * block], host. With a
         selector and its codebooks [V, rank], those along its path."""
-        books = tuple(((book.data_ptr(), book.stride(0), book.shape[1]), book.shape[0]) for book in codebooks) or None
+        books = None
+        if codebooks:
+            first, second = (((book.data_ptr(), book.stride(0), book.shape[1]), book.shape[0]) for book in codebooks)
+            books = first, second
         return self._decoder.draft(
             attention.batch, tokens, positions, *self._tables(limit), addresses(caches), block, never, k,
             threads.of_the_extension(), selector, books,

@@ -327,6 +327,13 @@ def _clear(run):
             for path in paths if name not in made else ():
                 if isinstance(path, Path) and not path.exists():
                     raise InvalidArgument(f"--{name}: got {path}, which does not exist")
+            for path in paths if name in made and run is not _prompts else ():
+                there = next((p for p in (path, *path.parents) if p.exists()), path) if isinstance(path, Path) else None
+                if there is not None and there.exists() and not there.is_dir():
+                    option = f"--{name.replace('_', '-')}"
+                    raise InvalidArgument(
+                        f"{option}: got {path}, expected a folder, or where one can be made; {there} is none"
+                    )
         for name, least in (("threads", 0), ("save_every", 1), ("count", 1), ("max_tokens", 1)):
             if (value := getattr(args, name, least)) < least:
                 raise InvalidArgument(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
@@ -337,6 +344,8 @@ def _clear(run):
         except _USERS_MISTAKES as error:
             if isinstance(error, DflashError):
                 raise
+            if isinstance(error, OSError) and error.filename is not None:
+                raise InvalidArgument(f"{error.filename}: cannot be read or made ({error.strerror})") from error
             raise InvalidArgument(str(error)) from error
 
     return checked
@@ -369,7 +378,7 @@ def _responses(args: argparse.Namespace) -> int:
     _threads(args)
     part = args.part.split("/")
     if len(part) != 2 or not all(p.isdigit() for p in part):
-        raise ValueError(f"part: got {args.part!r}, expected K/N, for example 0/2")
+        raise ValueError(f"part: got {args.part!r}, expected K/N with 0 <= K < N, for example 0/2")
     source = from_corpus(args.corpus) if args.corpus else from_file(args.prompts) if args.prompts else from_target()
     settings = _settings(args, ResponseSettings)
     missing = generate(

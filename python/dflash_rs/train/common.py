@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import options
+
 
 def windows(tokens: np.ndarray, length: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
     """Endless windows of `length` tokens, each epoch a fresh permutation at a fresh offset; `start` skips windows.
@@ -216,7 +218,7 @@ def write_first(path: Path, value: object) -> Any:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_settings("out", path)
 
 
 def _beside(path: Path, value: object) -> Path:
@@ -248,10 +250,30 @@ def same_settings(argument: str, made: Path, before: dict, now: dict) -> None:
     """Raises ValueError that names `argument` and the first setting which what stands in `made` was made with, and which is another one now."""
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
+            was, is_now = (_brief(values.get(name)) for values in (before, now))
             raise ValueError(
-                f"{argument}: {made} was made with other settings: {name} was {before.get(name)}, now it is {now.get(name)}; choose another folder "
-                "or the same settings"
+                f"{argument}: {made} was made with other settings: {name} was {was}, now it is {is_now}; choose another folder "
+                f"or the same settings{'' if argument != 'out' else ', or go on from what is finished there in another folder (init_from)'}"
             )
+
+
+def _brief(value: Any) -> str:
+    """A setting for a message: what is empty is seen, and of a digest no more than tells it from another."""
+    text = str(value)
+    return "nothing" if value in ("", None) else text if len(text) <= 40 or " " in text else f"{text[:12]}..."
+
+
+def read_settings(argument: str, path: Path) -> dict:
+    """The settings in a folder's file. Raises ValueError that names `argument` and the file where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{argument}: {path} is damaged ({error}); choose another folder, or take this one away"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{argument}: {path} is damaged (a {type(found).__name__}, expected an object)")
+    return found
 
 
 def finite(loss: torch.Tensor, step: int, path: Path) -> float:
@@ -264,19 +286,13 @@ def finite(loss: torch.Tensor, step: int, path: Path) -> float:
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU, or under ``torchrun`` the GPU of this process's number, or else the CPU; anything else must exist."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, expected 'cpu' or 'auto': torch sees no CUDA GPU here")
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    device = options.pick_device(torch, name)
+    if device.type == "cpu" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
     if name not in ("auto", "cuda"):
-        if not alone:
-            raise ValueError(
-                f"device: got {name!r} for every process of torchrun, expected 'auto': each has a GPU of its own"
-            )
-        return torch.device(name)
-    if alone:
-        return torch.device("cuda")
+        raise ValueError(
+            f"device: got {name!r} for every process of torchrun, expected 'auto': each has a GPU of its own"
+        )
     own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if own >= there:
         raise ValueError(

@@ -340,6 +340,8 @@ def run(
         about = {"target": str(target_path), "taps": list(settings.tap_ids)}
         teacher.stored = StoredFeatures.capture(store, own, teacher, settings.seq_len, whole_rows, about, group, where)
 
+    # Before the first step: what a run makes is not to be lost for want of a place.
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "checkpoint.pt"
     optimizers, begun, history = _resumed(draft, settings, path)
     progress = Progress(settings.steps, "steps")

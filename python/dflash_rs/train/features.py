@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .common import Group, Progress, same_settings, write_whole
+from .common import Group, Progress, read_settings, same_settings, write_whole
 from .documents import Documents, Rows, rows_once
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _whole(folder: Path, settings: dict) -> dict | None:
     path = folder / "settings.json"
     if not path.exists() or not (folder / _WHOLE).exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_settings("store_features", path)
     same = all(found.get(name) == settings[name] for name in settings if name not in ("taps", "width"))
     return found if same and set(settings["taps"]) <= set(found["taps"]) else None
 
@@ -135,7 +135,7 @@ def _prepare(folder: Path, settings: dict, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.exists():
-        same_settings("store_features", folder, json.loads(path.read_text(encoding="utf-8")), settings)
+        same_settings("store_features", folder, read_settings("store_features", path), settings)
         return
     if size > (free := shutil.disk_usage(folder).free):
         raise ValueError(f"store_features: {size / 2**30:.1f} GiB are needed in {folder}, {free / 2**30:.1f} are free")

@@ -9,26 +9,36 @@ Work is cut into shards that are written whole, so an interrupted run continues 
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..errors import InvalidArgument
+from ..options import pick_device, pick_dtype
 from .chats import Conversation, Template, pick_openings, read_openings, read_prompts
-from .common import Limit, Progress, same_settings, write_first
+from .common import Limit, Progress, read_settings, same_settings, write_first
 from .documents import Documents
 from .settings import ResponseSettings
 
-# Where the prompts of shard i come from: (settings, random numbers of this shard, i, engine) -> conversations to be continued.
-Source = Callable[[ResponseSettings, np.random.Generator, int, Any], list[Conversation]]
 # An answer shorter than this teaches nothing; it needs so much room at least.
 _SHORTEST = 8
 # A small target as a user soon loses the thread at 1.
 _USER_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the prompts of shard i come from: `prompts(settings, random numbers of this shard, i, engine)` are conversations to be continued.
+    `name` tells it from others, in a folder of responses."""
+
+    name: str
+    prompts: Callable[[ResponseSettings, np.random.Generator, int, Any], list[Conversation]]
 
 
 def from_corpus(data: Path) -> Source:
@@ -41,7 +51,7 @@ def from_corpus(data: Path) -> Source:
         windows = [tokens[s : s + n].astype(np.int64).tolist() for s, n in zip(starts, lengths, strict=True)]
         return [Conversation("text", tokens=window, own=[False] * len(window)) for window in windows]
 
-    return prompts
+    return Source(f"corpus {_digest(data / 'train.npy')}", prompts)
 
 
 def from_file(path: Path) -> Source:
@@ -52,7 +62,7 @@ def from_file(path: Path) -> Source:
         first = shard * settings.batch_size
         return [copy.deepcopy(conversations[(first + j) % len(conversations)]) for j in range(settings.batch_size)]
 
-    return prompts
+    return Source(f"prompts {_digest(path)}", prompts)
 
 
 def from_target() -> Source:
@@ -69,7 +79,12 @@ def from_target() -> Source:
             found.setdefault(conversation.messages[0]["content"], conversation)
         return list(found.values())
 
-    return prompts
+    return Source("own prompts", prompts)
+
+
+def _digest(path: Path) -> str:
+    """A file's name and a few digits of its hash."""
+    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 def _ask(
@@ -139,7 +154,7 @@ def _answer(
 def write_shard(llm: Any, source: Source, settings: ResponseSettings, shard: int) -> Documents:
     """The texts of one shard: it depends on the settings and its number only."""
     rng = np.random.default_rng((settings.seed, shard))
-    running = source(settings, rng, shard, llm)
+    running = source.prompts(settings, rng, shard, llm)
     finished: list[Conversation] = []
     for turn in range(1, max(settings.turns, 1 + max((len(c.asked) for c in running), default=0)) + 1):
         running = _answer(llm, settings, rng, running)
@@ -179,36 +194,33 @@ def generate(
     from shard k on. `dtype` and `device` are the engine's; `at_once` of a shard's sequences are written side by side (None: all), which
     changes no text. In a shard of several times as many, a finished one makes room for the next and few are left to end alone.
     """
-    from dflash_rs import LLM
+    import torch
 
     settings.check()
+    pick_dtype(torch, dtype, pick_device(torch, device))
+    if settings.openings:
+        read_openings(settings.openings)
     limit = Limit(minutes)
     at_once = settings.batch_size if at_once is None else at_once
     if at_once < 1:
         raise ValueError(f"at_once: got {at_once}, expected at least 1")
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part: got {part[0]}/{part[1]}, expected K/N with 0 <= K < N")
-    out.mkdir(parents=True, exist_ok=True)
     # How many there are to be is no part of what one of them is: more may be asked for later.
     kind = {name: value for name, value in asdict(settings).items() if name != "sequences"}
-    same_settings("out", out, write_first(out / "settings.json", kind), kind)
+    kind |= {"target": str(target), "source": source.name}
+    if (out / "settings.json").exists():
+        _same_kind(out, read_settings("out", out / "settings.json"), kind)
 
     shards = -(-settings.sequences // settings.batch_size)
     missing = [i for i in range(part[0], shards, part[1]) if not (out / f"shard-{i:05}.npz").exists()]
     if not missing:
         print(f"all {len(range(part[0], shards, part[1]))} shards are in {out}", file=sys.stderr)
         return 0
-    llm = LLM(
-        model=target,
-        draft=None,
-        device=device,
-        dtype=dtype,
-        max_running=at_once,
-        num_pages=at_once * (settings.seq_len // 16 + 2),
-        page_size=16,
-        max_batch_tokens=max(1024, at_once * settings.max_prompt // 4),
-        prefix_cache=False,
-    )
+    llm = _engine(target, settings, at_once, dtype, device)
+    # Only now: what cannot be written is nothing that the folder holds.
+    out.mkdir(parents=True, exist_ok=True)
+    _same_kind(out, write_first(out / "settings.json", kind), kind)
     mine = len(range(part[0], shards, part[1]))
     progress = Progress(mine, "shards", every=30)
     texts = tokens = written = 0
@@ -224,7 +236,42 @@ def generate(
         said = f"{texts:,} texts, {tokens:,} tokens written by the target in this run"
         progress.show(mine - len(missing) + written, said, force=written == len(missing))
     llm.close()
+    if (without := written * settings.batch_size - texts) > 0:
+        print(
+            f"{without:,} of {written * settings.batch_size:,} gave no text: a prompt that leaves no room for an answer within --seq-len, a message "
+            f"of the target's own that did not end within --max-prompt or came twice, or an answer of less than {_SHORTEST} tokens",
+            file=sys.stderr,
+        )
     return len(missing) - written
+
+
+def _same_kind(out: Path, before: dict, now: dict) -> None:
+    """Raises ValueError where a folder holds something else. What an older one does not tell is taken to be the same."""
+    same_settings("out", out, now | before, now)
+
+
+def _engine(target: str | Path, settings: ResponseSettings, at_once: int, dtype: str, device: str) -> Any:
+    """What writes. Raises InvalidArgument in the words of this command's settings."""
+    from dflash_rs import LLM
+
+    try:
+        return LLM(
+            model=target,
+            draft=None,
+            device=device,
+            dtype=dtype,
+            max_running=at_once,
+            max_context=settings.seq_len,
+            num_pages=at_once * (settings.seq_len // 16 + 2),
+            page_size=16,
+            max_batch_tokens=max(1024, at_once * settings.max_prompt // 4),
+            prefix_cache=False,
+        )
+    except InvalidArgument as error:
+        for theirs, ours in (("max_context", "seq_len"), ("num_pages, page_size", "at_once, seq_len")):
+            if str(error).startswith(f"{theirs}:"):
+                raise InvalidArgument(f"{ours}{str(error).removeprefix(theirs)}") from None
+        raise
 
 
 def load(folder: Path) -> Documents:

@@ -155,6 +155,23 @@ def _numbers(name: str, text: str, kind: type[_Number]) -> list[_Number]:
         raise ValueError(f"{name}: got {text!r}, expected {what} with commas between them") from None
 
 
+def _check_steps(settings: DrafterTraining | MtpTraining) -> None:
+    """What the trainings of all drafters ask of their settings."""
+    for name in ("steps", "batch_size", "anchors"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
+    if settings.seq_len <= settings.block_size:
+        raise ValueError(f"seq_len: got {settings.seq_len}, expected more than block_size {settings.block_size}")
+    for name in ("gamma", "lr"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name}: got {getattr(settings, name)}, expected a finite number above 0")
+    for name in ("own_text", "soft_labels"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name}: got {getattr(settings, name)}, expected a share in [0, 1]")
+    if not 0 <= settings.warmup <= 1:
+        raise ValueError(f"warmup: got {settings.warmup}, expected a share in [0, 1]")
+
+
 @dataclass(frozen=True)
 class DrafterTraining:
     """Everything that determines a run. `taps` are target layers whose outputs feed the drafter; lengths in tokens. Of `draft_vocab`, the number
@@ -202,16 +219,19 @@ class DrafterTraining:
             raise ValueError(f"taps: got {bad[0]}, expected layers 0..{num_target_layers - 2}, below the target's last")
         if self.block_size < 2:
             raise ValueError(f"block_size: got {self.block_size}, expected at least 2")
-        if min(self.block_sizes) < 2:
-            raise ValueError(f"train_block_sizes: got {self.train_block_sizes}, expected at least 2 each")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: got {self.lr}, expected a finite number above 0")
+        if not all(2 <= size <= self.block_size for size in self.block_sizes):
+            raise ValueError(
+                f"train_block_sizes: got {self.train_block_sizes}, expected 2..{self.block_size} each, the last is block_size"
+            )
+        if len(set(self.tap_ids)) < len(self.tap_ids):
+            raise ValueError(f"taps: got {self.taps}, expected every layer once")
+        if not 1 <= self.num_layers <= num_target_layers:
+            raise ValueError(f"num_layers: got {self.num_layers}, expected 1..{num_target_layers}, as the target has")
+        _check_steps(self)
         if self.intermediate_size < 0:
             raise ValueError(f"intermediate_size: got {self.intermediate_size}, expected at least 0")
         if not 0 <= self.mask_token_id < vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{vocab_size - 1}")
-        if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
-            raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
         self._check_selector(vocab_size)
 
     def _check_selector(self, vocab_size: int) -> None:
@@ -261,10 +281,4 @@ class MtpTraining:
         """Raises ValueError naming the first setting that cannot work."""
         if self.block_size < 2:
             raise ValueError(f"block_size: got {self.block_size}, expected at least 2")
-        for name in ("steps", "batch_size", "anchors"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma: got {self.gamma}, expected a positive number")
-        if not 0 <= self.own_text <= 1 or not 0 <= self.soft_labels <= 1:
-            raise ValueError("own_text, soft_labels: expected shares in [0, 1]")
+        _check_steps(self)

@@ -199,6 +199,7 @@ def train(
     held_out = np.load(data / "held_out.npy")
     torch.manual_seed(settings.seed)
 
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "checkpoint.pt"
     model, optimizers, step, history = _resumed(settings, path, where)
     teacher = _teacher(settings, where, autocast)
