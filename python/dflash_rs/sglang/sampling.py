@@ -233,7 +233,7 @@ class TargetSampler:
         if info.is_all_greedy:
             return torch.argmax(logits, dim=-1).view_as(block)
         places = block.shape[1]
-        positions = (starts[:, None] + _depths(block, tree)).reshape(-1)
+        positions = starts if places == 1 else (starts[:, None] + _depths(block, tree)).reshape(-1)
         if info.sampling_seed is None and self.draws is not None:
             params = [req.sampling_params for req in reqs]
             if self.draws.serves(params, logits.dtype):
@@ -386,14 +386,15 @@ _PER_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 
 def _spread(info: Any, places: int) -> Any:
     """One row per place of the block instead of one per request."""
+
+    def each(value: torch.Tensor) -> torch.Tensor:
+        return value if places == 1 else value.repeat_interleave(places, dim=0)
+
     return dataclasses.replace(
         bare(info),
         grammars=None,
         **compat.installed().no_sampling_mask(),
-        **{
-            name: None if (value := getattr(info, name)) is None else value.repeat_interleave(places, dim=0)
-            for name in _PER_REQUEST
-        },
+        **{name: None if (value := getattr(info, name)) is None else each(value) for name in _PER_REQUEST},
     )
 
 

@@ -89,6 +89,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._most: list[int] | None = None
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
+        # Accepted and gained by each request of a plain step.
+        self._plain_lengths = (torch.empty(0, dtype=torch.int32),) * 2
         self._context_kv: ContextKv | None = None
         self._deferred = Deferred(super()._append_target_hidden_to_draft_kv_by_loc, steps=0)
         # Until the attention backends are there, which may not serve other widths than the block.
@@ -516,9 +518,13 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
         if block.shape[1] == 1:
-            # A plain step: nothing to walk along.
-            gained = torch.ones(len(block), dtype=torch.int32, device=block.device)
-            return gained - 1, gained, sampled.view(-1), sampled.clone(), prefix_lens + 1
+            # A plain step: nothing to walk along. Nobody writes to what is the same in all of them.
+            none, one = self._plain_lengths
+            if len(none) < len(block):
+                none = torch.zeros(len(block), dtype=torch.int32, device=block.device)
+                one = torch.ones_like(none)
+                self._plain_lengths = none, one
+            return none[: len(block)], one[: len(block)], sampled.view(-1), sampled, prefix_lens + 1
         if self._walk_kernel is not None:
             return self._walk_kernel(block, sampled, prefix_lens)
         drafts = block[:, 1:].contiguous()
