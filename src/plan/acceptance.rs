@@ -45,6 +45,11 @@ impl Acceptance {
         }
     }
 
+    /// How many passes have told, of those that are remembered.
+    pub fn passes(&self) -> f64 {
+        self.reached.first().copied().unwrap_or_default()
+    }
+
     /// Chance that the draft at `position` (0 is the first) is accepted when all before it were.
     pub fn at(&self, position: usize) -> f64 {
         self.chances().nth(position).expect("a position of the block")

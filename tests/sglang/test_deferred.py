@@ -59,7 +59,6 @@ class Pool:
         if not self.deferred.keep(padded, written, positions):
             self.write(hidden, written, positions)
         padded.fill_(-2)
-        positions.fill_(-2)
 
     def finished(self) -> None:
         """All is written."""

@@ -891,3 +891,20 @@ def test_another_vocabulary_is_remarked_upon() -> None:
 def test_the_package_itself_loads_nothing() -> None:
     assert dflash_rs.sglang.ALGORITHM == "DFLASH_RS"
     assert json.loads(json.dumps(dflash_rs.sglang.__doc__))
+
+
+def test_what_is_the_same_in_all_plain_steps_is_made_once() -> None:
+    from dflash_rs.sglang.worker import DflashRsWorker
+
+    plain = DflashRsWorker.__new__(DflashRsWorker)
+    vars(plain)["_plain_lengths"] = (torch.empty(0, dtype=torch.int32),) * 2
+    memory = []
+    for rows in (2, 5, 3, 5):
+        sampled, before = torch.arange(rows)[:, None], torch.arange(rows) + 7
+        accepted, gained, bonus, tokens, lengths = plain._walk(sampled + 1, sampled, before)
+        assert accepted.tolist() == [0] * rows and gained.tolist() == [1] * rows
+        assert accepted.dtype == gained.dtype == torch.int32
+        assert bonus.tolist() == tokens[:, 0].tolist() == list(range(rows))
+        assert lengths.tolist() == [n + 8 for n in range(rows)] and before[0] == 7
+        memory.append(gained.data_ptr())
+    assert memory[0] != memory[1] == memory[2] == memory[3]

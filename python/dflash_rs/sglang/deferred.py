@@ -52,10 +52,11 @@ class Deferred:
         self, inject: Callable[..., None], exporter: Exporter | None = None, steps: int = STEPS, tokens: int = TOKENS
     ):
         self._write, self._exporter, self._most_steps, self._most_tokens = inject, exporter, steps, tokens
-        self._room: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        # Whose features are kept, in how many steps, and how many tokens of them.
+        self._room: torch.Tensor | None = None
+        # Whose features are kept, the slots and positions of each step's tokens, and how many tokens these are.
         self._owners: list[Any] = []
-        self._steps = self._waiting = 0
+        self._where: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._waiting = 0
         # Whether the step that runs is a plain one of requests whose features may be kept.
         self._plain = False
 
@@ -69,28 +70,24 @@ class Deferred:
         self._owners = owners
 
     def keep(self, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> bool:
-        """Features ``[>= R, C]`` of the running step, slots and positions ``[R]`` of its tokens. Says whether they are kept; otherwise they are to
-        be written at once."""
+        """Features ``[>= R, C]`` of the running step, slots and positions ``[R]`` of its tokens, which nobody changes any more. Says whether they are kept;
+        otherwise they are to be written at once."""
         if not self._plain:
             return False
         rows, begin = int(slots.numel()), self._waiting
         if self._room is None:
-            made = [torch.empty(self._most_tokens, dtype=torch.int64, device=hidden.device) for _ in range(2)]
-            self._room = (hidden.new_empty((self._most_tokens, hidden.shape[1])), *made)
-            size = self._room[0].numel() * self._room[0].element_size()
+            self._room = hidden.new_empty((self._most_tokens, hidden.shape[1]))
+            size = self._room.numel() * self._room.element_size() / 2**20
             logger.info(
-                "%s: features of up to %d tokens of plain steps wait in %.1f MiB",
-                ALGORITHM,
-                self._most_tokens,
-                size / 2**20,
+                "%s: features of up to %d tokens of plain steps wait in %.1f MiB", ALGORITHM, self._most_tokens, size
             )
-        # The pass works in the same memory every time: copies, on its stream.
-        for kept, new in zip(self._room, (hidden[:rows], slots, positions)):
-            kept[begin : begin + rows].copy_(new)
-        self._steps, self._waiting = self._steps + 1, begin + rows
+        # The pass works in the same memory every time: a copy, on its stream.
+        self._room[begin : begin + rows].copy_(hidden[:rows])
+        self._where.append((slots, positions))
+        self._waiting = begin + rows
         if self._exporter is not None:
             self._exporter.deferred_tokens.inc(rows)
-        if self._steps == self._most_steps or self._waiting + rows > self._most_tokens:
+        if len(self._where) == self._most_steps or self._waiting + rows > self._most_tokens:
             self.inject()
         return True
 
@@ -99,9 +96,10 @@ class Deferred:
         if not self._waiting:
             return
         assert self._room is not None
-        hidden, slots, positions = (kept[: self._waiting] for kept in self._room)
+        hidden = self._room[: self._waiting]
+        slots, positions = (torch.cat(parts) for parts in zip(*self._where))
         if self._exporter is not None:
             self._exporter.injected_tokens.inc(self._waiting)
             self._exporter.injections.inc()
-        self._steps = self._waiting = 0
+        self._where, self._waiting = [], 0
         self._write(target_hidden=hidden, cache_loc=slots, positions=positions)

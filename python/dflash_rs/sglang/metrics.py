@@ -207,6 +207,7 @@ class Exporter:
         passes = counter("passes", "Target passes, one per request, by tokens verified in each.", ["width"])
         self.passes = {width: passes.labels(**labels, width=str(width)) for width in sorted({*widths, block})}
         self._labels, of_kind = labels, ["kind", "adapter"]
+        self._width: int | None = None
         self._kind_drafts = counter("kind_drafts", "Target passes that verified drafts, by kind of request.", of_kind)
         self._kind_accepted = counter("kind_accepted_tokens", "Drafts accepted, by kind of request.", of_kind)
         self.kernel_failures = counter(
@@ -242,7 +243,9 @@ class Exporter:
     def step(self, accepted: Sequence[int], width: int, drafted: Sequence[int]) -> None:
         """One step: drafts accepted by each request of `width` tokens, of those that it might accept."""
         self.passes[width].inc(len(accepted))
-        self.width.set(width)
+        if width != self._width:
+            self._width = width
+            self.width.set(width)
         if not any(drafted):
             return
         self.drafts.inc(sum(n > 0 for n in drafted))

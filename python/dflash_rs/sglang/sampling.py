@@ -233,7 +233,7 @@ class TargetSampler:
         if info.is_all_greedy:
             return torch.argmax(logits, dim=-1).view_as(block)
         places = block.shape[1]
-        positions = (starts[:, None] + _depths(block, tree)).reshape(-1)
+        positions = starts if places == 1 else (starts[:, None] + _depths(block, tree)).reshape(-1)
         if info.sampling_seed is None and self.draws is not None:
             params = [req.sampling_params for req in reqs]
             if self.draws.serves(params, logits.dtype):
@@ -367,18 +367,21 @@ def _depths(block: torch.Tensor, tree: Tree | None) -> torch.Tensor:
     return torch.arange(block.shape[1], device=block.device).expand_as(block)
 
 
+# The fields of SGLang's sampling info that change logits before they are drawn from, with nothing in them.
+_NOTHING_TO_ADJUST: dict[str, Any] = {
+    "penalizer_orchestrator": None,
+    "acc_additive_penalties": None,
+    "acc_scaling_penalties": None,
+    "grammar_mask": None,
+    "has_custom_logit_processor": False,
+    "custom_logit_processor": None,
+    "logit_bias": None,
+}
+
+
 def bare(info: Any) -> Any:
     """The same sampling info with nothing left to adjust: what SGLang's own code in between gets to see."""
-    return dataclasses.replace(
-        info,
-        penalizer_orchestrator=None,
-        acc_additive_penalties=None,
-        acc_scaling_penalties=None,
-        grammar_mask=None,
-        has_custom_logit_processor=False,
-        custom_logit_processor=None,
-        logit_bias=None,
-    )
+    return dataclasses.replace(info, **_NOTHING_TO_ADJUST)
 
 
 _PER_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
@@ -386,14 +389,16 @@ _PER_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 
 def _spread(info: Any, places: int) -> Any:
     """One row per place of the block instead of one per request."""
+
+    def each(value: torch.Tensor) -> torch.Tensor:
+        return value if places == 1 else value.repeat_interleave(places, dim=0)
+
     return dataclasses.replace(
-        bare(info),
+        info,
         grammars=None,
+        **_NOTHING_TO_ADJUST,
         **compat.installed().no_sampling_mask(),
-        **{
-            name: None if (value := getattr(info, name)) is None else value.repeat_interleave(places, dim=0)
-            for name in _PER_REQUEST
-        },
+        **{name: None if (value := getattr(info, name)) is None else each(value) for name in _PER_REQUEST},
     )
 
 

@@ -12,7 +12,7 @@ request needs slots for all nodes while it is verified, and gains at most a bloc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,8 +191,17 @@ def is_plain(lm_head: Any) -> bool:
     return weight is not None and weight.dtype in _DENSE and not (shard is not None and int(shard.num_added_elements))
 
 
+class Computed(NamedTuple):
+    """In the place of a head where hidden states are its logits already; `start`: the first token that this rank has."""
+
+    start: int
+
+
 def head_logits(hidden: Tensor, lm_head: Any) -> tuple[Tensor, int]:
-    """Logits ``[n, V]`` of `hidden` ``[n, H]`` for the vocabulary's tokens that this rank has, in the head's type, and which token is the first."""
+    """Logits ``[n, V]`` of `hidden` ``[n, H]`` for the vocabulary's tokens that this rank has, in the head's type, and which token is the first. They are
+    not to be changed."""
+    if isinstance(lm_head, Computed):
+        return hidden, lm_head.start
     weight, shard = lm_head.weight, getattr(lm_head, "shard_indices", None)
     start = 0
     if shard is not None:

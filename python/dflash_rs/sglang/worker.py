@@ -5,7 +5,7 @@ A step, in SGLang's order; ours are the lines marked *::
     room for the block          planning.DraftInput.prepare_for_decode   *
     how wide this step is       widths.Widths, shapes.Shapes             *
     draft, verify               DFlashWorkerV2.forward_batch_generation
-    what a sampler is drafted   coupled.Couplings, by the target's numbers   *
+    what a sampler is drafted   coupled.Couplings, by the target's numbers   *  (with CUDA graphs: folded, from what they leave)
     grammar mask                the same, behind SGLang's barrier
     the target's own tokens     _accept_block -> sampling.TargetSampler  *
     walk the drafts             _accept_block -> kernels.Walk            *  (on a CPU: dflash_rs.verify.walk)
@@ -31,6 +31,7 @@ from dflash_rs import InvalidArgument, cuda, verify
 from dflash_rs.sglang import ALGORITHM, algorithm, compat, config, drafter, plain, planning, states
 from dflash_rs.sglang.coupled import Couplings, Drawn, Seeded
 from dflash_rs.sglang.deferred import Deferred
+from dflash_rs.sglang.folded import Chosen, Lattices, Logits
 from dflash_rs.sglang.kernels import ContextKv, Draws, PathKv, Walk
 from dflash_rs.sglang.limits import Limits
 from dflash_rs.sglang.metrics import Acceptance, Exporter
@@ -76,6 +77,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._couplings: Couplings | None = None
         # The target's random numbers of the running step, where drafts are to share them.
         self._coupled: Seeded | Drawn | None = None
+        # Where the drafter's graphs leave logits.
+        self._draft_logits: torch.Tensor | None = None
         # The requests of the running call, their rows of the request pool and their sampling parameters.
         self._reqs: list[Any] = []
         self._slots: torch.Tensor | None = None
@@ -86,6 +89,8 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         self._most: list[int] | None = None
         self._on_host = torch.device(self.device).type == "cpu"
         self._walk_kernel: Walk | None = None
+        # Accepted and gained by each request of a plain step.
+        self._plain_lengths = (torch.empty(0, dtype=torch.int32),) * 2
         self._context_kv: ContextKv | None = None
         self._deferred = Deferred(super()._append_target_hidden_to_draft_kv_by_loc, steps=0)
         # Until the attention backends are there, which may not serve other widths than the block.
@@ -272,9 +277,11 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             known = compat.installed().joint_filters(runner.sampler) is not None
             vocab = int(runner.model_config.vocab_size) if known else None
             self._couplings = Couplings(vocab, self.targets.draws, runner.dtype)
-        alone = compat.installed().tensor_parallel_group().world_size == 1
-        chains_of_logits = alone and not tree and not compat.installed().selects(self)
-        return self._couplings.of(self._info, self._reqs, chains_of_logits)
+        return self._couplings.of(self._info, self._reqs, self._has_all_logits() and not tree)
+
+    def _has_all_logits(self) -> bool:
+        """Whether each draft is chosen by logits of its own, of which this rank has the whole vocabulary's."""
+        return compat.installed().tensor_parallel_group().world_size == 1 and not compat.installed().selects(self)
 
     @contextlib.contextmanager
     def _drafting(self, how: Seeded | Drawn | None) -> Iterator[None]:
@@ -282,13 +289,48 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
         if how is None:
             yield
             return
-        # The sampler in the drafter's graph knows of none.
+        self._coupled = how
+        try:
+            with self._choosing():
+                yield
+        finally:
+            self._coupled = None
+
+    @contextlib.contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """Within the context drafts are not the likeliest ones that the sampler in the drafter's graph has."""
         sampler: Any = vars(self)["_draft_sampler"]
-        self._coupled, self._draft_sampler = how, None
+        self._draft_sampler = None
+        if isinstance(sampler, Logits | Lattices):
+            self._draft_sampler = Chosen(sampler, lambda: self._chosen(sampler))
         try:
             yield
         finally:
-            self._coupled, self._draft_sampler = None, sampler
+            self._draft_sampler = sampler
+
+    def _chosen(self, sampler: Logits | Lattices) -> torch.Tensor:
+        with compat.installed().for_drafter(self):
+            return sampler.choose(self, len(self._reqs))
+
+    def _maybe_build_draft_sampler(self) -> Any:
+        # What SGLang folds into the drafter's graphs. Of blocks as long as trees have nodes none is ever drafted.
+        sampler, seams = super()._maybe_build_draft_sampler(), compat.installed()
+        if sampler is None or int(self.block_size) == self._nodes or not self._may_choose():
+            return sampler
+        if seams.selects(self):
+            return Lattices(sampler, self, self.draft_model.lm_head)
+        kept = Logits(sampler, self._draft_logits)
+        self._draft_logits = kept.room
+        return kept
+
+    def _may_choose(self) -> bool:
+        """Whether there can be steps whose drafts are not the likeliest ones."""
+        if not compat.installed().drafts_in_place(self):
+            return False
+        if self._nodes or not self.options.coupled:
+            return bool(self._nodes)
+        seeded = compat.installed().resolved(self.server_args).enable_deterministic_inference
+        return bool(seeded) or (self._has_all_logits() and self.targets.draws is not None)
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One step. Arguments and result are those of SGLang's worker."""
@@ -347,28 +389,30 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
             numbers = self._coupling(tree=True)
             assert not isinstance(numbers, Drawn)
             step = Step(self, recorded, self._nodes - 1, self._put_tree_pass, self._path_kv, self._has_kernels, numbers)
-            # The sampler in the drafter's graph draws a chain.
-            sampler: Any = vars(self)["_draft_sampler"]
-            self._draft_sampler = None
             self._tree, self._target_worker = step, recorded
             try:
-                with compat.installed().verifying(step):
+                with compat.installed().verifying(step), self._choosing():
                     return super().forward_batch_generation(batch, *args, **kwargs)
             finally:
-                self._tree, self._target_worker, self._draft_sampler = None, target, sampler
+                self._tree, self._target_worker = None, target
                 step.forget()
 
     def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states: Any, lm_head: Any, **kwargs: Any) -> Any:
-        # The drafts of a block, from the drafter's last hidden states.
-        group = compat.installed().drafter_group()
-        if self._tree is not None:
-            return self._tree.draft(hidden_states, lm_head, group)
-        if self._coupled is None or not is_plain(lm_head):
+        # The drafts of a block, from the drafter's last hidden states, where no graph has run.
+        if self._tree is None and (self._coupled is None or not is_plain(lm_head)):
             return super()._greedy_sample_from_vocab_parallel_head(
                 hidden_states=hidden_states, lm_head=lm_head, **kwargs
             )
-        positions = self._draft_block_positions_buf[: hidden_states.shape[0] // (int(self.block_size) - 1), :-1]
-        return self._coupled.draft(hidden_states, lm_head, group, positions)
+        return self.drafts_of(hidden_states, lm_head)
+
+    def drafts_of(self, hidden: torch.Tensor, lm_head: Any) -> torch.Tensor:
+        """Drafts i64 ``[R * (B - 1)]`` of a step of trees or coupled drafts; `hidden` ``[R * (B - 1), H]`` are the drafter's last hidden states."""
+        group = compat.installed().drafter_group()
+        if self._tree is not None:
+            return self._tree.draft(hidden, lm_head, group)
+        assert self._coupled is not None
+        positions = self._draft_block_positions_buf[: hidden.shape[0] // (int(self.block_size) - 1), :-1]
+        return self._coupled.draft(hidden, lm_head, group, positions)
 
     def _propose_selector_block(
         self, *, draft_logits_output: Any, bs: int, lm_head: Any, anchor_token_ids: Any, sampling_info: Any
@@ -383,11 +427,15 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
                 sampling_info=sampling_info,
             )
         hidden = draft_logits_output.hidden_states
-        tokens, scores = compat.installed().lattice(self, hidden, anchor_token_ids, lm_head)
+        return self.drafts_along(*compat.installed().lattice(self, hidden, anchor_token_ids, lm_head))
+
+    def drafts_along(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The same of a DFlash 2's lattice, see ``Seams.lattice``; i64 ``[R, B - 1]``."""
+        rows = len(tokens)
         if self._tree is not None:
-            return self._tree.draft_along(anchor_token_ids, tokens, scores)
+            return self._tree.draft_along(self._draft_block_ids_buf[:rows, 0], tokens, scores)
         assert isinstance(self._coupled, Seeded)
-        sums = self._coupled.along(tokens, scores, self._draft_block_positions_buf[:bs, :-1])
+        sums = self._coupled.along(tokens, scores, self._draft_block_positions_buf[:rows, :-1])
         return compat.installed().best_path(self, tokens, sums)
 
     def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
@@ -470,9 +518,13 @@ class DflashRsWorker(compat.installed().worker_class()):  # type: ignore[misc]  
 
     def _walk(self, block: torch.Tensor, sampled: torch.Tensor, prefix_lens: torch.Tensor) -> tuple:
         if block.shape[1] == 1:
-            # A plain step: nothing to walk along.
-            gained = torch.ones(len(block), dtype=torch.int32, device=block.device)
-            return gained - 1, gained, sampled.view(-1), sampled.clone(), prefix_lens + 1
+            # A plain step: nothing to walk along. Nobody writes to what is the same in all of them.
+            none, one = self._plain_lengths
+            if len(none) < len(block):
+                none = torch.zeros(len(block), dtype=torch.int32, device=block.device)
+                one = torch.ones_like(none)
+                self._plain_lengths = none, one
+            return none[: len(block)], one[: len(block)], sampled.view(-1), sampled, prefix_lens + 1
         if self._walk_kernel is not None:
             return self._walk_kernel(block, sampled, prefix_lens)
         drafts = block[:, 1:].contiguous()

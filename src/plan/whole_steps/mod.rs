@@ -8,7 +8,8 @@
 //!
 //! * *A width that was never tried* is given the benefit of the doubt: a step takes at least what one with fewer requests or a
 //!   narrower one took. It is tried if even so it might be the best.
-//! * *A figure that has grown old* is renewed, the more rarely the more that costs: each width may cost one step in `FRESH`.
+//! * *A figure that has grown old* is renewed, the more rarely the more that costs: each width may cost one step in `FRESH`. A wider width than the one
+//!   in use is looked at half as often each time it did not pay, once its drafts are known well, down to one in `LEAST` as often, until it turns out to be far cheaper than believed, or is used.
 //!
 //! The widest may be a *tree*: as many nodes, of which a path is accepted, no longer than the tree is deep. How deep paths get is learnt apart from
 //! how far chains are accepted, which is what is believed of a tree until some have been verified.
@@ -25,7 +26,7 @@ use std::collections::BTreeMap;
 
 use super::acceptance::Acceptance;
 use super::chances::{BANDS, band};
-use super::{MOST_BLOCK, chain, kept};
+use super::{CHEAP, MOST_BLOCK, chain, kept};
 use crate::error::{Error, Result};
 
 /// Steps in a row that a look at a width takes.
@@ -37,6 +38,10 @@ const PACE_UP: f64 = 1.002;
 const PACE_DOWN: f64 = 0.994;
 /// Steps after which a time is old, and of which looking at a width may cost one.
 const FRESH: u64 = 256;
+/// As rarely as this a width that never pays is looked at, in the time that `FRESH` makes of it.
+const LEAST: u64 = 8;
+/// Passes with drafts that have to have told what drafts are worth before one of their widths is looked at more rarely.
+const TOLD: f64 = 64.0;
 /// By how much a wider step, and a narrower one, have to be better before the width is changed: times and acceptance scatter. To have
 /// drafted too much costs more than to have drafted too little.
 const WIDER: f64 = 1.08;
@@ -89,6 +94,8 @@ struct Times {
     seen: u64,
     // The same when it was looked at without a time to judge by.
     tried: Option<u64>,
+    // How many times as long as `FRESH` its figure may get old; 0 is 1.
+    patience: u64,
 }
 
 impl Times {
@@ -111,6 +118,11 @@ impl Times {
             // Should nothing be timed, the old figure holds for as long as a new one would.
             Some(_) => self.seen = now,
         }
+    }
+
+    /// Steps for which a figure holds whose renewal costs nothing.
+    fn holds(&self) -> u64 {
+        FRESH * self.patience.max(1)
     }
 }
 
@@ -232,6 +244,9 @@ impl WidthPlanner {
             let (pace, current) = (self.pace, self.current);
             let size = self.size(requests, context);
             let (now, times) = (size.steps, &mut size.times[index]);
+            if times.typical.is_some_and(|typical| time < CHEAP * typical * pace) {
+                times.patience = 0;
+            }
             let before = times.typical.filter(|_| index == current && times.kept.len() == KEPT);
             times.add(time / pace, now);
             if let Some(typical) = before {
@@ -301,13 +316,36 @@ impl WidthPlanner {
         if !stays {
             self.current = best;
         }
+        let current = self.current;
         let step = tokens[best] / most;
         let due = times.iter().enumerate().position(|(index, &time)| {
             let Some(time) = time else { return false };
             let lost = f64::from(LOOK) * (time - tokens[index] / most) / step;
-            index != self.current && (now - size.times[index].seen) as f64 >= FRESH as f64 * lost.max(1.0)
+            index != current
+                && (now - size.times[index].seen) as f64 >= size.times[index].holds() as f64 * lost.max(1.0)
         });
-        due.map_or(self.current, |index| self.look_at(requests, context, index))
+        // What is narrower is what drafting is weighed against, and does not get old.
+        let rarer = due.is_some_and(|due| due > current && self.is_told(due, temperatures));
+        let times = &mut self.size(requests, context).times;
+        times[current].patience = 0;
+        let Some(due) = due else { return current };
+        times[due].patience = if rarer {
+            (2 * times[due].patience.max(1)).min(LEAST)
+        } else {
+            0
+        };
+        self.look_at(requests, context, due)
+    }
+
+    /// Whether it is known what the drafts of a width are worth at these temperatures.
+    fn is_told(&self, index: usize, temperatures: &[f32]) -> bool {
+        let told = match &self.tree {
+            Some((_, paths)) if index + 1 == self.widths.len() => paths,
+            _ => &self.acceptance,
+        };
+        temperatures
+            .iter()
+            .all(|&temperature| told[band(temperature)].passes() >= TOLD)
     }
 
     fn look_at(&mut self, requests: usize, context: usize, index: usize) -> usize {

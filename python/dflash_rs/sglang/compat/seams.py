@@ -30,6 +30,7 @@ METHODS = {
     "_validate_phase1_sampling_support": ("batch",),
     "init_attention_backends": (),
     "init_cuda_graphs": (),
+    "_maybe_build_draft_sampler": (),
     "alloc_memory_pool": ("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
     "_append_target_hidden_to_draft_kv_by_loc": (
         "target_hidden",

@@ -38,6 +38,22 @@ class HostAttention(TorchNativeAttnBackend):
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         table = self.req_to_token_pool.req_to_token
+        if block == 1:
+            # What SGLang's own decoding step computes, in the same code: one row sees all of its context.
+            rows = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            out = torch.empty_like(rows[..., : layer.v_head_dim])
+            self._run_sdpa_forward_decode(
+                rows,
+                out,
+                keys,
+                values,
+                table,
+                forward_batch.req_pool_indices,
+                forward_batch.seq_lens + 1,
+                scaling=layer.scaling,
+                enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+            )
+            return out.view(q.shape[0], -1)
         queries = q.view(-1, block, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries[..., : layer.v_head_dim])
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
@@ -56,7 +72,7 @@ class HostAttention(TorchNativeAttnBackend):
                 queries[number].transpose(0, 1)[None],
                 keys[slots].transpose(0, 1)[None].to(q.dtype),
                 values[slots].transpose(0, 1)[None].to(q.dtype),
-                attn_mask=mask if block > 1 else None,  # one row sees all of it
+                attn_mask=mask,
                 scale=layer.scaling,
                 enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
             )

@@ -1,4 +1,4 @@
-"""Counts what a decoding step has torch do outside of the models' passes, into the file that SGLANG_HOST_COUNT names.
+"""Counts what a decoding step has torch do outside of the models' passes, and products with heads anywhere, into the file that SGLANG_HOST_COUNT names.
 
 On a GPU each operation is about one launch, so a count says what a step costs beside the passes, wherever it is taken. Views cost nothing and are left out, and
 so are values that the host asks for: here it cannot be seen whether it has them already. A kernel of dflash_rs is one operation, and what it does on the
@@ -16,22 +16,27 @@ _FREE = {
     "split", "unbind", "_unsafe_view", "_reshape_alias", "empty", "empty_strided", "new_empty", "empty_like", "lift_fresh",
     "_local_scalar_dense",
 }  # fmt: skip
+_PRODUCTS = {"mm", "addmm", "matmul", "linear"}
 
 
 class Operations(TorchDispatchMode):
-    """Counts while it is entered, but for what runs while `inside` is not 0."""
+    """Counts while it is entered, but for what runs while `inside` is not 0; and all products with a matrix of `vocab` columns, which are heads."""
 
-    def __init__(self):
+    def __init__(self, vocab=None):
         super().__init__()
-        self.operations = self.inside = 0
+        self.operations = self.inside = self.heads = 0
+        self.vocab = vocab
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += not self.inside and function.overloadpacket.__name__ not in _FREE
-        return function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        self.operations += not self.inside and name not in _FREE
+        result = function(*args, **(kwargs or {}))
+        self.heads += name in _PRODUCTS and result.shape[-1] == self.vocab
+        return result
 
 
 _running = None
-_steps: dict[str, list[int]] = {}
+_steps: dict[str, list[tuple[int, int]]] = {}
 
 
 def on():
@@ -43,13 +48,13 @@ def _run_batch(original, scheduler, batch, *args, **kwargs):
     global _running
     if not batch.forward_mode.is_decode() or not batch.reqs:
         return original(scheduler, batch, *args, **kwargs)
-    _running = step = Operations()
+    _running = step = Operations(scheduler.model_config.vocab_size)
     try:
         with step:
             return original(scheduler, batch, *args, **kwargs)
     finally:
         _running = None
-        _steps.setdefault(str(len(batch.reqs)), []).append(step.operations)
+        _steps.setdefault(str(len(batch.reqs)), []).append((step.operations, step.heads))
         _write()
 
 
@@ -74,7 +79,14 @@ def _launch(original):
 
 def _write():
     """What most steps of so many requests had: the first ones make buffers, and some write down what has waited."""
-    found = {n: {"operations": Counter(steps).most_common(1)[0][0], "steps": len(steps)} for n, steps in _steps.items()}
+
+    def most(counts):
+        return Counter(counts).most_common(1)[0][0]
+
+    found = {
+        n: dict(zip(("operations", "heads"), map(most, zip(*steps)))) | {"steps": len(steps)}
+        for n, steps in _steps.items()
+    }
     with open(os.environ["SGLANG_HOST_COUNT"], "w", encoding="utf-8") as file:
         json.dump(found, file)
 

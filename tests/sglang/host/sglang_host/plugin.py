@@ -14,7 +14,7 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_host import counting, cuda, interpreted, kernels, older, shadow, steered, transfer
+    from sglang_host import counting, cuda, graphs, interpreted, kernels, older, shadow, steered, transfer
 
     cuda.emulate()
     if interpreted.on():
@@ -73,9 +73,8 @@ def register() -> None:
         around |= transfer.hooks()
     if shadow.on():
         around |= shadow.hooks()
-    if counting.on():
-        around |= counting.hooks()
-    for functions, kind in ((replaced, HookType.REPLACE), (around, HookType.AROUND)):
+    more = [module.hooks() for module in (graphs, counting) if module.on()]
+    for functions, kind in ((replaced, HookType.REPLACE), *((hooks, HookType.AROUND) for hooks in (around, *more))):
         for target, function in functions.items():
             HookRegistry.register(target, function, kind)
 

@@ -3,6 +3,8 @@
 use super::*;
 use proptest::prelude::*;
 
+mod looks;
+
 /// A device: what a step takes, and how likely the draft at each position is.
 struct World {
     fixed: f64,
@@ -417,22 +419,6 @@ fn a_step_takes_at_least_what_one_no_wider_takes_for_its_share_of_the_requests()
     assert_eq!([least(2, 0), least(4, 0), least(8, 0)], [0.5, 1.0, 1.0]);
     assert_eq!([least(2, 1), least(4, 1), least(8, 1)], [1.5, 3.0, 3.0]);
     assert_eq!(knowing([1, 2], [None, Some(3.0)]).at_least(4, 0, 0), 0.0);
-}
-
-#[test]
-fn an_old_time_is_renewed_the_more_rarely_the_more_that_costs() {
-    // The other width has 1.7 tokens in 6.8: as slow as 3.4 times its due, of which a look of four steps loses half of its time.
-    let mut planner = knowing([1, 2], [Some(2.0), Some(6.8)]);
-    let lost = 4.0 * (6.8 - 1.7 * 2.0) / 2.0;
-    let due = 1000 + (FRESH as f64 * lost).ceil() as u64;
-    planner.size(4, 0).steps = due - 2;
-    assert_eq!((planner.choose(4, 0, &[]), planner.size(4, 0).steps), (1, due - 1));
-    assert_eq!((planner.choose(4, 0, &[]), planner.look), (2, (1, LOOK - 1)));
-    assert_eq!(planner.size(4, 0).times[1].seen, due);
-    // What would lose nothing is renewed after so many steps all the same.
-    let mut planner = knowing([1, 2], [Some(1.0), Some(1.7)]);
-    planner.size(4, 0).steps = 1000 + FRESH - 2;
-    assert_eq!((planner.choose(4, 0, &[]), planner.choose(4, 0, &[])), (1, 2));
 }
 
 #[test]
