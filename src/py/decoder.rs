@@ -367,6 +367,7 @@ impl HostDecoder {
 }
 
 impl HostDecoder {
+    #[allow(clippy::too_many_arguments, reason = "the arrays of a pass")]
     fn inputs<'a>(
         &self,
         batch: &host::AttentionBatch,
