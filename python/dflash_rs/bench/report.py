@@ -247,6 +247,13 @@ def need_matplotlib(path: str) -> None:
         )
 
 
+def legible() -> dict[str, Any]:
+    """How a label is drawn that lines may run behind: each letter hides what is next to it."""
+    from matplotlib.patheffects import withStroke
+
+    return {"path_effects": [withStroke(linewidth=2.5, foreground="white")]}
+
+
 def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Draws speed-up over concurrency and the acceptance histogram into `path` (format by its suffix)."""
     need_matplotlib(path)
@@ -277,7 +284,7 @@ def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
         bars = left.bar(
             xs, [row.speedup for row in mine], width * 0.92, color=colours.get((mode, temperature)), label=name
         )
-        left.bar_label(bars, [f"{row.speedup:.2f}x" for row in mine], padding=2, fontsize=8)
+        left.bar_label(bars, [f"{row.speedup:.2f}x" for row in mine], padding=2, fontsize=8, **legible())
         # One histogram per setting, from the smallest batch: the drafts do not depend on the batch.
         counts = mine[0].accept_histogram
         total = sum(counts)
