@@ -45,6 +45,7 @@ Params = SamplingParams | Mapping[str, Any] | None
 _MOST_LOGITS = 1 << 25
 
 
+@elsewhere.explained(elsewhere.ENGINE)
 class LLM(Chats, AsyncCalls):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
@@ -107,9 +108,7 @@ class LLM(Chats, AsyncCalls):
         overlap: bool | None = None,
         lookup: bool | None = None,
         capture_ahead: int = 0,
-        **unknown: Any,
     ):
-        elsewhere.unknown("LLM", unknown, elsewhere.ENGINE)
         torch = import_torch()
 
         from .engine.build import Models
@@ -200,6 +199,7 @@ class LLM(Chats, AsyncCalls):
         """Text of token ids; special tokens are not shown."""
         return Detokenizer(self.tokenizer, self._bytes).push(known_tokens("ids", ids, self.vocab_size), None, True)
 
+    @elsewhere.explained(elsewhere.CALLS)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -210,7 +210,6 @@ class LLM(Chats, AsyncCalls):
         on_error: str = "raise",
         request_ids: str | Sequence[str] | None = None,
         use_tqdm: bool = False,
-        **unknown: Any,
     ) -> list[Output]:
         """Completes prompts (strings, lists of token ids, or mappings with "prompt" or "prompt_token_ids") and returns one `Output` each, in
         order; where `SamplingParams.n` asks for more, the first answer, whose `outputs` are all of them.
@@ -225,7 +224,6 @@ class LLM(Chats, AsyncCalls):
         comes an `Output` without tokens, with ``finish_reason="error"`` and that message as its `error`; what is wrong with the call
         as a whole raises all the same. A request that fails later always comes back with ``finish_reason="error"``.
         """
-        elsewhere.unknown("generate", unknown, elsewhere.CALLS)
         bar: Any = None
         if flag("use_tqdm", use_tqdm):
             from .cli.display import Progress as bar
@@ -240,6 +238,7 @@ class LLM(Chats, AsyncCalls):
             outputs = events._outputs(bar and bar(len(events._waiting), sys.stderr))
         return [outputs[i] for i in range(len(outputs))]
 
+    @elsewhere.explained(elsewhere.CALLS)
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -249,13 +248,11 @@ class LLM(Chats, AsyncCalls):
         draft: bool = True,
         on_error: str = "raise",
         request_ids: str | Sequence[str] | None = None,
-        **unknown: Any,
     ) -> Stream:
         """Like `generate`, but an iterator of tokens as they are committed. Closing or dropping it aborts what is unfinished:
         ``with llm.stream(...) as events:``. With ``on_error="return"`` refused prompts are the first events."""
         from .engine.requests import refused
 
-        elsewhere.unknown("stream", unknown, elsewhere.CALLS)
         flag("draft", draft)
         if not isinstance(on_error, str) or on_error not in ("raise", "return"):
             raise bad("on_error", on_error, "'raise' or 'return'")
