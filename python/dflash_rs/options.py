@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, elsewhere, known_models
+from . import _core, elsewhere, extras, known_models
 from .arguments import bad, flag, integer, is_list, shown
 from .chat import Rendered
 from .config import MOST_GRAPHS, StepCosts, assets
@@ -322,5 +322,5 @@ def import_torch() -> ModuleType:
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingPackage(f"LLM needs torch and transformers ({error}): pip install 'dflash-rs[torch]'") from error
+        raise MissingPackage(f"LLM needs torch and transformers ({error}): {extras.install('torch')}") from error
     return torch

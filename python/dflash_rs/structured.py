@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import extras
 from .arguments import bad, flag, is_list, shown
 from .errors import InvalidArgument, MissingPackage
 
@@ -191,7 +192,7 @@ def _library() -> Any:
         import llguidance
     except ImportError as error:
         raise MissingPackage(
-            f"structured_outputs needs llguidance ({error}): pip install 'dflash-rs[structured]'"
+            f"structured_outputs needs llguidance ({error}): {extras.install('structured')}"
         ) from error
     return llguidance
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from fake_llm import FakeEvent, FakeLLM
 
-from dflash_rs import SamplingParams, StructuredOutputsParams, cli
+from dflash_rs import SamplingParams, StructuredOutputsParams, cli, extras
 from dflash_rs.cli import display
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages
 
@@ -285,7 +285,7 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
 
     monkeypatch.setattr(cli.engine, "make_engine", missing)
     assert cli.main(["generate", "x"]) == 1
-    assert "pip install 'dflash-rs[torch]'" in capsys.readouterr().err
+    assert f": {extras.install('torch')}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--json"], []])
@@ -800,8 +800,8 @@ def test_without_torch_every_help_works_and_the_rest_says_what_to_install(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert re.findall(r"^CODE (\d+)$", done.stdout, re.MULTILINE) == ["0"] * len(helps) + ["1", "1"], done.stderr
     assert done.stderr == (
-        "dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): pip install 'dflash-rs[torch]'\n"
-        "dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'\n"
+        f"dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): {extras.install('torch')}\n"
+        f"dflash-rs: error: this needs torch: {extras.install('torch')}\n"
     )
 
 

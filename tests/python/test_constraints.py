@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dflash_rs import InvalidArgument, MissingPackage, SamplingParams, StructuredOutputsParams
+from dflash_rs import InvalidArgument, MissingPackage, SamplingParams, StructuredOutputsParams, extras
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("llguidance")
@@ -432,7 +432,7 @@ except MissingPackage as error:
 def test_without_llguidance_the_extra_is_named_and_the_rest_works():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300)
     assert done.stderr == "" and done.stdout.startswith("structured_outputs needs llguidance (")
-    assert "pip install 'dflash-rs[structured]'" in done.stdout and issubclass(MissingPackage, ImportError)
+    assert extras.install("structured") in done.stdout and issubclass(MissingPackage, ImportError)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dflash_rs import extras
 from dflash_rs.bench.runner import BESIDE, FOREIGN, PLAIN, REFERENCE, Row
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -237,7 +238,7 @@ def need_place(option: str, path: str) -> None:
 def need_matplotlib(path: str) -> None:
     """Raises before a long run rather than after it when there is no matplotlib, or it writes no such files."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise DflashError("--plot needs matplotlib: pip install 'dflash-rs[bench]'")
+        raise DflashError(f"--plot needs matplotlib: {extras.install('bench')}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()
