@@ -38,6 +38,8 @@ from .text import Detokenizer
 from .turns import Turns
 
 if TYPE_CHECKING:
+    import torch
+
     from .engine.requests import Active
 
 Params = SamplingParams | Mapping[str, Any] | None
@@ -54,8 +56,8 @@ class LLM(Chats, AsyncCalls):
       "bundled-hybrid" the one whose target has recurrent layers and experts. `draft`: folder or hub name of a DFlash checkpoint; None decodes
       plainly; "auto" is the drafter that comes with this package, and only goes with bundled models and known ones; "lookup" drafts what the text said before, with any model (a folder of that name is
       ``Path("lookup")`` or "./lookup").
-    - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
-      GPU). float32 makes rounding differences between block sizes as rare as they can be.
+    - `device`: "cpu", "cuda", "cuda:1" and so on, a torch.device of these, or "auto". `dtype`: "float32", "bfloat16", "float16", torch's own of
+      these, or "auto" (float32 on a CPU, bfloat16 on a GPU). float32 makes rounding differences between block sizes as rare as they can be.
     - `matmul_precision`: "highest"; "medium", which multiplies bfloat16 values and adds up in float32 (what torch calls medium, too; for
       float32 on a CPU); or "auto", medium where the processor has an instruction for it. Medium costs some digits of the
       logits, as bfloat16 checkpoints do anywhere; with and without a drafter they are the same digits.
@@ -90,8 +92,8 @@ class LLM(Chats, AsyncCalls):
         model: str | Path | None = None,
         draft: str | Path | None = "auto",
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         matmul_precision: str = "highest",
         block_size: int | None = None,
         threads: int | None = None,
@@ -109,7 +111,7 @@ class LLM(Chats, AsyncCalls):
         lookup: bool | None = None,
         capture_ahead: int = 0,
     ):
-        torch = import_torch()
+        runtime = import_torch()
 
         from .engine.build import Models
 
@@ -119,9 +121,9 @@ class LLM(Chats, AsyncCalls):
             block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap, lookup, capture_ahead
         ).check()
         if threads is not None:
-            torch.set_num_threads(thread_count("threads", threads))
-        self.device = pick_device(torch, device)
-        self.dtype = pick_dtype(torch, dtype, self.device)
+            runtime.set_num_threads(thread_count("threads", threads))
+        self.device = pick_device(runtime, device)
+        self.dtype = pick_dtype(runtime, dtype, self.device)
         self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
 
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
@@ -423,7 +425,8 @@ class LLM(Chats, AsyncCalls):
         return look() if self._turns.mine() else self._turns.take(look, self._settle)
 
     def close(self) -> None:
-        """Aborts what is unfinished and frees the KV cache. The object cannot be used afterwards; closing it again does nothing.
+        """Aborts what is unfinished and frees the KV cache. Calls that would run the models raise DflashError afterwards; the tokenizer's and
+        `stats` still answer, `abort` finds nothing; closing it again does nothing.
 
         From a signal handler it takes effect when the step it came into has ended; in a forked child it does nothing.
         """

@@ -55,8 +55,11 @@ class StructuredOutputsParams:
         if given[0] == "json":
             object.__setattr__(self, "json", _schema(name, value))
         elif given[0] == "choice":
-            if not is_list(value) or not value or not all(isinstance(one, str) and one for one in value):
+            if not is_list(value) or not value:
                 raise bad(name, value, "a list of at least one non-empty string")
+            for i, one in enumerate(value):
+                if not isinstance(one, str) or not one:
+                    raise bad(f"{name}[{i}]", one, "a non-empty string")
             object.__setattr__(self, "choice", tuple(value))
         elif given[0] == "json_object":
             flag(name, value)

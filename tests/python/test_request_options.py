@@ -134,7 +134,7 @@ def test_prompts_and_parameters_may_be_mappings_and_go_by_their_other_name(llm):
             assert output.token_ids == expected
     assert llm.generate({"prompt": PROMPTS[0]}, WARM)[0].prompt == PROMPTS[0]
     assert llm.generate({"prompt_token_ids": np.array(ids)}, WARM)[0].prompt == ids
-    assert llm.generate({"prompt": "shown", "prompt_token_ids": ids}, WARM)[0].prompt == "shown"
+    assert llm.generate({"prompt": PROMPTS[0], "prompt_token_ids": ids}, WARM)[0].prompt == PROMPTS[0]
     assert [e.output for e in llm.stream("x", sampling_params=as_dict) if e.output]
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     talk = [{"role": "user", "content": PROMPTS[0]}]
@@ -146,6 +146,8 @@ WRONG = [
     (dict(prompts={"text": "x"}), "prompts[0]: got 'text', expected some of prompt, prompt_token_ids"),
     (dict(prompts={"prompt": "x", "multi_modal_data": {}}), "multi_modal_data: got {}, expected no such option: this engine does not have it"),
     (dict(prompts=[{"prompt": 5}]), "prompts[0].prompt: got 5, expected a string, or prompt_token_ids"),
+    (dict(prompts=["a", {"prompt": "x", "prompt_token_ids": [1]}]), "prompts[1].prompt_token_ids: got [1] beside the prompt 'x', whose tokens are others"),
+    (dict(prompts={"prompt": 5, "prompt_token_ids": [1]}), "prompts[0].prompt_token_ids: got [1] beside the prompt 5, whose"),
     (dict(prompts={"prompt_token_ids": ["a"]}), "prompts[0].prompt_token_ids: got an entry 'a'"),
     (dict(prompts="x", params={"temperatur": 1}), "params: got 'temperatur', expected some of temperature, top_k"),
     (dict(prompts="x", params=[{"temperatur": 1}]), "params[0]: got 'temperatur', expected some of temperature, top_k"),
@@ -333,9 +335,7 @@ def test_a_prompt_is_cut_at_its_front(llm):
     assert whole.metrics["prompt_tokens"] == len(ids)
     (most,) = llm.generate([[5, 6] * 2000], dataclasses.replace(WARM, truncate_prompt_tokens=-1))
     assert most.metrics["prompt_tokens"] == llm.max_context - 1
-    with pytest.raises(
-        InvalidArgument, match="^truncate_prompt_tokens: got 0, expected -1 or an integer of at least 1"
-    ):
+    with pytest.raises(InvalidArgument, match="^truncate_prompt_tokens: got 0, expected -1 or an integer in 1.."):
         SamplingParams(truncate_prompt_tokens=0)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_rs import extras
+from dflash_rs.arguments import shown_path
 from dflash_rs.bench.runner import BESIDE, FOREIGN, PLAIN, REFERENCE, Row
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -232,7 +233,9 @@ def need_place(option: str, path: str) -> None:
     except OSError:  # a name too long, a link to itself
         free = False
     if not free:
-        raise InvalidArgument(f"{option}: got {path}, expected a file that can be written, in a folder that exists")
+        raise InvalidArgument(
+            f"{option}: got {shown_path(path)}, expected a file that can be written, in a folder that exists"
+        )
 
 
 def need_matplotlib(path: str) -> None:
