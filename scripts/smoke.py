@@ -63,14 +63,14 @@ def without_torch() -> None:
 
 def refuses_without_torch() -> None:
     """The command names the extra that it needs, in one line."""
+    from dflash_rs import extras
+
     done = run("generate", "import os")
     expect("exit code of generate without torch", done.returncode, 1)
     expect(
         "its lines",
         done.stderr.splitlines(),
-        [
-            "dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): pip install 'dflash-rs[torch]'"
-        ],
+        [f"dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): {extras.install('torch')}"],
     )
 
 

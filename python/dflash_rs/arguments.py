@@ -72,6 +72,11 @@ def bad(name: str, got: Any, expected: str) -> InvalidArgument:
     return InvalidArgument(f"{name}: got {shown(got)}, expected {expected}")
 
 
+def shown_path(path: Any) -> str:
+    """A path as messages have it: one that is empty is seen to be."""
+    return str(path) or "''"
+
+
 def integer(name: str, value: Any, low: int, high: int | None = None, *, expected: str | None = None) -> int:
     """`value` as an int in `low..high`: Python's, NumPy's, or anything else that can index a list; a truth value is none.
 

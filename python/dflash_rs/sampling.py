@@ -76,7 +76,7 @@ class SamplingParams:
     - `skip_special_tokens`: leave tokens that are no text out of it; False writes their names, and `stop` strings see them.
     - `include_stop_str_in_output`: what ended the text, a stop string or the text of a stop token, is part of it.
     - `allowed_token_ids`: the only tokens that may be drawn; None allows all. End-of-text tokens are not among them unless they are named.
-    - `bad_words`: strings whose tokens, alone or behind a space, the output may not hold one after the other.
+    - `bad_words`: strings with more than white space whose tokens, alone or behind a space, the output may not hold one after the other.
     - `logits_processors`: functions ``(output tokens, row) -> row`` or ``(prompt tokens, output tokens, row) -> row``, applied in order before
       everything else. Tokens are lists of ints, the row a float32 torch tensor ``[vocab_size]`` on the CPU, theirs to change; a tensor or a
       NumPy array of that shape comes back. What one returns may depend on its arguments alone: with drafts they are asked about texts, too,
@@ -151,14 +151,18 @@ class SamplingParams:
         if self.max_drafts is not None:
             self._integer("max_drafts", 0, 2**31 - 1)
         if self.truncate_prompt_tokens is not None:
-            self._integer("truncate_prompt_tokens", -1, 2**31 - 1)
+            expected = f"-1 or an integer in 1..{2**31 - 1}"
+            self._integer("truncate_prompt_tokens", -1, 2**31 - 1, expected)
             if self.truncate_prompt_tokens == 0:
-                raise bad("truncate_prompt_tokens", 0, "-1 or an integer of at least 1")
+                raise bad("truncate_prompt_tokens", 0, expected)
 
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        good = is_list(stops) and all(isinstance(s, str) and s and not _SURROGATE.search(s) for s in stops)
-        if not good:
+        if not is_list(stops):
             raise bad("stop", self.stop, "a non-empty string or a list of them")
+        for i, text in enumerate(stops):
+            if not isinstance(text, str) or not text or _SURROGATE.search(text):
+                name = "stop" if isinstance(self.stop, str) else f"stop[{i}]"
+                raise bad(name, text, "a non-empty string without lone surrogates")
         object.__setattr__(self, "stop", tuple(stops))
         if not is_list(self.stop_token_ids):
             raise bad("stop_token_ids", self.stop_token_ids, "a list of token ids")
@@ -185,11 +189,17 @@ class SamplingParams:
             allowed = tuple(integer("allowed_token_ids", token, 0, 2**31 - 1) for token in ids)
             object.__setattr__(self, "allowed_token_ids", allowed)
         words = self.bad_words
-        if not is_list(words) or not all(isinstance(w, str) and w.strip() and not _SURROGATE.search(w) for w in words):
-            raise bad("bad_words", words, "a list of strings with more than spaces")
+        if not is_list(words):
+            raise bad("bad_words", words, "a list of strings")
+        for i, word in enumerate(words):
+            if not isinstance(word, str) or not word.strip() or _SURROGATE.search(word):
+                raise bad(f"bad_words[{i}]", word, "a string with more than white space, and without lone surrogates")
         object.__setattr__(self, "bad_words", tuple(words))
-        if not is_list(self.logits_processors) or not all(callable(process) for process in self.logits_processors):
+        if not is_list(self.logits_processors):
             raise bad("logits_processors", self.logits_processors, "a list of functions")
+        for i, process in enumerate(self.logits_processors):
+            if not callable(process):
+                raise bad(f"logits_processors[{i}]", process, "a function")
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         if self.structured_outputs is not None:
             wanted = StructuredOutputsParams.of("structured_outputs", self.structured_outputs)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import extras
 from .arguments import bad, flag, is_list, shown
 from .errors import InvalidArgument, MissingPackage
 
@@ -54,8 +55,11 @@ class StructuredOutputsParams:
         if given[0] == "json":
             object.__setattr__(self, "json", _schema(name, value))
         elif given[0] == "choice":
-            if not is_list(value) or not value or not all(isinstance(one, str) and one for one in value):
+            if not is_list(value) or not value:
                 raise bad(name, value, "a list of at least one non-empty string")
+            for i, one in enumerate(value):
+                if not isinstance(one, str) or not one:
+                    raise bad(f"{name}[{i}]", one, "a non-empty string")
             object.__setattr__(self, "choice", tuple(value))
         elif given[0] == "json_object":
             flag(name, value)
@@ -191,7 +195,7 @@ def _library() -> Any:
         import llguidance
     except ImportError as error:
         raise MissingPackage(
-            f"structured_outputs needs llguidance ({error}): pip install 'dflash-rs[structured]'"
+            f"structured_outputs needs llguidance ({error}): {extras.install('structured')}"
         ) from error
     return llguidance
 

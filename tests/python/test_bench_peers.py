@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -297,6 +299,51 @@ def test_the_plot_is_a_png_of_some_size_with_one_and_with_several_numbers_of_req
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
         sizes.append(int.from_bytes(data[20:24], "big"))
     assert sizes[1] > 1.5 * sizes[0]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, each with the room it has."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [saved.append(figure), save(figure, *a, **k)][1])
+    return saved
+
+
+def visible_behind(label):
+    """Whether a line behind the label would run through its letters."""
+    return not any(effect._gc.get("foreground") == "white" for effect in label.get_path_effects())
+
+
+@pytest.mark.parametrize("settings", [(GREEDY,), (GREEDY, SEEDED)], ids=["one", "two"])
+def test_the_legend_of_the_plot_lies_within_it_and_has_tau_at_every_temperature(clock, drawn, tmp_path, settings):
+    from dflash_rs.bench.peers_plot import plot_peers
+
+    found, _ = suite(clock, ("own", "lookup"), Plan(settings, repeat=1, max_tokens=10))
+    # As long as the names and the processor's are where it is used.
+    rows = [replace(row, mode=f"{row.mode} of a drafter like another") for row in found.rows if row.mode != "plain"]
+    plot_peers(str(tmp_path / "plot.png"), report.header(["bench"]) | {"cpu": "A processor " * 4}, rows)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    figure.draw_without_rendering()
+    room = figure.bbox
+    for text in (figure._suptitle, legend, *legend.get_texts(), legend.get_title(), *legend.get_patches()):
+        extent = text.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= room.width and 0 <= extent.y0 < extent.y1 <= room.height
+    for name in (text.get_text() for text in legend.get_texts()):
+        assert re.fullmatch(rf".* \(tau {', '.join([r'[0-9.]+'] * len(settings))}\)", name), name
+    labels = [text for axis in figure.axes for text in axis.texts]
+    assert labels and not any(visible_behind(label) for label in labels)
+
+
+def test_a_line_does_not_run_through_the_labels_of_the_other_plot_either(clock, drawn, tmp_path):
+    found, _ = suite(clock, ("own",), Plan((GREEDY,), repeat=1, max_tokens=10))
+    report.plot(str(tmp_path / "plot.png"), report.header(["bench"]), found.rows)
+    labels = drawn[0].axes[0].texts
+    assert labels and not any(visible_behind(label) for label in labels)
 
 
 def test_one_round_has_no_spread_and_four_have_that_of_the_middle():

@@ -263,7 +263,7 @@ def test_prompts_are_read_from_lists_lines_and_plain_text(tmp_path):
     ("text", "message"),
     [
         ("", "contains no prompt"),
-        ("[1]", 'entry 0: got int, expected a string or an object with "prompt"'),
+        ("[1]", 'entry 0: got 1, expected a string or an object with "prompt"'),
         ('["a", ""]', "entry 1: the prompt is empty"),
         ('["a"', "not a JSON list"),
         ('{"prompt": "a"}\n{oops', "line 2 is not JSON"),

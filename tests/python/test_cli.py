@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from fake_llm import FakeEvent, FakeLLM
 
-from dflash_rs import SamplingParams, StructuredOutputsParams, cli
+from dflash_rs import SamplingParams, StructuredOutputsParams, cli, extras
 from dflash_rs.cli import display
 from dflash_rs.errors import CheckpointError, DflashError, InvalidArgument, OutOfPages
 
@@ -285,7 +285,7 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
 
     monkeypatch.setattr(cli.engine, "make_engine", missing)
     assert cli.main(["generate", "x"]) == 1
-    assert "pip install 'dflash-rs[torch]'" in capsys.readouterr().err
+    assert f": {extras.install('torch')}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--json"], []])
@@ -367,10 +367,32 @@ def test_the_reference_suite_says_how_to_get_its_package(fake, monkeypatch, tmp_
     assert "pip install --no-deps dflash==0.1.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("words", "said"), [("--temperature 0.5 --seed 3", True), ("--seed 3", False), ("", False)])
+def test_the_summary_has_the_seed_of_texts_that_are_drawn(words, said, fake, capsys):
+    assert cli.main(["generate", "one", "--max-tokens", "4", *words.split()]) == 0
+    err = capsys.readouterr().err
+    assert "4 tokens in" in err and ("seed 3" in err) is said and ("seed" in err) is said
+
+
+def test_a_number_of_prompts_that_none_is_is_no_file(fake, capsys):
+    for number in ("-1", "0", "+0"):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["bench", "--prompts", number])
+        assert end.value.code == 2 and fake == []
+        assert f"argument --prompts: got {number!r}, expected an integer of at least 1" in capsys.readouterr().err
+
+
+def test_a_drafter_without_a_model_is_the_bundled_targets_as_in_the_library(monkeypatch):
+    asked = []
+    monkeypatch.setattr("dflash_rs.llm.LLM", lambda **options: asked.append(options) or FakeLLM())
+    assert cli.main(["generate", "x", "--quiet", "--draft", "path/to/drafter"]) == 0
+    assert asked[0]["draft"] == "path/to/drafter" and "model" not in asked[0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--draft", "d"], "--draft: got a drafter without --model"),
+        (["--model", ""], "--model: got '', and there is no such folder"),
         (["--model", "m"], "--model: got a target without a drafter"),
         (["--model", "m", "--draft", "d", "--no-draft"], "--no-draft: got --draft, too"),
     ],
@@ -653,7 +675,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_and_nothing_made(
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", option, place]) == 2
-    assert f"{option}: got {place}, expected a file that can be written" in capsys.readouterr().err
+    assert f"{option}: got {place or repr(place)}, expected a file that can be written" in capsys.readouterr().err
     assert fake == [] and list(tmp_path.iterdir()) == []
 
 
@@ -698,7 +720,17 @@ def test_a_file_of_prompts_is_read_as_it_was_meant(content, prompts, tmp_path):
         ("empty", b"", "contains no prompt"),
         ("blank", b"\n \n", "contains no prompt"),
         ("a.json", b"[" * 100_000, "not a JSON list"),
-        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": 1}\n', "line 3: got dict"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": 1}\n', "line 3: prompt: got 1, expected a text"),
+        (
+            "c.json",
+            b'[{"prompt": "a", "id": "x", "max_tokens": 3}]',
+            "entry 0: max_tokens: got 3, expected no sampling option",
+        ),
+        (
+            "d.jsonl",
+            b'{"prompt": "a", "max_new_tokens": 3}',
+            "line 1: max_new_tokens: got 3, expected no sampling option",
+        ),
         ("b.jsonl", b'{"prompt": "a"}\n{', "line 2 is not JSON"),
         ("folder", None, "Is a directory"),
     ],
@@ -813,8 +845,8 @@ def test_without_torch_every_help_works_and_the_rest_says_what_to_install(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert re.findall(r"^CODE (\d+)$", done.stdout, re.MULTILINE) == ["0"] * len(helps) + ["1", "1"], done.stderr
     assert done.stderr == (
-        "dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): pip install 'dflash-rs[torch]'\n"
-        "dflash-rs: error: this needs torch: pip install 'dflash-rs[torch]'\n"
+        f"dflash-rs: error: LLM needs torch and transformers (No module named 'torch'): {extras.install('torch')}\n"
+        f"dflash-rs: error: this needs torch: {extras.install('torch')}\n"
     )
 
 

@@ -130,10 +130,11 @@ def test_what_cannot_be_asked_ends_a_script_and_not_a_person(engines, monkeypatc
 
 
 def test_a_word_behind_a_slash_is_a_command_or_a_mistake_and_behind_a_space_a_message(engines, monkeypatch, capsys):
-    assert chat("--quiet", " /one\n/two words\n/three\nfour\n", monkeypatch) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "".join(answer(t) + "\n" for t in ("/one", "/two words"))
-    assert "/three is no command: /quit ends" in captured.err
+    for end in ("", "/quit\n"):
+        assert chat("--quiet", " /one\n/two words\n/three\nfour\n" + end, monkeypatch) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "".join(answer(t) + "\n" for t in ("/one", "/two words", "four"))
+        assert "/three is no command: /quit ends" in captured.err
 
 
 def test_ctrl_c_in_an_answer_takes_the_question_back_and_at_the_prompt_ends_the_command(engines, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dflash_rs import InvalidArgument, MissingPackage, SamplingParams, StructuredOutputsParams
+from dflash_rs import InvalidArgument, MissingPackage, SamplingParams, StructuredOutputsParams, extras
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("llguidance")
@@ -352,9 +352,23 @@ def test_a_dead_end_behind_the_end_of_a_text_is_none(llm):
         assert output.error is None and output.finish_reason == "stop" and len(output.token_ids) == place
 
 
-def test_nan_of_a_processor_is_an_error_of_its_request(chains):
-    (output,) = chains.generate("x", SamplingParams(logits_processors=[lambda o, r: r * np.nan]), draft=True)
-    assert output.finish_reason == "error" and "logits: got NaN at column 0" in output.error
+def test_what_is_no_logit_is_the_error_of_its_processor(chains):
+    for value, made in ((np.nan, "nan"), (np.inf, "inf"), (1e300, "inf")):
+
+        def changed(output, row, value=value):
+            return np.where(np.arange(len(row)) == 7, value, row.double().numpy())
+
+        told = SamplingParams(logits_processors=[lambda output, row: row, changed])
+        for draft in (True, False):
+            (output,) = chains.generate("x", told, draft=draft)
+            said = f"logits_processors[1]: returned {made} for token id 7, expected a number, or -inf"
+            assert output.finish_reason == "error" and said in output.error
+
+    def likeliest(output, row):
+        return torch.where(row == row.max(), row, -torch.inf)
+
+    (output,) = chains.generate("x", SamplingParams(max_tokens=2, logits_processors=[likeliest]))
+    assert output.finish_reason == "length"
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------------
@@ -363,8 +377,14 @@ REFUSED = [
     (dict(allowed_token_ids=[]), "allowed_token_ids: got [], expected a list of at least one token id, or None"),
     (dict(allowed_token_ids=[-1]), "allowed_token_ids: got -1, expected an integer in 0"),
     (dict(bad_words="word"), "bad_words: got 'word', expected a list of strings"),
-    (dict(bad_words=[" "]), "bad_words: got [' '], expected a list of strings with more than spaces"),
-    (dict(logits_processors=[5]), "logits_processors: got [5], expected a list of functions"),
+    (dict(bad_words=["a", " "]), "bad_words[1]: got ' ', expected a string with more than white space"),
+    (dict(bad_words=["\n"]), "bad_words[0]: got '\\n', expected a string with more than white space"),
+    (dict(stop=["a", ""]), "stop[1]: got '', expected a non-empty string"),
+    (dict(stop=["a", "b", 5]), "stop[2]: got 5, expected a non-empty string"),
+    (dict(stop=""), "stop: got '', expected a non-empty string"),
+    (dict(logits_processors=[len, 5]), "logits_processors[1]: got 5, expected a function"),
+    (dict(structured_outputs={"choice": ["a", ""]}), "structured_outputs.choice[1]: got '', expected a non-empty string"),
+    *((dict(truncate_prompt_tokens=most), f"truncate_prompt_tokens: got {most}, expected -1 or an integer in 1..2147483647") for most in (0, -2)),
     (dict(logits_processors=len), "logits_processors: got <built-in function len>, expected a list of functions"),
     (dict(structured_outputs="json"), "structured_outputs: got 'json', expected StructuredOutputsParams"),
     (dict(structured_outputs={}), "structured_outputs: got nothing, expected one of json, regex, choice, grammar, json_object"),
@@ -432,7 +452,7 @@ except MissingPackage as error:
 def test_without_llguidance_the_extra_is_named_and_the_rest_works():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300)
     assert done.stderr == "" and done.stdout.startswith("structured_outputs needs llguidance (")
-    assert "pip install 'dflash-rs[structured]'" in done.stdout and issubclass(MissingPackage, ImportError)
+    assert extras.install("structured") in done.stdout and issubclass(MissingPackage, ImportError)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------------
@@ -501,7 +521,7 @@ def test_words_that_the_tokenizer_has_no_tokens_for_are_refused():
     for ids in ([], [3, 29]):
         made = Constraints(lambda text, ids=ids, **_: SimpleNamespace(input_ids=ids), LETTERS, 29, [26])
         with pytest.raises(
-            InvalidArgument, match="^bad_words: got 'word', expected words that this tokenizer has tokens for"
+            InvalidArgument, match=r"^bad_words\[0\]: got 'word', expected a word that this tokenizer has tokens for"
         ):
             made.make(SamplingParams(bad_words=["word"]))
     with pytest.raises(InvalidArgument, match="bad_words: got some, expected none: this engine has no tokenizer"):

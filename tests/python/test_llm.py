@@ -20,6 +20,7 @@ from dflash_rs import LLM, InvalidArgument, OutOfPages, SamplingParams, StepCost
 from dflash_rs.config import assets  # noqa: E402
 from dflash_rs.engine import build  # noqa: E402
 from dflash_rs.models.dflash.model import DFlashDraft  # noqa: E402
+from dflash_rs.options import pick_dtype  # noqa: E402
 
 PROMPTS = [p["prompt"] for p in json.loads((assets() / "prompts.json").read_text())]
 LENGTH = 40
@@ -560,6 +561,13 @@ def test_every_sampling_option_that_is_taken_also_runs(one):
     assert output.finish_reason == "error" and "got +inf" in output.error
 
 
+def test_a_device_and_a_dtype_may_be_torchs_own():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert pick_dtype(torch, dtype, torch.device("cpu")) is dtype
+    with LLM(device=torch.device("cpu"), dtype=torch.float32, draft=None) as engine:
+        assert (engine.device, engine.dtype) == (torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -579,6 +587,9 @@ def test_every_sampling_option_that_is_taken_also_runs(one):
         ({"max_batch_tokens": 2**64}, "max_batch_tokens: got"),
         ({"threads": 2**31}, "threads: got 2147483648, expected an integer in 1.."),
         ({"dtype": []}, "dtype: got"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, expected 'auto' or one of"),
+        ({"device": "gpu"}, "device: got 'gpu', expected 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": torch.device("meta")}, "device: got device.*meta.*, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ({"tree_nodes": -1}, "tree_nodes: got -1, expected an integer in 0..1023"),
         ({"tree_nodes": 5, "draft": None}, "tree_nodes: got 5, expected 0 without a drafter"),
     ],
@@ -649,6 +660,8 @@ def test_a_closed_engine_says_so():
         engine.generate("a")
     with pytest.raises(dflash_rs.DflashError, match="this LLM is closed"):
         engine.next_token_logits([5])
+    # What runs no model goes on.
+    assert engine.decode(engine.encode("a")) == "a" and engine.stats()["steps"] == 0 and engine.abort("x") is False
 
 
 @pytest.mark.parametrize("prompt", [b"import os", [b"import os"], [None], [[1.0]], 5])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,7 +134,7 @@ def test_prompts_and_parameters_may_be_mappings_and_go_by_their_other_name(llm):
             assert output.token_ids == expected
     assert llm.generate({"prompt": PROMPTS[0]}, WARM)[0].prompt == PROMPTS[0]
     assert llm.generate({"prompt_token_ids": np.array(ids)}, WARM)[0].prompt == ids
-    assert llm.generate({"prompt": "shown", "prompt_token_ids": ids}, WARM)[0].prompt == "shown"
+    assert llm.generate({"prompt": PROMPTS[0], "prompt_token_ids": ids}, WARM)[0].prompt == PROMPTS[0]
     assert [e.output for e in llm.stream("x", sampling_params=as_dict) if e.output]
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     talk = [{"role": "user", "content": PROMPTS[0]}]
@@ -143,6 +146,8 @@ WRONG = [
     (dict(prompts={"text": "x"}), "prompts[0]: got 'text', expected some of prompt, prompt_token_ids"),
     (dict(prompts={"prompt": "x", "multi_modal_data": {}}), "multi_modal_data: got {}, expected no such option: this engine does not have it"),
     (dict(prompts=[{"prompt": 5}]), "prompts[0].prompt: got 5, expected a string, or prompt_token_ids"),
+    (dict(prompts=["a", {"prompt": "x", "prompt_token_ids": [1]}]), "prompts[1].prompt_token_ids: got [1] beside the prompt 'x', whose tokens are others"),
+    (dict(prompts={"prompt": 5, "prompt_token_ids": [1]}), "prompts[0].prompt_token_ids: got [1] beside the prompt 5, whose"),
     (dict(prompts={"prompt_token_ids": ["a"]}), "prompts[0].prompt_token_ids: got an entry 'a'"),
     (dict(prompts="x", params={"temperatur": 1}), "params: got 'temperatur', expected some of temperature, top_k"),
     (dict(prompts="x", params=[{"temperatur": 1}]), "params[0]: got 'temperatur', expected some of temperature, top_k"),
@@ -151,6 +156,11 @@ WRONG = [
     (dict(prompts="x", params=WARM, sampling_params=WARM), "sampling_params: got it beside params, expected one of them"),
     (dict(prompts="x", lora_request=1), "lora_request: got 1, expected no such option"),
     (dict(prompts="x", rid="a"), "rid: got 'a', expected request_ids, as it is called here"),
+    (dict(prompt="x"), "prompt: got 'x', expected prompts, as it is called here"),
+    (dict(input_ids=[1]), "input_ids: got [1], expected token ids as prompts, as it is called here"),
+    (dict(prompts="x", stream=True), "stream: got True, expected the calls stream and astream, as it is called here"),
+    (dict(prompts="x", use_beam_search=True), "use_beam_search: got True, expected no such option"),
+    (dict(prompts="x", max_new_tokens=3), "max_new_tokens: got 3, expected max_tokens of SamplingParams, as it is called here"),
     (dict(prompts="x", use_tqdm=1), "use_tqdm: got 1, expected True or False"),
 ]  # fmt: skip
 
@@ -168,6 +178,15 @@ def test_what_is_wrong_with_them_is_named(llm, call, message):
         (lambda: SamplingParams(best_of=2), "best_of: got 2, expected no such option: this engine does not have it"),
         (lambda: SamplingParams(use_beam_search=True), "use_beam_search: got True, expected no such option"),
         (lambda: SamplingParams(regex="a"), "regex: got 'a', expected structured_outputs={'regex': ...}, as it is called here"),
+        (lambda: SamplingParams(guided_json={}), "guided_json: got {}, expected structured_outputs={'json': ...}, as it is called here"),
+        (lambda: SamplingParams(guided_regex="a"), "guided_regex: got 'a', expected structured_outputs={'regex': ...}, as"),
+        (lambda: SamplingParams(guided_choice=["a"]), "guided_choice: got ['a'], expected structured_outputs={'choice': ...}, as"),
+        (lambda: SamplingParams(logprob_start_len=0), "logprob_start_len: got 0, expected prompt_logprobs, as it is called here"),
+        (lambda: LLM(revision="x"), "revision: got 'x', expected no such option"),
+        (lambda: LLM(download_dir="x"), "download_dir: got 'x', expected no such option"),
+        (lambda: LLM(tokenizer_mode="slow"), "tokenizer_mode: got 'slow', expected no such option"),
+        (lambda: LLM(kv_cache_dtype="fp8"), "kv_cache_dtype: got 'fp8', expected no such option"),
+        (lambda: LLM(num_speculative_tokens=4), "num_speculative_tokens: got 4, expected block_size, as it is called here"),
         (lambda: LLM(tensor_parallel_size=2), "tensor_parallel_size: got 2, expected no such option"),
         (lambda: LLM(max_model_len=99), "max_model_len: got 99, expected max_context, as it is called here"),
     ],
@@ -193,9 +212,20 @@ def test_other_names_are_pythons_to_refuse_and_none_of_ours_is_in_the_tables(llm
         (elsewhere.CALLS, (LLM.generate, LLM.stream, LLM.chat)),
     ):
         for function in functions:
-            assert not table.keys() & set(
-                function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
-            )
+            assert not table.keys() & inspect.signature(function).parameters.keys()
+
+
+def test_every_name_of_theirs_in_the_guide_is_one_of_the_tables():
+    """The columns of vLLM and SGLang: a word that stands alone in code is an option, and is ours, too, or refused by name."""
+    guide = (Path(__file__).parents[2] / "docs/guide.md").read_text(encoding="utf-8")
+    table = guide.partition("### Coming from vLLM or SGLang")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")][1:]
+    theirs = {name for row in rows for cell in row for name in re.findall(r"`([a-z_]+)(?:=[^`(]*)?`", cell)}
+    ours = {*SamplingParams.__dataclass_fields__, *inspect.signature(LLM.generate).parameters}
+    # What comes back is no option, and what a call is named neither.
+    not_options = {"stop_reason", "finish_reason", "async_generate"}
+    refused = elsewhere.SAMPLING.keys() | elsewhere.CALLS.keys() | elsewhere.ENGINE.keys()
+    assert len(theirs) > 40 and theirs - ours - not_options <= refused
 
 
 def test_progress_is_shown_on_standard_error_and_taken_away(llm, monkeypatch):
@@ -305,9 +335,7 @@ def test_a_prompt_is_cut_at_its_front(llm):
     assert whole.metrics["prompt_tokens"] == len(ids)
     (most,) = llm.generate([[5, 6] * 2000], dataclasses.replace(WARM, truncate_prompt_tokens=-1))
     assert most.metrics["prompt_tokens"] == llm.max_context - 1
-    with pytest.raises(
-        InvalidArgument, match="^truncate_prompt_tokens: got 0, expected -1 or an integer of at least 1"
-    ):
+    with pytest.raises(InvalidArgument, match="^truncate_prompt_tokens: got 0, expected -1 or an integer in 1.."):
         SamplingParams(truncate_prompt_tokens=0)
 
 

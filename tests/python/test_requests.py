@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from dflash_rs import InvalidArgument, MissingPackage, SamplingParams
+from dflash_rs import InvalidArgument, MissingPackage, SamplingParams, extras
 
 torch = pytest.importorskip("torch")
 
@@ -250,7 +250,7 @@ def test_without_torch_an_llm_says_how_to_get_it():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=300)
     assert done.stderr == ""
     assert done.stdout.startswith("LLM needs torch and transformers (No module named 'torch'): ")
-    assert "pip install 'dflash-rs[torch]'" in done.stdout
+    assert extras.install("torch") in done.stdout
     assert issubclass(MissingPackage, ImportError)
 
 

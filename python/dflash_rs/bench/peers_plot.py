@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dflash_rs.bench import report
-from dflash_rs.bench.runner import FOREIGN, PLAIN, Row
+from dflash_rs.bench.runner import FOREIGN, PLAIN, TRANSFORMERS, Row
 from dflash_rs.bench.workloads import ALL
 from dflash_rs.errors import DflashError
 
@@ -21,7 +21,7 @@ def _name(temperature: float) -> str:
 
 def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Draws into `path` (format by its suffix): a panel for each temperature, and a second line of panels where there are several numbers of
-    requests. Whiskers are quartiles over the rounds."""
+    requests. Whiskers are quartiles over the rounds; tau in the legend is that over all texts, for each temperature."""
     report.need_matplotlib(path)
     import matplotlib
 
@@ -45,7 +45,7 @@ def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     lines = 1 + (len(levels) > 1)
     width = max(4.2, 0.16 * len(arms) * len(kinds) + 1.6)
     figure, axes = plt.subplots(
-        lines, len(temperatures), figsize=(width * len(temperatures), 3.5 * lines), layout="constrained", squeeze=False
+        lines, len(temperatures), figsize=(width * len(temperatures), 3.5 * lines), squeeze=False
     )
     at: At = {(row.mode, row.concurrency, row.temperature, row.category or ALL): row for row in drawn}
     top = 1.15 * max([1.0, *(max(row.speedup, *(row.speedup_quartiles or [0.0])) for row in drawn)])
@@ -66,13 +66,15 @@ def plot_peers(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
-    figure.legend(
-        [handles[arm] for arm in arms if arm in handles], [_legend(arm, rows) for arm in arms if arm in handles],
-        loc="outside lower center", ncols=min(4, len(arms)), frameon=False, fontsize=8,
-    )  # fmt: skip
+    figure.set_layout_engine("constrained")
+    told = ", ".join("greedy" if one == 0 else f"T={one:g}" for one in temperatures)
+    names = {arm: _legend(arm, at, levels[0], temperatures, whole) for arm in arms if arm in handles}
+    _add_legend(figure, [handles[arm] for arm in names], [*names.values()], f"tau: tokens per pass, {told}, {requests}")
     differs = any(row.identical_to_plain is False for row in drawn if row.mode not in FOREIGN)
     said = "texts differ" if differs else "the text of plain decoding in every row of ours"
-    figure.suptitle(f"{report.machine(head)}; {said}", fontsize=8, color="#555555")
+    title = figure.suptitle(f"{report.machine(head)}; {said}", **_SMALL, color="#555555")
+    if title.get_window_extent().width > figure.bbox.width:
+        title.set_text(f"{report.machine(head)}\n{said}")
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
@@ -101,7 +103,16 @@ def _draw_kinds(
         axis.bar(xs, heights, bar * 0.9, color=colour, label=arm, yerr=whiskers, **_WHISKER)
         for x, (_, row) in zip(xs, there):
             _, high = row.speedup_quartiles or [row.speedup] * 2
-            axis.text(x, high + 0.012 * top, f"{row.speedup:.2f}", ha="center", va="bottom", fontsize=6, rotation=90)
+            axis.text(
+                x,
+                high + 0.012 * top,
+                f"{row.speedup:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=6,
+                rotation=90,
+                **report.legible(),
+            )
     axis.set_xticks(range(len(kinds)), kinds)
 
 
@@ -129,9 +140,26 @@ def _whiskers(rows: Sequence[Row]) -> list[list[float]]:
     return [low, [max(0.0, pair[1] - row.speedup) for row, pair in zip(rows, each)]]
 
 
-def _legend(arm: str, rows: Sequence[Row]) -> str:
-    """With tau of its first row over everything."""
-    whole = next((row for row in rows if row.mode == arm and (row.category or ALL) == ALL), None)
-    whole = whole or next(row for row in rows if row.mode == arm)
-    setting = "greedy" if whole.temperature == 0 else f"T={whole.temperature:g}"
-    return f"{arm} (tau {whole.tau:.2f}, {setting})" if whole.tau > 1.005 else arm
+def _legend(arm: str, at: At, level: int, temperatures: Sequence[float], kind: str) -> str:
+    """With tau at each temperature where anything is drafted: where nothing is, it is 1 by definition."""
+    taus = [row.tau if (row := at.get((arm, level, one, kind))) is not None else None for one in temperatures]
+    if arm == TRANSFORMERS or not any(taus):
+        return arm
+    return f"{arm} (tau {', '.join('-' if tau is None else f'{tau:.2f}' for tau in taus)})"
+
+
+_SMALL: dict[str, Any] = {"fontsize": 8}
+
+
+def _add_legend(figure: Any, handles: Sequence[Any], names: Sequence[str], title: str) -> None:
+    """A legend below the panels, of as many columns as the figure has room for, which gets its lines on top of its own height."""
+    for columns in range(min(4, len(names)), 0, -1):
+        legend = figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, frameon=False, title=title, title_fontsize=8, **_SMALL
+        )  # fmt: skip
+        extent = legend.get_window_extent()
+        if extent.width <= figure.bbox.width or columns == 1:
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(max(width, extent.width / figure.dpi), height + extent.height / figure.dpi)
+            return
+        legend.remove()

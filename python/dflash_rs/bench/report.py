@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dflash_rs import extras
+from dflash_rs.arguments import shown_path
 from dflash_rs.bench.runner import BESIDE, FOREIGN, PLAIN, REFERENCE, Row
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import DflashError, InvalidArgument
@@ -231,13 +233,15 @@ def need_place(option: str, path: str) -> None:
     except OSError:  # a name too long, a link to itself
         free = False
     if not free:
-        raise InvalidArgument(f"{option}: got {path}, expected a file that can be written, in a folder that exists")
+        raise InvalidArgument(
+            f"{option}: got {shown_path(path)}, expected a file that can be written, in a folder that exists"
+        )
 
 
 def need_matplotlib(path: str) -> None:
     """Raises before a long run rather than after it when there is no matplotlib, or it writes no such files."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise DflashError("--plot needs matplotlib: pip install 'dflash-rs[bench]'")
+        raise DflashError(f"--plot needs matplotlib: {extras.install('bench')}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()
@@ -245,6 +249,13 @@ def need_matplotlib(path: str) -> None:
         raise InvalidArgument(
             f"--plot: got {path}, expected a file name that ends in one of {', '.join(sorted(kinds))}"
         )
+
+
+def legible() -> dict[str, Any]:
+    """How a label is drawn that lines may run behind: each letter hides what is next to it."""
+    from matplotlib.patheffects import withStroke
+
+    return {"path_effects": [withStroke(linewidth=2.5, foreground="white")]}
 
 
 def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -277,7 +288,7 @@ def plot(path: str, head: dict[str, Any], rows: Sequence[Row]) -> None:
         bars = left.bar(
             xs, [row.speedup for row in mine], width * 0.92, color=colours.get((mode, temperature)), label=name
         )
-        left.bar_label(bars, [f"{row.speedup:.2f}x" for row in mine], padding=2, fontsize=8)
+        left.bar_label(bars, [f"{row.speedup:.2f}x" for row in mine], padding=2, fontsize=8, **legible())
         # One histogram per setting, from the smallest batch: the drafts do not depend on the batch.
         counts = mine[0].accept_histogram
         total = sum(counts)

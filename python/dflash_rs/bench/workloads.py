@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from dflash_rs import elsewhere
+from dflash_rs.arguments import bad, shown_path
 from dflash_rs.config import assets
 from dflash_rs.errors import DflashError, InvalidArgument
+from dflash_rs.sampling import SamplingParams
 
 # What rows of all categories together are called.
 ALL = "all"
@@ -58,13 +62,14 @@ def held_out_prompts(limit: int | None = None) -> list[Prompt]:
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """Prompts from a file: a JSON list, JSON lines, or plain text with one prompt per line.
 
-    JSON entries are strings or objects with "prompt" (and optionally "source"). The file is UTF-8, with or without a byte
+    JSON entries are strings or objects with "prompt" (and optionally "source"). Other keys are not looked at, but one that is named as a
+    sampling option is refused. The file is UTF-8, with or without a byte
     order mark.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InvalidArgument(f"prompt file {path}: {error.strerror or error}") from None
+        raise InvalidArgument(f"prompt file {shown_path(path)}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"prompt file {path}: not UTF-8 text (byte {error.start})") from None
     return _take(parse_prompts(text, str(path)), limit, str(path))
@@ -85,7 +90,7 @@ def read_conversations(paths: Sequence[str | Path], limit: int | None = None) ->
     """What users say, by category, from files of JSON lines; of each category the first `limit`.
 
     A line is an object with "prompt" (one message) or "turns" (several, answered one by one), "category", and "id", which is a text and
-    occurs once. Other keys are not looked at. Raises InvalidArgument that names the file and the line.
+    occurs once. Other keys are not looked at, but one that is named as a sampling option is refused. Raises InvalidArgument that names the file and the line.
     """
     found: list[Prompt] = []
     seen: dict[str, str] = {}
@@ -93,7 +98,7 @@ def read_conversations(paths: Sequence[str | Path], limit: int | None = None) ->
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise InvalidArgument(f"prompt file {path}: {error.strerror or error}") from None
+            raise InvalidArgument(f"prompt file {shown_path(path)}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
             raise InvalidArgument(f"prompt file {path}: not UTF-8 text (byte {error.start})") from None
         here = len(found)
@@ -144,6 +149,7 @@ def _conversation(line: str, where: str) -> Prompt:
         if not isinstance(turn, str) or not turn.strip() or any("\ud800" <= c <= "\udfff" for c in turn):
             name = "prompt" if "prompt" in entry else f"turns[{i}]"
             raise InvalidArgument(f"{where}: {name}: got {turn!r:.60}, expected a text")
+    _refuse_options(entry, where)
     return Prompt(turns[0], entry["id"], where, entry["category"], tuple(turns))
 
 
@@ -189,11 +195,23 @@ def _prompt(entry: object, where: str) -> Prompt:
         text, source = entry, ""
     elif isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
         text, source = entry["prompt"], str(entry.get("source", ""))
+    elif isinstance(entry, dict) and "prompt" in entry:
+        raise bad(f"{where}: prompt", entry["prompt"], "a text")
     else:
-        raise InvalidArgument(f'{where}: got {type(entry).__name__}, expected a string or an object with "prompt"')
+        raise bad(where, entry, 'a string or an object with "prompt"')
     if not text:
         raise InvalidArgument(f"{where}: the prompt is empty")
+    if isinstance(entry, dict):
+        _refuse_options(entry, where)
     return Prompt(text, source, where)
+
+
+def _refuse_options(entry: dict[str, Any], where: str) -> None:
+    """Refuses what reads as an option of this prompt alone: it would be left out in silence, as other keys are that say what the prompt is."""
+    known = {option.name for option in fields(SamplingParams)} | elsewhere.SAMPLING.keys()
+    option = next((key for key in entry if key in known), None)
+    if option is not None:
+        raise bad(f"{where}: {option}", entry[option], "no sampling option: those of the command hold for all prompts")
 
 
 def _take(prompts: Sequence[Prompt], limit: int | None, name: str) -> list[Prompt]:

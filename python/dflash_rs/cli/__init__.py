@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from dflash_rs import extras
 from dflash_rs.cli import bench, chat, check, doctor, generate, models, train
 from dflash_rs.cli.arguments import EXIT_CODES, FORMATTER, Version
 from dflash_rs.cli.console import (
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = (error.name or "").split(".")[0]
         if module not in EXTRAS:
             return crash(error, debug)
-        return complain(f"this needs {module}: pip install 'dflash-rs[{EXTRAS[module]}]'", FAILED, debug)
+        return complain(f"this needs {module}: {extras.install(EXTRAS[module])}", FAILED, debug)
     except DflashError as error:
         return complain(str(error), BAD_INPUT if isinstance(error, ValueError | OutOfPages) else FAILED, debug)
     except Exception as error:  # the last net: a defect is reported, not dumped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def add(commands: Any) -> None:
 
 def _prompts(text: str) -> int | str:
     """How many, or a file."""
-    return positive(text) if text.strip().isdigit() or not text.strip() else text
+    return positive(text) if re.fullmatch(r"[+-]?\d+", text.strip()) or not text.strip() else text
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

@@ -112,7 +112,7 @@ class Talk:
         if not self._quiet:
             cached = output.metrics.get("cached_prompt_tokens", 0)
             known = f"; {cached} of {output.metrics['prompt_tokens']} prompt tokens were known" if cached else ""
-            console.say(summary(output) + known)
+            console.say(summary(output, self._params) + known)
         return None
 
 
@@ -125,12 +125,13 @@ def _one_shot(talk: Talk, said: list[str]) -> int:
 
 
 def _lines(talk: Talk, stdin: TextIO, quiet: bool) -> int:
-    """A turn for every line, until /quit or the end of standard input. Somebody at a terminal is told what cannot be done and goes on; a
-    script ends there."""
+    """A turn for every line, until /quit or the end of standard input. What is no command is told, and its code is a
+    script's in the end. A message that cannot be answered is told to somebody at a terminal, who goes on; a script ends there."""
     person = stdin.isatty()
     console.decoding(stdin)
     if person and not quiet:
         console.say(f"Type a message; {_COMMANDS}.")
+    script = console.OK
     while True:
         if person:
             sys.stderr.write("> ")
@@ -139,17 +140,18 @@ def _lines(talk: Talk, stdin: TextIO, quiet: bool) -> int:
         if not line:
             if person:
                 console.say("")
-            return console.OK
+            return script
         text = line.strip()
         if text == "/quit":
-            return console.OK
+            return script
         if text == "/reset":
             talk.reset()
         elif line.startswith("/") and " " not in text:
             none = f"{text} is no command: {_COMMANDS}; a message may begin with a space and a slash"
-            if not person:
-                return console.complain(none, console.BAD_INPUT)
-            console.say(none)
+            if person:
+                console.say(none)
+            else:
+                script = console.complain(none, console.BAD_INPUT)
         elif text:
             try:
                 wrong = talk.answer(text)

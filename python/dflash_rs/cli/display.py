@@ -138,13 +138,13 @@ def _scores(scores: Any) -> Any:
     return None if scores is None else [None if one is None else asdict(one) for one in scores]
 
 
-def summary(output: Any) -> str:
-    """One line about a finished output."""
+def summary(output: Any, params: Any) -> str:
+    """One line about a finished output of these SamplingParams."""
     m = output.metrics
     parts = [f"{m['output_tokens']} tokens in {m['total_s']:.2f} s", f"{m['tokens_per_s']:.1f} tokens/s"]
     if m["steps"]:
         parts.append(f"tau {m['tau']:.2f} over {m['steps']} passes")
     parts.append(f"first token after {1000 * m['ttft_s']:.0f} ms")
-    if m.get("seed") is not None:
+    if m.get("seed") is not None and params.temperature > 0:  # greedy texts draw nothing
         parts.append(f"seed {m['seed']}")
     return f"[{', '.join(parts)}; ended by {output.finish_reason}]"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dflash_rs import known_models
+from dflash_rs.arguments import shown_path
 from dflash_rs.config import LOOKUP
 from dflash_rs.errors import InvalidArgument, OutOfPages
 from dflash_rs.options import pick_models
@@ -28,8 +29,6 @@ def prepare_libraries() -> None:
 def make_engine(args: argparse.Namespace, **more: Any) -> Any:
     """`dflash_rs.LLM` with the options that were given; its own defaults hold for the others."""
     plain = getattr(args, "no_draft", False)
-    if args.draft not in (None, "auto", LOOKUP) and args.model is None:
-        raise InvalidArgument("--draft: got a drafter without --model; a drafter belongs to one target")
     if args.draft is not None and plain:
         raise InvalidArgument("--no-draft: got --draft, too; expected one of them")
     known = None if args.model is None else known_models.find(args.model)
@@ -38,7 +37,7 @@ def make_engine(args: argparse.Namespace, **more: Any) -> Any:
 
         # Whatever else is wrong, this is what has to be seen first.
         if not is_hub_name(args.model):
-            raise InvalidArgument(f"--model: got {args.model}, and there is no such folder or file")
+            raise InvalidArgument(f"--model: got {shown_path(args.model)}, and there is no such folder or file")
     if args.model is not None and args.draft is None and not plain and (known is None or known.drafter is None):
         raise InvalidArgument(
             "--model: got a target without a drafter, expected --draft PATH, --draft lookup or --no-draft, too"

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
                 console.FAILED,
             )
         elif not args.quiet and not args.json:
-            console.say(summary(output))
+            console.say(summary(output, params))
     return code
 
 

@@ -70,7 +70,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _get(args: argparse.Namespace) -> int:
-    emit(f"{get(args.name, source=args.source, say=say)}\n")
+    emit(f"{get(args.name, source=args.source, say=say, called='--from')}\n")
     return OK
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import _core, cuda
+from .. import _core, cuda, known_models
 from ..arguments import bad, integer
 from ..config import LOOKUP, EngineConfig
 from ..errors import InvalidArgument, warn
@@ -54,8 +54,9 @@ class Models:
         read."""
         files = None if draft == LOOKUP else draft
         with while_loading():
-            about = describe(model)
-            tokenizer = load_tokenizer(model)
+            with known_models.repaired_by(model):
+                about = describe(model)
+                tokenizer = load_tokenizer(model)
             text = about.config.get_text_config()
             with readable(model, "tokenizer"):
                 table = token_bytes(tokenizer, text.vocab_size)

@@ -61,7 +61,7 @@ class Constraints:
                     "end-of-text token, or stop_token_ids"
                 )
             grammar = self._grammars.begin(params.structured_outputs, ends)
-        words = [spelling for word in params.bad_words for spelling in self._spellings(word)]
+        words = [spelling for i, word in enumerate(params.bad_words) for spelling in self._spellings(i, word)]
         return Constraint(params, self._vocab, ends, allowed, words, grammar)
 
     def _encode(self, text: str) -> list[int]:
@@ -69,13 +69,13 @@ class Constraints:
             raise InvalidArgument("bad_words: got some, expected none: this engine has no tokenizer to spell them")
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+    def _spellings(self, place: int, word: str) -> list[tuple[int, ...]]:
         """The tokens of a word, alone and behind a space."""
         found: list[tuple[int, ...]] = []
         for text in (word, " " + word.lstrip()):
             ids = tuple(self._encode(text))
             if not ids or max(ids) >= self._vocab:
-                raise bad("bad_words", word, "words that this tokenizer has tokens for")
+                raise bad(f"bad_words[{place}]", word, "a word that this tokenizer has tokens for")
             if ids not in found:
                 found.append(ids)
         return found
@@ -166,8 +166,14 @@ class Constraint:
 
     def _row(self, raw: np.ndarray, output: list[int]) -> np.ndarray:
         row = raw.copy()
+        # What the model itself has got wrong is not for a processor to answer for.
+        sound = not self._processors or _unsound(raw) is None
         for place, (process, takes_prompt) in enumerate(self._processors):
             row = self._processed(place, process, takes_prompt, row, output)
+            if sound and (token := _unsound(row)) is not None:
+                raise NoToken(
+                    f"logits_processors[{place}]: returned {row[token]} for token id {token}, expected a number, or -inf for what may not come"
+                )
         if self._allowed is not None:
             row[~self._allowed] = -np.inf
         for word in self._bad:
@@ -195,13 +201,24 @@ class Constraint:
             made = made.detach().float().cpu().numpy()
         if not isinstance(made, np.ndarray) or made.shape != (self._vocab,) or made.dtype.kind != "f":
             raise NoToken(f"{name}: returned {shown(made)}, expected a row of {self._vocab} logits")
-        return np.array(made, dtype=np.float32)
+        with np.errstate(over="ignore"):  # a number too large is told as what it becomes
+            return np.array(made, dtype=np.float32)
+
+
+def _unsound(row: np.ndarray) -> int | None:
+    """The first token whose logit is neither a number nor -inf."""
+    wrong = np.isnan(row) | np.isposinf(row)
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+_IN_ORDER = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _takes_prompt(process: Callable[..., Any]) -> bool:
-    """Whether a processor takes the prompt's tokens before the output's."""
+    """Whether a processor takes the prompt's tokens before the output's: it has three parameters that have to be given."""
     try:
-        return len(inspect.signature(process).parameters) == 3
+        parameters = inspect.signature(process).parameters.values()
+        return sum(one.default is one.empty and one.kind in _IN_ORDER for one in parameters) == 3
     except (TypeError, ValueError):  # not every built-in has a signature
         return False
 

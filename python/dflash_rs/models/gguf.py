@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import extras
 from ..errors import CheckpointError, DflashError, MissingPackage
 from .checkpoint import short
 
@@ -108,9 +109,7 @@ def reader(file: str) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise MissingPackage(
-            f"{file}: GGUF files need the package gguf ({error}): pip install 'dflash-rs[gguf]'"
-        ) from error
+        raise MissingPackage(f"{file}: GGUF files need the package gguf ({error}): {extras.install('gguf')}") from error
     return GGUFReader
 
 
