@@ -112,6 +112,21 @@ def test_tau_of_training_is_that_of_a_chain_along_the_selectors_path(target, sof
     assert swayed > 5, "the selector changed what is drafted"
 
 
+def test_a_share_of_a_batch_that_teaches_nothing_has_a_gradient_for_every_weight(target):  # noqa: F811
+    """Processes that share a batch average what they have, so each has to have all of it."""
+    from dflash_rs.models.checkpoint import load_causal_lm
+
+    model = load_causal_lm(target, torch.float32)[0]
+    draft = DFlash2Draft(drafter_training.draft_config(model.config, SECOND))
+    draft.bind_target(model.get_input_embeddings(), model.get_output_embeddings())
+    teacher = drafter_training.Teacher(model, SECOND.tap_ids, SECOND.mask_token_id)
+    batch = drafter_training.Batch.whole(torch.randint(2, 300, (1, 24)), torch.tensor([[9]]), 4)
+    loss, _ = drafter_training.block_loss(draft, teacher, batch._replace(own=torch.zeros_like(batch.own)), SECOND)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in draft.parameters())
+
+
 def test_it_goes_on_from_a_dflash_and_drafts_as_that_did(data, target, own, tmp_path):  # noqa: F811
     drafter_training.train(TINY_DRAFT, target, own, data, tmp_path / "first", device="cpu", save_every=6)
     settings = replace(SECOND, init_from=str(tmp_path / "first"), steps=1, lr=1e-12)

@@ -166,7 +166,8 @@ def slots_loss(
         teacher, rows, labelled, settings.soft_labels, 1 if selector is None else selector.top_k
     )
     taken = likeliest.picked[:, 0]
-    if selector is not None and len(rows):
+    if selector is not None:
+        # Of no row at all, too: where processes share the work, all of them have a gradient for every weight or none has.
         ids = likeliest.picked if teacher.columns is None else teacher.columns.tokens[likeliest.picked]
         behind = tokens.gather(1, flat - 1).flatten()[chosen]
         more, index = selector_loss(selector, rows, behind, likeliest, ids, labelled.weight)
