@@ -10,9 +10,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from models_helpers import randomise  # noqa: E402
-from test_train import data, own, same, target, weights  # noqa: E402, F401
+from test_train import data, interrupted, own, same, target, weights  # noqa: E402, F401
 
-from dflash_rs.train import drafter as drafter_training  # noqa: E402
 from dflash_rs.train import mtp as mtp_training  # noqa: E402
 from dflash_rs.train.drafter import Batch, Teacher  # noqa: E402
 
@@ -24,16 +23,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(data, target, own, tmp_p
         return mtp_training.train(TINY, target, own, data, tmp_path / name, device="cpu", save_every=3)
 
     run("whole")
-    save = drafter_training.save_checkpoint
-
-    def dies(path, state):
-        save(path, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(drafter_training, "save_checkpoint", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run("cut")
-    monkeypatch.setattr(drafter_training, "save_checkpoint", save)
+    interrupted(monkeypatch, lambda: run("cut"))
     run("cut")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     with pytest.raises(ValueError, match="other settings"):

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from test_train import TINY_DRAFT, data, own, same, target, weights  # noqa: E402, F401
+from test_train import TINY_DRAFT, data, interrupted, own, same, target, weights  # noqa: E402, F401
 
 from dflash_rs.models.dflash2 import DFlash2Draft  # noqa: E402
 from dflash_rs.models.loader import load_draft  # noqa: E402
@@ -23,19 +23,14 @@ def test_it_trains_resumes_and_drafts_in_an_engine(data, target, own, tmp_path, 
     from dflash_rs import LLM, SamplingParams
 
     settings = replace(SECOND, steps=60, draft_vocab=200, sampled_vocab=20)
-    report = drafter_training.train(settings, target, own, data, tmp_path / "whole", device="cpu", save_every=30)
-    assert report["history"][-1]["loss"] < report["history"][0]["loss"]
-    save = drafter_training.save_checkpoint
 
-    def dies(path, state):
-        save(path, state)
-        raise KeyboardInterrupt
+    def run(name):
+        return drafter_training.train(settings, target, own, data, tmp_path / name, device="cpu", save_every=30)
 
-    monkeypatch.setattr(drafter_training, "save_checkpoint", dies)
-    with pytest.raises(KeyboardInterrupt):
-        drafter_training.train(settings, target, own, data, tmp_path / "cut", device="cpu", save_every=30)
-    monkeypatch.setattr(drafter_training, "save_checkpoint", save)
-    drafter_training.train(settings, target, own, data, tmp_path / "cut", device="cpu", save_every=30)
+    history = run("whole")["history"]
+    assert history[-1]["loss"] < history[0]["loss"]
+    interrupted(monkeypatch, lambda: run("cut"))
+    run("cut")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
     draft = load_draft(tmp_path / "whole")
