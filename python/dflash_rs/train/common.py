@@ -242,18 +242,26 @@ def resumed(path: Path, settings: Any) -> dict | None:
     state = load_checkpoint(path)
     # What a setting was before there was one is its default.
     if state is not None:
-        same_settings("out", path, asdict(type(settings)()) | state["settings"], asdict(settings))
+        before = asdict(type(settings)()) | state["settings"]
+        same_settings(
+            "out",
+            path,
+            before,
+            asdict(settings),
+            ", or go on from what is finished there in another folder (init_from)",
+        )
     return state
 
 
-def same_settings(argument: str, made: Path, before: dict, now: dict) -> None:
-    """Raises ValueError that names `argument` and the first setting which what stands in `made` was made with, and which is another one now."""
+def same_settings(argument: str, made: Path, before: dict, now: dict, remedy: str = "") -> None:
+    """Raises ValueError that names `argument` and the first setting which what stands in `made` was made with, and which is another one now.
+    `remedy`: what else helps, beside another folder and the same settings."""
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             was, is_now = (_brief(values.get(name)) for values in (before, now))
             raise ValueError(
                 f"{argument}: {made} was made with other settings: {name} was {was}, now it is {is_now}; choose another folder "
-                f"or the same settings{'' if argument != 'out' else ', or go on from what is finished there in another folder (init_from)'}"
+                f"or the same settings{remedy}"
             )
 
 
